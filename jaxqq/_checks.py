@@ -1,0 +1,125 @@
+"""What every public function asks of its arguments, and the sentence that says so.
+
+Each message names the function, the argument, what it was and what would be right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxqq._formats import FORMATS, Format
+
+FLOATS = (np.dtype(jnp.float32), np.dtype(jnp.float16), np.dtype(jnp.bfloat16))
+PACKED = np.dtype(jnp.uint32)
+
+
+def names(dtypes: tuple[Any, ...]) -> str:
+  """'float32, float16 or bfloat16'."""
+  words = [np.dtype(dtype).name for dtype in dtypes]
+  return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def describe(a: Any) -> str:
+  """'float32 of shape (3, 4)'."""
+  return f"{np.dtype(a.dtype).name} of shape {tuple(a.shape)}"
+
+
+def as_array(function: str, name: str, a: Any) -> Any:
+  """An array of numpy or JAX, a tracer, a `jax.ShapeDtypeStruct`, or what wraps one."""
+  if getattr(a, "__jax_array__", None) is not None:  # None on tracers
+    a = a.__jax_array__()
+  if not (isinstance(a, np.generic) or hasattr(a, "shape")) or not hasattr(a, "dtype"):
+    raise TypeError(
+      f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; "
+      f"wrap it, for example as jnp.asarray({name}, jnp.float32)."
+    )
+  return a
+
+
+def check_dtype(function: str, name: str, a: Any, allowed: tuple[np.dtype, ...]) -> None:
+  if np.dtype(a.dtype) not in allowed:
+    raise TypeError(f"{function}: {name} must be {names(allowed)}, got {describe(a)}.")
+
+
+def check_format(
+  function: str, mode: Any, group_size: Any, bits: Any, *, multiplies: bool = False
+) -> Format:
+  """The row of `FORMATS` that mode names, once group_size and bits agree with it."""
+  usable = {name: row for name, row in FORMATS.items() if row.multiplies or not multiplies}
+  listed = ", ".join(repr(name) for name in usable)
+  if not isinstance(mode, str) or mode not in FORMATS:
+    raise ValueError(f"{function}: unknown mode {mode!r}; it must be one of {listed}.")
+  if mode not in usable:
+    raise ValueError(
+      f"{function}: mode {mode!r} is for quantize and dequantize only; "
+      f"a product's mode must be one of {listed}."
+    )
+  fmt = FORMATS[mode]
+  for name, value, right in (("group_size", group_size, fmt.group_size), ("bits", bits, fmt.bits)):
+    if value is not None and value != right:
+      raise ValueError(
+        f"{function}: {name}={value!r} is not a {name} of mode {mode!r}; "
+        f"pass {right}, or None for the mode's own."
+      )
+  return fmt
+
+
+def check_groups(function: str, name: str, a: Any, fmt: Format) -> None:
+  if len(a.shape) == 0:
+    raise ValueError(
+      f"{function}: {name} is a scalar ({describe(a)}), but groups run along a last axis; "
+      "give it at least one dimension."
+    )
+  if a.shape[-1] % fmt.group_size:
+    raise ValueError(
+      f"{function}: the last axis of {name} must be a multiple of the group size "
+      f"{fmt.group_size} of mode {fmt.mode!r}, got {describe(a)}; pad it with zeros."
+    )
+
+
+def check_packed(function: str, w: Any, scales: Any, fmt: Format) -> tuple[Any, Any]:
+  """Packed w is uint32 and whole groups of words, and its scales fit it; both as arrays."""
+  w, scales = as_array(function, "w", w), as_array(function, "scales", scales)
+  check_dtype(function, "w", w, (PACKED,))
+  check_dtype(function, "scales", scales, (np.dtype(jnp.uint8), fmt.scale))
+  words = fmt.group_size // fmt.codes_per_word
+  if len(w.shape) == 0 or w.shape[-1] % words:
+    raise ValueError(
+      f"{function}: the last axis of packed w must be a multiple of {words}, the uint32 words of "
+      f"one group of mode {fmt.mode!r}, got {describe(w)}."
+    )
+  right = (*w.shape[:-1], w.shape[-1] // words)
+  if tuple(scales.shape) != right:
+    raise ValueError(
+      f"{function}: scales of a packed w ({describe(w)}) must have shape {right} in mode "
+      f"{fmt.mode!r}, one scale a group of {fmt.group_size}, got {describe(scales)}."
+    )
+  return w, scales
+
+
+def check_global_scale(function: str, name: str, value: Any, fmt: Format) -> Any:
+  """The float32 scalar, of shape (), or None."""
+  if value is None:
+    return None
+  if not fmt.has_global_scale:
+    able = ", ".join(repr(row.mode) for row in FORMATS.values() if row.has_global_scale)
+    raise ValueError(
+      f"{function}: {name} was given, but mode {fmt.mode!r} has no global scale; "
+      f"leave it None, or use mode {able}."
+    )
+  value = as_array(function, name, value)
+  if np.dtype(value.dtype) != np.float32:
+    raise TypeError(
+      f"{function}: {name} must be a float32 scalar, got {describe(value)}; "
+      f"convert it with jnp.float32({name})."
+    )
+  if any(size != 1 for size in value.shape):
+    raise ValueError(
+      f"{function}: {name} must be a float32 scalar (size 1), got {describe(value)}; "
+      "it is the amax of the whole tensor."
+    )
+  return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value).reshape(())

@@ -1,0 +1,273 @@
+"""The public product: every check of the caller's input, then the primitive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxqq import _kernels, _primitive
+from jaxqq._checks import (
+  FLOATS,
+  PACKED,
+  as_array,
+  check_dtype,
+  check_format,
+  check_global_scale,
+  check_groups,
+  check_packed,
+  describe,
+  names,
+)
+from jaxqq._formats import Format
+from jaxqq._gradient import BACKWARDS
+from jaxqq._reference import Operands, named
+from jaxqq._sharding import vary_alike
+
+
+def qqmm(
+  x: ArrayLike,
+  w: ArrayLike,
+  scales: ArrayLike | None = None,
+  group_size: int | None = None,
+  bits: int | None = None,
+  mode: str = "nvfp4",
+  global_scale_x: ArrayLike | None = None,
+  global_scale_w: ArrayLike | None = None,
+  *,
+  backward: str = "straight_through",
+  precision: lax.Precision | None = None,
+) -> jax.Array:
+  """Multiplies two block-quantized matrices: x quantized on the fly, w packed or on the fly too.
+
+  out[..., n] = sum_k x_hat[..., k] * w_hat[n, k], where x_hat = dequantize(quantize(x)), w_hat
+  likewise, and the sum is in float32. It is one primitive of JAX, `qqmm`, and composes with
+  jit, grad, vmap, scan, remat and shard_map.
+
+  Args:
+    x: float32, float16 or bfloat16, (..., K) or (K,); K a multiple of the group size.
+    w: (N, K), float32, float16 or bfloat16, not necessarily x's: quantized on the fly, and
+      receives gradients. Or uint32, (N, K * bits / 32), as `quantize` packs it. Leading batch
+      axes, (..., N, K) against x of (..., M, K), broadcast as in `jnp.matmul`.
+    scales: for packed w only, (..., N, K / group_size), uint8 or the same bytes as
+      float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp8).
+    group_size: the mode's own, or None.
+    bits: the mode's own, or None.
+    mode: "nvfp4" or "mxfp8".
+    global_scale_x: nvfp4 only, a float32 scalar: the amax of x. With global_scale_w or not at all.
+    global_scale_w: nvfp4 only, a float32 scalar: the amax of w.
+    backward: "straight_through": dx = g w, dw = g^T x. "quantized", as in MLX:
+      dx = qqmm(g, w^T), dw = qqmm(g^T, x^T). For packed w, which receives no gradient, dx is
+      taken through the dequantized w.
+    precision: `jax.lax.Precision.HIGHEST` asks for exact operands where a kernel would
+      otherwise round them further, within 2^-12 of |x_hat| |w_hat|^T.
+
+  Returns:
+    x's dtype, x.shape[:-1] + (N,), batch axes broadcast.
+
+  Raises:
+    TypeError: an argument has a dtype, or is of a type, that it may not be.
+    ValueError: mode, group_size, bits, backward or a shape is not as above; scales without
+      packed w or packed w without scales; one global scale of two.
+
+  Example:
+    >>> x, w = jnp.ones((8, 64)), jnp.ones((4, 64))
+    >>> jaxqq.qqmm(x, w, mode="mxfp8").shape
+    (8, 4)
+    >>> packed, scales = jaxqq.quantize(w)
+    >>> float(jaxqq.qqmm(x, packed, scales)[0, 0])
+    64.0
+
+  Source: `mlx.core.qqmm`.
+  """
+  operands, params = _checked(
+    "qqmm",
+    x,
+    w,
+    scales,
+    group_size,
+    bits,
+    mode,
+    global_scale_x,
+    global_scale_w,
+    backward,
+    precision,
+  )
+  arrays = [jnp.asarray(a) for a in operands.present]
+  is_vector = arrays[0].ndim == 1
+  if is_vector:
+    arrays[0] = arrays[0][None, :]
+  out = _primitive.qqmm(named(operands.names, vary_alike(arrays)), **params)
+  return out.squeeze(-2) if is_vector else out
+
+
+def explain(
+  x: Any,
+  w: Any,
+  scales: Any = None,
+  group_size: int | None = None,
+  bits: int | None = None,
+  mode: str = "nvfp4",
+  global_scale_x: Any = None,
+  global_scale_w: Any = None,
+  *,
+  backward: str = "straight_through",
+  precision: lax.Precision | None = None,
+  device: jax.Device | str | None = None,
+) -> str:
+  """Says which implementation a call of `qqmm` would run, and why not another.
+
+  Args:
+    x, w, scales, group_size, bits, mode, global_scale_x, global_scale_w, backward, precision:
+      what `qqmm` takes, with the same checks; a `jax.ShapeDtypeStruct` serves for an array.
+    device: a `jax.Device`, or a platform as JAX names it ("cpu", "cuda", "rocm", "tpu"). None
+      is where x is, or for what is nowhere yet, JAX's default backend.
+
+  Returns:
+    Some sentences.
+
+  Raises:
+    TypeError, ValueError: as `qqmm`.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
+    >>> print(jaxqq.explain(x, x, mode="mxfp8", device="cpu").split(":")[0])
+    qqmm mxfp8, x bfloat16 (8, 64), w bfloat16 (8, 64) quantized on the fly, on cpu
+  """
+  operands, params = _checked(
+    "explain",
+    x,
+    w,
+    scales,
+    group_size,
+    bits,
+    mode,
+    global_scale_x,
+    global_scale_w,
+    backward,
+    precision,
+  )
+  platform = _platform(operands.x, device)
+  problem = _kernels.Problem(mode, operands, params["out_dtype"], precision)
+  implementation, refusals = _kernels.choose(problem, platform)
+  x_words = f"x {np.dtype(operands.x.dtype).name} {tuple(operands.x.shape)}"
+  w_words = f"w {np.dtype(operands.w.dtype).name} {tuple(operands.w.shape)}"
+  w_words += " quantized on the fly" if scales is None else " packed"
+  sentences = [
+    f"qqmm {mode}, {x_words}, {w_words}, on {platform}: computed by {implementation.summary}.",
+    *(f"Not {refusal}." for refusal in refusals),
+  ]
+  if not refusals:
+    sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
+  return " ".join(sentences)
+
+
+def _platform(x: Any, device: jax.Device | str | None) -> str:
+  """The platform as lowering names it."""
+  if device is None and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+    device = next(iter(x.devices()))
+  if device is None:
+    platform = jax.default_backend()
+  elif isinstance(device, str):
+    platform = device
+  elif isinstance(device, jax.Device):
+    platform = device.platform
+  else:
+    raise TypeError(
+      f"explain: device must be a jax.Device, a platform such as 'cuda', or None, got "
+      f"{type(device).__name__}."
+    )
+  return "cuda" if platform == "gpu" else platform
+
+
+def _checked(
+  function: str,
+  x: Any,
+  w: Any,
+  scales: Any,
+  group_size: Any,
+  bits: Any,
+  mode: Any,
+  global_scale_x: Any,
+  global_scale_w: Any,
+  backward: Any,
+  precision: Any,
+) -> tuple[Operands, dict[str, Any]]:
+  """The operands and the primitive's parameters, or the error that the caller should see."""
+  fmt = check_format(function, mode, group_size, bits, multiplies=True)
+  x, w = as_array(function, "x", x), as_array(function, "w", w)
+  check_dtype(function, "x", x, FLOATS)
+  check_groups(function, "x", x, fmt)
+  scales = _check_w(function, w, scales, fmt)
+  _check_shapes(function, x, w, scales, fmt)
+  if (global_scale_x is None) != (global_scale_w is None):
+    missing, given = ("x", "w") if global_scale_x is None else ("w", "x")
+    raise ValueError(
+      f"{function}: global_scale_{given} was given without global_scale_{missing}; give both, "
+      "each the amax of its tensor, or neither."
+    )
+  global_scale_x = check_global_scale(function, "global_scale_x", global_scale_x, fmt)
+  global_scale_w = check_global_scale(function, "global_scale_w", global_scale_w, fmt)
+  if backward not in BACKWARDS:
+    raise ValueError(
+      f"{function}: unknown backward {backward!r}; it must be one of "
+      f"{', '.join(repr(name) for name in BACKWARDS)}."
+    )
+  if precision is not None and not isinstance(precision, lax.Precision):
+    raise TypeError(
+      f"{function}: precision must be None or a jax.lax.Precision, got {precision!r}."
+    )
+  operands = Operands(x, w, scales, global_scale_x, global_scale_w)
+  return operands, {
+    "mode": fmt.mode,
+    "out_dtype": np.dtype(x.dtype),
+    "backward": backward,
+    "precision": precision,
+  }
+
+
+def _check_w(function: str, w: Any, scales: Any, fmt: Format) -> Any:
+  """The scales as an array, None for unquantized w."""
+  dtype = np.dtype(w.dtype)
+  if dtype not in (*FLOATS, PACKED):
+    raise TypeError(
+      f"{function}: w must be {names(FLOATS)}, or uint32 as quantize packs it, got {describe(w)}."
+    )
+  if len(w.shape) < 2:
+    raise ValueError(
+      f"{function}: w must have at least two dimensions, (N, K) or (..., N, K), got {describe(w)}."
+    )
+  if dtype == PACKED:
+    if scales is None:
+      raise ValueError(
+        f"{function}: w is packed ({describe(w)}) but scales are missing; pass both results of "
+        "quantize, or w unquantized."
+      )
+    return check_packed(function, w, scales, fmt)[1]
+  if scales is not None:
+    raise ValueError(
+      f"{function}: scales were given with an unquantized w ({describe(w)}); leave them out, or "
+      "pass w packed, as quantize returns it."
+    )
+  return None
+
+
+def _check_shapes(function: str, x: Any, w: Any, scales: Any, fmt: Format) -> None:
+  k = w.shape[-1] if scales is None else w.shape[-1] * fmt.codes_per_word
+  if x.shape[-1] != k:
+    raise ValueError(
+      f"{function}: x and w must agree in K, their last axis, got {describe(x)} and K = {k} from w "
+      f"({describe(w)}); w is (N, K), contracted on its last axis."
+    )
+  try:
+    lax.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+  except ValueError:
+    raise ValueError(
+      f"{function}: the batch axes of x and w must broadcast as in jnp.matmul, got "
+      f"{tuple(x.shape[:-2])} from x ({describe(x)}) and {tuple(w.shape[:-2])} from w "
+      f"({describe(w)})."
+    ) from None

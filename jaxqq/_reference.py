@@ -1,0 +1,133 @@
+"""The product in plain jnp: its definition, and its lowering on platforms without a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq._formats import FORMATS, Format
+from jaxqq._quantize import (
+  decoding_factor,
+  dequantize_groups,
+  quantize_groups,
+  scale_bytes,
+  unpack,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+  """What a product multiplies; the axes before the named ones are batch axes.
+
+  Batch axes broadcast as in numpy: aligned from the right, each of size 1 or the common one.
+  A primitive takes the operands that are `present`, and their `names` as a parameter.
+  """
+
+  x: Any  # (..., m, k)
+  w: Any  # (..., n, k), or uint32 (..., n, k * bits / 32) beside scales
+  scales: Any = None  # (..., n, k / group_size)
+  global_scale_x: Any = None  # (...)
+  global_scale_w: Any = None  # (...)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+
+  @property
+  def present(self) -> tuple[Any, ...]:
+    return tuple(getattr(self, name) for name in self.names)
+
+  @property
+  def batch_shapes(self) -> tuple[tuple[int, ...], ...]:
+    """The batch axes of each operand that is present."""
+    return tuple(
+      a.shape[: len(a.shape) - matrix_ndim(name)]
+      for name, a in zip(self.names, self.present, strict=True)
+    )
+
+  @property
+  def batch_shape(self) -> tuple[int, ...]:
+    return lax.broadcast_shapes(*self.batch_shapes)
+
+
+def named(names: Sequence[str], values: Sequence[Any]) -> Operands:
+  """The operands of a primitive, by their names."""
+  return Operands(**dict(zip(names, values, strict=True)))
+
+
+def matrix_ndim(name: str) -> int:
+  """How many axes of an operand are not batch axes."""
+  return 0 if name.startswith("global_scale") else 2
+
+
+def product(operands: Operands, *, mode: str, out_dtype: np.dtype) -> jax.Array:
+  """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], summed in float32.
+
+  x_hat and w_hat are dequantized without their global scales, which float32 holds exactly;
+  alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, one factor after the other: the
+  sum is large where alpha itself would underflow.
+  """
+  fmt = FORMATS[mode]
+  x_hat = round_trip(operands.x, fmt, operands.global_scale_x)
+  if operands.scales is None:
+    w_hat = round_trip(operands.w, fmt, operands.global_scale_w)
+  else:
+    w_hat = dequantize_packed(operands.w, operands.scales, fmt)
+  out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
+  out = times_global_scale(out, operands.global_scale_x, fmt)
+  out = times_global_scale(out, operands.global_scale_w, fmt)
+  return out.astype(out_dtype)
+
+
+def round_trip(a: jax.Array, fmt: Format, global_scale: jax.Array | None) -> jax.Array:
+  """What is left of `a` after quantization, in float32 and without its global scale."""
+  return dequantize_groups(*quantize_groups(a, fmt, global_scale), fmt)
+
+
+def dequantize_packed(
+  w: jax.Array, scales: jax.Array, fmt: Format, global_scale: jax.Array | None = None
+) -> jax.Array:
+  """Packed w in float32; without a global scale, exact."""
+  batch_shape = lax.broadcast_shapes(w.shape[:-2], scales.shape[:-2])
+  codes = jnp.broadcast_to(
+    unpack(w, fmt), (*batch_shape, w.shape[-2], w.shape[-1] * fmt.codes_per_word)
+  )
+  scales = jnp.broadcast_to(scale_bytes(scales), batch_shape + scales.shape[-2:])
+  return dequantize_groups(codes, scales, fmt, global_scale)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  """a @ b in float32, every product and sum at float32 precision on every platform.
+
+  Batch axes broadcast. Products of two 16 bit floats are exact in float32, so operands of one
+  such type go in as they are.
+  """
+  if a.dtype != b.dtype:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  if min(a.ndim, b.ndim) > 2:  # else jnp.matmul keeps the matrix a matrix, and out of the batch
+    ndim = max(a.ndim, b.ndim)
+    a, b = with_ndim(a, ndim), with_ndim(b, ndim)
+  return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def times_global_scale(
+  a: jax.Array,  # (..., m, n)
+  global_scale: jax.Array | None,  # (...)
+  fmt: Format,
+) -> jax.Array:
+  if global_scale is None:
+    return a
+  factor = decoding_factor(global_scale, fmt)[..., None, None]
+  ndim = max(a.ndim, factor.ndim)
+  return with_ndim(a, ndim) * with_ndim(factor, ndim)
+
+
+def with_ndim(a: jax.Array, ndim: int) -> jax.Array:
+  """`a` with leading axes of size 1."""
+  return a.reshape((1,) * (ndim - a.ndim) + a.shape)
