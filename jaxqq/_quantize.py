@@ -144,6 +144,9 @@ def quantize_groups(
     codes: int32, (..., k).
     scales: int32, (..., k / group_size).
   """
+  if global_scale is not None and global_scale.ndim:
+    batch_shape = lax.broadcast_shapes(a.shape[:-2], global_scale.shape)
+    a = jnp.broadcast_to(a, batch_shape + a.shape[-2:])
   num_groups = a.shape[-1] // fmt.group_size
   groups = a.astype(jnp.float32).reshape(*a.shape[:-1], num_groups, fmt.group_size)
   amax_bits = jnp.max(_rounding.magnitude_bits(groups), axis=-1, keepdims=True)

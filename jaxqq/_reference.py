@@ -94,7 +94,8 @@ def dequantize_packed(
   w: jax.Array, scales: jax.Array, fmt: Format, global_scale: jax.Array | None = None
 ) -> jax.Array:
   """Packed w in float32; without a global scale, exact."""
-  batch_shape = lax.broadcast_shapes(w.shape[:-2], scales.shape[:-2])
+  scale_shape = () if global_scale is None else global_scale.shape
+  batch_shape = lax.broadcast_shapes(w.shape[:-2], scales.shape[:-2], scale_shape)
   codes = jnp.broadcast_to(
     unpack(w, fmt), (*batch_shape, w.shape[-2], w.shape[-1] * fmt.codes_per_word)
   )

@@ -1,0 +1,23 @@
+"""What every test runs under: strict promotion, and eight devices on one machine."""
+
+import os
+
+# Before jax starts its backend. Eight devices are for shard_map.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_checks", True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  if jax.default_backend() == "gpu":
+    return
+  for item in items:
+    if "gpu" in item.keywords:
+      item.add_marker(pytest.mark.skip(reason="no GPU here"))

@@ -1,0 +1,161 @@
+"""Bad input gets one sentence that names the function, the argument, what it was, what is right."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxqq
+
+X, W = np.ones((4, 64), np.float32), np.ones((8, 64), np.float32)
+Q, S = (np.asarray(a) for a in jaxqq.quantize(W))
+Q8, S8 = (np.asarray(a) for a in jaxqq.quantize(W, mode="mxfp8"))
+ONE = np.float32(1)
+
+# (what is wrong, error, words of the message, x, w, scales, other arguments)
+PRODUCT = [
+  ("unknown mode", ValueError, ["mode", "'int4'", "'nvfp4', 'mxfp8'"], X, W, None, {"mode": "int4"}),
+  ("mode is no string", ValueError, ["mode", "4"], X, W, None, {"mode": 4}),
+  ("mode only for quantize", ValueError, ["'mxfp4'", "quantize"], X, W, None, {"mode": "mxfp4"}),
+  ("group_size", ValueError, ["group_size=32", "16"], X, W, None, {"group_size": 32}),
+  ("bits", ValueError, ["bits=4", "8"], X, W, None, {"bits": 4, "mode": "mxfp8"}),
+  ("packed without scales", ValueError, ["w", "packed", "scales"], X, Q, None, {}),
+  ("scales with unquantized w", ValueError, ["scales", "unquantized"], X, W, S, {}),
+  ("shape of scales", ValueError, ["scales", "(8, 4)", "(8, 3)"], X, Q, S[:, :3], {}),
+  ("rows of scales", ValueError, ["scales", "(8, 4)", "(7, 4)"], X, Q, S[:7], {}),
+  ("dtype of scales", TypeError, ["scales", "uint8 or float8_e4m3fn", "int32"], X, Q, S.astype(np.int32), {}),
+  ("float8 of the other mode", TypeError, ["scales", "float8_e8m0fnu", "float8_e4m3fn"], X, Q8, S8.view(ml_dtypes.float8_e4m3fn), {"mode": "mxfp8"}),
+  ("packed in another mode", ValueError, ["scales", "(8, 1)", "(8, 4)"], X, Q, S, {"mode": "mxfp8"}),
+  ("K mismatch", ValueError, ["x", "w", "K", "(4, 64)", "(8, 32)"], X, W[:, :32], None, {}),
+  ("K mismatch, packed", ValueError, ["x", "w", "K = 64", "(4, 32)"], X[:, :32], Q, S, {}),
+  ("K no multiple of the group", ValueError, ["x", "16", "(4, 40)"], X[:, :40], W[:, :40], None, {}),
+  ("K no multiple, mxfp8", ValueError, ["x", "32", "(4, 48)"], X[:, :48], W[:, :48], None, {"mode": "mxfp8"}),
+  ("packed w is no whole group", ValueError, ["packed w", "multiple of 2", "(8, 7)"], X, Q[:, :7], S, {}),
+  ("float64 x", TypeError, ["x", "float64", "float32"], X.astype(np.float64), W, None, {}),
+  ("integer x", TypeError, ["x", "int32"], X.astype(np.int32), W, None, {}),
+  ("complex x", TypeError, ["x", "complex64"], X.astype(np.complex64), W, None, {}),
+  ("float64 w", TypeError, ["w", "float64"], X, W.astype(np.float64), None, {}),
+  ("int32 w", TypeError, ["w", "int32", "uint32"], X, Q.astype(np.int32), S, {}),
+  ("complex w", TypeError, ["w", "complex64"], X, W.astype(np.complex64), None, {}),
+  ("float8 x", TypeError, ["x", "float8_e4m3fn"], X.astype(ml_dtypes.float8_e4m3fn), W, None, {}),
+  ("one global scale of two", ValueError, ["global_scale_x", "global_scale_w"], X, W, None, {"global_scale_x": ONE}),
+  ("the other of two", ValueError, ["global_scale_w", "global_scale_x"], X, W, None, {"global_scale_w": ONE}),
+  ("global scale with mxfp8", ValueError, ["global_scale_x", "'mxfp8'", "'nvfp4'"], X, W, None, {"global_scale_x": ONE, "global_scale_w": ONE, "mode": "mxfp8"}),
+  ("global scale no scalar", ValueError, ["global_scale_x", "(4,)", "scalar"], X, W, None, {"global_scale_x": np.ones(4, np.float32), "global_scale_w": ONE}),
+  ("global scale bfloat16", TypeError, ["global_scale_w", "bfloat16", "float32"], X, W, None, {"global_scale_x": ONE, "global_scale_w": jnp.bfloat16(1)}),
+  ("global scale float64", TypeError, ["global_scale_x", "float64"], X, W, None, {"global_scale_x": np.float64(1), "global_scale_w": ONE}),
+  ("global scale a Python number", TypeError, ["global_scale_x", "float", "jnp"], X, W, None, {"global_scale_x": 1.0, "global_scale_w": ONE}),
+  ("0-d x", ValueError, ["x", "scalar"], ONE, W, None, {}),
+  ("1-d w", ValueError, ["w", "(64,)", "(N, K)"], X, W[0], None, {}),
+  ("unknown backward", ValueError, ["backward", "'ste'", "'straight_through', 'quantized'"], X, W, None, {"backward": "ste"}),
+  ("precision", TypeError, ["precision", "'highest'", "jax.lax.Precision"], X, W, None, {"precision": "highest"}),
+  ("x a list", TypeError, ["x", "list"], X.tolist(), W, None, {}),
+  ("w None", TypeError, ["w", "NoneType"], X, None, None, {}),
+  ("scales a list", TypeError, ["scales", "list"], X, Q, S.tolist(), {}),
+  ("batch axes", ValueError, ["batch", "(2,)", "(3,)"], np.ones((2, 4, 64), np.float32), np.ones((3, 8, 64), np.float32), None, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [jaxqq.qqmm, jaxqq.explain], ids=["qqmm", "explain"])
+@pytest.mark.parametrize("case", PRODUCT, ids=[case[0] for case in PRODUCT])
+def test_product(case, function):
+  _, error, words, x, w, scales, kwargs = case
+  with pytest.raises(error) as caught:
+    function(x, w, scales, **kwargs)
+  check_sentence(str(caught.value), function.__name__, words)
+
+
+def survives_jit(case) -> bool:
+  """jit itself makes float64 float32 and takes lists apart."""
+  _, _, _, x, w, scales, kwargs = case
+  arrays = [a for a in (x, w, scales, *kwargs.values()) if a is not None]
+  return w is not None and not any(
+    isinstance(a, list) or getattr(a, "dtype", None) == np.float64 for a in arrays
+  )
+
+
+TRACED = [case for case in PRODUCT if survives_jit(case)]
+
+
+@pytest.mark.parametrize("case", TRACED, ids=[case[0] for case in TRACED])
+def test_product_while_tracing(case):
+  """The same sentence under jit, before an equation is made."""
+  _, error, words, x, w, scales, kwargs = case
+  arrays = {k: v for k, v in kwargs.items() if hasattr(v, "dtype")}
+  rest = {k: v for k, v in kwargs.items() if k not in arrays}
+  f = jax.jit(lambda x, w, scales, arrays: jaxqq.qqmm(x, w, scales, **arrays, **rest))
+  with pytest.raises(error) as caught:
+    f(x, w, scales, arrays)
+  check_sentence(str(caught.value), "qqmm", words)
+
+
+QUANTIZE = [
+  ("unknown mode", ValueError, ["mode", "'fp4'", "'mxfp4'"], W, {"mode": "fp4"}),
+  ("group_size", ValueError, ["group_size=64", "16"], W, {"group_size": 64}),
+  ("bits", ValueError, ["bits=8", "4"], W, {"bits": 8}),
+  ("dtype", TypeError, ["w", "int32", "float32, float16 or bfloat16"], Q.astype(np.int32), {}),
+  ("float64", TypeError, ["w", "float64"], W.astype(np.float64), {}),
+  ("scalar", ValueError, ["w", "scalar"], ONE, {}),
+  ("K", ValueError, ["w", "16", "(8, 40)", "pad"], W[:, :40], {}),
+  ("global scale", ValueError, ["global_scale", "'mxfp8'"], W, {"mode": "mxfp8", "global_scale": ONE}),
+  ("global scale's dtype", TypeError, ["global_scale", "float16"], W, {"global_scale": np.float16(1)}),
+  ("list", TypeError, ["w", "list"], [[1.0] * 16], {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", QUANTIZE, ids=[case[0] for case in QUANTIZE])
+def test_quantize(case):
+  _, error, words, w, kwargs = case
+  with pytest.raises(error) as caught:
+    jaxqq.quantize(w, **kwargs)
+  check_sentence(str(caught.value), "quantize", words)
+
+
+DEQUANTIZE = [
+  ("unknown mode", ValueError, ["mode", "None"], Q, S, {"mode": None}),
+  ("w not packed", TypeError, ["w", "float32", "uint32"], W, S, {}),
+  ("w a scalar", ValueError, ["w", "()"], np.uint32(1), S, {}),
+  ("w no whole group", ValueError, ["w", "multiple of 2", "(8, 5)"], Q[:, :5], S, {}),
+  ("shape of scales", ValueError, ["scales", "(8, 4)", "(8, 2)"], Q, S[:, :2], {}),
+  ("dtype of scales", TypeError, ["scales", "float32"], Q, S.astype(np.float32), {}),
+  ("dtype", TypeError, ["dtype", "int8", "bfloat16"], Q, S, {"dtype": jnp.int8}),
+  ("dtype is none", TypeError, ["dtype", "'word'"], Q, S, {"dtype": "word"}),
+  ("global scale", ValueError, ["global_scale", "'mxfp8'"], Q8, S8, {"mode": "mxfp8", "global_scale": ONE}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEQUANTIZE, ids=[case[0] for case in DEQUANTIZE])
+def test_dequantize(case):
+  _, error, words, w, scales, kwargs = case
+  with pytest.raises(error) as caught:
+    jaxqq.dequantize(w, scales, **kwargs)
+  check_sentence(str(caught.value), "dequantize", words)
+
+
+def check_sentence(message: str, function: str, words: list[str]) -> None:
+  first_line = message.splitlines()[0]
+  assert first_line.startswith(f"{function}: ") and first_line.endswith(".")
+  assert not re.search(r"\{\w", first_line), "an f-string without its f"
+  for word in words:
+    assert word in first_line, f"{word!r} is not in {first_line!r}"
+
+
+def test_scalars_of_size_one_are_global_scales():
+  want = np.asarray(jaxqq.qqmm(X, W, global_scale_x=ONE, global_scale_w=ONE))
+  for one in (np.ones((), np.float32), np.ones((1,), np.float32), jnp.ones((1, 1))):
+    got = jaxqq.qqmm(X, W, global_scale_x=one, global_scale_w=one)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_what_wraps_an_array_is_taken():
+  class Parameter:
+    def __jax_array__(self):
+      return jnp.asarray(W)
+
+  np.testing.assert_array_equal(jaxqq.qqmm(X, Parameter()), jaxqq.qqmm(X, W))
+  np.testing.assert_array_equal(jaxqq.quantize(Parameter())[0], Q)

@@ -1,0 +1,282 @@
+"""Derivatives: both backward modes, forward mode, second derivatives, residuals."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from tests import oracle
+from tests.test_product import amax
+from tests.test_quantize import GOLDEN
+
+MODES = oracle.PRODUCT_MODES
+
+
+def data(*shapes, seed=20):
+  rng = np.random.default_rng(seed)
+  return [oracle.random(rng, shape, "float32") for shape in shapes]
+
+
+def vjp(f, *primals, g):
+  out, pullback = jax.vjp(f, *primals)
+  assert out.shape == g.shape
+  return [np.asarray(a) for a in pullback(jnp.asarray(g, out.dtype))]
+
+
+def quantized_product(a, b, mode, scale_a=None, scale_b=None):
+  """qqmm in float64, the last axis zero-padded to whole groups."""
+  missing = -a.shape[-1] % oracle.MODES[mode].group
+
+  def hat(c, scale):
+    padded = np.pad(c, [(0, 0)] * (c.ndim - 1) + [(0, missing)])
+    return oracle.round_trip(padded.astype(np.float32), mode, scale)
+
+  return oracle.product(hat(a, scale_a), hat(b, scale_b))[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_quantized_backward_reproduces_mlx(mode):
+  x, w, g = (GOLDEN[name] for name in "xwg")
+  y, pullback = jax.vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward="quantized"), x, w)
+  for name, value in zip(("y", "dx", "dw"), (y, *pullback(jnp.asarray(g))), strict=True):
+    assert oracle.relative_error(value, GOLDEN[f"{mode}.vjp.{name}"]) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_straight_through(mode):
+  x, w, g = data((33, 96), (40, 96), (33, 40))
+  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode), x, w, g=g)
+  x, w, g = (a.astype(np.float64) for a in (x, w, g))
+  assert oracle.relative_error(dx, g @ w) <= 1e-6
+  assert oracle.relative_error(dw, g.T @ x) <= 1e-6
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_w_passes_the_gradient_on_to_x(mode, backward):
+  x, w, g = data((33, 96), (40, 96), (33, 40))
+  packed, scales = oracle.quantize(w, mode)
+  (dx,) = vjp(lambda x: jaxqq.qqmm(x, packed, scales, mode=mode, backward=backward), x, g=g)
+  w_hat = oracle.round_trip(w, mode)
+  want = g.astype(np.float64) @ w_hat
+  if backward == "quantized":
+    want = quantized_product(g, w_hat.T, mode)
+  assert oracle.relative_error(dx, want) <= 1e-6
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+def test_global_scales(backward, packed):
+  x, w, g = data((33, 96), (40, 96), (33, 40))
+  sx, sw = amax(x), amax(w)
+
+  def f(x, w, sx, sw):
+    args = quantized if packed else (w,)
+    return jaxqq.qqmm(x, *args, global_scale_x=sx, global_scale_w=sw, backward=backward)
+
+  quantized = oracle.quantize(w, "nvfp4", sw)
+  dx, dw, dsx, dsw = vjp(f, x, w, sx, sw, g=g)
+  assert dsx == 0 and dsw == 0
+  w_used = oracle.round_trip(w, "nvfp4", sw) if packed else w
+  if backward == "quantized":
+    want_dx = quantized_product(g, np.asarray(w_used).T, "nvfp4", amax(g), sw)
+    want_dw = quantized_product(g.T, x.T, "nvfp4", amax(g), sx)
+  else:
+    want_dx, want_dw = g.astype(np.float64) @ w_used, g.T.astype(np.float64) @ x
+  assert oracle.relative_error(dx, want_dx) <= 1e-6
+  if packed:
+    assert not dw.any()
+  else:
+    assert oracle.relative_error(dw, want_dw) <= 1e-6
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 7), (16, 48), (33, 100), (0, 8), (8, 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_quantized_backward_pads_to_whole_groups(mode, m, n):
+  x, w, g = data((m, 64), (n, 64), (m, n))
+  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward="quantized"), x, w, g=g)
+  assert dx.shape == x.shape and dw.shape == w.shape
+  np.testing.assert_allclose(dx, quantized_product(g, w.T, mode), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(dw, quantized_product(g.T, x.T, mode), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize(
+  ("x_batch", "w_batch"),
+  [((2, 3), ()), ((2, 3), (3,)), ((), (4,)), ((3,), (2, 1)), ((2, 3), (2, 3))],
+)
+def test_batch_axes(x_batch, w_batch, backward):
+  """Gradients of a broadcast operand are sums over the axes it was broadcast along."""
+  mode, (m, n, k) = "mxfp8", (32, 64, 96)
+  out_batch = np.broadcast_shapes(x_batch, w_batch)
+  x, w, g = data((*x_batch, m, k), (*w_batch, n, k), (*out_batch, m, n))
+  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward=backward), x, w, g=g)
+  assert dx.shape == x.shape and dw.shape == w.shape
+  # m and n are whole groups, so summing over more rows is summing products.
+  g_t, x_t, w_t = (np.swapaxes(a, -1, -2) for a in (g, x, w))
+  if backward == "quantized":
+    full_dx, full_dw = quantized_product(g, w_t, mode), quantized_product(g_t, x_t, mode)
+  else:
+    full_dx, full_dw = g.astype(np.float64) @ w, g_t.astype(np.float64) @ x
+  for grad, full in ((dx, full_dx), (dw, full_dw)):
+    shape = (1,) * (full.ndim - grad.ndim) + grad.shape
+    axes = tuple(i for i in range(full.ndim) if shape[i] == 1 and full.shape[i] != 1)
+    assert oracle.relative_error(grad, full.sum(axes).reshape(grad.shape)) <= 1e-6
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("w_dtype", oracle.DTYPES)
+@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
+def test_gradients_have_the_dtype_of_their_operand(x_dtype, w_dtype, backward):
+  x, w, g = data((16, 64), (32, 64), (16, 32))
+  x, w = x.astype(oracle.DTYPES[x_dtype]), w.astype(oracle.DTYPES[w_dtype])
+  g = g.astype(x.dtype)
+  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode="mxfp8", backward=backward), x, w, g=g)
+  assert dx.dtype == x.dtype and dw.dtype == w.dtype
+  as_f64 = [np.asarray(a, np.float64) for a in (x, w, g)]
+  if backward == "quantized":
+    x64, w64, g64 = (a.astype(np.float32) for a in as_f64)
+    wants = quantized_product(g64, w64.T, "mxfp8"), quantized_product(g64.T, x64.T, "mxfp8")
+  else:
+    x64, w64, g64 = as_f64
+    wants = g64 @ w64, g64.T @ x64
+  for grad, want in zip((dx, dw), wants, strict=True):
+    # One rounding to the operand's dtype; a float32 gradient is no worse for bfloat16 x.
+    bound = {"float32": 1e-6, "bfloat16": 3e-3, "float16": 4e-4}[grad.dtype.name]
+    assert oracle.relative_error(grad, want) <= bound
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_mode_is_straight_through(mode, backward):
+  x, w, dx, dw = data((9, 64), (7, 64), (9, 64), (7, 64))
+
+  def f(x, w):
+    return jaxqq.qqmm(x, w, mode=mode, backward=backward)
+
+  want = dx.astype(np.float64) @ w.T + x.astype(np.float64) @ dw.T
+  y, tangent = jax.jvp(f, (x, w), (dx, dw))
+  np.testing.assert_array_equal(y, f(x, w))
+  assert oracle.relative_error(tangent, want) <= 1e-6
+  y, linear = jax.linearize(f, x, w)
+  np.testing.assert_array_equal(y, f(x, w))
+  assert oracle.relative_error(linear(dx, dw), want) <= 1e-6
+  (jacobian,) = jax.jacfwd(lambda w: f(x[:2], w), argnums=(0,))(w)
+  want = np.einsum("mk,no->mnok", x[:2].astype(np.float64), np.eye(7))
+  assert oracle.relative_error(jacobian, want) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_mode_through_packed_w(mode):
+  x, w, dx = data((9, 64), (7, 64), (9, 64))
+  for global_scale in (None, amax(w)) if mode == "nvfp4" else (None,):
+    packed, scales = oracle.quantize(w, mode, global_scale)
+    kwargs = (
+      {} if global_scale is None else {"global_scale_x": amax(x), "global_scale_w": global_scale}
+    )
+    _, tangent = jax.jvp(
+      lambda x, a=(packed, scales), k=kwargs: jaxqq.qqmm(x, *a, mode=mode, **k), (x,), (dx,)
+    )
+    want = dx.astype(np.float64) @ oracle.round_trip(w, mode, global_scale).T
+    assert oracle.relative_error(tangent, want) <= 1e-6
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives(mode, backward):
+  """Hessian-vector products of sum(y^2) / 2, forward over reverse and reverse over both."""
+  x, w, v = data((16, 64), (32, 64), (32, 64))
+
+  def loss(w):
+    return 0.5 * jnp.sum(jaxqq.qqmm(x, w, mode=mode, backward=backward) ** 2)
+
+  # The gradient is y(w)^T x (quantized: of the quantized y and x). Its straight-through
+  # derivative in the direction v is (x v^T)^T x.
+  x64, v64 = x.astype(np.float64), v.astype(np.float64)
+  want = (x64 @ v64.T).T @ x64
+  hvps = {
+    "forward over reverse": jax.jvp(jax.grad(loss), (w,), (v,))[1],
+    "reverse over reverse": jax.grad(lambda w: jnp.vdot(jax.grad(loss)(w), v))(w),
+    "reverse over forward": jax.grad(lambda w: jax.jvp(loss, (w,), (v,))[1])(w),
+  }
+  for name, hvp in hvps.items():
+    if backward == "straight_through" or name == "forward over reverse":
+      assert oracle.relative_error(hvp, want) <= 2e-6, name
+    else:
+      # The outer reverse pass quantizes its own operands once more.
+      assert oracle.relative_error(hvp, want) <= 0.3, name
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("mode", MODES)
+def test_mixed_second_derivatives(mode, backward):
+  """d/dx of dw, for a loss that is linear in y: the term that joins both operands."""
+  x, w, g, dx = data((16, 64), (32, 64), (16, 32), (16, 64))
+
+  def dw(x):
+    return jax.grad(lambda w: jnp.vdot(g, jaxqq.qqmm(x, w, mode=mode, backward=backward)))(w)
+
+  tangent = jax.jvp(dw, (x,), (dx,))[1]
+  assert oracle.relative_error(tangent, g.T.astype(np.float64) @ dx) <= 1e-6
+
+  def tangent_of(x, w):
+    return jax.jvp(lambda x: jaxqq.qqmm(x, w, mode=mode), (x,), (dx,))[1]
+
+  # y' = dx w^T: linear in w, independent of x.
+  grad_x, grad_w = vjp(tangent_of, x, w, g=g)
+  assert not grad_x.any()
+  assert oracle.relative_error(grad_w, g.T.astype(np.float64) @ dx) <= 1e-6
+  _, second = jax.jvp(lambda w: tangent_of(x, w), (w,), (w,))
+  assert oracle.relative_error(second, dx.astype(np.float64) @ w.T) <= 1e-6
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+def test_residuals_are_the_operands_as_they_came(backward, packed):
+  x, w, _ = data((16, 64), (32, 64), (1,))
+  x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+  args = (x, *oracle.quantize(w, "mxfp8")) if packed else (x, w)
+  f = lambda *args: jaxqq.qqmm(*args, mode="mxfp8", backward=backward)  # noqa: E731
+  if packed:
+    _, pullback = jax.vjp(lambda x: f(x, *args[1:]), x)
+  else:
+    _, pullback = jax.vjp(f, *args)
+  residuals = [(r.shape, r.dtype) for r in jax.tree.leaves(pullback) if r.size > 1]
+  allowed = [(a.shape, a.dtype) for a in args]
+  assert residuals and all(r in allowed for r in residuals), residuals
+  assert len(residuals) <= len(allowed)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_of_what_is_packed_is_refused(mode):
+  x, w = data((4, 64), (8, 64))
+  packed, scales = oracle.quantize(w, mode)
+  float8 = jnp.asarray(scales.view(oracle.MODES[mode].scale))
+
+  def loss(x, packed, scales):
+    return jaxqq.qqmm(x, packed, scales, mode=mode).sum()
+
+  rule = "to receive gradients, w must be provided unquantized"
+  with pytest.raises(ValueError, match=rule):
+    jax.grad(loss, argnums=2)(x, packed, float8)
+  with pytest.raises(ValueError, match=rule):
+    jax.grad(lambda x: jax.grad(loss, argnums=2)(x, packed, float8).astype(jnp.float32).sum())(x)
+  with pytest.raises(TypeError, match="uint32"):  # JAX itself differentiates no integers
+    jax.grad(loss, argnums=1)(x, packed, scales)
+  assert jax.grad(loss)(x, packed, float8).shape == x.shape
+
+
+def test_a_zero_cotangent_with_global_scales_is_no_nan():
+  x, w = data((4, 64), (8, 64))
+  scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
+  grads = vjp(
+    lambda x, w: jaxqq.qqmm(x, w, **scales, backward="quantized"),
+    x,
+    w,
+    g=np.zeros((4, 8), np.float32),
+  )
+  for grad in grads:
+    np.testing.assert_array_equal(grad, np.zeros_like(grad))

@@ -1,0 +1,205 @@
+"""Every product inside the bound of the specification, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from tests import oracle
+from tests.test_quantize import GOLDEN, SHORT
+
+HIGHEST = jax.lax.Precision.HIGHEST
+# (M, N, K): every M with every N, and every kind of K, K = None being one group.
+SHAPES = [(m, n, 96) for m, n in itertools.product((0, 1, 5, 33, 130), repeat=2)]
+SHAPES += [(m, n, k) for m, n in ((1, 130), (33, 5), (130, 33)) for k in (None, 512, 4096)]
+
+
+def amax(a):
+  return np.float32(np.max(np.abs(np.asarray(a, np.float32)), initial=0))
+
+
+def operands(x, w, mode, *, packed=False, global_scale=False):
+  """The arguments of qqmm and what they stand for in float64."""
+  scales = {"x": amax(x), "w": amax(w)} if global_scale else {"x": None, "w": None}
+  x_hat = oracle.round_trip(x, mode, scales["x"])
+  w_hat = oracle.round_trip(w, mode, scales["w"])
+  args = oracle.quantize(w, mode, scales["w"]) if packed else (w,)
+  kwargs = {f"global_scale_{k}": v for k, v in scales.items() if v is not None}
+  return (x, *args), {"mode": mode, **kwargs}, x_hat, w_hat
+
+
+def check(x, w, mode, *, precision=None, **how):
+  args, kwargs, x_hat, w_hat = operands(x, w, mode, **how)
+  out = jaxqq.qqmm(*args, **kwargs, precision=precision)
+  assert out.dtype == x.dtype
+  exact, mag = oracle.product(x_hat, w_hat)
+  # The reference keeps the bound of HIGHEST whatever is asked for.
+  oracle.assert_within_bound(np.asarray(out), exact, mag, highest=True)
+  return np.asarray(out), exact
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_shapes(mode, shape, packed):
+  m, n, k = shape
+  k = k or oracle.MODES[mode].group
+  rng = np.random.default_rng(m * 1000 + n)
+  check(
+    oracle.random(rng, (m, k), "float32"),
+    oracle.random(rng, (n, k), "float32"),
+    mode,
+    packed=packed,
+  )
+
+
+@pytest.mark.parametrize("data", [oracle.random, oracle.with_outliers])
+@pytest.mark.parametrize("how", ["on the fly", "packed", "global", "packed global"])
+@pytest.mark.parametrize("w_dtype", oracle.DTYPES)
+@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_dtypes(mode, x_dtype, w_dtype, how, data):
+  if "global" in how and mode != "nvfp4":
+    how = how.replace("global", "").strip() or "on the fly"
+  rng = np.random.default_rng(11)
+  # Small, so that float16 holds the sums of outliers.
+  x = (data(rng, (33, 512), "float32") / 64).astype(oracle.DTYPES[x_dtype])
+  w = (data(rng, (65, 512), "float32") / 64).astype(oracle.DTYPES[w_dtype])
+  out, exact = check(x, w, mode, packed="packed" in how, global_scale="global" in how)
+  if data is oracle.random:
+    norm_bound = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 4e-4}[x_dtype]
+    assert oracle.relative_error(out, exact) <= norm_bound
+
+
+@pytest.mark.parametrize("precision", [None, HIGHEST, jax.lax.Precision.DEFAULT])
+@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
+def test_precision(x_dtype, precision):
+  rng = np.random.default_rng(12)
+  x, w = oracle.random(rng, (17, 256), x_dtype), oracle.random(rng, (31, 256), "float32")
+  check(x, w, "mxfp8", precision=precision)
+
+
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_group_scales_far_apart(mode):
+  """mxfp8's group scales reach from 2^-100 to 2^100; nvfp4's own scales are e4m3."""
+  rng = np.random.default_rng(13)
+  reach = 98 if mode == "mxfp8" else 8
+  powers = np.linspace(-reach, reach, 64).round().repeat(oracle.MODES[mode].group)
+  x = (rng.standard_normal((9, powers.size)) * 2.0**powers).astype(np.float32)
+  w = (rng.standard_normal((7, powers.size)) * 2.0**-powers).astype(np.float32)
+  check(x, w, mode)
+  check(x, w, mode, packed=True)
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e-12, 1e12])
+def test_global_scales_of_every_size(magnitude):
+  """The factor of the two together underflows float32 where the product does not."""
+  rng = np.random.default_rng(14)
+  x = (rng.standard_normal((9, 512)) * magnitude).astype(np.float32)
+  w = (rng.standard_normal((7, 512)) * 1e-15).astype(np.float32)
+  out, exact = check(x, w, "nvfp4", global_scale=True)
+  assert oracle.relative_error(out, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize("case", ["nvfp4", "nvfp4g", "mxfp8"])
+def test_golden(case, dtype):
+  """MLX's CUDA backend computed the same products, of rows 8 to 12 of x.
+
+  In bfloat16 nvfp4, MLX is outside the bound that jaxqq keeps element by element.
+  """
+  mode = case.removesuffix("g")
+  x, w = (GOLDEN[name].astype(oracle.DTYPES[SHORT[dtype]]) for name in "xw")
+  scales = (amax(x), amax(w)) if case.endswith("g") else (None, None)
+  for rows in (1, 5):
+    if (name := f"{case}.{dtype}.y{rows}") not in GOLDEN:
+      continue
+    exact, mag = oracle.product(
+      oracle.round_trip(x[8 : 8 + rows], mode, scales[0]), oracle.round_trip(w, mode, scales[1])
+    )
+    bound = {"f32": 1e-5, "bf16": 3e-3, "f16": 1.5e-3}[dtype]
+    assert oracle.relative_error(GOLDEN[name], exact) <= bound
+    out = jaxqq.qqmm(
+      x[8 : 8 + rows], w, mode=mode, global_scale_x=scales[0], global_scale_w=scales[1]
+    )
+    oracle.assert_within_bound(np.asarray(out), exact, mag)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize(
+  ("x_batch", "w_batch"),
+  [
+    ((3,), ()),
+    ((2, 3), ()),
+    ((2, 3), (3,)),
+    ((3,), (2, 3)),
+    ((2, 1), (1, 3)),
+    ((), (4,)),
+    ((2, 1, 3), (2, 1, 3)),
+  ],
+)
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_batch_axes_broadcast(mode, x_batch, w_batch, packed):
+  rng = np.random.default_rng(15)
+  x, w = (
+    oracle.random(rng, (*x_batch, 5, 64), "float32"),
+    oracle.random(rng, (*w_batch, 7, 64), "float32"),
+  )
+  check(x, w, mode, packed=packed)
+
+
+@pytest.mark.parametrize("w_batch", [(), (4,)])
+def test_a_vector(w_batch):
+  rng = np.random.default_rng(16)
+  x, w = oracle.random(rng, (64,), "float32"), oracle.random(rng, (*w_batch, 7, 64), "float32")
+  out = jaxqq.qqmm(x, w)
+  assert out.shape == (*w_batch, 7)
+  exact, mag = oracle.product(oracle.round_trip(x[None], "nvfp4"), oracle.round_trip(w, "nvfp4"))
+  oracle.assert_within_bound(np.asarray(out)[..., None, :], exact, mag)
+
+
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_scales_as_float8(mode):
+  rng = np.random.default_rng(17)
+  x, w = oracle.random(rng, (5, 64), "bfloat16"), oracle.random(rng, (7, 64), "bfloat16")
+  packed, scales = jaxqq.quantize(w, mode=mode)
+  out = jaxqq.qqmm(x, packed, scales, mode=mode)
+  as_float8 = np.asarray(scales).view(oracle.MODES[mode].scale)
+  np.testing.assert_array_equal(jaxqq.qqmm(x, packed, as_float8, mode=mode), out)
+  np.testing.assert_array_equal(jaxqq.qqmm(x, w, mode=mode), out)
+
+
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_what_is_not_finite_stays_in_its_row(mode):
+  rng = np.random.default_rng(18)
+  x, w = oracle.random(rng, (5, 64), "float32"), oracle.random(rng, (7, 64), "float32")
+  x[1, 3], w[2, 5] = np.nan, np.inf
+  nan = np.zeros((5, 7), bool)
+  nan[1], nan[:, 2] = True, True
+  np.testing.assert_array_equal(np.isnan(jaxqq.qqmm(x, w, mode=mode)), nan)
+  np.testing.assert_array_equal(
+    np.isnan(jaxqq.qqmm(x, *jaxqq.quantize(w, mode=mode), mode=mode)), nan
+  )
+
+
+def test_zeros_give_zeros():
+  x, w = np.zeros((3, 64), np.float32), np.ones((5, 64), np.float32)
+  zero, one = np.float32(0), np.float32(1)
+  for kwargs in ({}, {"mode": "mxfp8"}, {"global_scale_x": zero, "global_scale_w": one}):
+    np.testing.assert_array_equal(jaxqq.qqmm(x, w, **kwargs), np.zeros((3, 5)))
+  assert jaxqq.qqmm(x[:, :0], w[:, :0]).tolist() == [[0.0] * 5] * 3
+
+
+def test_the_same_under_jit_and_eagerly():
+  rng = np.random.default_rng(19)
+  x, w = oracle.random(rng, (33, 512), "bfloat16"), oracle.random(rng, (65, 512), "bfloat16")
+  for mode in oracle.PRODUCT_MODES:
+    out = np.asarray(jax.jit(lambda x, w, mode=mode: jaxqq.qqmm(x, w, mode=mode))(x, w))
+    np.testing.assert_array_equal(
+      np.asarray(jaxqq.qqmm(jnp.asarray(x), jnp.asarray(w), mode=mode)), out
+    )

@@ -1,0 +1,328 @@
+"""qqmm under JAX's transformations, crossed with modes and with packed and unpacked w."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxqq
+from tests import oracle
+from tests.test_product import amax
+
+MODES = oracle.PRODUCT_MODES
+BACKWARDS = ("straight_through", "quantized")
+CLOSE = {"rtol": 2e-6, "atol": 2e-5}
+
+
+def data(*shapes, seed=30):
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(oracle.random(rng, shape, "float32")) for shape in shapes]
+
+
+def count(jaxpr, name):
+  """How many equations of that name a jaxpr holds, inner ones included."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    total += eqn.primitive.name == name
+    for value in eqn.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        total += count(inner, name) if hasattr(inner, "eqns") else 0
+  return total
+
+
+def equations(f, *args):
+  jaxpr = jax.make_jaxpr(f)(*args).jaxpr
+  return {name: count(jaxpr, name) for name in ("qqmm", "scan", "while")}
+
+
+def arguments(w, mode, packed):
+  return jaxqq.quantize(w, mode=mode) if packed else (w,)
+
+
+each = functools.partial(
+  pytest.mark.parametrize, ("mode", "packed"), [(m, p) for m in MODES for p in (False, True)]
+)
+
+
+@each()
+def test_one_equation(mode, packed):
+  x, w = data((5, 64), (7, 64))
+  args = arguments(w, mode, packed)
+  f = functools.partial(jaxqq.qqmm, mode=mode)
+  assert equations(f, x, *args) == {"qqmm": 1, "scan": 0, "while": 0}
+  gradient = jax.grad(lambda x, *a: jnp.sum(f(x, *a) ** 2))
+  assert equations(gradient, x, *args)["qqmm"] == 1
+  assert equations(jax.jit(gradient), x, *args)["qqmm"] == 1
+  batched = jax.vmap(f, in_axes=(0, *(None for _ in args)))
+  assert equations(batched, x[None], *args) == {"qqmm": 1, "scan": 0, "while": 0}
+
+
+def test_the_quantized_backward_is_two_more_equations():
+  x, w = data((5, 64), (7, 64))
+  loss = lambda x, w: jnp.sum(jaxqq.qqmm(x, w, backward="quantized") ** 2)  # noqa: E731
+  assert equations(jax.grad(loss, argnums=(0, 1)), x, w)["qqmm"] == 3
+
+
+@each()
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("batched", ["x", "w", "both"])
+def test_vmap(mode, packed, batched, axis):
+  x, w = data((3, 5, 64) if batched != "w" else (5, 64), (3, 7, 64) if batched != "x" else (7, 64))
+  args = arguments(w, mode, packed)
+  f = functools.partial(jaxqq.qqmm, mode=mode)
+  want = np.stack(
+    [
+      f(x[i] if batched != "w" else x, *(a[i] if batched != "x" else a for a in args))
+      for i in range(3)
+    ]
+  )
+  x_axis, w_axis = (axis if batched != "w" else None), (axis if batched != "x" else None)
+  move = lambda a, at: a if at is None else jnp.moveaxis(a, 0, at)  # noqa: E731
+  moved = (move(x, x_axis), *(move(a, w_axis) for a in args))
+  mapped = jax.vmap(f, in_axes=(x_axis, *(w_axis for _ in args)))
+  np.testing.assert_allclose(mapped(*moved), want, **CLOSE)
+  np.testing.assert_allclose(jax.jit(mapped)(*moved), want, **CLOSE)
+  out_last = jax.vmap(f, in_axes=(x_axis, *(w_axis for _ in args)), out_axes=-1)(*moved)
+  np.testing.assert_allclose(jnp.moveaxis(out_last, -1, 0), want, **CLOSE)
+  assert equations(mapped, *moved) == {"qqmm": 1, "scan": 0, "while": 0}
+
+
+@each()
+def test_nested_vmap(mode, packed):
+  """An outer axis of w, an inner one of x: every pair."""
+  x, w = data((2, 5, 64), (3, 7, 64))
+  args = arguments(w, mode, packed)
+  f = functools.partial(jaxqq.qqmm, mode=mode)
+  inner = jax.vmap(f, in_axes=(0, *(None for _ in args)))
+  mapped = jax.vmap(inner, in_axes=(None, *(0 for _ in args)))
+  want = [[f(x[j], *(a[i] for a in args)) for j in range(2)] for i in range(3)]
+  np.testing.assert_allclose(mapped(x, *args), np.array(want), **CLOSE)
+  assert equations(mapped, x, *args) == {"qqmm": 1, "scan": 0, "while": 0}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("batched", ["global_scale_x", "global_scale_w", "both", "scales", "all"])
+def test_vmap_over_scales(batched, packed):
+  x, w = data((3, 5, 64), (3, 7, 64))
+  sx, sw = jnp.float32([2.0, 4.0, 8.0]), jnp.float32([3.0, 6.0, 5.0])
+  if packed:
+    w, scales = jaxqq.quantize(w, global_scale=jnp.float32(5))
+  elif batched == "scales":
+    return
+  else:
+    scales = None
+  maps = {
+    "x": batched == "all",
+    "w": batched == "all",
+    "scales": packed and batched in ("scales", "all"),
+    "global_scale_x": batched in ("global_scale_x", "both", "all"),
+    "global_scale_w": batched in ("global_scale_w", "both", "all"),
+  }
+  operands = {"x": x, "w": w, "scales": scales, "global_scale_x": sx, "global_scale_w": sw}
+  operands = {k: v for k, v in operands.items() if v is not None}
+  args = {k: v if maps[k] else v[0] for k, v in operands.items()}
+  axes = {k: 0 if maps[k] else None for k in args}
+
+  def f(args):
+    return jaxqq.qqmm(**args)
+
+  mapped = jax.vmap(f, in_axes=(axes,))
+  rows = [f({k: v[i] if maps[k] else v for k, v in args.items()}) for i in range(3)]
+  np.testing.assert_allclose(mapped(args), np.stack(rows), **CLOSE)
+  assert equations(mapped, args) == {"qqmm": 1, "scan": 0, "while": 0}
+
+  # The derivative of the batched product is the sum of the derivatives.
+  def loss(x, index=None):
+    if index is None:
+      return jnp.sum(mapped({**args, "x": x}) ** 2)
+    return jnp.sum(f({k: v[index] if maps[k] else v for k, v in {**args, "x": x}.items()}) ** 2)
+
+  total = sum(jax.grad(loss)(args["x"], i) for i in range(3))
+  np.testing.assert_allclose(jax.grad(loss)(args["x"]), total, rtol=1e-5, atol=1e-3)
+  v = jnp.ones_like(args["x"])
+  tangent = sum(jax.jvp(lambda x, i=i: loss(x, i), (args["x"],), (v,))[1] for i in range(3))
+  np.testing.assert_allclose(jax.jvp(loss, (args["x"],), (v,))[1], tangent, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_per_example_gradients(mode, backward):
+  x, w, g = data((4, 5, 64), (7, 64), (4, 5, 7))
+
+  def loss(w, x, g):
+    return jnp.vdot(g, jaxqq.qqmm(x, w, mode=mode, backward=backward))
+
+  per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
+  want = [jax.grad(loss)(w, x[i], g[i]) for i in range(4)]
+  np.testing.assert_allclose(per_example(w, x, g), np.stack(want), **CLOSE)
+  n = 2 if backward == "quantized" else 1
+  assert equations(per_example, w, x, g) == {"qqmm": n, "scan": 0, "while": 0}
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_per_example_gradients_with_global_scales(backward):
+  """Each example has scales of its own, and in the quantized backward its own amax of g."""
+  x, w, g = data((4, 5, 64), (7, 64), (4, 5, 7))
+  x, g = (a * 4.0 ** jnp.arange(4.0).reshape(4, 1, 1) for a in (x, g))
+  sx, sw = jnp.max(jnp.abs(x), axis=(1, 2)), amax(w)
+
+  def loss(w, x, sx, g):
+    y = jaxqq.qqmm(x, w, global_scale_x=sx, global_scale_w=sw, backward=backward)
+    return jnp.vdot(g, y)
+
+  per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0))(w, x, sx, g)
+  want = np.stack([jax.grad(loss)(w, x[i], sx[i], g[i]) for i in range(4)])
+  np.testing.assert_allclose(per_example, want, rtol=1e-5, atol=1e-3)
+  # The other order: one gradient of the sum, along whose axis the scales differ.
+  total = jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0, 0, 0))(w, x, sx, g)))(w)
+  np.testing.assert_allclose(total, want.sum(0), rtol=1e-5, atol=1e-2)
+
+
+@each()
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_scan_and_remat(mode, packed, backward):
+  """Stacked layers in a scan, with and without rematerialization, against a Python loop."""
+  x, w = data((5, 64), (3, 64, 64))
+  w = w / 8
+  args = arguments(w, mode, packed)
+
+  def layer(x, args):
+    return jnp.tanh(jaxqq.qqmm(x, *args, mode=mode, backward=backward)), None
+
+  def looped(x, args):
+    for i in range(3):
+      x, _ = layer(x, tuple(a[i] for a in args))
+    return jnp.sum(x**2)
+
+  wrt = (0,) if packed else (0, 1)
+  want = jax.value_and_grad(looped, argnums=wrt)(x, args)
+  for body in (layer, jax.checkpoint(layer)):
+
+    def scanned(x, args, body=body):
+      return jnp.sum(jax.lax.scan(body, x, args)[0] ** 2)
+
+    got = jax.jit(jax.value_and_grad(scanned, argnums=wrt))(x, args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+@each()
+def test_eval_shape(mode, packed):
+  x = jax.ShapeDtypeStruct((2, 5, 64), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((7, 64), jnp.float32)
+  args = jax.eval_shape(functools.partial(jaxqq.quantize, mode=mode), w) if packed else (w,)
+  out = jax.eval_shape(functools.partial(jaxqq.qqmm, mode=mode), x, *args)
+  assert out.shape == (2, 5, 7) and out.dtype == jnp.bfloat16
+  back = jax.eval_shape(
+    jax.grad(lambda x, *a: jaxqq.qqmm(x, *a, mode=mode).sum().astype(jnp.float32)), x, *args
+  )
+  assert back.shape == x.shape and back.dtype == x.dtype
+
+
+def mesh(*names, kind=AxisType.Auto):
+  shape = {1: (8,), 2: (4, 2)}[len(names)]
+  return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+@each()
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_shard_map_over_rows_and_columns(mode, packed, jit):
+  """Each device multiplies its rows of x with its rows of w; the default checks are on."""
+  x, w = data((16, 64), (32, 64))
+  args = arguments(w, mode, packed)
+  f = jax.shard_map(
+    functools.partial(jaxqq.qqmm, mode=mode),
+    mesh=mesh("data", "tensor"),
+    in_specs=(P("data"), *(P("tensor") for _ in args)),
+    out_specs=P("data", "tensor"),
+  )
+  out = (jax.jit(f) if jit else f)(x, *args)
+  np.testing.assert_allclose(out, jaxqq.qqmm(x, *args, mode=mode), **CLOSE)
+
+
+@pytest.mark.parametrize("global_scale", [False, True])
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_shard_map_gradient(mode, backward, global_scale):
+  """x split over devices, w on all of them: dw is summed over devices by the check's rule."""
+  if global_scale and mode != "nvfp4":
+    mode = "nvfp4"
+  x, w, g = data((8 * 32, 64), (32, 64), (8 * 32, 32))
+  scales = (amax(x), amax(w)) if global_scale else (None, None)
+
+  def product(x, w, *scales):
+    return jaxqq.qqmm(x, w, None, None, None, mode, *scales, backward=backward)
+
+  sharded = jax.shard_map(
+    product,
+    mesh=mesh("data"),
+    in_specs=(P("data"), P(), *(P() if s is not None else None for s in scales)),
+    out_specs=P("data"),
+  )
+  out, pullback = jax.vjp(lambda x, w: sharded(x, w, *scales), x, w)
+  want, want_pullback = jax.vjp(lambda x, w: product(x, w, *scales), x, w)
+  np.testing.assert_allclose(out, want, **CLOSE)
+  if not (global_scale and backward == "quantized"):  # there a shard's amax is its own
+    for got, expected in zip(pullback(g), want_pullback(g), strict=True):
+      np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+  def step(x, w, g):  # the gradient inside of shard_map, with a collective around
+    loss = lambda w: jax.lax.psum(jnp.vdot(g, product(x, w, *scales)), "data")  # noqa: E731
+    return jax.grad(loss)(w)
+
+  inside = jax.shard_map(
+    step, mesh=mesh("data"), in_specs=(P("data"), P(), P("data")), out_specs=P()
+  )
+  np.testing.assert_allclose(jax.jit(inside)(x, w, g), pullback(g)[1], rtol=1e-5, atol=1e-4)
+
+
+@each()
+def test_split_by_jit(mode, packed):
+  """Under jit the partitioner may split the operands as it likes; the numbers stay."""
+  x, w = data((16, 64), (32, 64))
+  args = arguments(w, mode, packed)
+  m = mesh("data", "tensor")
+  place = lambda a, spec: jax.device_put(a, NamedSharding(m, spec))  # noqa: E731
+  f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+  out = f(place(x, P("data")), *(place(a, P("tensor")) for a in args))
+  np.testing.assert_allclose(out, jaxqq.qqmm(x, *args, mode=mode), **CLOSE)
+
+
+@each()
+def test_explicit_mesh(mode, packed):
+  """In a mesh of explicit axes the output is split as x's rows and w's rows are."""
+  x, w = data((16, 64), (32, 64))
+  args = arguments(w, mode, packed)
+  want = jaxqq.qqmm(x, *args, mode=mode)
+  with jax.set_mesh(mesh("data", "tensor", kind=AxisType.Explicit)):
+    placed = [jax.device_put(x, P("data")), *(jax.device_put(a, P("tensor")) for a in args)]
+    out = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))(*placed)
+    assert out.sharding.spec == P("data", "tensor")
+    np.testing.assert_allclose(out, want, **CLOSE)
+
+
+@each()
+def test_export(mode, packed):
+  """One artifact for several platforms."""
+  x, w = data((5, 64), (7, 64))
+  args = (x, *arguments(w, mode, packed))
+  f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+  exported = jax.export.export(f, platforms=("cpu", "cuda"))(*args)
+  np.testing.assert_array_equal(exported.call(*args), f(*args))
+
+
+def test_aot_and_symbolic_batch():
+  x, w = data((5, 64), (7, 64))
+  compiled = jax.jit(jaxqq.qqmm).lower(x, w).compile()
+  np.testing.assert_array_equal(compiled(x, w), jaxqq.qqmm(x, w))
+  (batch,) = jax.export.symbolic_shape("b")
+  shape = jax.ShapeDtypeStruct((batch, 64), jnp.float32)
+  exported = jax.export.export(jax.jit(jaxqq.qqmm))(shape, jax.ShapeDtypeStruct(w.shape, w.dtype))
+  np.testing.assert_array_equal(exported.call(x, w), jaxqq.qqmm(x, w))
+  np.testing.assert_array_equal(exported.call(x[:2], w), jaxqq.qqmm(x[:2], w))
