@@ -37,6 +37,13 @@ def as_array(function: str, name: str, a: Any) -> Any:
       f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; "
       f"wrap it, for example as jnp.asarray({name}, jnp.float32)."
     )
+  try:
+    np.dtype(a.dtype)
+  except TypeError:
+    raise TypeError(
+      f"{function}: {name} must be an array of numbers, got dtype {a.dtype} of shape "
+      f"{tuple(a.shape)}."
+    ) from None
   return a
 
 

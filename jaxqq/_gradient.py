@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -196,7 +197,7 @@ def _join_rows(a: jax.Array, kept: list[int], joined: list[int]) -> jax.Array:
   if not joined:
     return a
   a = a.transpose(*kept, *joined, a.ndim - 2, a.ndim - 1)
-  rows = int(np.prod(a.shape[len(kept) : -1]))
+  rows = math.prod(a.shape[len(kept) : -1])
   return a.reshape(*a.shape[: len(kept)], rows, a.shape[-1])
 
 

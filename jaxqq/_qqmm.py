@@ -75,12 +75,12 @@ def qqmm(
       packed w or packed w without scales; one global scale of two.
 
   Example:
-    >>> x, w = jnp.ones((8, 64)), jnp.ones((4, 64))
+    >>> x, w = jnp.full((8, 64), 3.0), jnp.full((4, 64), 3.0)
     >>> jaxqq.qqmm(x, w, mode="mxfp8").shape
     (8, 4)
     >>> packed, scales = jaxqq.quantize(w)
     >>> float(jaxqq.qqmm(x, packed, scales)[0, 0])
-    64.0
+    576.0
 
   Source: `mlx.core.qqmm`.
   """

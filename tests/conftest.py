@@ -8,16 +8,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_checks", True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  if jax.default_backend() == "gpu":
-    return
-  for item in items:
-    if "gpu" in item.keywords:
-      item.add_marker(pytest.mark.skip(reason="no GPU here"))

@@ -56,6 +56,7 @@ PRODUCT = [
   ("precision", TypeError, ["precision", "'highest'", "jax.lax.Precision"], X, W, None, {"precision": "highest"}),
   ("x a list", TypeError, ["x", "list"], X.tolist(), W, None, {}),
   ("w None", TypeError, ["w", "NoneType"], X, None, None, {}),
+  ("x of keys", TypeError, ["x", "key<fry>"], jax.random.split(jax.random.key(0), 64), W, None, {}),
   ("scales a list", TypeError, ["scales", "list"], X, Q, S.tolist(), {}),
   ("batch axes", ValueError, ["batch", "(2,)", "(3,)"], np.ones((2, 4, 64), np.float32), np.ones((3, 8, 64), np.float32), None, {}),
 ]  # fmt: skip

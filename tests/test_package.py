@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +95,65 @@ def test_a_file_imports_only_from_files_above_it():
     assert imports(path) <= above, f"{name} imports {imports(path) - above}"
 
 
-def load_example(name: str):
+def load_example(name: str) -> types.ModuleType:
   spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   sys.modules[name] = module
   spec.loader.exec_module(module)
   return module
+
+
+def test_train_lm(tmp_path, capsys):
+  """The language model, small: three models, a table, a line of text from each, a plot."""
+  example = load_example("train_lm")
+  plot = tmp_path / "loss.png"
+  sizes = ["--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "32", "--batch", "2"]
+  with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention promotes bfloat16
+    results = example.main([*sizes, "--steps", "4", "--sample-bytes", "12", "--plot", str(plot)])
+  assert list(results) == ["unquantized", "mxfp8", "nvfp4"]
+  for result in results.values():
+    assert np.isfinite(result["losses"]).all() and len(result["losses"]) == 4
+    assert 5 < result["first_loss"] < 6 and 4 < result["val_loss"] < 6
+    assert result["sample"].startswith("The")
+  first = [result["first_loss"] for result in results.values()]
+  assert first[0] == pytest.approx(first[1], rel=0.02) and first[0] != first[1]
+  ratio = {mode: r["bytes"] / r["bf16_bytes"] for mode, r in results.items()}
+  assert ratio["unquantized"] == 1  # each layer's amax, 4 bytes, is counted too
+  assert ratio["mxfp8"] == pytest.approx(8.25 / 16, rel=0.01)
+  assert ratio["nvfp4"] == pytest.approx(4.5 / 16, rel=0.01)
+  assert plot.stat().st_size > 1000
+  printed = capsys.readouterr().out
+  assert all(word in printed for word in ("validation loss", "ms/step", "nvfp4", str(plot)))
+
+
+@pytest.mark.parametrize("flags", [["--d-model", "40"], ["--heads", "3"], ["--steps", "0"]])
+def test_train_lm_refuses_sizes_that_cannot_be(flags, capsys):
+  with pytest.raises(SystemExit):
+    load_example("train_lm").main(flags)
+  assert f"{flags[0]} must" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["optax", "matplotlib"])
+def test_train_lm_names_the_extra_that_is_missing(missing, tmp_path):
+  """Run with an import hook that hides the package."""
+  code = f"""
+import sys
+class Hide:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition(".")[0] == {missing!r}: raise ImportError(name)
+sys.meta_path.insert(0, Hide())
+sys.argv = ["train_lm.py", "--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "32",
+            "--batch", "2", "--steps", "1", "--sample-bytes", "8", "--modes", "mxfp8"]
+import runpy
+runpy.run_path({str(ROOT / "examples" / "train_lm.py")!r}, run_name="__main__")
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert "jaxqq[examples]" in done.stdout + done.stderr
+  assert (done.returncode == 0) == (missing == "matplotlib"), done.stderr

@@ -107,48 +107,51 @@ def test_nested_vmap(mode, packed):
   assert equations(mapped, x, *args) == {"qqmm": 1, "scan": 0, "while": 0}
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("batched", ["global_scale_x", "global_scale_w", "both", "scales", "all"])
+@pytest.mark.parametrize(
+  ("batched", "packed"),
+  [
+    ("global_scale_x", False),
+    ("global_scale_w", False),
+    ("global_scale_x global_scale_w", False),
+    ("x w global_scale_x global_scale_w", False),
+    ("global_scale_x", True),
+    ("global_scale_w", True),
+    ("scales", True),
+    ("w scales global_scale_w", True),
+    ("x w scales global_scale_x global_scale_w", True),
+  ],
+)
 def test_vmap_over_scales(batched, packed):
   x, w = data((3, 5, 64), (3, 7, 64))
-  sx, sw = jnp.float32([2.0, 4.0, 8.0]), jnp.float32([3.0, 6.0, 5.0])
+  operands = {"x": x, "w": w}
   if packed:
-    w, scales = jaxqq.quantize(w, global_scale=jnp.float32(5))
-  elif batched == "scales":
-    return
-  else:
-    scales = None
-  maps = {
-    "x": batched == "all",
-    "w": batched == "all",
-    "scales": packed and batched in ("scales", "all"),
-    "global_scale_x": batched in ("global_scale_x", "both", "all"),
-    "global_scale_w": batched in ("global_scale_w", "both", "all"),
-  }
-  operands = {"x": x, "w": w, "scales": scales, "global_scale_x": sx, "global_scale_w": sw}
-  operands = {k: v for k, v in operands.items() if v is not None}
-  args = {k: v if maps[k] else v[0] for k, v in operands.items()}
-  axes = {k: 0 if maps[k] else None for k in args}
+    operands["w"], operands["scales"] = jaxqq.quantize(w, global_scale=jnp.float32(5))
+  operands["global_scale_x"] = jnp.float32([2.0, 4.0, 8.0])
+  operands["global_scale_w"] = jnp.float32([3.0, 6.0, 5.0])
+  args = {name: a if name in batched.split() else a[0] for name, a in operands.items()}
+  axes = {name: 0 if name in batched.split() else None for name in operands}
 
-  def f(args):
+  def product(args):
     return jaxqq.qqmm(**args)
 
-  mapped = jax.vmap(f, in_axes=(axes,))
-  rows = [f({k: v[i] if maps[k] else v for k, v in args.items()}) for i in range(3)]
-  np.testing.assert_allclose(mapped(args), np.stack(rows), **CLOSE)
+  def row(args, i):
+    return product({name: a if axes[name] is None else a[i] for name, a in args.items()})
+
+  mapped = jax.vmap(product, in_axes=(axes,))
+  np.testing.assert_allclose(mapped(args), np.stack([row(args, i) for i in range(3)]), **CLOSE)
   assert equations(mapped, args) == {"qqmm": 1, "scan": 0, "while": 0}
 
-  # The derivative of the batched product is the sum of the derivatives.
-  def loss(x, index=None):
-    if index is None:
-      return jnp.sum(mapped({**args, "x": x}) ** 2)
-    return jnp.sum(f({k: v[index] if maps[k] else v for k, v in {**args, "x": x}.items()}) ** 2)
+  # The derivative of the batched product is the sum of the derivatives of its rows.
+  def loss(x):
+    return jnp.sum(mapped({**args, "x": x}) ** 2)
 
-  total = sum(jax.grad(loss)(args["x"], i) for i in range(3))
-  np.testing.assert_allclose(jax.grad(loss)(args["x"]), total, rtol=1e-5, atol=1e-3)
-  v = jnp.ones_like(args["x"])
-  tangent = sum(jax.jvp(lambda x, i=i: loss(x, i), (args["x"],), (v,))[1] for i in range(3))
-  np.testing.assert_allclose(jax.jvp(loss, (args["x"],), (v,))[1], tangent, rtol=1e-5)
+  def loss_by_rows(x):
+    return sum(jnp.sum(row({**args, "x": x}, i) ** 2) for i in range(3))
+
+  x, v = args["x"], jnp.ones_like(args["x"])
+  np.testing.assert_allclose(jax.grad(loss)(x), jax.grad(loss_by_rows)(x), rtol=1e-5, atol=1e-3)
+  tangents = [jax.jvp(f, (x,), (v,))[1] for f in (loss, loss_by_rows)]
+  np.testing.assert_allclose(*tangents, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
@@ -246,13 +249,12 @@ def test_shard_map_over_rows_and_columns(mode, packed, jit):
   np.testing.assert_allclose(out, jaxqq.qqmm(x, *args, mode=mode), **CLOSE)
 
 
-@pytest.mark.parametrize("global_scale", [False, True])
+@pytest.mark.parametrize(
+  ("mode", "global_scale"), [*((mode, False) for mode in MODES), ("nvfp4", True)]
+)
 @pytest.mark.parametrize("backward", BACKWARDS)
-@pytest.mark.parametrize("mode", MODES)
 def test_shard_map_gradient(mode, backward, global_scale):
   """x split over devices, w on all of them: dw is summed over devices by the check's rule."""
-  if global_scale and mode != "nvfp4":
-    mode = "nvfp4"
   x, w, g = data((8 * 32, 64), (32, 64), (8 * 32, 32))
   scales = (amax(x), amax(w)) if global_scale else (None, None)
 
@@ -315,6 +317,19 @@ def test_export(mode, packed):
   f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
   exported = jax.export.export(f, platforms=("cpu", "cuda"))(*args)
   np.testing.assert_array_equal(exported.call(*args), f(*args))
+
+
+@each()
+def test_with_64_bit_types_enabled(mode, packed):
+  """Nothing turns into float64 or int64 on the way."""
+  x, w = data((5, 64), (7, 64))
+  want = jaxqq.qqmm(x, *arguments(w, mode, packed), mode=mode)
+  with jax.enable_x64(True):
+    args = arguments(w, mode, packed)
+    got, pullback = jax.vjp(lambda x: jaxqq.qqmm(x, *args, mode=mode, backward="quantized"), x)
+    (dx,) = pullback(got)
+  np.testing.assert_array_equal(got, want)
+  assert got.dtype == dx.dtype == jnp.float32
 
 
 def test_aot_and_symbolic_batch():
