@@ -1,0 +1,363 @@
+"""Trains one byte-level language model three times: unquantized, in mxfp8 and in nvfp4.
+
+  pip install 'jaxqq[examples]'    # from a checkout: pip install '.[examples]'
+  python examples/train_lm.py      # two to three minutes on two CPU cores
+
+Same seed, same batches, same optimizer; only `linear`, the product in the blocks' linear layers,
+differs. The text is the reference manual that every Python carries as `pydoc_data.topics`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jaxqq
+
+try:
+  import optax
+  from tqdm import tqdm
+except ImportError:
+  optax = tqdm = None
+
+Params = dict[str, Any]
+Result = dict[str, Any]
+
+UNQUANTIZED = "unquantized"
+MODES = (UNQUANTIZED, "mxfp8", "nvfp4")
+BACKWARDS = ("straight_through", "quantized")
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+LINEARS = ("qkv", "out", "gate_up", "down")
+PROMPT = b"The "
+NUM_EVALS = 5
+INSTALL = "pip install 'jaxqq[examples]' (from a checkout: pip install '.[examples]')."
+
+
+def flag(default: Any, text: str, **options: Any) -> Any:
+  """A field of `Config` that is also a command-line flag."""
+  return dataclasses.field(default=default, metadata={"help": text, **options})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  layers: int = flag(2, "transformer blocks")
+  d_model: int = flag(128, "width, a multiple of 32")
+  heads: int = flag(2, "attention heads")
+  seq: int = flag(128, "bytes that a window predicts")
+  batch: int = flag(8, "windows a step")
+  steps: int = flag(1000, "optimizer steps")
+  lr: float = flag(4e-3, "peak learning rate")
+  seed: int = flag(0, "of weights, batches and samples")
+  modes: tuple[str, ...] = flag(MODES, "which models to train", nargs="+", choices=MODES)
+  backward: str = flag(BACKWARDS[0], "qqmm's gradients", choices=BACKWARDS)
+  dtype: str = flag("bf16", "of activations and unquantized products", choices=tuple(DTYPES))
+  temperature: float = flag(0.7, "of the sampled text")
+  sample_bytes: int = flag(160, "length of the sampled text with its prompt")
+  plot: str = flag("train_lm.png", "file for the loss curves, '' for none")
+
+  @property
+  def d_ff(self) -> int:
+    """8/3 d_model, as usual for SwiGLU, up to the next multiple of 32."""
+    return -(-8 * self.d_model // (3 * 32)) * 32
+
+
+def linear(x: jax.Array, w: Any, mode: str, backward: str) -> jax.Array:
+  """x (..., k) times w (n, k) transposed; quantized, unless the mode says otherwise.
+
+  For serving, w is what `pack` made of it: arguments of `qqmm`.
+  """
+  if mode == UNQUANTIZED:
+    return x @ w.astype(x.dtype).T
+  if not isinstance(w, dict):
+    w = w.astype(x.dtype)
+    w = {"w": w, **global_scale("w", w, mode)}
+  return jaxqq.qqmm(x, mode=mode, backward=backward, **w, **global_scale("x", x, mode))
+
+
+def global_scale(name: str, a: jax.Array, mode: str) -> dict[str, jax.Array]:
+  """nvfp4's group scales reach down to 2**-9 only: gradients quantized without this one vanish."""
+  if mode != "nvfp4":
+    return {}
+  return {f"global_scale_{name}": jnp.max(jnp.abs(a)).astype(jnp.float32)}
+
+
+def pack(params: Params, mode: str, dtype: Any) -> Params:
+  """The model as it is served: every linear layer quantized."""
+
+  def pack_one(w: jax.Array) -> dict[str, jax.Array]:
+    w = w.astype(dtype)  # as in `linear`, so that the codes are those the training saw
+    scale = global_scale("w", w, mode)
+    words, scales = jaxqq.quantize(w, mode=mode, global_scale=scale.get("global_scale_w"))
+    return {"w": words, "scales": scales, **scale}
+
+  if mode == UNQUANTIZED:
+    return params
+  packed = {name: jax.vmap(pack_one)(params["blocks"][name]) for name in LINEARS}
+  return {**params, "blocks": {**params["blocks"], **packed}}
+
+
+def linear_bytes(params: Params) -> int:
+  return sum(a.nbytes for a in jax.tree.leaves([params["blocks"][name] for name in LINEARS]))
+
+
+def init_params(cfg: Config) -> Params:
+  """Float32 weights, (out, in); those of the blocks stacked along a leading axis of layers."""
+  d, f, n = cfg.d_model, cfg.d_ff, cfg.layers
+  keys = iter(jax.random.split(jax.random.key(cfg.seed), 6))
+
+  def normal(std: float, *shape: int) -> jax.Array:
+    return std * jax.random.normal(next(keys), shape, jnp.float32)
+
+  blocks = {
+    "attention_norm": jnp.ones((n, d), jnp.float32),
+    "qkv": normal(d**-0.5, n, 3 * d, d),
+    "out": normal((2 * n * d) ** -0.5, n, d, d),
+    "mlp_norm": jnp.ones((n, d), jnp.float32),
+    "gate_up": normal(d**-0.5, n, 2 * f, d),
+    "down": normal((2 * n * f) ** -0.5, n, d, f),
+  }
+  embed, head = normal(1.0, 256, d), normal(0.1 * d**-0.5, 256, d)
+  return {"embed": embed, "blocks": blocks, "norm": jnp.ones((d,), jnp.float32), "head": head}
+
+
+def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+  wide = x.astype(jnp.float32)
+  wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+  return (wide * gain.reshape(1, 1, -1)).astype(x.dtype)
+
+
+def rotate(x: jax.Array) -> jax.Array:
+  """Rotary positions (Su et al. 2021, arXiv:2104.09864) for x of (batch, seq, heads, size)."""
+  half = x.shape[-1] // 2
+  angles = np.outer(np.arange(x.shape[1]), 10_000.0 ** (-np.arange(half) / half))
+  angles = angles.astype(np.float32)[None, :, None, :]
+  cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+  a, b = x[..., :half], x[..., half:]
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Causal attention, each (batch, seq, heads, size)."""
+  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+  causal = jnp.tri(q.shape[1], dtype=bool)[None, None]
+  weights = jax.nn.softmax(jnp.where(causal, scores * q.shape[-1] ** -0.5, -jnp.inf))
+  return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
+def block(x: jax.Array, layer: Params, heads: int, product: Callable[..., Any]) -> jax.Array:
+  qkv = product(rms_norm(x, layer["attention_norm"]), layer["qkv"])
+  q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3 * heads, -1), 3, axis=2)
+  x = x + product(attend(rotate(q), rotate(k), v).reshape(x.shape), layer["out"])
+  gate, up = jnp.split(product(rms_norm(x, layer["mlp_norm"]), layer["gate_up"]), 2, axis=-1)
+  return x + product(jax.nn.silu(gate) * up, layer["down"])
+
+
+def logits_of(params: Params, tokens: jax.Array, cfg: Config, mode: str) -> jax.Array:
+  """Tokens (batch, seq) to float32 logits (batch, seq, 256)."""
+  dtype = DTYPES[cfg.dtype]
+  product = functools.partial(linear, mode=mode, backward=cfg.backward)
+  x = params["embed"].astype(dtype)[tokens]
+  x, _ = lax.scan(lambda x, layer: (block(x, layer, cfg.heads, product), None), x, params["blocks"])
+  return (rms_norm(x, params["norm"]) @ params["head"].astype(dtype).T).astype(jnp.float32)
+
+
+def loss_of(params: Params, windows: jax.Array, cfg: Config, mode: str) -> jax.Array:
+  """Mean nats per byte of windows, uint8 (batch, seq + 1)."""
+  windows = windows.astype(jnp.int32)
+  logits = logits_of(params, windows[:, :-1], cfg, mode)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+def read_text() -> tuple[np.ndarray, np.ndarray]:
+  """The bytes to train on, and the last tenth, held out."""
+  from pydoc_data.topics import topics
+
+  data = np.frombuffer("\n\n".join(topics[key] for key in sorted(topics)).encode(), np.uint8)
+  return data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
+
+
+def make_evaluate(cfg: Config, mode: str, windows: np.ndarray) -> Callable[[Params], float]:
+  """The loss, on windows that do not overlap, of the model as it is served."""
+  windows = windows[:: cfg.seq]
+  batch = min(cfg.batch, len(windows))
+  batches = windows[: len(windows) // batch * batch].reshape(-1, batch, cfg.seq + 1)
+
+  @jax.jit
+  def mean_loss(params: Params, batches: jax.Array) -> jax.Array:
+    served = pack(params, mode, DTYPES[cfg.dtype])
+    return lax.map(lambda windows: loss_of(served, windows, cfg, mode), batches).mean()
+
+  return lambda params: float(mean_loss(params, batches))
+
+
+def make_optimizer(cfg: Config) -> Any:
+  warmup = min(100, cfg.steps // 10 + 1)
+  decayed = max(cfg.steps, warmup + 1)
+  lr = optax.warmup_cosine_decay_schedule(0.0, cfg.lr, warmup, decayed, end_value=0.05 * cfg.lr)
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, b2=0.98, weight_decay=0.01))
+
+
+def make_step(cfg: Config, mode: str, optimizer: Any) -> Any:
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params: Params, state: Any, windows: jax.Array) -> tuple[Params, Any, jax.Array]:
+    loss, grads = jax.value_and_grad(loss_of)(params, windows, cfg, mode)
+    # optax raises floats to an integer count, which fails where a caller made promotion strict.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+  return step
+
+
+def train(
+  cfg: Config, mode: str, windows: np.ndarray, evaluate: Callable[[Params], float]
+) -> tuple[Params, Result]:
+  optimizer, params = make_optimizer(cfg), init_params(cfg)
+  state = optimizer.init(params)
+  order = np.random.default_rng(cfg.seed).integers(len(windows), size=(cfg.steps, cfg.batch))
+  losses, milliseconds, val_losses = [], [], {}
+  with tqdm(total=cfg.steps, desc=f"{mode:<{len(UNQUANTIZED)}}", disable=None) as bar:
+    bar.set_postfix_str("compiling")
+    step = make_step(cfg, mode, optimizer).lower(params, state, windows[order[0]]).compile()
+    for i in range(cfg.steps):
+      begin = time.perf_counter()
+      params, state, loss = step(params, state, windows[order[i]])
+      losses.append(float(loss))
+      milliseconds.append(1e3 * (time.perf_counter() - begin))
+      if (i + 1) % -(-cfg.steps // NUM_EVALS) == 0 or i + 1 == cfg.steps:
+        val_losses[i + 1] = evaluate(params)
+      bar.set_postfix_str(f"loss {losses[-1]:.3f}, {milliseconds[-1]:.0f} ms/step", refresh=False)
+      bar.update()
+  return params, {
+    "losses": losses,
+    "first_loss": losses[0],
+    "val_losses": val_losses,
+    "val_loss": val_losses[cfg.steps],
+    "ms_per_step": statistics.median(milliseconds),
+  }
+
+
+def sample(params: Params, cfg: Config, mode: str) -> str:
+  """A line of text. Each byte computes the whole window anew, which needs no cache of keys."""
+
+  @jax.jit
+  def generate(params: Params, window: jax.Array, key: jax.Array) -> jax.Array:
+    def add_byte(i: jax.Array, window: jax.Array) -> jax.Array:
+      logits = logits_of(params, window, cfg, mode)[0, i - 1]
+      byte = jax.random.categorical(jax.random.fold_in(key, i), logits / cfg.temperature)
+      return window.at[0, i].set(byte.astype(window.dtype))
+
+    return lax.fori_loop(len(PROMPT), cfg.sample_bytes, add_byte, window)
+
+  window = np.frombuffer(PROMPT.ljust(cfg.sample_bytes), np.uint8)[None, :].astype(np.int32)
+  generated = np.asarray(generate(params, window, jax.random.key(cfg.seed)))[0]
+  return " ".join(bytes(generated.astype(np.uint8)).decode("ascii", "replace").split())
+
+
+def run(cfg: Config, mode: str, train_windows: np.ndarray, val_windows: np.ndarray) -> Result:
+  """Trains, packs and samples one model."""
+  params, result = train(cfg, mode, train_windows, make_evaluate(cfg, mode, val_windows))
+  served = pack(params, mode, DTYPES[cfg.dtype])
+  bf16 = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+  result["bytes"] = linear_bytes(bf16 if mode == UNQUANTIZED else served)
+  result["bf16_bytes"] = linear_bytes(bf16)
+  return {**result, "sample": sample(served, cfg, mode)}
+
+
+def table(cfg: Config, results: dict[str, Result]) -> str:
+  rows = [("model", "val loss (nats/byte)", "vs unquantized", "ms/step", "linear weights")]
+  base = results.get(UNQUANTIZED, {}).get("val_loss")
+  for mode, result in results.items():
+    loss, size, bf16 = result["val_loss"], result["bytes"], result["bf16_bytes"]
+    change = "-" if base is None or mode == UNQUANTIZED else f"{100 * (loss / base - 1):+.2f}%"
+    name = f"{mode} ({cfg.dtype})" if mode == UNQUANTIZED else mode
+    weights = f"{size:,} bytes, {100 * size / bf16:.1f}% of bf16's {bf16:,}"
+    rows.append((name, f"{loss:.4f}", change, f"{result['ms_per_step']:.1f}", weights))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = (" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+  return "\n".join(lines)
+
+
+def plot(results: dict[str, Result], path: str) -> str:
+  """Draws the losses; says what became of it."""
+  try:
+    from matplotlib.figure import Figure
+  except ImportError:
+    return f"No plot: that needs matplotlib, of the extra `examples`: {INSTALL}"
+  figure = Figure(figsize=(8, 5), layout="constrained")
+  axes = figure.subplots()
+  for mode, result in results.items():
+    losses = result["losses"]
+    span = len(losses) // 50 + 1
+    smooth = np.convolve(losses, np.full(span, 1 / span), "valid")
+    (line,) = axes.plot(range(span, len(losses) + 1), smooth, label=mode, linewidth=1)
+    axes.plot(*zip(*result["val_losses"].items(), strict=True), "o", color=line.get_color())
+  axes.set(xlabel="step", ylabel="nats per byte", title="lines: training; points: validation")
+  axes.legend()
+  figure.savefig(path, dpi=150)
+  return f"Loss curves: {path}"
+
+
+def parse_config(argv: Sequence[str] | None, num_val_bytes: int) -> Config:
+  parser = argparse.ArgumentParser(
+    description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+  )
+  for field in dataclasses.fields(Config):
+    kind = str if isinstance(field.default, tuple) else type(field.default)
+    name = "--" + field.name.replace("_", "-")
+    parser.add_argument(name, type=kind, default=field.default, **field.metadata)
+  cfg = Config(**vars(parser.parse_args(argv)))
+  if mistake := mistake_in(cfg, num_val_bytes):
+    parser.error(mistake)
+  return dataclasses.replace(cfg, modes=tuple(dict.fromkeys(cfg.modes)))
+
+
+def mistake_in(cfg: Config, num_val_bytes: int) -> str | None:
+  for name in ("layers", "d_model", "heads", "seq", "batch", "steps", "lr", "temperature"):
+    if not 0 < getattr(cfg, name) < float("inf"):
+      return f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}."
+  if cfg.d_model % 32:
+    return f"--d-model must be a multiple of 32, the group size of mxfp8, got {cfg.d_model}."
+  if cfg.d_model % (2 * cfg.heads):
+    return f"--heads must split --d-model {cfg.d_model} into even parts, got {cfg.heads}."
+  if cfg.seq >= num_val_bytes:
+    return f"--seq must be less than {num_val_bytes}, the bytes held out, got {cfg.seq}."
+  if cfg.sample_bytes <= len(PROMPT):
+    return f"--sample-bytes must exceed the prompt's {len(PROMPT)}, got {cfg.sample_bytes}."
+  if cfg.plot and not pathlib.Path(cfg.plot).absolute().parent.is_dir():
+    return f"--plot must be in a directory that exists, got {cfg.plot!r}."
+  return None
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+  """Trains the models, prints how they compare, and returns the numbers by mode."""
+  if optax is None:
+    sys.exit(f"train_lm needs optax and tqdm: {INSTALL}")
+  texts = read_text()
+  cfg = parse_config(argv, len(texts[1]))
+  settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items())
+  print(f"jax {jax.__version__} on {jax.devices()}: {settings} d_ff={cfg.d_ff}", flush=True)
+  windows = [np.lib.stride_tricks.sliding_window_view(text, cfg.seq + 1) for text in texts]
+  results = {mode: run(cfg, mode, *windows) for mode in cfg.modes}
+  print(table(cfg, results))
+  for mode, result in results.items():
+    print(f"{mode}: {result['sample']}")
+  if cfg.plot:
+    print(plot(results, cfg.plot))
+  return results
+
+
+if __name__ == "__main__":
+  main()
