@@ -15,9 +15,10 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
-from jaxqq import _kernels
+from jaxqq import _compat, _kernels
+from jaxqq._formats import FORMATS
 from jaxqq._reference import Operands, matrix_ndim, named
-from jaxqq._sharding import out_aval
+from jaxqq._sharding import out_aval, partitioned
 
 qqmm_p = Primitive("qqmm")
 
@@ -53,18 +54,30 @@ def abstract_eval(*avals: Any, operands: tuple[str, ...], out_dtype: np.dtype, *
 
 def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) -> Any:
   platform = (ctx.platforms or ctx.module_context.platforms)[0]
-  problem = _kernels.Problem(
-    mode=params["mode"],
-    operands=named(operands, ctx.avals_in),
-    out_dtype=params["out_dtype"],
-    precision=params["precision"],
-  )
-  implementation, _ = _kernels.choose(problem, platform)
 
-  def qqmm(*values: jax.Array) -> jax.Array:
-    return implementation.run(named(operands, values), problem)
+  def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
+    problem = _kernels.Problem(params["mode"], values, out_dtype, params["precision"])
+    implementation, _ = _kernels.choose(problem, platform)
+    return implementation.run(values, problem)
+
+  out_dtype = params["out_dtype"]
+  if _is_partitioned_by_xla(ctx):
+    qqmm = partitioned(product, operands, FORMATS[params["mode"]], out_dtype)
+  else:
+
+    def qqmm(*values: jax.Array) -> jax.Array:
+      return product(named(operands, values), out_dtype)
 
   return mlir.lower_fun(qqmm, multiple_results=False)(ctx, *args)
+
+
+def _is_partitioned_by_xla(ctx: Any) -> bool:
+  """Several devices, known, axes of a mesh that are XLA's to split, and something to split."""
+  devices = getattr(ctx.module_context.axis_context, "device_assignment", None)
+  mesh = ctx.avals_out[0].sharding.mesh
+  automatic = mesh.empty or mesh.are_all_axes_auto
+  sizes = [size for aval in ctx.avals_in for size in aval.shape]
+  return devices is not None and len(devices) > 1 and automatic and 0 not in sizes
 
 
 # Batching
@@ -92,6 +105,7 @@ def batch(
 
 qqmm_p.def_impl(functools.partial(xla.apply_primitive, qqmm_p))
 qqmm_p.def_abstract_eval(abstract_eval)
+_compat.needs_devices_to_lower(qqmm_p)
 batching.primitive_batchers[qqmm_p] = functools.partial(batch, qqmm_p)
 # Emitted as a function of its own, so that layers of one shape share it.
 for _platform in (None, *_kernels.PLATFORMS):

@@ -265,9 +265,10 @@ def unpack(packed: jax.Array, fmt: Format) -> jax.Array:
   return codes.astype(jnp.int32).reshape(*packed.shape[:-1], k)
 
 
-def _shifts(fmt: Format, ndim: int) -> np.ndarray:
-  shifts = np.arange(0, 32, fmt.bits, dtype=np.uint32)
-  return shifts.reshape((1,) * (ndim - 1) + (-1,))
+def _shifts(fmt: Format, ndim: int) -> jax.Array:
+  """0, bits, 2 * bits, ... along the last of ndim axes."""
+  shape = (1,) * (ndim - 1) + (fmt.codes_per_word,)
+  return lax.broadcasted_iota(jnp.uint32, shape, ndim - 1) * np.uint32(fmt.bits)
 
 
 def scale_bytes(scales: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ def imports(path: pathlib.Path) -> set[str]:
 
 def test_a_file_imports_only_from_files_above_it():
   order = [
-    "_formats", "_checks", "_rounding", "_quantize", "_reference", "_kernels", "_sharding",
+    "_compat", "_formats", "_checks", "_rounding", "_quantize", "_reference", "_kernels", "_sharding",
     "_primitive", "_gradient", "_qqmm", "__init__",
   ]  # fmt: skip
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
