@@ -57,7 +57,7 @@ class Config:
   heads: int = flag(2, "attention heads")
   seq: int = flag(128, "bytes that a window predicts")
   batch: int = flag(8, "windows a step")
-  steps: int = flag(1000, "optimizer steps")
+  steps: int = flag(700, "optimizer steps")
   lr: float = flag(4e-3, "peak learning rate")
   seed: int = flag(0, "of weights, batches and samples")
   modes: tuple[str, ...] = flag(MODES, "which models to train", nargs="+", choices=MODES)
