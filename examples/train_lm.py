@@ -54,9 +54,11 @@ def flag(default: Any, text: str, **options: Any) -> Any:
 class Config:
   layers: int = flag(2, "transformer blocks")
   d_model: int = flag(128, "width, a multiple of 32")
-  heads: int = flag(2, "attention heads")
+  heads: int = flag(4, "attention heads")
   seq: int = flag(128, "bytes that a window predicts")
-  batch: int = flag(8, "windows a step")
+  # Six windows keep a step's temporaries below 32 MB, above which glibc would map them anew, and
+  # the kernel clear them, in every step.
+  batch: int = flag(6, "windows a step")
   steps: int = flag(700, "optimizer steps")
   lr: float = flag(4e-3, "peak learning rate")
   seed: int = flag(0, "of weights, batches and samples")
@@ -64,7 +66,7 @@ class Config:
   backward: str = flag(BACKWARDS[0], "qqmm's gradients", choices=BACKWARDS)
   dtype: str = flag("bf16", "of activations and unquantized products", choices=tuple(DTYPES))
   temperature: float = flag(0.7, "of the sampled text")
-  sample_bytes: int = flag(160, "length of the sampled text with its prompt")
+  sample_bytes: int = flag(128, "length of the sampled text with its prompt")
   plot: str = flag("train_lm.png", "file for the loss curves, '' for none")
 
   @property

@@ -8,7 +8,15 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_checks", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled():
+  """Hundreds of small programs, for eight devices, add up to gigabytes."""
+  yield
+  jax.clear_caches()
