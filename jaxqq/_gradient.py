@@ -76,7 +76,7 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def _total(terms: list[jax.Array], out: jax.Array) -> Any:
-  return functools.reduce(jnp.add, terms) if terms else ad.Zero.from_primal_value(out)  # type: ignore[attr-defined]
+  return functools.reduce(jnp.add, terms) if terms else ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
 def _tangent(operands: Operands, *, wrt: str, **params: Any) -> jax.Array:
