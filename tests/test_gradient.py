@@ -269,6 +269,24 @@ def test_the_gradient_of_what_is_packed_is_refused(mode):
   assert jax.grad(loss)(x, packed, float8).shape == x.shape
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+def test_what_is_not_differentiated_has_gradient_zero(packed):
+  """With respect to global scales alone, or integers alone, there is no tangent at all."""
+  x, w = data((4, 64), (8, 64))
+  args = oracle.quantize(w, "nvfp4", amax(w)) if packed else (w,)
+
+  def loss(scale_x, scale_w):
+    return jaxqq.qqmm(x, *args, global_scale_x=scale_x, global_scale_w=scale_w).sum()
+
+  scales = amax(x), amax(w)
+  assert jax.grad(loss, argnums=(0, 1))(*scales) == (0, 0)
+  _, tangent = jax.jvp(loss, scales, scales)
+  assert tangent == 0
+  if packed:
+    out, pullback = jax.vjp(lambda packed: jaxqq.qqmm(x, packed, args[1]), args[0])
+    assert pullback(jnp.ones_like(out))[0].dtype == jax.dtypes.float0
+
+
 def test_a_zero_cotangent_with_global_scales_is_no_nan():
   x, w = data((4, 64), (8, 64))
   scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
