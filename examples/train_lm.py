@@ -279,7 +279,7 @@ def run(cfg: Config, mode: str, train_windows: np.ndarray, val_windows: np.ndarr
 
 
 def table(cfg: Config, results: dict[str, Result]) -> str:
-  rows = [("model", "val loss (nats/byte)", "vs unquantized", "ms/step", "linear weights")]
+  rows = [("model", "validation loss (nats/byte)", "vs unquantized", "ms/step", "linear weights")]
   base = results.get(UNQUANTIZED, {}).get("val_loss")
   for mode, result in results.items():
     loss, size, bf16 = result["val_loss"], result["bytes"], result["bf16_bytes"]
