@@ -265,7 +265,7 @@ def sample(params: Params, cfg: Config, mode: str) -> str:
 
   window = np.frombuffer(PROMPT.ljust(cfg.sample_bytes), np.uint8)[None, :].astype(np.int32)
   generated = np.asarray(generate(params, window, jax.random.key(cfg.seed)))[0]
-  return " ".join(bytes(generated.astype(np.uint8)).decode("ascii", "replace").split())
+  return " ".join("".join(chr(b) if 32 <= b < 127 else " " for b in generated).split())
 
 
 def run(cfg: Config, mode: str, train_windows: np.ndarray, val_windows: np.ndarray) -> Result:
@@ -330,6 +330,8 @@ def mistake_in(cfg: Config, num_val_bytes: int) -> str | None:
   for name in ("layers", "d_model", "heads", "seq", "batch", "steps", "lr", "temperature"):
     if not 0 < getattr(cfg, name) < float("inf"):
       return f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}."
+  if cfg.seed < 0:
+    return f"--seed must not be negative, got {cfg.seed}."
   if cfg.d_model % 32:
     return f"--d-model must be a multiple of 32, the group size of mxfp8, got {cfg.d_model}."
   if cfg.d_model % (2 * cfg.heads):
