@@ -37,6 +37,13 @@ def as_array(function: str, name: str, a: Any) -> Any:
       f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; "
       f"wrap it, for example as jnp.asarray({name}, jnp.float32)."
     )
+  if isinstance(a, jax.ShapeDtypeStruct) and function != "explain":
+    raise TypeError(
+      f"{function}: {name} must be a numpy or JAX array, got a ShapeDtypeStruct ({describe(a)}); "
+      "only explain takes one, or jax.eval_shape."
+    )
+  if isinstance(a, np.ndarray) and not a.dtype.isnative:
+    a = a.astype(a.dtype.newbyteorder("="))
   try:
     np.dtype(a.dtype)
   except TypeError:

@@ -72,7 +72,12 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) ->
 
 
 def _is_partitioned_by_xla(ctx: Any) -> bool:
-  """Several devices, known, axes of a mesh that are XLA's to split, and something to split."""
+  """Several devices, known, axes of a mesh that are XLA's to split, and something to split.
+
+  Not in an export, whose artifact cannot hold the rule: there XLA splits the reference itself.
+  """
+  if ctx.module_context.lowering_parameters.for_export:
+    return False
   devices = getattr(ctx.module_context.axis_context, "device_assignment", None)
   mesh = ctx.avals_out[0].sharding.mesh
   automatic = mesh.empty or mesh.are_all_axes_auto

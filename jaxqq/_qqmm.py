@@ -161,7 +161,7 @@ def explain(
     f"qqmm {mode}, {x_words}, {w_words}, on {platform}: computed by {implementation.summary}.",
     *(f"Not {refusal}." for refusal in refusals),
   ]
-  if not refusals:
+  if implementation.platforms is None and not refusals:
     sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
   return " ".join(sentences)
 

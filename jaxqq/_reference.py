@@ -114,7 +114,15 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   if min(a.ndim, b.ndim) > 2:  # else jnp.matmul keeps the matrix a matrix, and out of the batch
     ndim = max(a.ndim, b.ndim)
     a, b = with_ndim(a, ndim), with_ndim(b, ndim)
-  return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+  # XLA's CPU backend makes a loop of one running sum out of a product with a single row, slower
+  # and with a larger error than the matrix product that two rows get. So does a single column.
+  rows, columns = a.shape[-2], b.shape[-1]
+  if rows == 1 and columns != 1:
+    a = jnp.concatenate([a, jnp.zeros_like(a)], axis=-2)
+  elif columns == 1 and rows != 1:
+    b = jnp.concatenate([b, jnp.zeros_like(b)], axis=-1)
+  out = jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+  return out[..., :rows, :columns]
 
 
 def times_global_scale(

@@ -108,7 +108,9 @@ def _spec(dims: Sequence[Axes]) -> PartitionSpec:
 
 
 def _dims(sharding: Any, ndim: int) -> list[Axes]:
-  """The mesh axes of each array axis."""
+  """The mesh axes of each array axis; without a sharding, as constants come, none."""
+  if sharding is None:
+    return [()] * ndim
   spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
   return [
     () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec
@@ -173,7 +175,6 @@ def partitioned(
     return NamedSharding(mesh, _spec(spec))
 
   def partition(mesh: Mesh, args: Any, result: Any) -> Any:
-    mesh = args[0].sharding.mesh
     operands = named(names, args)
     split = split_of(
       operands,

@@ -54,6 +54,7 @@ PRODUCT = [
   ("1-d w", ValueError, ["w", "(64,)", "(N, K)"], X, W[0], None, {}),
   ("unknown backward", ValueError, ["backward", "'ste'", "'straight_through', 'quantized'"], X, W, None, {"backward": "ste"}),
   ("precision", TypeError, ["precision", "'highest'", "jax.lax.Precision"], X, W, None, {"precision": "highest"}),
+  ("x a ShapeDtypeStruct", TypeError, ["x", "ShapeDtypeStruct", "explain"], jax.ShapeDtypeStruct((4, 64), np.float32), W, None, {}),
   ("x a list", TypeError, ["x", "list"], X.tolist(), W, None, {}),
   ("w None", TypeError, ["w", "NoneType"], X, None, None, {}),
   ("x of keys", TypeError, ["x", "key<fry>"], jax.random.split(jax.random.key(0), 64), W, None, {}),
@@ -66,6 +67,9 @@ PRODUCT = [
 @pytest.mark.parametrize("case", PRODUCT, ids=[case[0] for case in PRODUCT])
 def test_product(case, function):
   _, error, words, x, w, scales, kwargs = case
+  if isinstance(x, jax.ShapeDtypeStruct) and function is jaxqq.explain:
+    assert jaxqq.explain(x, w)  # what explain is for
+    return
   with pytest.raises(error) as caught:
     function(x, w, scales, **kwargs)
   check_sentence(str(caught.value), function.__name__, words)
@@ -76,7 +80,8 @@ def survives_jit(case) -> bool:
   _, _, _, x, w, scales, kwargs = case
   arrays = [a for a in (x, w, scales, *kwargs.values()) if a is not None]
   return w is not None and not any(
-    isinstance(a, list) or getattr(a, "dtype", None) == np.float64 for a in arrays
+    isinstance(a, (list, jax.ShapeDtypeStruct)) or getattr(a, "dtype", None) == np.float64
+    for a in arrays
   )
 
 
@@ -151,6 +156,11 @@ def test_scalars_of_size_one_are_global_scales():
   for one in (np.ones((), np.float32), np.ones((1,), np.float32), jnp.ones((1, 1))):
     got = jaxqq.qqmm(X, W, global_scale_x=one, global_scale_w=one)
     np.testing.assert_array_equal(got, want)
+
+
+def test_any_byte_order_is_taken():
+  swapped = jaxqq.qqmm(X.astype(">f4"), Q.astype(">u4"), S)
+  np.testing.assert_array_equal(swapped, jaxqq.qqmm(X, Q, S))
 
 
 def test_what_wraps_an_array_is_taken():

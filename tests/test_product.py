@@ -188,6 +188,18 @@ def test_what_is_not_finite_stays_in_its_row(mode):
   )
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize(("m", "n"), [(1, 130), (2, 130), (130, 1), (1, 1)])
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_single_rows_of_one_sign_and_many_magnitudes(mode, m, n, packed):
+  """Sums without cancellation show what the order of summation costs."""
+  rng = np.random.default_rng(21)
+  k, group = 14336, oracle.MODES[mode].group
+  powers = (2.0 ** rng.integers(-8, 8, k // group)).repeat(group)
+  x, w = (np.abs(rng.standard_normal((rows, k)) * powers).astype(np.float32) for rows in (m, n))
+  check(x, w, mode, packed=packed)
+
+
 def test_zeros_give_zeros():
   x, w = np.zeros((3, 64), np.float32), np.ones((5, 64), np.float32)
   zero, one = np.float32(0), np.float32(1)

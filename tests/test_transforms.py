@@ -332,6 +332,16 @@ def test_with_64_bit_types_enabled(mode, packed):
   assert got.dtype == dx.dtype == jnp.float32
 
 
+def test_export_of_a_split_program():
+  x, w = data((16, 64), (32, 64))
+  m = mesh("data", "tensor")
+  placed = [
+    jax.device_put(a, NamedSharding(m, P(axis))) for a, axis in ((x, "data"), (w, "tensor"))
+  ]
+  exported = jax.export.export(jax.jit(jaxqq.qqmm))(*placed)
+  np.testing.assert_allclose(exported.call(*placed), jaxqq.qqmm(x, w), **CLOSE)
+
+
 def test_aot_and_symbolic_batch():
   x, w = data((5, 64), (7, 64))
   compiled = jax.jit(jaxqq.qqmm).lower(x, w).compile()
