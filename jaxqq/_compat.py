@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 from jax._src import dispatch
 from jax.extend.core import Primitive
 
@@ -13,3 +14,29 @@ def needs_devices_to_lower(primitive: Primitive) -> None:
   primitives in this set.
   """
   dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def cuda_compute_capability() -> str:
+  """That of the device programs are made for: an abstract one, the GPU at hand, or Hopper's.
+
+  A machine without a GPU may lower for one; then 9.0 is assumed.
+  """
+  abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  kind = getattr(abstract, "device_kind", None)
+  if kind is not None and "cpu" not in kind.lower():
+    return "9.0" if any(name in kind for name in ("H100", "H200", "H800", "H20")) else f"a {kind}"
+  try:
+    device = jax.devices("cuda")[0]
+  except RuntimeError:
+    return "9.0"
+  return str(getattr(device, "compute_capability", "9.0"))
+
+
+def only_device_is_hopper() -> bool:
+  """Whether JAX can run Hopper kernels here, and has one device to run everything on."""
+  return (
+    jax.__version_info__ >= (0, 11)
+    and jax.default_backend() == "gpu"
+    and jax.device_count() == 1
+    and cuda_compute_capability() == "9.0"
+  )

@@ -7,6 +7,7 @@ and in reverse `unpack`, `dequantize_groups`. Groups run along the last axis thr
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxqq import _rounding
+from jaxqq import _compat, _rounding
 from jaxqq._checks import (
   FLOATS,
   as_array,
@@ -279,8 +280,19 @@ def scale_bytes(scales: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="mode")
 def _quantize(w: jax.Array, global_scale: jax.Array | None, *, mode: str) -> Any:
   fmt = FORMATS[mode]
-  codes, scales = quantize_groups(w, fmt, global_scale)
-  return pack(codes, fmt), scales.astype(jnp.uint8)
+
+  def by_xla(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    codes, scales = quantize_groups(w, fmt, global_scale)
+    return pack(codes, fmt), scales.astype(jnp.uint8)
+
+  def by_kernel(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    from jaxqq._kernels import quantize as kernels
+
+    packed, scales = kernels.quantize(w.reshape(-1, w.shape[-1]), fmt, global_scale)
+    return packed.reshape(*w.shape[:-1], -1), scales.reshape(*w.shape[:-1], -1)
+
+  # The results are integers: nothing is lost by not differentiating.
+  return _on_hopper(by_kernel, by_xla, lax.stop_gradient(w))
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "dtype"))
@@ -288,5 +300,42 @@ def _dequantize(
   w: jax.Array, scales: jax.Array, global_scale: jax.Array | None, *, mode: str, dtype: Any
 ) -> jax.Array:
   fmt = FORMATS[mode]
-  values = dequantize_groups(unpack(w, fmt), scale_bytes(scales), fmt, global_scale)
-  return values.astype(dtype)
+
+  def by_xla(w: jax.Array, scales: jax.Array) -> jax.Array:
+    values = dequantize_groups(unpack(w, fmt), scale_bytes(scales), fmt, global_scale)
+    return values.astype(dtype)
+
+  def by_kernel(w: jax.Array, scales: jax.Array) -> jax.Array:
+    from jaxqq._kernels import quantize as kernels
+
+    two_axes = (w.reshape(-1, w.shape[-1]), scales.reshape(-1, scales.shape[-1]))
+    out = kernels.dequantize(*two_axes, fmt, None, dtype)
+    return out.reshape(*w.shape[:-1], -1)
+
+  if global_scale is not None:  # which may be differentiated
+    return by_xla(w, scales)
+  return _on_hopper(by_kernel, by_xla, w, lax.bitcast_convert_type(scales, jnp.uint8))
+
+
+def _on_hopper(by_kernel: Callable[..., Any], by_xla: Callable[..., Any], *args: jax.Array) -> Any:
+  """Runs a kernel where there is one Hopper GPU, and XLA's operations anywhere else.
+
+  XLA splits its own operations over several GPUs, and would gather what a kernel reads.
+  """
+  if not _compat.only_device_is_hopper() or 0 in args[0].shape:
+    return by_xla(*args)
+
+  @jax.custom_batching.custom_vmap
+  def kernel(*args: jax.Array) -> Any:
+    return by_kernel(*args)
+
+  @kernel.def_vmap
+  def _batch(size: int, batched: list[bool], *args: jax.Array) -> Any:
+    whole = (
+      a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+      for a, is_batched in zip(args, batched, strict=True)
+    )
+    out = kernel(*whole)
+    return out, jax.tree.map(lambda _: True, out)
+
+  return lax.platform_dependent(*args, cuda=kernel, default=by_xla)

@@ -1,0 +1,177 @@
+"""Scales of groups and codes of elements, in registers.
+
+The bits are those of `jaxqq._quantize`, which defines them. What differs is how they are
+found: floats are rounded by the hardware where it rounds as the definition does, and the
+steps that XLA cannot be trusted with are trusted to PTX, where mul.f32 keeps subnormals and
+div.rn.f32 rounds to nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+
+from jaxqq import _rounding
+from jaxqq._formats import Format
+from jaxqq._kernels.groups import per_group
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_SIGN = np.int32(-(2**31))
+_MAGNITUDE = 0x7FFFFFFF
+_ONE_BITS = 0x3F800000
+_EXPONENT_FIELD = 0x7F800000
+_FLOAT32_MAX = np.finfo(np.float32).max
+
+
+# Scales of groups, and codes of elements.
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+  """What a group's elements are quantized with; all of them arrays of the groups' shape."""
+
+  factor: jax.Array  # float32: elements times this are what is rounded to codes
+  scale: jax.Array  # float32: codes times this are the elements again; NaN for NaN groups
+  byte: jax.Array  # int32
+  blank: jax.Array  # bool: all codes are zeros, without signs
+
+
+def amax_bits_of(a: jax.Array) -> jax.Array:
+  """The bits of the largest magnitude of each group, NaN being the largest."""
+  bits = as_bits(a) & _MAGNITUDE
+  return jnp.max(jnp.max(bits, axis=-1), axis=-1)
+
+
+def exponents_of(amax_bits: jax.Array, fmt: Format) -> jax.Array:
+  """e with 2**(e - 127) = amax / max rounded up: see `_quantize_by_power_of_two`.
+
+  Subnormal amax are far below what gets 0, so float32's fields are all that is needed.
+  """
+  max_bits = int(np.float32(fmt.element_max).view(np.int32))
+  max_mantissa, max_exponent = max_bits & 0x7FFFFF, (max_bits >> 23) - 127
+  exponents = ((amax_bits + (0x7FFFFF - max_mantissa)) >> 23) - max_exponent
+  return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, exponents)
+
+
+def inverse_power(exponents: jax.Array) -> jax.Array:
+  """2**(127 - e), normal for all e up to 253, which is the most that a finite amax gets."""
+  return as_float((254 - exponents) << 23)
+
+
+def power(exponents: jax.Array) -> jax.Array:
+  """2**(e - 127) for e of 0 to 254; only 2**-127 is subnormal."""
+  return as_float(jnp.maximum(exponents << 23, 0x00400000))
+
+
+def scales_of(amax_bits: jax.Array, fmt: Format, enc: jax.Array | None) -> Scales:
+  nan = amax_bits >= _rounding.INFINITY_BITS
+  if fmt.scale_is_power_of_two:
+    byte = exponents_of(amax_bits, fmt)
+    factor, scale, blank = inverse_power(byte), power(byte), nan
+  else:
+    if enc is not None:
+      nan = nan | (jnp.full(nan.shape, enc, jnp.float32) != enc)
+    rounded = _float_scales(amax_bits, fmt, enc)
+    scale = rounded.astype(jnp.float32)
+    byte = lax.bitcast_convert_type(rounded, jnp.uint8).astype(jnp.int32)
+    factor = _over_scale(jnp.full(scale.shape, jnp.float32(1) if enc is None else enc), byte)
+    blank = nan | (byte == 0)
+  return Scales(
+    factor, jnp.where(nan, jnp.float32(np.nan), scale), jnp.where(nan, fmt.scale_nan, byte), blank
+  )
+
+
+def _float_scales(amax_bits: jax.Array, fmt: Format, enc: jax.Array | None) -> jax.Array:
+  """e4m3(amax / 6 * enc), amax / 6 rounded to float32 and zero below its normal range.
+
+  The mantissa is divided by 3 in integers, with enough bits and a sticky one that converting
+  the quotient to float32 rounds it as the division would; the rest is its exponent.
+  """
+  mantissa = ((amax_bits & 0x7FFFFF) | 0x800000) << 7
+  quotient = lax.div(mantissa, jnp.full_like(mantissa, 3))
+  sticky = (quotient * 3 != mantissa).astype(jnp.int32)
+  # amax = mantissa * 2**(field - 157), and 6 = 3 * 2.
+  bits = as_bits((quotient | sticky).astype(jnp.float32))
+  bits = bits + ((amax_bits & _EXPONENT_FIELD) - (158 << 23))
+  ideal = as_float(jnp.where(bits < 0x00800000, 0, bits))
+  if enc is not None:
+    ideal = ideal * enc
+  return jnp.minimum(ideal, np.float32(ml_dtypes.finfo(fmt.scale).max)).astype(fmt.scale)
+
+
+def _over_scale(enc: jax.Array, byte: jax.Array) -> jax.Array:
+  """enc / scale, rounded to nearest: divisions of floats are approximate here.
+
+  A scale is m * 2**(x - 10) with m of four bits, so an integer division of the mantissas has
+  enough bits for the hardware to round the quotient, with a sticky bit, as it converts it.
+  """
+  m = jnp.where(byte < 8, jnp.maximum(byte, 1), (byte & 7) | 8)
+  x = jnp.maximum(byte >> 3, 1)
+  mantissa = ((as_bits(enc) & 0x7FFFFF) | 0x800000) << 6
+  quotient = lax.div(mantissa, m)
+  sticky = (quotient * m != mantissa).astype(jnp.int32)
+  bits = as_bits((quotient | sticky).astype(jnp.float32))
+  # enc = mantissa * 2**(field - 156).
+  exponent = (bits >> 23) + ((as_bits(enc) & _MAGNITUDE) >> 23) - 146 - x
+  bits = (exponent << 23) | (bits & 0x7FFFFF)
+  factor = jnp.where(exponent > 254, _FLOAT32_MAX, as_float(bits))
+  return jnp.where(exponent < 1, jnp.float32(0), factor)
+
+
+def _round_to_e2m1(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Magnitudes to e2m1, to nearest even and saturating: the values, and bits that hold codes.
+
+  Adding 2**(exponent + 22) leaves float32 one bit after the leading one, or a step of 0.5
+  below 1, and the hardware rounds. No fused multiply-add may take the product before it
+  is rounded: the minimum stands between.
+  """
+  magnitudes = jnp.minimum(magnitudes, 6.0)
+  exponents = jnp.maximum(as_bits(magnitudes), _ONE_BITS) & _EXPONENT_FIELD
+  shifter = as_float(exponents + (22 << 23))
+  shifted = magnitudes + shifter
+  return shifted - shifter, as_bits(shifted)
+
+
+def codes_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
+  """int32 codes, signs included; of blank groups, anything."""
+  factor = per_group(scales.factor, a)
+  if fmt.element == E4M3:
+    codes = (a * factor).astype(E4M3)
+    return lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
+  _, bits = _round_to_e2m1(jnp.abs(a) * factor)
+  # The shifted number counts halves, wholes or twos in its last bits, and its exponent field,
+  # 149 to 151, says which: a step of two codes each.
+  codes = (bits & 7) + ((bits >> 22) - 2 * 149)
+  return codes | ((as_bits(a) >> 28) & 8)
+
+
+def values_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
+  """code * scale, float32."""
+  factor, scale = per_group(scales.factor, a), per_group(scales.scale, a)
+  if fmt.element == E4M3:
+    return (a * factor).astype(E4M3).astype(jnp.float32) * scale
+  rounded, _ = _round_to_e2m1(jnp.abs(a) * factor)
+  sign = per_group(jnp.where(scales.blank, 0, _SIGN), a)
+  return as_float(as_bits(rounded) | (as_bits(a) & sign)) * scale
+
+
+def encoding_scale(fmt: Format, global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
+  """enc = 2688 / global_scale, (1,), or NaN where that is no amax; nothing without one."""
+  if global_scale is None:
+    return ()
+  enc = _rounding.divide(jnp.float32(fmt.largest_value), global_scale)
+  is_amax = (global_scale >= 0) & (global_scale <= _FLOAT32_MAX)
+  return (jnp.where(is_amax, enc, jnp.float32(np.nan)).reshape(1),)
+
+
+def as_bits(a: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(a, jnp.int32)
+
+
+def as_float(bits: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(bits, jnp.float32)

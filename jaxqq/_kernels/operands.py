@@ -1,0 +1,290 @@
+"""What the matrix kernels multiply: arrays quantized, but left as numbers, in one kernel each.
+
+`exact_operand` gives 16 bit floats that hold code * scale, for 16 bit tensor cores, and
+`fp8_operand` e4m3 codes under an exponent a row, for those of fp8. `groups` says how the arrays
+lie in registers and `codes` what is computed there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq import _rounding
+from jaxqq._formats import Format
+from jaxqq._kernels.codes import (
+  E4M3,
+  amax_bits_of,
+  encoding_scale,
+  exponents_of,
+  inverse_power,
+  scales_of,
+  values_of,
+)
+from jaxqq._kernels.groups import (
+  DEFAULT_CONFIG,
+  VECTOR,
+  WARPS,
+  TuningConfig,
+  View,
+  by_blocks,
+  load_elements,
+  load_gmem,
+  make_kernel,
+  pad,
+  per_group,
+  store_gmem,
+)
+
+# How far `fp8_operand` shifts a group's codes down to the largest exponent of its row. The shift
+# is made in float16, exactly: e4m3's 2**-9 becomes 2**-22 at the most, of multiples of 2**-24.
+MAX_SHIFT = 13
+
+_MATRIX = (8, 8)  # how the 64 elements lie that `interleave` permutes among themselves
+_BLOCK = math.prod(_MATRIX)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["codes", "row_exponents", "group_exponents", "wild"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Fp8Operand:
+  """An operand for fp8 tensor cores. `wild` rows need `group_exponents`, tame ones do not.
+
+  x_hat = codes * 2**(row_exponents - 127) in a tame row, but for what the shift rounded away,
+  and codes * 2**(group_exponents - 127), exactly, in a wild one.
+  """
+
+  codes: Any  # float8_e4m3fn (rows, k)
+  row_exponents: Any  # int32 (rows,)
+  group_exponents: Any  # uint8 (rows, k / group_size); 0 for groups of zeros or with a NaN
+  wild: Any  # int32 (rows,), 0 or 1
+
+
+def exact_operand(
+  a: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None = None,
+  *,
+  dtype: Any = jnp.bfloat16,
+  interleave: bool = False,
+  config: TuningConfig = DEFAULT_CONFIG,
+) -> jax.Array:
+  """What is left of `a` after quantization, without its global scale: code * scale.
+
+  bfloat16 holds it exactly, down to its smallest subnormal, 2**-133. float16 holds what has float
+  scales: 6 * 448 down to 0.5 * 2**-9.
+
+  Args:
+    a: float32, float16 or bfloat16, (rows, k).
+    fmt: the format.
+    global_scale: None, or a float32 scalar.
+    dtype: bfloat16 or float16.
+    interleave: within every 64 of k, put k = 8 * j + i at 8 * i + j. The caller pads: k is a
+      multiple of 64, any number of rows will do.
+
+  Returns:
+    dtype (rows, k).
+  """
+  check_dtype(dtype, fmt)
+  lanes = fmt.group_size // VECTOR
+  view = View(_BLOCK // fmt.group_size, lanes, VECTOR) if interleave else View(lanes, VECTOR)
+  blocks = a.reshape(-1, *view.minor)
+  body = _interleaved_kernel if interleave else _exact_kernel
+  (out,) = by_blocks(
+    functools.partial(body, fmt=fmt, view=view),
+    (blocks, *encoding_scale(fmt, global_scale)),
+    (jax.ShapeDtypeStruct(_MATRIX if interleave else view.minor, dtype),),
+    view,
+    config,
+    staging=jax.ShapeDtypeStruct(_MATRIX, dtype) if interleave else None,
+  )
+  return out.reshape(a.shape)
+
+
+def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG) -> Fp8Operand:
+  """Quantizes rows of `a` to e4m3 codes under one power of two a row, where that is possible.
+
+  With e_g the groups' exponents (section 2 of the specification) and E their maximum in the
+  row, a row whose groups all have E - e_g <= MAX_SHIFT has its codes shifted down by 2**(e_g -
+  E), to nearest even: exact until a code leaves e4m3's normal range. Groups of zeros do not
+  count, nor do groups with a NaN or an infinity, whose codes are NaN.
+
+  Args:
+    a: float32, float16 or bfloat16, (rows, k).
+    fmt: a format of e4m3 elements and power of two scales.
+  """
+  check_fp8(fmt)
+  rows, k = a.shape
+  groups = k // fmt.group_size
+  view = View(fmt.group_size // VECTOR, VECTOR)
+  grouped = pad(a.reshape(rows, groups, *view.minor), 1, view.tile)
+  padded = grouped.shape[1]
+  run = make_kernel(
+    functools.partial(_fp8_kernel, fmt=fmt, view=view, config=config),
+    grid=(rows,),
+    out_type=(
+      jax.ShapeDtypeStruct(grouped.shape, E4M3),
+      jax.ShapeDtypeStruct((rows,), jnp.int32),
+      jax.ShapeDtypeStruct((rows, padded), jnp.uint8),
+      jax.ShapeDtypeStruct((rows,), jnp.int32),
+    ),
+  )
+  codes, row_exponents, group_exponents, wild = run(grouped)
+  return Fp8Operand(
+    codes[:, :groups].reshape(rows, k), row_exponents, group_exponents[:, :groups], wild
+  )
+
+
+def check_fp8(fmt: Format) -> None:
+  if fmt.element != E4M3 or not fmt.scale_is_power_of_two:
+    raise NotImplementedError(
+      f"fp8_operand: {fmt.mode} has no e4m3 elements under powers of two for fp8 tensor cores."
+    )
+
+
+def check_dtype(dtype: Any, fmt: Format) -> None:
+  if fmt.scale_is_power_of_two and jnp.dtype(dtype) == jnp.float16:
+    raise NotImplementedError(
+      f"exact_operand: float16 does not have the exponents of {fmt.mode}'s scales; bfloat16 does."
+    )
+
+
+def _exact_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
+  *enc_ref, out_ref = refs
+  a = load_elements(a_ref, rows, view)
+  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  out_ref[rows] = values_of(a, scales, fmt).astype(out_ref.dtype)
+
+
+def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
+  """As `_exact_kernel`, then every block of 8 by 8 is transposed on its way out.
+
+  The blocks go to shared memory as they are and come back through ldmatrix, which transposes
+  8 by 8 matrices of 16 bits: a warp then holds a block, and a thread two neighbours of a row.
+  """
+  *enc_ref, out_ref, staging_ref = refs
+  a = load_elements(a_ref, rows, view)
+  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  _stage(values_of(a, scales, fmt).astype(staging_ref.dtype), staging_ref)
+  plgpu.commit_smem()
+  tiling = plgpu.Tiling(((WARPS, *_MATRIX), (2,)))
+  layout = plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+  out_ref[rows] = plgpu.load(staging_ref.transpose((0, 2, 1)), layout=layout)
+
+
+def _stage(values: jax.Array, staging_ref: Any) -> None:
+  """staging_ref[...] = values. The interpreter cannot reshape a reference: tests have a twin."""
+  staging_ref.reshape(values.shape)[...] = values
+
+
+def _fp8_kernel(
+  a_ref: Any,  # (rows, groups, lanes, vector)
+  codes_ref: Any,  # the same
+  row_exponents_ref: Any,  # (rows,)
+  group_exponents_ref: Any,  # (rows, groups)
+  wild_ref: Any,  # (rows,)
+  *,
+  fmt: Format,
+  view: View,
+  config: TuningConfig,
+) -> None:
+  """One row: a sweep for its exponents, and one that writes its codes."""
+  row = lax.axis_index("step")
+  a_row, codes_row = a_ref.at[row], codes_ref.at[row]
+  group_exponents_row = group_exponents_ref.at[row]
+  groups = a_ref.shape[1]
+  row_bytes = math.prod(a_ref.shape[1:]) * a_ref.dtype.itemsize
+
+  def load(start: Any, size: int) -> jax.Array:
+    return load_gmem(a_row.at[pl.ds(start, size)], view.layout)
+
+  def write_row(top: jax.Array, depth: jax.Array) -> jax.Array:
+    # Where no group counts, both are 0.
+    wild = (top + depth - 255 > MAX_SHIFT).astype(jnp.int32)
+    row_exponents_ref[row] = top
+    wild_ref[row] = wild
+    return wild
+
+  def write(start: Any, a: jax.Array, exponents: jax.Array, top: Any, wild: Any) -> None:
+    here = pl.ds(start, a.shape[0])
+    codes_row[here] = shifted_codes(a.astype(jnp.float32), exponents, top, wild, fmt)
+    exponents = jnp.where(exponents == fmt.scale_nan, 0, exponents)
+    store_gmem(group_exponents_row.at[here], exponents.astype(jnp.uint8))
+
+  if row_bytes <= config.resident_bytes:
+    chunks = _whole_and_rest(groups, view.tile)
+    loaded = [load(start, size) for start, size in chunks]
+    found = [find_exponents(a, fmt) for a in loaded]
+    extremes = [extremes_of(*each) for each in found]
+    top, depth = (
+      functools.reduce(jnp.maximum, [jnp.max(a) for a in each])
+      for each in zip(*extremes, strict=True)
+    )
+    wild = write_row(top, depth)
+    for (start, _), a, (exponents, _) in zip(chunks, loaded, found, strict=True):
+      write(start, a, exponents, top, wild)
+    return
+
+  size = view.tile * min(config.tiles_per_step, groups // view.tile)
+  steps = pl.cdiv(groups, size)
+
+  def start_of(step: jax.Array) -> jax.Array:
+    return jnp.minimum(step * size, groups - size)
+
+  def find(step: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    top, depth = extremes_of(*find_exponents(load(start_of(step), size), fmt))
+    return jnp.maximum(so_far[0], top), jnp.maximum(so_far[1], depth)
+
+  nothing = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), view.reduced(1))
+  top, depth = map(jnp.max, lax.fori_loop(0, steps, find, (nothing, nothing)))
+  wild = write_row(top, depth)
+
+  def write_step(step: jax.Array, _: None) -> None:
+    a = load(start_of(step), size)
+    write(start_of(step), a, find_exponents(a, fmt)[0], top, wild)
+
+  lax.fori_loop(0, steps, write_step, None)
+
+
+def _whole_and_rest(groups: int, tile: int) -> list[tuple[int, int]]:
+  """(start, size) of all whole tiles, and of a last one that overlaps them where some is left."""
+  whole = groups // tile * tile
+  return [(0, whole)] + ([(groups - tile, tile)] if groups > whole else [])
+
+
+def find_exponents(a: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+  """e_g, or the NaN scale, and whether the group counts: it holds a number that is not 0."""
+  amax_bits = amax_bits_of(a.astype(jnp.float32))
+  finite = amax_bits < _rounding.INFINITY_BITS
+  exponents = jnp.where(finite, exponents_of(amax_bits, fmt), fmt.scale_nan)
+  return exponents, (amax_bits > 0) & finite
+
+
+def extremes_of(exponents: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """e_g and 255 - e_g of the groups that count, 0 for the others: their maxima are wanted."""
+  return jnp.where(counts, exponents, 0), jnp.where(counts, 255 - exponents, 0)
+
+
+def shifted_codes(
+  a: jax.Array, exponents: jax.Array, top: jax.Array, wild: jax.Array, fmt: Format
+) -> jax.Array:
+  """e4m3 codes on the row's exponent `top`, or on their groups' own in a wild row."""
+  nan = exponents == fmt.scale_nan
+  factor = jnp.where(nan, jnp.float32(np.nan), inverse_power(exponents))
+  codes = (a * per_group(factor, a)).astype(E4M3)
+  # float16 holds every code times 2**-MAX_SHIFT, and converts from and to e4m3 in pairs.
+  shift = jnp.clip(top - exponents, 0, MAX_SHIFT) * (1 - wild)
+  power = lax.bitcast_convert_type(((15 - shift) << 10).astype(jnp.int16), jnp.float16)
+  return (codes.astype(jnp.float16) * per_group(power, a)).astype(E4M3)

@@ -1,0 +1,155 @@
+"""`quantize` and `dequantize` on Hopper: packed codes and scales, bound by memory, read once.
+
+`groups` says how the arrays lie in registers, `codes` what is computed there, and `operands`
+holds the quantizers whose results the matrix kernels multiply.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq._formats import Format
+from jaxqq._kernels.codes import (
+  E4M3,
+  amax_bits_of,
+  as_bits,
+  as_float,
+  codes_of,
+  encoding_scale,
+  power,
+  scales_of,
+)
+from jaxqq._kernels.groups import (
+  DEFAULT_CONFIG,
+  TuningConfig,
+  View,
+  by_blocks,
+  load_elements,
+  load_gmem,
+  per_group,
+  positions,
+  store_gmem,
+)
+from jaxqq._quantize import decoding_factor
+
+# Twice the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 of the eight e2m1 codes, four bits each.
+_E2M1_HALVES = np.uint32(0xC8643210)
+
+
+def quantize(
+  a: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None = None,
+  config: TuningConfig = DEFAULT_CONFIG,
+) -> tuple[jax.Array, jax.Array]:
+  """Packed codes and scale bytes: `jaxqq._quantize.quantize_groups`, packed.
+
+  Args:
+    a: float32, float16 or bfloat16, (rows, k).
+    fmt: the format.
+    global_scale: None, or a float32 scalar.
+
+  Returns:
+    packed: uint32 (rows, k * bits / 32).
+    scales: uint8 (rows, k / group_size).
+  """
+  rows, k = a.shape
+  view = _word_view(fmt)
+  packed, scales = by_blocks(
+    functools.partial(_quantize_kernel, fmt=fmt, view=view),
+    (a.reshape(-1, *view.minor), *encoding_scale(fmt, global_scale)),
+    (
+      jax.ShapeDtypeStruct(view.minor[:-1], jnp.uint32),
+      jax.ShapeDtypeStruct((), jnp.uint8),
+    ),
+    view,
+    config,
+  )
+  return packed.reshape(rows, k // fmt.codes_per_word), scales.reshape(rows, k // fmt.group_size)
+
+
+def dequantize(
+  packed: jax.Array,
+  scales: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None,
+  dtype: np.dtype,
+  config: TuningConfig = DEFAULT_CONFIG,
+) -> jax.Array:
+  """`jaxqq._quantize.dequantize_groups` of packed codes.
+
+  Args:
+    packed: uint32 (rows, k * bits / 32).
+    scales: uint8 (rows, k / group_size).
+    fmt: the format.
+    global_scale: None, or a float32 scalar.
+    dtype: float32, float16 or bfloat16.
+
+  Returns:
+    dtype (rows, k).
+  """
+  rows, words = packed.shape
+  view = _word_view(fmt)
+  factor = () if global_scale is None else (decoding_factor(global_scale, fmt).reshape(1),)
+  (out,) = by_blocks(
+    functools.partial(_dequantize_kernel, fmt=fmt, view=view),
+    (packed.reshape(-1, *view.minor[:-1]), scales.reshape(-1), *factor),
+    (jax.ShapeDtypeStruct(view.minor, dtype),),
+    view,
+    config,
+  )
+  return out.reshape(rows, words * fmt.codes_per_word)
+
+
+def _word_view(fmt: Format) -> View:
+  """A thread holds the codes of one 32 bit word."""
+  return View(fmt.group_size // fmt.codes_per_word, fmt.codes_per_word)
+
+
+def _quantize_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
+  *enc_ref, packed_ref, scales_ref = refs
+  a = load_elements(a_ref, rows, view)
+  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)
+  words = jnp.sum(codes, axis=-1)
+  words = jnp.where(per_group(scales.blank, words), 0, words)
+  packed_ref[rows] = lax.bitcast_convert_type(words, jnp.uint32)
+  store_gmem(scales_ref.at[rows], scales.byte.astype(jnp.uint8))
+
+
+def _dequantize_kernel(
+  rows: Any, packed_ref: Any, scales_ref: Any, *refs: Any, fmt: Format, view: View
+) -> None:
+  *factor_ref, out_ref = refs
+  words = load_gmem(packed_ref.at[rows], view.reduced(2))
+  scales = load_gmem(scales_ref.at[rows], view.reduced(1))
+  shape = (*words.shape, fmt.codes_per_word)
+  words = lax.broadcast_in_dim(words, shape, (0, 1))
+  shifts = (positions(shape, view.layout) * fmt.bits).astype(jnp.uint32)
+  codes = (words >> shifts) & np.uint32((1 << fmt.bits) - 1)
+  factor = factor_ref[0][0] if factor_ref else None
+  scale = per_group(_decode_scales(scales, fmt, factor), codes)
+  store_gmem(out_ref.at[rows], (_decode(codes, fmt) * scale).astype(out_ref.dtype))
+
+
+def _decode_scales(byte: jax.Array, fmt: Format, factor: jax.Array | None) -> jax.Array:
+  if not fmt.scale_is_power_of_two:
+    scale = lax.bitcast_convert_type(byte, fmt.scale).astype(jnp.float32)
+    return scale if factor is None else scale * factor
+  exponents = byte.astype(jnp.int32)
+  return jnp.where(exponents == fmt.scale_nan, jnp.float32(np.nan), power(exponents))
+
+
+def _decode(codes: jax.Array, fmt: Format) -> jax.Array:
+  if fmt.element == E4M3:
+    return lax.bitcast_convert_type(codes.astype(jnp.uint8), E4M3).astype(jnp.float32)
+  halves = (jnp.full_like(codes, _E2M1_HALVES) >> ((codes & 7) << 2)) & 15
+  magnitudes = halves.astype(jnp.int32).astype(jnp.float32) * 0.5
+  sign = lax.bitcast_convert_type((codes >> 3) << 31, jnp.int32)
+  return as_float(as_bits(magnitudes) | sign)

@@ -1,0 +1,91 @@
+"""What the matrix kernels share: the order of output tiles, shapes in shared memory, epilogues."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+COMPUTE_WARPGROUPS = 2
+NUM_SMS = 132  # of an H100 or H200; on fewer the CTAs queue, on more some idle
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """The output in tiles, walked in bands of `group_width` tiles so that the cache is reused."""
+
+  block_m: int
+  block_n: int
+  group_width: int
+  minor: int  # the axis along which bands are cut; 0: m, 1: n
+
+  def _tiles(self, m: int, n: int) -> tuple[int, int]:
+    return pl.cdiv(m, self.block_m), pl.cdiv(n, self.block_n)
+
+  def num_tiles(self, batch: int, m: int, n: int) -> int:
+    m_tiles, n_tiles = self._tiles(m, n)
+    return batch * m_tiles * n_tiles
+
+  def num_ctas(self, batch: int, m: int, n: int) -> int:
+    return min(NUM_SMS, self.num_tiles(batch, m, n))
+
+  def tile_of(self, index: Any, m: int, n: int) -> tuple[Any, Any, Any]:
+    """Batch, row and column of an output tile, counted in tiles."""
+    m_tiles, n_tiles = self._tiles(m, n)
+    a_matrix = jnp.int32(m_tiles * n_tiles)
+    within = lax.rem(index, a_matrix)
+    mi, ni = plgpu.planar_snake(within, (m_tiles, n_tiles), self.minor, self.group_width)
+    return lax.div(index, a_matrix), mi, ni
+
+
+def batch_of(ref: Any, b: Any) -> Any:
+  """The batch index of an operand that may be shared by all batches."""
+  return b if ref.shape[0] > 1 else 0
+
+
+def tile_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+  """How a tile of so many columns lies in shared memory: 8 rows of up to 128 bytes, swizzled."""
+  itemsize = jnp.dtype(dtype).itemsize
+  swizzle = plgpu.find_swizzle(columns * itemsize * 8)
+  # Abstract to a type checker, for a method that they do not need.
+  transform: Any = plgpu.SwizzleTransform
+  tiling: Any = plgpu.TilingTransform
+  return tiling((8, swizzle // itemsize)), transform(swizzle)
+
+
+def compiler_params() -> plgpu.CompilerParams:
+  """Barriers are where the kernels put them: no shared memory is both written and read by one."""
+  return plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
+  )
+
+
+def times_powers_of_two(a: Any, row_exponents: Any, column_exponents: Any) -> Any:
+  """a times 2**(e - 127) of its rows and of its columns, whose exponents are in memory."""
+  layout = plgpu.Layout.WGMMA
+  rows = plgpu.load(row_exponents, layout=layout.reduce(1), optimized=False)
+  columns = plgpu.load(column_exponents, layout=layout.reduce(0), optimized=False)
+  rows = lax.broadcast_in_dim(rows, a.shape, (0,))
+  total = rows + lax.broadcast_in_dim(columns, a.shape, (1,))
+  # The sum of two biased exponents, halved: either half is the exponent of a normal number.
+  half = total >> 1
+  return a * _power_of_two(half) * _power_of_two(total - half)
+
+
+def _power_of_two(exponent: Any) -> Any:
+  return lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def rounded_up(size: int, multiple: int) -> int:
+  return pl.cdiv(size, multiple) * multiple
+
+
+def padded(a: jax.Array, rows: int) -> jax.Array:
+  """Zero rows along axis 1: the copy engine moves 8 rows at a time, and loads know no end."""
+  missing = rows - a.shape[1]
+  return jnp.pad(a, ((0, 0), (0, missing), (0, 0))[: a.ndim]) if missing else a
