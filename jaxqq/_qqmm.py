@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -152,7 +153,11 @@ def explain(
     precision,
   )
   platform = _platform(operands.x, device)
-  problem = _kernels.Problem(mode, operands, params["out_dtype"], precision)
+  as_matrix = operands
+  if len(operands.x.shape) == 1:
+    row = jax.ShapeDtypeStruct((1, *operands.x.shape), operands.x.dtype)
+    as_matrix = dataclasses.replace(operands, x=row)
+  problem = _kernels.Problem(mode, as_matrix, params["out_dtype"], precision)
   implementation, refusals = _kernels.choose(problem, platform)
   x_words = f"x {np.dtype(operands.x.dtype).name} {tuple(operands.x.shape)}"
   w_words = f"w {np.dtype(operands.w.dtype).name} {tuple(operands.w.shape)}"
@@ -161,6 +166,8 @@ def explain(
     f"qqmm {mode}, {x_words}, {w_words}, on {platform}: computed by {implementation.summary}.",
     *(f"Not {refusal}." for refusal in refusals),
   ]
+  if implementation.details is not None:
+    sentences[0] = f"{sentences[0][:-1]}; {implementation.details(problem)}."
   if implementation.platforms is None and not refusals:
     sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
   return " ".join(sentences)

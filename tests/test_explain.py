@@ -19,8 +19,10 @@ W = jax.ShapeDtypeStruct((16, 64), jnp.float32)
 def test_shapes_and_platforms(mode, device):
   text = jaxqq.explain(X, W, mode=mode, device=device)
   platform = {"gpu": "cuda", None: jax.default_backend()}.get(device, device)
-  for word in (mode, "bfloat16 (8, 64)", "float32 (16, 64)", "on the fly", f"on {platform}", "XLA"):
+  for word in (mode, "bfloat16 (8, 64)", "float32 (16, 64)", "on the fly", f"on {platform}"):
     assert word in text
+  on_hopper = platform == "cuda" and jax.__version_info__ >= (0, 11)
+  assert ("16 bit tensor cores" if on_hopper else "XLA") in text
 
 
 def test_arrays_and_devices():
@@ -46,3 +48,68 @@ def test_under_jit():
 
   f(np.ones((8, 64), np.float32), np.ones((16, 64), np.float32))
   assert f"on {jax.default_backend()}" in said[0]
+
+
+def of(m, n, k, mode, packed, dtype=jnp.bfloat16, **kwargs):
+  w = jax.ShapeDtypeStruct((n, k), dtype)
+  if packed:
+    w = jax.eval_shape(lambda: jaxqq.quantize(jnp.zeros((n, k)), mode=mode))
+  x = jax.ShapeDtypeStruct((m, k), dtype)
+  return jaxqq.explain(x, *(w if packed else (w,)), mode=mode, device="cuda", **kwargs)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="kernels need JAX 0.11")
+def test_old_jax_gets_xla_and_is_told_why():
+  text = of(256, 512, 4096, "mxfp8", True)
+  assert "computed by XLA" in text
+  assert f"needs JAX 0.11 or newer, and this is {jax.__version__}" in text
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
+class TestChoice:
+  @pytest.mark.parametrize("packed", [False, True])
+  def test_which_kernel_and_why_not_the_other(self, packed):
+    assert "fp8 tensor cores" in of(256, 512, 4096, "mxfp8", packed)
+    for text, reason in (
+      (of(256, 512, 4096, "nvfp4", packed), "nvfp4 has no e4m3 elements"),
+      (of(256, 512, 2048, "mxfp8", packed), "k = 2048 is below 4096"),
+      (of(256, 512, 4096, "mxfp8", packed, jnp.float32), "float32 output"),
+      (of(256, 512, 4096, "mxfp8", packed, precision=jax.lax.Precision.HIGHEST), "precision"),
+    ):
+      assert "computed by 16 bit tensor cores" in text
+      assert f"Not hopper_fp8: {reason}" in text or reason in text
+
+  def test_tiles_follow_the_rows(self):
+    said = [of(m, 8192, 8192, "nvfp4", True) for m in (16, 256, 8192)]
+    assert [
+      f"block_m={block}" in text for block, text in zip((64, 128, 256), said, strict=True)
+    ] == [True] * 3
+
+  def test_a_vector_is_one_row(self):
+    w, row = (
+      jax.ShapeDtypeStruct((256, 128), jnp.bfloat16),
+      jax.ShapeDtypeStruct((128,), "bfloat16"),
+    )
+    text = jaxqq.explain(row, w, device="cuda")
+    assert "(128,)" in text and "16 bit tensor cores" in text
+
+  def test_refusals(self):
+    assert "an axis is empty" in of(0, 512, 4096, "mxfp8", False)
+    assert "computed by XLA" in of(0, 512, 4096, "mxfp8", False)
+
+  def test_other_gpus(self, monkeypatch):
+    monkeypatch.setattr("jaxqq._compat.cuda_compute_capability", lambda: "8.0")
+    text = of(256, 512, 4096, "mxfp8", True)
+    assert "computed by XLA" in text
+    assert "it is for compute capability 9.0 (H100, H200), not 8.0" in text
+
+  @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+  @pytest.mark.parametrize("packed", [False, True])
+  def test_the_lowering_holds_what_explain_names(self, mode, packed):
+    x = jax.ShapeDtypeStruct((256, 4096), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16)
+    args = jax.eval_shape(lambda a: jaxqq.quantize(a, mode=mode), w) if packed else (w,)
+    traced = jax.jit(lambda *a: jaxqq.qqmm(*a, mode=mode)).trace(x, *args)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("jaxqq_packed_matmul" if packed else "jaxqq_matmul") in text
+    assert "dot_general" not in text

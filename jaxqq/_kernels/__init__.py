@@ -2,18 +2,23 @@
 
 An implementation is one row of `IMPLEMENTATIONS`; the first that a platform has and that
 does not refuse the problem is taken. The last row takes everything. A row is all that a new
-kernel needs: the primitive's lowerings, and `jaxqq.explain`, are made from the table.
+kernel needs: the primitive's lowerings, and `jaxqq.explain`, are made from the table. Kernels are
+imported when a product first asks for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
-from jaxqq import _reference
+from jaxqq import _compat, _reference
+from jaxqq._formats import FORMATS
 from jaxqq._reference import Operands
 
 
@@ -34,9 +39,103 @@ class Implementation:
   platforms: tuple[str, ...] | None  # as JAX names them; None is any
   refuses: Callable[[Problem], str | None]  # why it cannot take the problem, or None
   run: Callable[..., jax.Array]  # (operands, problem) -> out
+  details: Callable[[Problem], str] | None = None  # what else to tell of the problem at hand
+
+
+def _refusal_of_hopper(problem: Problem) -> str | None:
+  """Why no Hopper kernel can take a problem, whatever its mode."""
+  operands = problem.operands
+  if jax.__version_info__ < (0, 11):
+    return f"it needs JAX 0.11 or newer, and this is {jax.__version__}"
+  capability = _compat.cuda_compute_capability()
+  if capability != "9.0":
+    return f"it is for compute capability 9.0 (H100, H200), not {capability}"
+  if any(0 in a.shape for a in operands.present):
+    return "an axis is empty"
+  if any(_is_split_explicitly(a) for a in operands.present):
+    return "an operand is split along an explicit axis of a mesh"
+  scales = (operands.global_scale_x, operands.global_scale_w)
+  if any(math.prod(s.shape) > 1 for s in scales if s is not None):
+    return "global scales differ from matrix to matrix"
+  return None
+
+
+def _is_split_explicitly(a: Any) -> bool:
+  if not isinstance(a, jax.Array):
+    return False
+  sharding = jax.typeof(a).sharding
+  explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+  return explicit and any(axes is not None for axes in sharding.spec)
+
+
+def _wants_exact_sums(problem: Problem) -> bool:
+  high = (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST)
+  return problem.precision in high or problem.out_dtype == np.float32
+
+
+def _refusal_of_fp8(problem: Problem) -> str | None:
+  refusal = _refusal_of_hopper(problem)
+  if refusal is not None:
+    return refusal
+  from jaxqq._kernels.hopper import FP8_MIN_K
+
+  fmt, k = FORMATS[problem.mode], problem.operands.x.shape[-1]
+  if fmt.element != ml_dtypes.float8_e4m3fn:
+    return f"{problem.mode} has no e4m3 elements to feed fp8 tensor cores with"
+  if _wants_exact_sums(problem):
+    return "float32 output, or precision above DEFAULT, takes exact operands and float32 sums"
+  if k < FP8_MIN_K:
+    return f"k = {k} is below {FP8_MIN_K}, where fp8 sums may leave the error bound"
+  return None
+
+
+def _run_fp8(operands: Operands, problem: Problem) -> jax.Array:
+  from jaxqq._kernels import hopper
+
+  return hopper.fp8(operands, problem.mode, problem.out_dtype)
+
+
+def _run_exact(operands: Operands, problem: Problem) -> jax.Array:
+  from jaxqq._kernels import hopper
+
+  promote = _wants_exact_sums(problem)
+  return hopper.exact(operands, problem.mode, problem.out_dtype, promote)
+
+
+def _tiles(problem: Problem) -> str:
+  from jaxqq._kernels import hopper, tuning
+
+  bits = hopper.packed_bits(problem.operands, FORMATS[problem.mode])
+  batch, m, n = hopper.sizes(problem.operands)
+  fast = _refusal_of_fp8(problem) is None
+  promote = fast or _wants_exact_sums(problem)
+  return f"tiles {tuning.config(bits, batch, m, n, problem.out_dtype, promote)}"
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+  Implementation(
+    name="hopper_fp8",
+    summary=(
+      "fp8 tensor cores: a kernel quantizes x (and w, unless packed) to e4m3 codes under one power "
+      "of two a row, another multiplies them (packed w expanded in its registers) and adds every "
+      "128 products in float32; if a row's groups lie too far apart for that, hopper_exact runs"
+    ),
+    platforms=("cuda",),
+    refuses=_refusal_of_fp8,
+    run=_run_fp8,
+    details=_tiles,
+  ),
+  Implementation(
+    name="hopper_exact",
+    summary=(
+      "16 bit tensor cores on exact operands: a kernel quantizes x (and w, unless packed), another "
+      "multiplies them (packed w expanded in its registers)"
+    ),
+    platforms=("cuda",),
+    refuses=_refusal_of_hopper,
+    run=_run_exact,
+    details=_tiles,
+  ),
   Implementation(
     name="xla",
     summary=(

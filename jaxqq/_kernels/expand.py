@@ -1,0 +1,329 @@
+"""Packed codes into the left operand of Hopper's tensor cores, without leaving the registers.
+
+The tensor cores take 64 rows of w_hat from registers: a thread holds, of rows r and r + 8, what
+its lane q = 0..3 of the row's four has in each block of 32 bytes of k (the layouts WGMMA and
+WGMMA_8BIT). The order along k is free, as long as x_hat has the same: it is chosen so that each
+thread loads the words it needs with few instructions, and needs few scales.
+
+    e2m1 to float16     thread q holds words 2q and 2q + 1 of 64 codes: one group of 16. Register i
+    (2.6 a code)        pairs nibble i of both, so x_hat is interleaved: k = 8j + i at 8i + j.
+    e4m3 to e4m3        thread q holds words 4b + q: register b is a word, moved down to the
+    (2.5 a code)        largest exponent of its row. x_hat is in order.
+    e4m3 to bfloat16    thread q holds words 4q to 4q + 3; x_hat is interleaved as for e2m1.
+
+In brackets: instructions. Array operations cannot pair codes within a register, so the inner
+functions are written on MLIR values; `twin` is the same in array operations, for the interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+ROWS = 64  # of w_hat a warpgroup: the tensor cores' left operand
+
+
+def _layout(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
+  """(64, columns): a warp has 16 rows, a thread vectors of rows r and r + 8."""
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((ROWS, columns), (16, columns), (8, columns), (length,))),
+    warp_dims=(-7,),
+    lane_dims=lanes,
+    vector_dim=-1,
+  )
+
+
+_ROW = plgpu.Layout.WGMMA.reduce(1)  # (64,): the four lanes of a row hold the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+  """From which codes to which operand."""
+
+  bits: int  # of a code
+  group_size: int
+  dtype: Any  # of the operand
+
+  @property
+  def step_k(self) -> int:
+    """Elements of k a step: 128 bytes of the operand."""
+    return 128 // int(jnp.dtype(self.dtype).itemsize)
+
+  @property
+  def words(self) -> int:
+    """Packed words of a row and step."""
+    return self.step_k * self.bits // 32
+
+  @property
+  def groups(self) -> int:
+    return self.step_k // self.group_size
+
+  @property
+  def layout(self) -> Any:
+    return plgpu.Layout.WGMMA_8BIT if self.step_k == 128 else plgpu.Layout.WGMMA
+
+  @property
+  def words_layout(self) -> Any:
+    if self.bits == 4:
+      return plgpu.Layout.WGMMA
+    if self.step_k == 128:
+      return _layout(4, 1, (-3, -2))
+    return _layout(16, 4, (-3, -2))
+
+  @property
+  def unit(self) -> float:
+    """What the product of expanded numbers is to be multiplied by."""
+    return 2.0 ** -(_E2M1_SHIFT + _E4M3_SHIFT) if self.bits == 4 else 1.0
+
+
+# e2m1 codes become float16 numbers of 2**-14 their value (their exponent field lands on float16's
+# lowest bits), and their e4m3 scales 2**7 times theirs. What is missing, the epilogue multiplies.
+_E2M1_SHIFT, _E4M3_SHIFT = -14, 7
+
+E2M1 = Expansion(4, 16, jnp.dtype(jnp.float16))
+E4M3 = Expansion(8, 32, jnp.dtype(jnp.float8_e4m3fn))
+E4M3_EXACT = Expansion(8, 32, jnp.dtype(jnp.bfloat16))
+
+
+# Scales
+
+
+def load_scales(ref: Any, expansion: Expansion, twin: bool) -> Any:
+  """The scales of 64 rows and one step, as they are loaded: they stay in flight for a step."""
+  if expansion.bits == 4:
+    return plgpu.load(ref, layout=_layout(4, 1, (-3, -2)), optimized=False)
+  if expansion.step_k == 64:
+    lanes = (-3, -2, plgpu.Replicated(2))
+    return plgpu.load(ref, layout=_layout(2, 1, lanes), optimized=False)
+  layout = plgpu.Layout.TILED(
+    plgpu.Tiling(((ROWS, 4), (16, 4), (8, 4))),
+    warp_dims=(-6,),
+    lane_dims=(-2, plgpu.Replicated(4)),
+    vector_dim=-1,
+  )
+  scales = plgpu.load(ref, layout=layout, optimized=False)
+  if twin:
+    shifts = lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8)
+    return jnp.sum(scales.astype(jnp.uint32) << shifts, axis=1, dtype=jnp.uint32)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.uint32, layout=_ROW),
+  )
+  def as_words(ctx: Any, scales: Any) -> Any:
+    # As bytes, the compiler takes them apart at once, and waits for them.
+    del ctx
+    word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    return _array([vector.bitcast(word, v) for v in scales.registers.flat], (ROWS,), _ROW)
+
+  return as_words(scales)
+
+
+def factors(scales: Any, expansion: Expansion) -> tuple[Any, ...]:
+  """What the words of a step are expanded with, from loaded scales."""
+  if expansion.bits == 4:
+    s = scales.astype(jnp.int32)
+    magnitude = s & 0x7F
+    bits = (magnitude << 7) | ((s & 0x80) << 8)  # 2**-8 of the scale, as float16
+    value = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+    value = value * jnp.float16(2.0 ** (8 + _E4M3_SHIFT))
+    return (jnp.where(magnitude == 0x7F, jnp.float16(np.nan), value),)
+  if expansion.step_k == 64:
+    s = scales.astype(jnp.int32)
+    bits = jnp.where(s == 0, 1 << 22, s << 23)
+    bits = jnp.where(s == 0xFF, 0x7FC00000, bits)
+    return (lax.bitcast_convert_type(bits, jnp.float32),)
+  return (scales,)
+
+
+def lowered(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """mxfp8 scales (..., groups) as `E4M3` takes them: how far to lower codes, and to what.
+
+  Returns:
+    downs: uint8 (..., groups), 8 * (row exponent - scale); 0x7F, which leaves nothing, where that
+      is above 15 * 8; 0x80 under a NaN scale.
+    row_exponents: int32 (...), the largest scale of a row that is not NaN.
+  """
+  wide = scales.astype(jnp.int32)
+  nan = wide == 0xFF
+  row_exponents = jnp.max(jnp.where(nan, 0, wide), axis=-1)
+  distance = row_exponents[..., None] - wide
+  downs = jnp.where(distance > 15, 0x7F, 8 * distance)
+  return jnp.where(nan, 0x80, downs).astype(jnp.uint8), row_exponents
+
+
+# Codes
+
+
+def expand(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
+  """Words (64, words) and their factors to the operand (64, step_k), in registers."""
+  if expansion.bits == 4:
+    body: Callable[..., list[Any]] = _expand_e2m1
+    layouts: tuple[Any, ...] = (_layout(4, 1, (-3, -2)),)
+  elif expansion.step_k == 64:
+    body, layouts = _expand_e4m3_exactly, (_layout(2, 1, (-3, -2, plgpu.Replicated(2))),)
+  else:
+    body, layouts = _expand_e4m3, (_ROW,)
+  shape = (ROWS, expansion.step_k)
+
+  @plgpu.inline_mgpu(
+    arg_types=(expansion.words_layout, *layouts),
+    return_type=plgpu.ShapeDtypeStruct(shape, expansion.dtype, layout=expansion.layout),
+  )
+  def in_registers(ctx: Any, words: Any, *factors: Any) -> Any:
+    del ctx
+    out_type = mgpu.utils.dtype_to_ir_type(expansion.dtype)
+    vector_type = ir.VectorType.get((4 // expansion.dtype.itemsize,), out_type)
+    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    registers = [
+      vector.bitcast(vector_type, vector.broadcast(one, r)) for r in body(words, factors)
+    ]
+    return _array(registers, shape, expansion.layout)
+
+  return in_registers(words, *factors)
+
+
+def _expand_e2m1(words: Any, factors: Any) -> list[Any]:
+  """Register (i, half): nibble i of a row's two words, as float16 times the group's factor."""
+  halves = []
+  for half in range(2):
+    pair = words.registers.flat[half]
+    a, b = (vector.extract(pair, [], [j]) for j in range(2))
+    factor = vector.extract(factors[0].registers.flat[half], [], [0])
+    factor = _twice(factor)
+    zipped = [
+      _asm("prmt.b32 $0, $1, $2, 0x5410;", a, b),
+      _asm("prmt.b32 $0, $1, $2, 0x7632;", a, b),
+    ]
+    halves.append([_e2m1_pair(zipped[i // 4], i % 4, factor) for i in range(8)])
+  return [halves[half][i] for i in range(8) for half in range(2)]
+
+
+def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
+  """Nibble i of both half words: the sign to bit 15, the rest to float16's bits 11 to 9."""
+  top = word if i == 3 else arith.shli(word, _constant(12 - 4 * i))
+  magnitude = arith.andi(arith.shrui(top, _constant(3)), _constant(0x0E000E00))
+  value = arith.ori(arith.andi(top, _constant(0x80008000)), magnitude)
+  return _asm("mul.rn.f16x2 $0, $1, $2;", value, factor)
+
+
+def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
+  """Register (b, half): a word of four codes, their exponents lowered as `lowered` says.
+
+  Lowering an exponent field by d is subtracting 8 * d from the byte's magnitude. Where that
+  borrows (the top bit, set before, tells) the code becomes zero; where it leaves an exponent
+  field of 0, hidden bits are lost: either way less than 2**-6 of the row's largest power of two.
+  A NaN code is the one whose magnitude exceeds 0x7E; under a NaN scale all are made such.
+  """
+  out = []
+  for b in range(8):
+    for half in range(2):
+      word = vector.extract(words.registers.flat[2 * b + half], [], [0])
+      downs = vector.extract(factors[0].registers.flat[half], [], [0])
+      group = b * 4 // 8
+      down = _asm(f"prmt.b32 $0, $1, $1, {hex(group * 0x1111)};", downs)
+      nan = _asm(f"prmt.b32 $0, $1, $1, {hex(0x8888 + group * 0x1111)};", downs)
+      asm = """{
+        .reg .b32 set, t, kept, isnan;
+        lop3.b32 set, $1, $3, 0x80808080, 0xFE;
+        sub.u32 t, set, $2;
+        sub.u32 isnan, set, 0x7F7F7F7F;
+        prmt.b32 kept, t, t, 0xBA98;
+        prmt.b32 isnan, isnan, isnan, 0xBA98;
+        lop3.b32 t, t, kept, isnan, 0xEA;
+        lop3.b32 $0, t, $1, 0x80808080, 0xD8;
+      }"""
+      out.append(_asm_of(asm, [word, down, nan], "=r,r,r,r"))
+  return out
+
+
+def _expand_e4m3_exactly(words: Any, factors: Any) -> list[Any]:
+  """Register (i, half): code i of a row's two units of 8, as bfloat16 times the group's factor."""
+  halves = []
+  for half in range(2):
+    quad = words.registers.flat[half]
+    w = [vector.extract(quad, [], [j]) for j in range(4)]
+    factor = vector.extract(factors[0].registers.flat[half], [], [0])
+    registers = []
+    for i in range(8):
+      asm = """{
+        .reg .b16 codes, a, b;
+        .reg .b32 pair;
+        .reg .f32 fa, fb;
+        prmt.b32 pair, $1, $2, SELECTOR;
+        cvt.u16.u32 codes, pair;
+        cvt.rn.f16x2.e4m3x2 pair, codes;
+        mov.b32 {a, b}, pair;
+        cvt.f32.f16 fa, a;
+        cvt.f32.f16 fb, b;
+        mul.rn.f32 fa, fa, $3;
+        mul.rn.f32 fb, fb, $3;
+        cvt.rn.bf16x2.f32 $0, fb, fa;
+      }""".replace("SELECTOR", hex(i % 4 | (4 + i % 4) << 4))
+      registers.append(_asm_of(asm, [w[i // 4], w[2 + i // 4], factor], "=r,r,r,f"))
+    halves.append(registers)
+  return [halves[half][i] for i in range(8) for half in range(2)]
+
+
+def _array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
+  target = layout.to_mgpu()
+  out = np.empty(target.registers_shape(shape), dtype=object)
+  out.flat = registers
+  signed = None if shape[1:] else False
+  return mgpu.FragmentedArray(_registers=out, _layout=target, _is_signed=signed)
+
+
+def _asm(instruction: str, *operands: Any) -> Any:
+  return _asm_of(instruction, list(operands), ",".join(["=r"] + ["r"] * len(operands)))
+
+
+def _asm_of(asm: str, operands: list[Any], constraints: str) -> Any:
+  return llvm.inline_asm(ir.IntegerType.get_signless(32), operands, asm, constraints)
+
+
+def _constant(value: int) -> Any:
+  i32 = ir.IntegerType.get_signless(32)
+  attribute = ir.IntegerAttr.get(i32, value - (1 << 32) if value >> 31 else value)
+  return arith.ConstantOp(i32, attribute).result  # type: ignore[call-arg, arg-type]  # no stub
+
+
+def _twice(value: Any) -> Any:
+  """A float16 in both halves of a register."""
+  pair = vector.broadcast(ir.VectorType.get((2,), ir.F16Type.get()), value)
+  word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+  return vector.extract(vector.bitcast(word, pair), [], [0])
+
+
+def twin(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
+  """`expand` in array operations, each value computed on its own."""
+  per_word = 32 // expansion.bits
+  shifts = lax.broadcasted_iota(jnp.uint32, (1, 1, per_word), 2) * np.uint32(expansion.bits)
+  codes = (words[..., None] >> shifts) & np.uint32((1 << expansion.bits) - 1)
+  codes = codes.reshape(ROWS, expansion.groups, expansion.group_size)
+  if expansion.step_k == 128:
+    downs = factors[0][:, None] >> (lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8))
+    downs = downs[..., None] & np.uint32(0xFF)
+    magnitude = codes & np.uint32(0x7F)
+    lowered = jnp.where(magnitude >= downs, magnitude - downs, np.uint32(0))
+    nan = (magnitude == 0x7F) | (downs >= 0x80)
+    bits = jnp.where(nan, np.uint32(0x7F), lowered) | (codes & np.uint32(0x80))
+    values = lax.bitcast_convert_type(bits.astype(jnp.uint8), jnp.float8_e4m3fn)
+    return values.reshape(ROWS, expansion.step_k)
+  if expansion.bits == 4:
+    bits = ((codes & np.uint32(8)) << np.uint32(12)) | ((codes & np.uint32(7)) << np.uint32(9))
+    values = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+  else:
+    values = lax.bitcast_convert_type(codes.astype(jnp.uint8), jnp.float8_e4m3fn)
+  values = values.astype(jnp.float32) * factors[0].astype(jnp.float32)[..., None]
+  values = values.reshape(ROWS, 8, 8).swapaxes(1, 2)
+  return values.reshape(ROWS, expansion.step_k).astype(expansion.dtype)

@@ -1,0 +1,209 @@
+"""The product on Hopper (H100, H200): which kernels, on which operands.
+
+    x --quantizer--> x_hat --+
+                             +--> matmul -------------> out      w quantized on the fly
+    w --quantizer--> w_hat --+
+    words, scales -----------+--> packed_matmul ------> out      w packed
+
+In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
+times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
+cores' sums are short of bits; both errors shrink with k against the bound that a product must
+keep (README), and at k >= FP8_MIN_K keep it on every kind of data measured. A row whose groups lie
+further apart than a shift of its codes can bridge is found while it is quantized: then the exact
+kernel runs instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq._formats import FORMATS, Format
+from jaxqq._kernels import expand, matmul, packed_matmul, tuning
+from jaxqq._kernels.operands import exact_operand, fp8_operand
+from jaxqq._quantize import decoding_factor
+from jaxqq._reference import Operands
+
+# Below, sums of few groups of unequal size exceed the bound in fp8: measured 1.04 of it at 2048 and
+# 0.88 at 4096, with an outlier of 200 times in every 64 of x's channels.
+FP8_MIN_K = 4096
+# How far a group's scale may lie below the largest of its row of packed w, in powers of two: their
+# codes lose what leaves e4m3's normal range.
+MAX_DOWN = 9
+
+
+def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:
+  """The product of exact 16 bit operands; `promote` adds their sums up in float32."""
+  fmt, problem = FORMATS[mode], _folded(operands)
+  dtype = jnp.bfloat16 if fmt.scale_is_power_of_two else jnp.float16
+  packed = problem.scales is not None
+  problem = _padded_k(problem, matmul.step_k(dtype), fmt)
+
+  def operand(a: jax.Array, global_scale: jax.Array | None) -> jax.Array:
+    out = exact_operand(
+      a.reshape(-1, a.shape[-1]), fmt, _scalar(global_scale), dtype=dtype, interleave=packed
+    )
+    return out.reshape(a.shape)
+
+  x = operand(problem.x, problem.global_scale_x)
+  of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
+  expansion = expand.E4M3_EXACT if fmt.scale_is_power_of_two else expand.E2M1
+  factors = jnp.stack([of_x * expansion.unit if packed else of_x, of_w]).reshape(1, 2)
+  config = _config(problem, fmt, out_dtype, promote)
+  if packed:
+    out = packed_matmul.packed_matmul(
+      x,
+      problem.w,
+      problem.scales,
+      factors,
+      None,
+      expansion=expansion,
+      out_dtype=out_dtype,
+      config=config,
+    )
+  else:
+    w = operand(problem.w, problem.global_scale_w)
+    out = matmul.matmul(x, w, factors, None, out_dtype=out_dtype, config=config)
+  return _unfolded(out, operands)
+
+
+def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
+  """The product of e4m3 codes, if every row's can share one power of two; else of exact ones."""
+  fmt, problem = FORMATS[mode], _folded(operands)
+  problem = _padded_k(problem, matmul.step_k(jnp.float8_e4m3fn), fmt)
+  config = _config(problem, fmt, out_dtype, promote=True)
+  factors = jnp.ones((1, 2), jnp.float32)
+
+  def operand(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    out = fp8_operand(a.reshape(-1, a.shape[-1]), fmt)
+    return (
+      out.codes.reshape(a.shape),
+      out.row_exponents.reshape(a.shape[:-1]),
+      jnp.any(out.wild > 0),
+    )
+
+  x, x_exponents, x_wild = operand(problem.x)
+  if problem.scales is None:
+    w, w_exponents, w_wild = operand(problem.w)
+
+    def product() -> jax.Array:
+      return matmul.matmul(
+        x, w, factors, (x_exponents, w_exponents), out_dtype=out_dtype, config=config
+      )
+  else:
+    downs, w_exponents = expand.lowered(problem.scales)
+    counts = (problem.scales != 0) & (problem.scales != fmt.scale_nan)  # 0 is that of zeros
+    w_wild = jnp.any(counts & (downs > 8 * MAX_DOWN))
+
+    def product() -> jax.Array:
+      return packed_matmul.packed_matmul(
+        x,
+        problem.w,
+        downs,
+        factors,
+        (x_exponents, w_exponents),
+        expansion=expand.E4M3,
+        out_dtype=out_dtype,
+        config=config,
+      )
+
+  return lax.cond(
+    x_wild | w_wild,
+    lambda: exact(operands, mode, out_dtype, promote=False),
+    lambda: _unfolded(product(), operands),
+  )
+
+
+def _factor(global_scale: jax.Array | None, fmt: Format) -> jax.Array:
+  if global_scale is None:
+    return jnp.ones((1,), jnp.float32)
+  return decoding_factor(global_scale, fmt).reshape(1)
+
+
+def _scalar(global_scale: jax.Array | None) -> jax.Array | None:
+  return None if global_scale is None else global_scale.reshape(())
+
+
+# Batch axes, and the end of k
+
+
+def shared_w(operands: Operands) -> bool:
+  """Whether one matrix w meets all of x, whose batch axes are then just more rows."""
+  batches = [operands.w.shape[:-2]]
+  if operands.scales is not None:
+    batches.append(operands.scales.shape[:-2])
+  return all(math.prod(batch) == 1 for batch in batches)
+
+
+def sizes(operands: Operands) -> tuple[int, int, int]:
+  """Batch, rows and columns of what the kernels see."""
+  m, n = operands.x.shape[-2], operands.w.shape[-2]
+  batch = math.prod(operands.batch_shape)
+  return (1, batch * m, n) if shared_w(operands) else (batch, m, n)
+
+
+def _folded(operands: Operands) -> Operands:
+  """Every operand with one batch axis, of size 1 where it is shared; scales as bytes."""
+  batch_shape, one = operands.batch_shape, shared_w(operands)
+
+  def matrices(a: Any, fold_rows: bool) -> Any:
+    if fold_rows:
+      a = jnp.broadcast_to(a, (*batch_shape, *a.shape[-2:]))
+      return a.reshape(1, -1, a.shape[-1])
+    if math.prod(a.shape[:-2]) > 1:
+      a = jnp.broadcast_to(a, (*batch_shape, *a.shape[-2:]))
+    return a.reshape(-1, *a.shape[-2:])
+
+  x, w, scales = operands.x, operands.w, operands.scales
+  if scales is not None:
+    common = lax.broadcast_shapes(w.shape[:-2], scales.shape[:-2])
+    w = jnp.broadcast_to(w, (*common, *w.shape[-2:]))
+    scales = jnp.broadcast_to(scales, (*common, *scales.shape[-2:]))
+    scales = matrices(lax.bitcast_convert_type(scales, jnp.uint8), False)
+  return Operands(
+    matrices(x, one),
+    matrices(w, False),
+    scales,
+    operands.global_scale_x,
+    operands.global_scale_w,
+  )
+
+
+def _unfolded(out: jax.Array, operands: Operands) -> jax.Array:
+  m, n = operands.x.shape[-2], operands.w.shape[-2]
+  return out.reshape(*operands.batch_shape, m, n)
+
+
+def _padded_k(problem: Operands, step_k: int, fmt: Format) -> Operands:
+  """Zeros to whole steps of k: a copy, but only where k is no multiple of 64 or 128."""
+  missing = -problem.x.shape[-1] % step_k
+  if not missing:
+    return problem
+
+  def pad(a: Any, by: int) -> Any:
+    return jnp.pad(a, ((0, 0), (0, 0), (0, by)))
+
+  packed = problem.scales is not None
+  return Operands(
+    pad(problem.x, missing),
+    pad(problem.w, missing // fmt.codes_per_word if packed else missing),
+    pad(problem.scales, missing // fmt.group_size) if packed else None,
+    problem.global_scale_x,
+    problem.global_scale_w,
+  )
+
+
+def _config(problem: Operands, fmt: Format, out_dtype: np.dtype, promote: bool) -> Any:
+  batch = max(problem.x.shape[0], problem.w.shape[0])
+  m, n = problem.x.shape[-2], problem.w.shape[-2]
+  return tuning.config(packed_bits(problem, fmt), batch, m, n, out_dtype, promote)
+
+
+def packed_bits(operands: Operands, fmt: Format) -> int | None:
+  """Of a code of packed w; None where w is not packed."""
+  return None if operands.scales is None else fmt.bits

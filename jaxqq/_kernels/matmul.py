@@ -1,0 +1,245 @@
+"""out = x_hat w_hat^T on Hopper's tensor cores, both operands ready in memory.
+
+Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over the output tiles:
+
+    warpgroup 2, memory   | load k+3 | load k+4  | load k+5  | ...
+    warpgroup 0, compute  |  wgmma k  |  wgmma k+1  |  wgmma k+2  | ... | store
+    warpgroup 1, compute  |  wgmma k  |  wgmma k+1  |  wgmma k+2  | ... | store
+
+- The memory warpgroup has the copy engine (TMA) bring tiles of both operands to shared memory, and
+  refills a place once both compute warpgroups have released it.
+- Each compute warpgroup has half of the rows of the x_hat tile, and its sums in registers.
+- Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
+  bit formats). With `promote` they cover one step, and are then added to float32 sums: 64 rows
+  after the other, for want of registers.
+- The epilogue multiplies by the global scales, or by the powers of two of rows and columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.tiles import (
+  COMPUTE_WARPGROUPS,
+  Grid,
+  batch_of,
+  compiler_params,
+  padded,
+  rounded_up,
+  tile_transforms,
+  times_powers_of_two,
+)
+
+WGMMA_ROWS = 64  # of x_hat: what one instruction multiplies
+STORE = (64, 64)  # rows and columns that a warpgroup stores at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The tiles of one launch."""
+
+  block_m: int  # rows of x_hat a CTA, 128 or 256
+  block_n: int  # rows of w_hat a CTA, a multiple of 64
+  num_stages: int  # tiles in shared memory
+  promote: bool = False  # add to float32 sums after every step
+  store_slots: int = 2  # tiles on their way out, a warpgroup
+  group_width: int = 8  # neighbouring tiles of the minor axis that are walked together
+  minor: int = 0  # 0: m, 1: n
+
+  @property
+  def grid(self) -> Grid:
+    return Grid(self.block_m, self.block_n, self.group_width, self.minor)
+
+
+def step_k(dtype: Any) -> int:
+  """Elements of k a step: one swizzled row of 128 bytes in shared memory."""
+  return 128 // int(jnp.dtype(dtype).itemsize)
+
+
+def matmul(
+  x: jax.Array,  # (b or 1, m, k) of float16, bfloat16 or float8_e4m3fn; k a multiple of step_k
+  w: jax.Array,  # (b or 1, n, k) of the same dtype
+  factors: jax.Array,  # float32 (b or 1, 2)
+  exponents: tuple[jax.Array, jax.Array] | None,  # int32 (b or 1, m) and (b or 1, n), for fp8
+  *,
+  out_dtype: Any,
+  config: Config,
+  interpret: Any = None,
+) -> jax.Array:
+  """(b, m, n): the sums times both factors, or times 2**(exponents - 127) of rows and columns."""
+  batch, m, n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
+  a_step = step_k(x.dtype)
+  k_steps = x.shape[2] // a_step
+  block_m, block_n, stages, grid = config.block_m, config.block_n, config.num_stages, config.grid
+  own_m = block_m // COMPUTE_WARPGROUPS  # rows of a compute warpgroup
+  num_tiles, num_ctas = grid.num_tiles(batch, m, n), grid.num_ctas(batch, m, n)
+
+  def kernel(x_g: Any, w_g: Any, factors_g: Any, *refs: Any) -> None:
+    *exponents_g, out_g, x_s, w_s, out_s, full, empty = refs
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+    own_tiles = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
+
+    def tile_of(t: Any) -> tuple[Any, Any, Any]:
+      return grid.tile_of(cta + t * num_ctas, m, n)
+
+    def slot_of(step: Any) -> Any:
+      return lax.rem(step, jnp.int32(stages))
+
+    # Memory
+
+    def load(step: Any, ki: Any, tile: Any) -> None:
+      slot = slot_of(step)
+      b, mi, ni = tile
+      ks = pl.ds(ki * a_step, a_step)
+
+      @pl.when(step >= stages)
+      def _wait() -> None:
+        plgpu.barrier_wait(empty.at[slot])
+
+      rows, columns = pl.ds(mi * block_m, block_m), pl.ds(ni * block_n, block_n)
+      plgpu.copy_gmem_to_smem(x_g.at[batch_of(x_g, b), rows, ks], x_s.at[slot], full.at[slot])
+      plgpu.copy_gmem_to_smem(w_g.at[batch_of(w_g, b), columns, ks], w_s.at[slot], full.at[slot])
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    def _memory() -> None:
+      plgpu.set_max_registers(40, action="decrease")
+
+      @pl.loop(0, own_tiles)
+      def _tile(t: Any) -> None:
+        tile = tile_of(t)
+        pl.loop(0, k_steps)(lambda ki: load(t * k_steps + ki, ki, tile))
+
+      total = own_tiles * k_steps
+
+      # The last readers: no barrier is left half way.
+      @pl.loop(jnp.maximum(total - stages, 0), total)
+      def _drain(step: Any) -> None:
+        plgpu.barrier_wait(empty.at[slot_of(step)])
+
+    # Compute
+
+    def multiply(acc: Any, slot: Any, first_row: int, rows: int) -> None:
+      own_rows = pl.ds(warpgroup * own_m + first_row, rows)
+      plgpu.wgmma(acc, x_s.at[slot, own_rows], w_s.at[slot].T)
+
+    def sums(first: Any) -> list[Any]:
+      """A tile's sums in one accumulator over all of k, two steps under way."""
+
+      def scope(acc: Any) -> Any:
+        @pl.loop(0, k_steps)
+        def _step(ki: Any) -> None:
+          slot = slot_of(first + ki)
+          plgpu.barrier_wait(full.at[slot])
+          multiply(acc, slot, 0, own_m)
+          plgpu.wgmma_wait(1)
+
+          @pl.when(ki > 0)
+          def _release() -> None:
+            plgpu.barrier_arrive(empty.at[slot_of(first + ki - 1)])
+
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(empty.at[slot_of(first + k_steps - 1)])
+        return acc[...]
+
+      acc = pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((own_m, block_n), jnp.float32))
+      return [acc[i : i + WGMMA_ROWS] for i in range(0, own_m, WGMMA_ROWS)]
+
+    def promoted_sums(first: Any) -> list[Any]:
+      """A tile's sums, in parts, taken out of the tensor cores after every step."""
+      zeros = jnp.zeros((WGMMA_ROWS, block_n), jnp.float32)
+      totals = tuple(
+        plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(own_m // WGMMA_ROWS)
+      )
+
+      def do_step(ki: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
+        slot = slot_of(first + ki)
+        plgpu.barrier_wait(full.at[slot])
+        results = []
+        for part, total in enumerate(totals):
+
+          def scope(acc: Any, part: int = part) -> Any:
+            multiply(acc, slot, part * WGMMA_ROWS, WGMMA_ROWS)
+            plgpu.wgmma_wait(0)
+            if part == len(totals) - 1:
+              plgpu.barrier_arrive(empty.at[slot])
+            return acc[...]
+
+          partial = pl.run_scoped(
+            scope, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, block_n), jnp.float32)
+          )
+          results.append(total + partial)
+        return tuple(results)
+
+      return list(lax.fori_loop(0, k_steps, do_step, totals))
+
+    def store(parts: list[Any], tile: Any) -> None:
+      """Scales and writes a tile, 64 by 64 after the other."""
+      b, mi, ni = tile
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      slot = 0
+      for i, part in enumerate(parts):
+        rows = pl.ds(mi * block_m + warpgroup * own_m + i * STORE[0], STORE[0])
+        for j in range(0, block_n, STORE[1]):
+          columns = pl.ds(ni * block_n + j, STORE[1])
+          piece = part[:, j : j + STORE[1]]
+          if exponents_g:
+            x_e, w_e = exponents_g
+            piece = times_powers_of_two(
+              piece, x_e.at[batch_of(x_e, b), rows], w_e.at[batch_of(w_e, b), columns]
+            )
+          else:
+            index = batch_of(factors_g, b)
+            piece = piece * factors_g[index, 0] * factors_g[index, 1]
+          plgpu.wait_smem_to_gmem(config.store_slots - 1, wait_read_only=True)
+          out_s[warpgroup, slot] = piece.astype(out_dtype)
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(out_s.at[warpgroup, slot], out_g.at[b, rows, columns])
+          slot = (slot + 1) % config.store_slots
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def _compute() -> None:
+      plgpu.set_max_registers(232, action="increase")
+
+      @pl.loop(0, own_tiles)
+      def _tile(t: Any) -> None:
+        store((promoted_sums if config.promote else sums)(t * k_steps), tile_of(t))
+
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  transforms = tile_transforms(a_step, x.dtype)
+  # No stored tile may lie past the end of an axis of one tile: the copy engine drops such an axis.
+  out_shape = (batch, max(rounded_up(m, 8), STORE[0]), rounded_up(n, block_n))
+  run = plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+    grid=(num_ctas,),
+    grid_names=("cta",),
+    num_threads=COMPUTE_WARPGROUPS + 1,
+    thread_name="warpgroup",
+    compiler_params=compiler_params(),
+    scratch_types=[
+      plgpu.SMEM((stages, block_m, a_step), x.dtype, transforms=transforms),
+      plgpu.SMEM((stages, block_n, a_step), x.dtype, transforms=transforms),
+      plgpu.SMEM(
+        (COMPUTE_WARPGROUPS, config.store_slots, *STORE),
+        out_dtype,
+        transforms=tile_transforms(STORE[1], out_dtype),
+      ),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
+    ],
+    interpret=interpret,
+    kernel_name="jaxqq_matmul",
+  )
+  operands = [padded(x, rounded_up(m, 8)), padded(w, rounded_up(n, 8)), factors]
+  if exponents is not None:
+    operands.append(padded(exponents[0], rounded_up(m, block_m)))
+    operands.append(padded(exponents[1], rounded_up(n, block_n)))
+  return run(*operands)[:, :m, :n]

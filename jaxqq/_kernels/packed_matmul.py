@@ -1,0 +1,321 @@
+"""out = x_hat w_hat^T on Hopper's tensor cores, from packed w, expanded in registers.
+
+Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over the output tiles:
+
+    warpgroup 2, memory   | load k+3      | load k+4      | load k+5      | ...
+    warpgroup 0, compute  | wgmma k  | expand k+1 | wgmma k+1  | expand k+2 | ... | store
+    warpgroup 1, compute      expand k  | wgmma k    | expand k+1 | wgmma k+1 | ...
+
+- The memory warpgroup has the copy engine (TMA) bring tiles of x_hat and of packed words to
+  shared memory, and refills a place once both compute warpgroups have released it.
+- A compute warpgroup has 64 rows of w and all rows of the x_hat tile: out^T = w_hat x_hat^T. It
+  expands the words of a step in its registers (`expand.py`), from where the tensor cores take
+  them, while they work for the other warpgroup. No expanded w is ever written to memory.
+- Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
+  bit formats). With `promote` they cover one step, and are then added to float32 sums: 128 rows
+  of x_hat after the other, for want of registers.
+- The epilogue multiplies by the global scales, or by the powers of two of rows and columns, in
+  float32, and writes tiles transposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels import expand
+from jaxqq._kernels.tiles import (
+  COMPUTE_WARPGROUPS,
+  Grid,
+  batch_of,
+  compiler_params,
+  padded,
+  rounded_up,
+  tile_transforms,
+  times_powers_of_two,
+)
+
+PROMOTED_ROWS = 128  # of x_hat: what the tensor cores sum up before it is added in float32
+BLOCK_N = COMPUTE_WARPGROUPS * expand.ROWS
+STORE = 64  # rows of x_hat that are stored at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The tiles of one launch."""
+
+  block_m: int  # rows of x_hat a CTA, a multiple of 64, up to 256
+  num_stages: int  # tiles in shared memory
+  promote: bool = False  # add to float32 sums after every step
+  store_slots: int = 2  # tiles on their way out, a warpgroup
+  group_width: int = 8  # neighbouring tiles of the minor axis that are walked together
+  minor: int = 0  # 0: m, 1: n
+
+  @property
+  def grid(self) -> Grid:
+    return Grid(self.block_m, BLOCK_N, self.group_width, self.minor)
+
+
+def packed_matmul(
+  x: jax.Array,  # (b or 1, m, k) of expansion.dtype, k a multiple of expansion.step_k
+  words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
+  scales: jax.Array,  # uint8 (b or 1, n, k / group_size); for E4M3 the `expand.lowered` ones
+  factors: jax.Array,  # float32 (b or 1, 2)
+  exponents: tuple[jax.Array, jax.Array] | None,  # int32 (b or 1, m) and (b or 1, n), for E4M3
+  *,
+  expansion: expand.Expansion,
+  out_dtype: Any,
+  config: Config,
+  interpret: Any = None,
+) -> jax.Array:
+  """(b, m, n): the sums times both factors, or times 2**(exponents - 127) of rows and columns."""
+  m, n, k = x.shape[1], words.shape[1], x.shape[2]
+  batch = max(x.shape[0], words.shape[0])
+  step_k, step_words, groups = expansion.step_k, expansion.words, expansion.groups
+  k_steps = k // step_k
+  block_m, stages = config.block_m, config.num_stages
+  grid = config.grid
+  num_tiles, num_ctas = grid.num_tiles(batch, m, n), grid.num_ctas(batch, m, n)
+  part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
+  has_exponents = exponents is not None
+  # Only 16 bit matrices can be transposed on their way to shared memory.
+  transposed = jnp.dtype(out_dtype).itemsize != 2
+  # No stored tile may lie past the end of an axis of one tile: the copy engine drops such an axis.
+  out_shape = (
+    rounded_up(m, STORE) if transposed or m < STORE else rounded_up(m, 8),
+    rounded_up(n, BLOCK_N),
+  )
+
+  def kernel(*refs: Any) -> None:
+    x_g, words_g, scales_g, factors_g, *rest = refs
+    x_e: Any = rest.pop(0) if has_exponents else None
+    w_e: Any = rest.pop(0) if has_exponents else None
+    out_g, x_s, words_s, out_s, *rest = rest
+    a_s: Any = rest.pop(0) if interpret else None
+    x_full, words_full, empty = rest
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+    own_tiles = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
+
+    def tile_of(t: Any) -> tuple[Any, Any, Any]:
+      return grid.tile_of(cta + t * num_ctas, m, n)
+
+    # Memory
+
+    def load(step: Any, ki: Any, tile: Any) -> None:
+      slot = lax.rem(step, jnp.int32(stages))
+      b, mi, ni = tile
+
+      @pl.when(step >= stages)
+      def _wait() -> None:
+        plgpu.barrier_wait(empty.at[slot])
+
+      plgpu.copy_gmem_to_smem(
+        words_g.at[
+          batch_of(words_g, b), pl.ds(ni * BLOCK_N, BLOCK_N), pl.ds(ki * step_words, step_words)
+        ],
+        words_s.at[slot],
+        words_full.at[slot],
+      )
+      plgpu.copy_gmem_to_smem(
+        x_g.at[batch_of(x_g, b), pl.ds(mi * block_m, block_m), pl.ds(ki * step_k, step_k)],
+        x_s.at[slot],
+        x_full.at[slot],
+      )
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    def _memory() -> None:
+      plgpu.set_max_registers(40, action="decrease")
+
+      @pl.loop(0, own_tiles)
+      def _tile(t: Any) -> None:
+        tile = tile_of(t)
+        pl.loop(0, k_steps)(lambda ki: load(t * k_steps + ki, ki, tile))
+
+      total = own_tiles * k_steps
+
+      # The last readers: no barrier is left half way.
+      @pl.loop(jnp.maximum(total - stages, 0), total)
+      def _drain(step: Any) -> None:
+        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+
+    # Compute
+
+    own_rows = pl.ds(warpgroup * expand.ROWS, expand.ROWS)
+
+    def own_columns(ni: Any) -> Any:
+      return pl.ds(ni * BLOCK_N + warpgroup * expand.ROWS, expand.ROWS)
+
+    def load_scales(ki: Any, tile: Any) -> Any:
+      b, _, ni = tile
+      ref = scales_g.at[batch_of(scales_g, b), own_columns(ni), pl.ds(ki * groups, groups)]
+      return expand.load_scales(ref, expansion, bool(interpret))
+
+    def expand_step(step: Any, scales: Any) -> Any:
+      """The operand of one step, from its packed words."""
+      slot = lax.rem(step, jnp.int32(stages))
+      factor = expand.factors(scales, expansion)
+      plgpu.barrier_wait(words_full.at[slot])
+      layout = expansion.words_layout
+      words = plgpu.load(words_s.at[slot, own_rows], layout=layout, optimized=False)
+      if interpret:
+        return expand.twin(words, factor, expansion)
+      return expand.expand(words, factor, expansion)
+
+    def multiply(acc: Any, a: Any, slot: Any, part: int) -> None:
+      """acc += a x_hat^T, without waiting for it."""
+      b = x_s.at[slot, pl.ds(part * part_m, part_m)].T
+      if interpret:  # it has no left operand in registers
+        a_s[warpgroup] = a
+        plgpu.commit_smem()
+        plgpu.wgmma(acc, a_s.at[warpgroup], b)
+      else:
+        plgpu.wgmma(acc, a, b)
+
+    def walk(first: Any, tile: Any, do_step: Any, carry: Any) -> Any:
+      """do_step(step, a, expand_next, carry) -> (a of the next step, carry) for every step."""
+
+      def body(ki: Any, state: Any) -> Any:
+        a, scales, carry = state
+        following = load_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
+        a, carry = do_step(first + ki, a, lambda: expand_step(first + ki + 1, scales), carry)
+        return a, following, carry
+
+      a = expand_step(first, load_scales(jnp.int32(0), tile))
+      scales = load_scales(jnp.int32(min(1, k_steps - 1)), tile)
+      a, _, carry = lax.fori_loop(0, k_steps - 1, body, (a, scales, carry))
+      return do_step(first + k_steps - 1, a, lambda: a, carry)[1]
+
+    def sums(first: Any, tile: Any) -> list[Any]:
+      """A tile's sums in one accumulator over all of k."""
+
+      def scope(acc: Any) -> Any:
+        def do_step(step: Any, a: Any, expand_next: Any, carry: Any) -> Any:
+          slot = lax.rem(step, jnp.int32(stages))
+          plgpu.barrier_wait(x_full.at[slot])
+          multiply(acc, a, slot, 0)
+          plgpu.wgmma_wait(0)
+          plgpu.barrier_arrive(empty.at[slot])
+          return expand_next(), carry
+
+        walk(first, tile, do_step, jnp.int32(0))
+        return acc[...]
+
+      return [pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((expand.ROWS, block_m), jnp.float32))]
+
+    def promoted_sums(first: Any, tile: Any) -> list[Any]:
+      """A tile's sums, in parts, taken out of the tensor cores after every step."""
+      zeros = tuple(
+        plgpu.layout_cast(jnp.zeros((expand.ROWS, part_m), jnp.float32), plgpu.Layout.WGMMA)
+        for _ in range(block_m // part_m)
+      )
+
+      def do_step(step: Any, a: Any, expand_next: Any, totals: Any) -> Any:
+        slot = lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(x_full.at[slot])
+        results = []
+        for part, total in enumerate(totals):
+
+          def scope(acc: Any, part: int = part) -> Any:
+            multiply(acc, a, slot, part)
+            plgpu.wgmma_wait(0)
+            if part == len(totals) - 1:
+              plgpu.barrier_arrive(empty.at[slot])
+            return acc[...]
+
+          partial = pl.run_scoped(
+            scope, plgpu.WGMMAAccumulatorRef((expand.ROWS, part_m), jnp.float32)
+          )
+          results.append(total + partial)
+        return expand_next(), tuple(results)
+
+      return list(walk(first, tile, do_step, zeros))
+
+    def store(parts: list[Any], tile: Any) -> None:
+      """Scales and writes a tile, 64 rows of x_hat after the other."""
+      b, mi, ni = tile
+      columns = own_columns(ni)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      for i in range(block_m // STORE):
+        within = i * STORE % part_m
+        part = parts[i * STORE // part_m][:, within : within + STORE]
+        rows = pl.ds(mi * block_m + i * STORE, STORE)
+        if has_exponents:
+          part = times_powers_of_two(
+            part, w_e.at[batch_of(w_e, b), columns], x_e.at[batch_of(x_e, b), rows]
+          )
+        else:
+          index = batch_of(factors_g, b)
+          part = part * factors_g[index, 0] * factors_g[index, 1]
+        slot = i % config.store_slots
+        plgpu.wait_smem_to_gmem(config.store_slots - 1, wait_read_only=True)
+        if transposed:
+          out_s[warpgroup, slot] = part.astype(out_dtype)
+        else:
+          out_s.at[warpgroup, slot].T[...] = part.astype(out_dtype)
+        plgpu.commit_smem()
+        place = (columns, rows) if transposed else (rows, columns)
+        plgpu.copy_smem_to_gmem(out_s.at[warpgroup, slot], out_g.at[b, *place])
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def _compute() -> None:
+      plgpu.set_max_registers(232, action="increase")
+
+      @pl.loop(0, own_tiles)
+      def _tile(t: Any) -> None:
+        tile = tile_of(t)
+        run = promoted_sums if config.promote else sums
+        store(run(t * k_steps, tile), tile)
+
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  scratch: list[Any] = [
+    plgpu.SMEM((stages, block_m, step_k), x.dtype, transforms=tile_transforms(step_k, x.dtype)),
+    plgpu.SMEM(
+      (stages, BLOCK_N, step_words), jnp.uint32, transforms=tile_transforms(step_words, jnp.uint32)
+    ),
+    plgpu.SMEM(
+      (COMPUTE_WARPGROUPS, config.store_slots, STORE, expand.ROWS),
+      out_dtype,
+      transforms=tile_transforms(expand.ROWS, out_dtype),
+    ),
+  ]
+  if interpret:
+    scratch.append(
+      plgpu.SMEM(
+        (COMPUTE_WARPGROUPS, expand.ROWS, step_k),
+        x.dtype,
+        transforms=tile_transforms(step_k, x.dtype),
+      )
+    )
+  scratch += [
+    plgpu.Barrier(num_barriers=stages),
+    plgpu.Barrier(num_barriers=stages),
+    plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
+  ]
+  run = plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct(
+      (batch, *(out_shape[::-1] if transposed else out_shape)), out_dtype
+    ),
+    grid=(num_ctas,),
+    grid_names=("cta",),
+    num_threads=COMPUTE_WARPGROUPS + 1,
+    thread_name="warpgroup",
+    compiler_params=compiler_params(),
+    scratch_types=scratch,
+    interpret=interpret,
+    kernel_name="jaxqq_packed_matmul",
+  )
+  rows, columns = rounded_up(m, block_m), rounded_up(n, BLOCK_N)
+  operands = [padded(x, rounded_up(m, 8)), padded(words, rounded_up(n, 8)), padded(scales, columns)]
+  operands.append(factors)
+  if exponents is not None:
+    operands += [padded(exponents[0], rows), padded(exponents[1], columns)]
+  out = run(*operands)
+  return (jnp.swapaxes(out, 1, 2) if transposed else out)[:, :m, :n]

@@ -1,0 +1,463 @@
+"""The matrix kernels: in Mosaic GPU's interpreter anywhere, lowered for CUDA, run with `-m gpu`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxqq._kernels import expand, tiles, tuning
+from jaxqq._kernels import matmul as mm
+from jaxqq._kernels import packed_matmul as pm
+from tests import oracle
+
+pytestmark = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
+)
+on_gpu = [
+  pytest.mark.gpu,
+  pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+
+E4M3 = ml_dtypes.float8_e4m3fn
+BF16 = ml_dtypes.bfloat16
+F16, F32 = np.float16, np.float32
+EXPANSIONS = {"e2m1": expand.E2M1, "e4m3": expand.E4M3, "e4m3_exact": expand.E4M3_EXACT}
+
+
+def interpreted(f, *args):
+  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  return np.asarray(f(*jax.tree.map(jnp.asarray, args), interpret=interpret))
+
+
+def compiled(f, *args):
+  return np.asarray(jax.jit(f)(*jax.tree.map(jnp.asarray, args)))
+
+
+@pytest.fixture
+def few_ctas(monkeypatch):
+  """Each CTA walks over several tiles, as on a GPU with larger matrices."""
+  monkeypatch.setattr(tiles, "NUM_SMS", 2)
+  assert mm.Config(128, 64, 2).grid.num_ctas(1, 300, 300) == 2
+
+
+@pytest.fixture
+def no_races(capfd):
+  """The interpreter's race detector knows what each barrier orders, and prints what none does."""
+  yield
+  assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+# Operands
+
+
+def interleaved(x):
+  """Elements 8j + i of every 64 along k at 8i + j."""
+  return x.reshape(*x.shape[:-1], -1, 8, 8).swapaxes(-1, -2).reshape(x.shape)
+
+
+def codes_of(mode, words):
+  return oracle.unpack(words, mode)
+
+
+def dequantized(mode, codes, scales):
+  return oracle.values(codes, scales, mode)
+
+
+def downs_of(scales, exponents):
+  """What comes off the magnitudes of codes: 8 for each power of two, all of it beyond 15."""
+  distance = np.maximum(exponents[..., None] - scales.astype(int), 0)
+  down = np.where(distance > 15, 0x7F, 8 * distance)
+  return np.where(scales == 0xFF, 0x80, down).astype(np.uint8)
+
+
+def lowered(codes, downs):
+  """e4m3 codes, their magnitudes less `downs` but never below 0; float64."""
+  downs = np.repeat(downs, 32, axis=-1).astype(int)
+  magnitude = (codes & 0x7F).astype(int)
+  out = np.maximum(magnitude - downs, 0) | (codes & 0x80)
+  nan = (magnitude == 0x7F) | (downs == 0x80)
+  return np.where(nan, 0x7F, out).astype(np.uint8).view(E4M3).astype(np.float64)
+
+
+def powers(exponents):
+  return np.ldexp(1.0, np.asarray(exponents) - 127)
+
+
+def without_nan_codes(codes):
+  return np.where((codes & 0x7F) == 0x7F, codes & 0x80, codes).astype(np.uint8)
+
+
+def assert_product(out, x, w, dtype, *, of_mag=1.0):
+  """Section 3 of the specification at HIGHEST, with columns of NaN where w has one."""
+  x, w = np.nan_to_num(x, nan=np.nan), np.asarray(w)
+  nan_columns = np.broadcast_to(np.isnan(w).any(axis=-1)[..., None, :], out.shape)
+  exact, mag = oracle.product(x, np.nan_to_num(w))
+  assert out.dtype == dtype
+  np.testing.assert_array_equal(np.isnan(out.astype(F32)), nan_columns)
+  kept = np.where(nan_columns, 0, out.astype(np.float64)).astype(dtype)
+  exact, mag = (np.where(nan_columns, 0, a) for a in (exact, mag))
+  oracle.assert_within_bound(kept, exact, mag * of_mag, highest=True)
+
+
+# Fp8 tensor cores sum up in 14 bits; the interpreter in float32.
+FP8_SUMS = 2.0**6
+
+# matmul
+
+C = mm.Config
+# Powers of two of the operands' size, of rows and of columns. Their product with a sum is a
+# float32, but it may be one only after both, and no float32 need hold the product of the two.
+WIDE = (4, (-60, 0, 60), (-50, 0, 50))
+HIGH = (-5, (64, 65), (63, 64))
+LOW = (6, (-50, -40), (-62, -60))
+OPPOSITE = (4, (118, 119), (-126, -125))
+
+MATMULS = {
+  # dtype, out, (b of x, b of w), m, n, k, config, exponents
+  "f16": (F16, F32, (1, 1), 201, 133, 192, C(256, 128, 3, store_slots=1), None),
+  "f16 promoted": (F16, F32, (1, 1), 300, 70, 320, C(256, 64, 2, promote=True), None),
+  "f16 to f16, x shared": (F16, F16, (1, 3), 33, 67, 64, C(128, 64, 4), None),
+  "bf16, w shared": (BF16, F32, (2, 1), 129, 65, 128, C(128, 128, 2, store_slots=1), None),
+  "bf16 to bf16": (BF16, BF16, (2, 2), 35, 130, 256, C(128, 192, 3, promote=True), None),
+  "fp8 wide": (E4M3, F32, (1, 1), 201, 133, 384, C(256, 128, 2, promote=True), WIDE),
+  "fp8 high to bf16": (E4M3, BF16, (2, 1), 61, 99, 256, C(128, 128, 4), HIGH),
+  "fp8 opposite to f16": (E4M3, F16, (1, 2), 130, 67, 128, C(128, 64, 2, promote=True), OPPOSITE),
+  "fp8 factors": (E4M3, F32, (2, 2), 33, 33, 256, C(128, 64, 2, promote=True), None),
+  "walk m": (F16, F32, (2, 1), 260, 180, 128, C(128, 64, 3, group_width=2), None),
+  "walk n": (E4M3, BF16, (1, 1), 300, 300, 128, C(128, 64, 3, True, 1, 2, minor=1), LOW),
+}
+
+
+def check_matmul(run, name):
+  dtype, out_dtype, batches, m, n, k, config, exponents = MATMULS[name]
+  rng = np.random.default_rng([m, n, k])
+  x, w = (rng.standard_normal((b, size, k)) for b, size in zip(batches, (m, n), strict=True))
+  size, *powers_of_two = exponents or (0,)
+  x, w = (np.ldexp(a, size).astype(dtype) for a in (x, w))
+  batch = max(batches)
+  factors = rng.uniform(0.1, 2, (batch, 2)).astype(F32)
+  x_hat, w_hat = x.astype(np.float64), w.astype(np.float64)
+  chosen = None
+  if exponents is None:
+    x_hat = x_hat * factors[:, :1, None]
+    w_hat = w_hat * factors[:, 1:, None]
+  else:
+    chosen = tuple(
+      rng.choice(np.array(e, np.int32) + np.int32(127), a.shape[:2])
+      for e, a in zip(powers_of_two, (x, w), strict=True)
+    )
+    x_hat, w_hat = x_hat * powers(chosen[0])[..., None], w_hat * powers(chosen[1])[..., None]
+
+  f = functools.partial(mm.matmul, out_dtype=out_dtype, config=config)
+  out = run(f, x, w, factors, chosen)
+  assert out.shape == (batch, m, n)
+  fp8_sums = run is compiled and dtype is E4M3
+  assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
+
+
+@pytest.mark.parametrize("name", MATMULS)
+def test_matmul(name, few_ctas, no_races):
+  check_matmul(interpreted, name)
+
+
+# packed_matmul
+
+P = pm.Config
+PACKED = {
+  # expansion, out, (b of x, b of w), m, n, k, config
+  "e2m1": ("e2m1", F32, (1, 1), 201, 133, 192, P(256, 3, store_slots=1)),
+  "e2m1 promoted": ("e2m1", F32, (2, 1), 131, 70, 128, P(256, 2, promote=True)),
+  "e2m1 to f16": ("e2m1", F16, (1, 2), 33, 130, 64, P(64, 4)),
+  "e4m3": ("e4m3", F32, (1, 1), 201, 133, 384, P(256, 3, promote=True, store_slots=1)),
+  "e4m3 to bf16": ("e4m3", BF16, (2, 1), 70, 67, 256, P(128, 2)),
+  "e4m3 to f16": ("e4m3", F16, (2, 2), 33, 61, 128, P(64, 4, promote=True)),
+  "e4m3_exact": ("e4m3_exact", F32, (1, 1), 201, 133, 256, P(256, 4, promote=True)),
+  "e4m3_exact to bf16": ("e4m3_exact", BF16, (1, 2), 35, 130, 64, P(64, 4)),
+  "e4m3_exact to f16": ("e4m3_exact", F16, (1, 1), 67, 33, 192, P(128, 2)),
+  "walk m": ("e2m1", BF16, (2, 1), 190, 200, 128, P(64, 3, group_width=2)),
+  "walk n": ("e4m3", F32, (1, 1), 180, 300, 256, P(64, 3, True, 1, 2, minor=1)),
+}
+
+
+def e2m1_operand(rng, batch, n, k):
+  """Any codes and scales, zeros and negative ones too, with NaN in the last column."""
+  codes = rng.integers(0, 16, (batch, n, k)).astype(np.uint8)
+  scales = without_nan_codes(rng.integers(0, 256, (batch, n, k // 16)))
+  scales[0, -1, 1] = 0x7F
+  return codes, scales
+
+
+def e4m3_operand(rng, batch, n, k, lowest, highest):
+  """Any codes, scale bytes within bounds or 0, with NaN in the first and last columns.
+
+  Not all of a column is 0: XLA's CPU backend, which interprets, flushes subnormals to zero.
+  """
+  codes = without_nan_codes(rng.integers(0, 256, (batch, n, k)))
+  scales = rng.integers(lowest, highest + 1, (batch, n, k // 32)).astype(np.uint8)
+  scales[..., 1:][rng.random(scales[..., 1:].shape) < 0.1] = 0
+  codes[0, 0, -3] = 0xFF
+  codes[0, -1, 32:64] = 0x38  # were the scale an infinity, so would be their products
+  scales[0, -1, 1] = 0xFF
+  return codes, scales
+
+
+def check_packed(run, name):
+  which, out_dtype, batches, m, n, k, config = PACKED[name]
+  expansion, (bx, bw) = EXPANSIONS[which], batches
+  batch = max(batches)
+  rng = np.random.default_rng([m, n, k])
+  x = rng.standard_normal((bx, m, k))
+  x[:, 0] = np.abs(x[:, 0])
+  factors = rng.uniform(0.1, 0.3, (batch, 2)).astype(F32)
+  exponents = None
+  if which == "e2m1":
+    mode, x = "nvfp4", x.astype(F16)
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    w_hat = dequantized(mode, codes, scales)
+    passed = factors * np.array([expansion.unit, 1], F32)
+  elif which == "e4m3_exact":
+    mode, x, passed = "mxfp8", x.astype(BF16), factors
+    codes, scales = e4m3_operand(rng, bw, n, k, 107, 127)
+    w_hat = dequantized(mode, codes, scales)
+  else:
+    mode, x, passed = "mxfp8", (x * 64).astype(E4M3), factors
+    # 2**119 and 2**-124: sums must not overflow after one of them.
+    codes, scales = e4m3_operand(rng, bw, n, k, 227, 246)
+    rows = np.max(scales, axis=-1, where=scales != 0xFF, initial=0).astype(np.int32)
+    exponents = rng.integers(1, 4, (bx, m), dtype=np.int32), rows
+    scales = downs_of(scales, rows)
+    w_hat = lowered(codes, scales) * powers(rows)[..., None]
+  x_hat = x.astype(np.float64)
+  if exponents is None:
+    x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
+    x = interleaved(x)
+  else:
+    x_hat = x_hat * powers(exponents[0])[..., None]
+
+  f = functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=out_dtype, config=config)
+  out = run(f, x, oracle.pack(codes, mode), scales, passed, exponents)
+  assert out.shape == (batch, m, n)
+  fp8_sums = run is compiled and which == "e4m3"
+  assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_matmul(name, few_ctas, no_races):
+  check_packed(interpreted, name)
+
+
+# Every code under every scale: x is the identity, so that the product is w itself.
+
+CONFIG = P(64, 3, store_slots=1)
+
+
+def times_identity(run, expansion, codes, scales, row_exponents):
+  """w_hat (n, k) as the kernel expands it."""
+  mode = "nvfp4" if expansion.bits == 4 else "mxfp8"
+  k = codes.shape[1]
+  x = np.eye(k).astype(expansion.dtype)[None]
+  exponents = None
+  if row_exponents is None:
+    x = interleaved(x)
+  else:
+    exponents = np.full((1, k), 127, np.int32), row_exponents[None]
+  f = functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=F32, config=CONFIG)
+  factors = np.array([[expansion.unit, 1]], F32)
+  return run(f, x, oracle.pack(codes, mode)[None], scales[None], factors, exponents)[0].T
+
+
+def assert_same_rows(out, want):
+  """Exactly, but for what float32 holds only as a subnormal; a NaN takes all of its row."""
+  nan_rows = np.isnan(want).any(axis=1)
+  assert 0 < nan_rows.sum() < len(want)
+  np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(nan_rows[:, None], out.shape))
+  np.testing.assert_allclose(out[~nan_rows], want[~nan_rows], rtol=0, atol=2.0**-126)
+
+
+def check_every_e2m1(run):
+  rng = np.random.default_rng(0)
+  n, k = 168, 128
+  finite = [b for b in range(256) if b & 0x7F != 0x7F]
+  scales = np.resize(np.array(finite, np.uint8), (n, k // 16))
+  codes = rng.permuted(np.resize(np.arange(16, dtype=np.uint8), (n, k // 16, 16)), axis=-1)
+  codes = codes.reshape(n, k)
+  scales[3, 7], scales[150, 0] = 0x7F, 0xFF
+  out = times_identity(run, expand.E2M1, codes, scales, None)
+  assert_same_rows(out, dequantized("nvfp4", codes, scales))
+
+
+def every_e4m3(n, k, kinds):
+  """Codes, and which of so many kinds a group is, in all pairs; NaN in a few rows only."""
+  group = np.arange(n * k // 32).reshape(n, k // 32)
+  eighth = group // kinds % 8
+  codes = (32 * eighth[..., None] + np.arange(32)).reshape(n, k).astype(np.uint8)
+  some = np.arange(n)[:, None] % 16 == 7
+  return np.where(some, codes, without_nan_codes(codes)), group % kinds
+
+
+def check_every_e4m3(run):
+  rng = np.random.default_rng(0)
+  n, k = 168, 256
+  codes, kind = every_e4m3(n, k, 16)
+  rows = rng.integers(100, 140, n).astype(np.int32)
+  scales = (8 * kind).astype(np.uint8)
+  scales[3, 5] = 0x80
+  out = times_identity(run, expand.E4M3, codes, scales, rows)
+  assert_same_rows(out, lowered(codes, scales) * powers(rows)[:, None])
+
+
+def check_every_e4m3_exact(run):
+  """Scales up to those at which bfloat16 still holds the largest code."""
+  n, k = 496, 128
+  codes, kind = every_e4m3(n, k, 246)
+  scales = kind.astype(np.uint8)
+  scales[3, 2] = 0xFF
+  want = dequantized("mxfp8", codes, scales)
+  if run is interpreted:  # on a CPU, which flushes the subnormal scale 2**-127 to zero
+    want = np.where((np.repeat(scales, 32, axis=1) == 0) & ~np.isnan(want), 0, want)
+  assert_same_rows(times_identity(run, expand.E4M3_EXACT, codes, scales, None), want)
+
+
+EVERY = {"e2m1": check_every_e2m1, "e4m3": check_every_e4m3, "e4m3_exact": check_every_e4m3_exact}
+
+
+def test_lowered():
+  """Every distance of two scales, 0 among them; NaN counts for none, alone too."""
+  scales = np.stack(np.meshgrid(np.arange(256), np.arange(256)), axis=-1).reshape(256, 256, 2)
+  scales = np.concatenate([scales, np.full_like(scales[..., :1], 0xFF)], axis=-1).astype(np.uint8)
+  downs, rows = map(np.asarray, expand.lowered(jnp.asarray(scales)))
+  want = np.max(scales.astype(int), axis=-1, where=scales != 0xFF, initial=0)
+  np.testing.assert_array_equal(rows, want)
+  np.testing.assert_array_equal(downs, downs_of(scales, want))
+  assert downs.dtype == np.uint8 and rows.dtype == np.int32
+
+
+@pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
+def test_every_code_and_scale(check):
+  check(interpreted)
+
+
+# Lowered for CUDA, without one.
+
+BIG = (
+  # batch, m, n, k, promote
+  (1, 8192, 8192, 8192, True),
+  (1, 1, 128256, 4096, True),
+  (8, 1000, 14336, 1024, False),
+)
+
+
+def assert_lowers(f, name, *args):
+  lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+  assert name in lowered.as_text()
+
+
+@pytest.mark.parametrize("shape", BIG, ids=str)
+def test_matmul_lowers_for_cuda(shape):
+  batch, m, n, k, promote = shape
+  struct = jax.ShapeDtypeStruct
+  for dtype, out_dtype in ((F16, BF16), (BF16, F32), (E4M3, F16)):
+    config = tuning.config(None, batch, m, n, out_dtype, promote)
+    exponents = struct((1, m), np.int32), struct((batch, n), np.int32)
+    assert_lowers(
+      functools.partial(mm.matmul, out_dtype=out_dtype, config=config),
+      "jaxqq_matmul",
+      struct((1, m, k), dtype),
+      struct((batch, n, k), dtype),
+      struct((1, 2), F32),
+      exponents if dtype is E4M3 else None,
+    )
+
+
+@pytest.mark.parametrize("shape", BIG, ids=str)
+def test_packed_matmul_lowers_for_cuda(shape):
+  batch, m, n, k, promote = shape
+  struct = jax.ShapeDtypeStruct
+  for (which, expansion), out_dtype in zip(EXPANSIONS.items(), (F32, BF16, F16), strict=True):
+    config = tuning.config(expansion.bits, batch, m, n, out_dtype, promote)
+    exponents = struct((1, m), np.int32), struct((batch, n), np.int32)
+    assert_lowers(
+      functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=out_dtype, config=config),
+      "jaxqq_packed_matmul",
+      struct((1, m, k), expansion.dtype),
+      struct((batch, n, k * expansion.bits // 32), np.uint32),
+      struct((batch, n, k // expansion.group_size), np.uint8),
+      struct((1, 2), F32),
+      exponents if which == "e4m3" else None,
+    )
+
+
+# Compiled, on a GPU.
+
+
+def twins(words, scales, expansion):
+  """`expand.twin` of all rows and steps: the operand (n, k), in the order the kernel has it."""
+  n, steps = words.shape[0], words.shape[1] // expansion.words
+
+  def a_tile(words, scales):
+    if expansion is expand.E4M3:
+      scales = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+    return expand.twin(words, expand.factors(scales, expansion), expansion)
+
+  def split(a):
+    return a.reshape(n // expand.ROWS, expand.ROWS, steps, -1).swapaxes(1, 2)
+
+  out = jax.vmap(jax.vmap(a_tile))(split(words), split(scales))
+  return out.swapaxes(1, 2).reshape(n, -1)
+
+
+def check_twin(run, which, n, k):
+  """Random bits; NaN is in every 8th row only, for it takes all of it."""
+  expansion = EXPANSIONS[which]
+  rng = np.random.default_rng(1)
+  words = rng.integers(0, 2**32, (n, k * expansion.bits // 32), dtype=np.uint32)
+  largest = 0xFF if which == "e2m1" else 245  # bfloat16 holds the largest code times that
+  scales = rng.integers(0, largest + 1, (n, k // expansion.group_size)).astype(np.uint8)
+  rows = rng.integers(20, 246, n).astype(np.int32)
+  spared = np.arange(n)[:, None] % 8 != 0
+  if which == "e2m1":
+    scales = np.where(spared, without_nan_codes(scales), scales)
+  else:
+    codes = words.view(np.uint8)
+    words = np.where(spared, without_nan_codes(codes), codes).view(np.uint32)
+  if which == "e4m3":
+    scales = (8 * rng.integers(0, 16, scales.shape)).astype(np.uint8)
+  if which != "e2m1":
+    scales[16, 3] = 0x80 if which == "e4m3" else 0xFF
+  want = np.asarray(jax.jit(functools.partial(twins, expansion=expansion))(words, scales))
+  want = want.astype(np.float64)
+  if which == "e4m3":
+    want = want * powers(rows)[:, None]
+    passed = np.full((1, k), 127, np.int32), rows[None]
+  else:
+    passed = None
+  f = functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=F32, config=P(256, 4))
+  x = np.eye(k).astype(expansion.dtype)[None]
+  out = run(f, x, words[None], scales[None], np.ones((1, 2), F32), passed)[0].T
+  assert_same_rows(out, want)
+
+
+class TestOnGpu:
+  pytestmark = on_gpu
+
+  @pytest.mark.parametrize("name", MATMULS)
+  def test_matmul(self, name):
+    check_matmul(compiled, name)
+
+  @pytest.mark.parametrize("name", PACKED)
+  def test_packed_matmul(self, name):
+    check_packed(compiled, name)
+
+  @pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
+  def test_every_code_and_scale(self, check):
+    check(compiled)
+
+  @pytest.mark.parametrize("which", EXPANSIONS)
+  def test_registers_hold_what_the_twin_computes(self, which):
+    check_twin(compiled, which, 1024, 1024)

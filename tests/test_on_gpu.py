@@ -1,0 +1,161 @@
+"""The kernels on a GPU, through the public functions: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from tests import oracle
+from tests.test_product import operands
+
+pytestmark = pytest.mark.gpu
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu():
+  assert jax.default_backend() == "gpu", "these tests are for a machine with a GPU"
+
+
+def check(x, w, mode, *, precision=None, **how):
+  args, kwargs, x_hat, w_hat = operands(x, w, mode, **how)
+  assert "XLA" not in jaxqq.explain(*args, **kwargs, precision=precision)
+  out = np.asarray(jax.jit(lambda *a: jaxqq.qqmm(*a, **kwargs, precision=precision))(*args))
+  assert out.dtype == x.dtype
+  exact, mag = oracle.product(x_hat, w_hat)
+  oracle.assert_within_bound(out, exact, mag, highest=precision is HIGHEST)
+  return out, exact
+
+
+ODD = list(
+  zip(
+    (1, 7, 33, 64, 100, 129, 257, 300, 511, 1000),
+    (5, 64, 130, 200, 96, 300, 129, 1000, 65, 33),
+    (32, 96, 480, 4096, 4128, 64, 8192, 160, 4640, 32 * 131),
+    strict=True,
+  )
+)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("shape", ODD, ids=str)
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_odd_shapes(mode, shape, packed):
+  m, n, k = shape
+  rng = np.random.default_rng(m)
+  x, w = oracle.random(rng, (m, k), "bfloat16"), oracle.random(rng, (n, k), "bfloat16")
+  check(x, w, mode, packed=packed)
+
+
+@pytest.mark.parametrize("precision", [None, HIGHEST])
+@pytest.mark.parametrize("data", [oracle.random, oracle.with_outliers])
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("k", [512, 8192])
+@pytest.mark.parametrize(
+  ("mode", "how"),
+  [(mode, how) for mode in oracle.PRODUCT_MODES for how in ("on the fly", "packed")]
+  + [("nvfp4", "global"), ("nvfp4", "packed global")],
+)
+def test_dtypes(mode, how, dtype, k, data, precision):
+  rng = np.random.default_rng(11)
+  # Small, so that float16 holds the sums of outliers.
+  x = (data(rng, (133, k), "float32") / 64).astype(oracle.DTYPES[dtype])
+  w = (data(rng, (265, k), "float32") / 64).astype(oracle.DTYPES[dtype])
+  out, exact = check(
+    x, w, mode, packed="packed" in how, global_scale="global" in how, precision=precision
+  )
+  if data is oracle.random:
+    loose = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 1.5e-3}[dtype]
+    norm_bound = 4e-4 if dtype == "float16" and precision is HIGHEST else loose
+    assert oracle.relative_error(out, exact) <= norm_bound
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("data", ["positive", "far apart", "outliers in x"])
+@pytest.mark.parametrize("k", [2048, 4096, 8192])
+def test_hard_data_in_fp8(data, k, packed):
+  """What costs fp8 sums the most: one sign, groups far apart, few large products."""
+  rng = np.random.default_rng(k)
+  x, w = rng.standard_normal((130, k)), rng.standard_normal((200, k))
+  if data == "positive":
+    x, w = np.abs(x), np.abs(w)
+  elif data == "far apart":
+    powers = np.linspace(-60, 60, k // 32).round().repeat(32)
+    x, w = x * 2.0**powers, w * 2.0**-powers
+  else:
+    x[:, ::64] *= 200
+  bfloat16 = oracle.DTYPES["bfloat16"]
+  check(x.astype(bfloat16), w.astype(bfloat16), "mxfp8", packed=packed)
+
+
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+@pytest.mark.parametrize(
+  ("x_batch", "w_batch"), [((3,), (3,)), ((2, 3), ()), ((), (4,)), ((2, 1), (1, 3))], ids=str
+)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("k", [192, 4096])
+def test_batches(mode, x_batch, w_batch, packed, k):
+  rng = np.random.default_rng(3)
+  x = oracle.random(rng, (*x_batch, 40, k), "bfloat16")
+  w = oracle.random(rng, (*w_batch, 72, k), "bfloat16")
+  check(x, w, mode, packed=packed)
+
+
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_bad_numbers_poison_rows_and_columns(mode):
+  rng = np.random.default_rng(4)
+  for k in (128, 4096):
+    x, w = oracle.random(rng, (70, k), "bfloat16"), oracle.random(rng, (90, k), "bfloat16")
+    x[3, 5], x[60, k - 1], w[7, 9] = np.nan, np.inf, -np.inf
+    bad = np.zeros((70, 90), bool)
+    bad[[3, 60]], bad[:, 7] = True, True
+    for args in ((w,), jaxqq.quantize(w, mode=mode)):
+      out = np.asarray(jaxqq.qqmm(x, *args, mode=mode), np.float32)
+      np.testing.assert_array_equal(np.isnan(out), bad)
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+@pytest.mark.parametrize("sizes", [(64, 96, 160), (4096, 130, 96), (100, 4096, 4096)], ids=str)
+def test_gradients(mode, backward, sizes):
+  """Both products of the backward pass, in the sizes that choose one kernel or the other."""
+  m, n, k = sizes
+  rng = np.random.default_rng(5)
+  x, w, g = (oracle.random(rng, s, "bfloat16") for s in ((m, k), (n, k), (m, n)))
+  _, pull = jax.vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward=backward), x, w)
+  dx, dw = map(np.asarray, pull(jnp.asarray(g)))
+
+  def hat(a):
+    """What is multiplied, of a matrix whose last axis is summed over."""
+    if backward == "straight_through":
+      return a.astype(np.float64)
+    missing = -a.shape[1] % oracle.MODES[mode].group
+    return oracle.round_trip(np.pad(a, ((0, 0), (0, missing))), mode)
+
+  for out, a, b in ((dx, g, w.T), (dw, g.T, x.T)):
+    exact, mag = oracle.product(hat(a), hat(b))
+    oracle.assert_within_bound(out, exact, mag)
+
+
+@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_quantize_and_dequantize(mode, dtype):
+  rng = np.random.default_rng(6)
+  for shape, global_scale in itertools.product(
+    ((1, 32), (33, 96), (1000, 4128)), (None, 5.0) if mode == "nvfp4" else (None,)
+  ):
+    a = oracle.random(rng, shape, dtype)
+    scale = {} if global_scale is None else {"global_scale": np.float32(global_scale)}
+    packed, scales = jaxqq.quantize(a, mode=mode, **scale)
+    want = oracle.quantize(a, mode, global_scale)
+    np.testing.assert_array_equal(np.asarray(packed), want[0])
+    np.testing.assert_array_equal(np.asarray(scales), want[1])
+    back = jaxqq.dequantize(packed, scales, mode=mode, dtype=jnp.float32, **scale)
+    exact = oracle.round_trip(a, mode, global_scale)
+    assert oracle.relative_error(np.asarray(back), exact) <= (0 if global_scale is None else 1e-6)
