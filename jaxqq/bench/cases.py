@@ -1,0 +1,172 @@
+"""What is measured: forms of work, cases of them, and named suites of cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxqq._formats import FORMATS
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """A kind of work, written as an einsum; what is quantized is so along the last letter."""
+
+  name: str
+  equation: str
+  packed: str | None  # "lhs", "rhs" or "out": the array that is packed, in or out of the work
+  about: str
+
+  @property
+  def inputs(self) -> tuple[str, ...]:
+    return tuple(self.equation.split("->")[0].split(","))
+
+  @property
+  def out(self) -> str:
+    return self.equation.split("->")[1]
+
+  @property
+  def is_product(self) -> bool:
+    return len(self.inputs) == 2
+
+  @property
+  def contracted(self) -> str:
+    """The letter that a product sums over; for the rest, the one that groups run along."""
+    return next((a for a in self.inputs[0] if a not in self.out), self.out[-1])
+
+
+FORMS = {
+  form.name: form
+  for form in (
+    Form("packed", "mk,nk->mn", "rhs", "qqmm, w quantized beforehand"),
+    Form("on the fly", "mk,nk->mn", None, "qqmm, x and w quantized in the call"),
+    Form("dx", "mn,nk->mk", None, "the gradient of x under jax.grad, from g and w"),
+    Form("dw", "mn,mk->nk", None, "the gradient of w under jax.grad, from g and x"),
+    Form("quantize", "mk->mk", "out", "quantize, groups along rows"),
+    Form("quantize columns", "mk->km", "out", "quantize of the transpose"),
+    Form("dequantize", "mk->mk", "lhs", "dequantize to bfloat16"),
+  )
+}
+BACKWARD_FORMS = ("dx", "dw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One piece of work; n is 0 where the form has none."""
+
+  form: str
+  mode: str
+  m: int
+  n: int
+  k: int
+  dtype: str = "bfloat16"  # of what is not packed, the result included
+
+  @property
+  def name(self) -> str:
+    sizes = (str(size) for size in (self.m, self.n, self.k) if size)
+    return f"{self.form} {self.mode} {'x'.join(sizes)}"
+
+  def shape(self, letters: str) -> tuple[int, ...]:
+    return tuple(getattr(self, letter) for letter in letters)
+
+  @property
+  def flops(self) -> int:
+    return 2 * self.m * self.n * self.k
+
+  def num_bytes(self, *, packed: bool = True) -> int:
+    """Bytes of every input and of the output, each once.
+
+    Args:
+      packed: whether what the form has packed counts so; else as the case's dtype.
+    """
+    form = FORMS[self.form]
+    roles = dict(zip(("lhs", "rhs"), form.inputs, strict=False)) | {"out": form.out}
+    total = 0
+    for role, letters in roles.items():
+      size = math.prod(self.shape(letters))
+      if packed and role == form.packed:
+        fmt = FORMATS[self.mode]
+        total += size * fmt.bits // 8 + size // fmt.group_size
+      else:
+        total += size * np.dtype(self.dtype).itemsize
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+  """Every form at every m and every (n, k)."""
+
+  about: str
+  forms: tuple[str, ...]
+  rows: tuple[int, ...]
+  shapes: tuple[tuple[int, int], ...]  # (n, k)
+
+
+LLAMA = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
+SUITES = {
+  "goals": Suite(
+    "what the README's table shows",
+    ("packed", "on the fly"),
+    (256, 1024, 4096, 8192),
+    ((8192,) * 2,),
+  ),
+  "few-rows": Suite("decoding", ("packed",), (1, 8, 16, 32, 64), ((8192,) * 2,)),
+  "llama": Suite("layers of Llama 3 8B and 70B", ("packed", "on the fly"), (1024, 4096), LLAMA),
+  "quantize": Suite(
+    "formats alone", ("quantize", "quantize columns", "dequantize"), (8192,), ((0, 8192),)
+  ),
+  "tiny": Suite("a test of the bench itself", tuple(FORMS), (64,), ((48, 64),)),
+}
+MODES = tuple(mode for mode, fmt in FORMATS.items() if fmt.multiplies)
+
+# The speed relative to cuBLAS in bfloat16 that is aimed at, at this (n, k), by mode, form and m;
+# at the other shapes of Llama, 0.9 of it.
+GOAL_SHAPE = (8192, 8192)
+_GOALS = {
+  ("nvfp4", "packed"): {256: 1.1, 1024: 1.05, 4096: 1.05, 8192: 1.05},
+  ("mxfp8", "packed"): {256: 1.4, 1024: 1.5, 4096: 1.6, 8192: 1.65},
+  ("nvfp4", "on the fly"): {4096: 0.98, 8192: 1.0},
+  ("mxfp8", "on the fly"): {4096: 1.45, 8192: 1.5},
+}
+
+
+def goal(mode: str, form: str, m: int, n: int, k: int) -> float | None:
+  """How many times as fast as cuBLAS a product should be, where that is said."""
+  found = _GOALS.get((mode, form), {}).get(m)
+  if found is None or (n, k) not in LLAMA:
+    return None
+  return found if (n, k) == GOAL_SHAPE else 0.9 * found
+
+
+def select(
+  suites: Sequence[str],
+  modes: Sequence[str] = MODES,
+  rows: Sequence[int] = (),
+  forms: Sequence[str] = (),
+  *,
+  backward: bool = False,
+) -> list[Case]:
+  """The cases of some suites, each once.
+
+  Args:
+    suites: keys of `SUITES`.
+    modes: keys of `FORMATS` that multiply.
+    rows: m of the products, instead of the suites' own.
+    forms: keys of `FORMS` to keep; all if empty.
+    backward: adds "dx" and "dw" for every product of the suites.
+  """
+  cases = []
+  for suite in (SUITES[name] for name in suites):
+    all_forms = suite.forms
+    if backward and any(FORMS[form].is_product for form in all_forms):
+      all_forms += BACKWARD_FORMS
+    for n, k in suite.shapes:
+      for form in (form for form in all_forms if not forms or form in forms):
+        product = FORMS[form].is_product
+        for mode in modes:
+          for m in (rows or suite.rows) if product else suite.rows:
+            cases.append(Case(form, mode, m, n if product else 0, k))
+  return list(dict.fromkeys(cases))

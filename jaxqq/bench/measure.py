@@ -1,0 +1,290 @@
+"""Times and errors of one case: operands that rotate through memory, implementations in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq.bench.cases import FORMS, Case
+from jaxqq.bench.check import error_share
+from jaxqq.bench.peers import COPY, CUBLAS, Implementation, Run
+
+L2_BYTES = 60 << 20  # of an H200, an H100 has 50 MB
+MAX_COPIES = 32  # what one program may unroll
+MAX_OUTPUT_BYTES = 4 << 30  # results that are alive at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Timer:
+  """How a call is timed, and whether its operands should rotate beyond a GPU's L2."""
+
+  method: str
+  sample: Callable[[Run, tuple[Any, ...], int], list[float]]  # (f, args, calls) -> seconds each
+  rotate_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  seconds: float = 2.0  # of measuring, a case
+  rounds: int = 5
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One implementation of one case; what could not be found is None, and `note` says why."""
+
+  name: str
+  form: str
+  mode: str
+  m: int
+  n: int
+  k: int
+  dtype: str
+  implementation: str
+  us: float | None = None  # median
+  us_q1: float | None = None
+  us_q3: float | None = None
+  us_min: float | None = None
+  us_max: float | None = None
+  wall_us: float | None = None  # with the launches; far above `us`, something went unseen
+  samples: int = 0
+  copies: int = 0  # sets of operands that the calls went through
+  tflops: float | None = None
+  gbps: float | None = None
+  ratio: float | None = None  # to cuBLAS bf16 in time, or to the copy in bytes per second
+  error_share: float | None = None  # worst error / bound of the specification
+  note: str = ""
+  path: str = ""  # what `jaxqq.explain` says of it
+
+
+def make_timer() -> Timer:
+  """Device time where CUPTI works, else the clock on the wall, and says which."""
+  backend = jax.devices()[0].client
+  if "cuda" not in backend.platform_version.lower():
+    return Timer(f"wall time ({backend.platform})", _wall_seconds, 0)
+  try:
+    if not _cupti_seconds(jax.jit(jnp.negative), (jnp.ones(8),), 1):
+      raise RuntimeError("it saw no kernel")
+  except Exception as error:
+    return Timer(f"wall time, since CUPTI failed: {_reason(error)}", _wall_seconds, 4 * L2_BYTES)
+  return Timer("device time (CUPTI, sum of the kernels of a call)", _cupti_seconds, 4 * L2_BYTES)
+
+
+def _wall_seconds(f: Run, args: tuple[Any, ...], calls: int) -> list[float]:
+  seconds = []
+  for _ in range(calls):
+    begin = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    seconds.append(time.perf_counter() - begin)
+  return seconds
+
+
+def _cupti_seconds(f: Run, args: tuple[Any, ...], calls: int) -> list[float]:
+  from jax.experimental.mosaic.gpu import profiler  # not in every jaxlib
+
+  def measured(calls: int) -> list[float]:
+    milliseconds: Any = profiler.measure(f, iterations=calls)(*args)[1]
+    if milliseconds is None:
+      raise RuntimeError("CUPTI saw no kernel of this call")
+    return [1e-3 * t for t in (milliseconds if calls > 1 else [milliseconds])]
+
+  try:
+    return measured(calls)
+  except RuntimeError as error:
+    # The profiler tells calls apart by the order of kernels, which concurrent ones do not keep.
+    if not any(word in str(error) for word in ("divisible", "consistent")):
+      raise
+    return [measured(1)[0] for _ in range(calls)]
+
+
+@functools.cache
+def chained(run: Run) -> Run:
+  """A program that calls `run` on each set of operands, one after the other.
+
+  A barrier on the last result keeps XLA from merging or overlapping the calls, and every result
+  is returned, so that none is dropped.
+  """
+  once = jax.jit(run)  # traced and lowered once for all copies
+
+  @jax.jit
+  def call(copies: Sequence[tuple[jax.Array, ...]]) -> list[Any]:
+    results: list[Any] = []
+    for operands in copies:
+      if results:
+        operands, results[-1] = lax.optimization_barrier((operands, results[-1]))
+      results.append(once(*operands))
+    return results
+
+  return call
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(seed: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+class _Operands:
+  """Random operands of a case, made when first asked for and shared by its implementations."""
+
+  def __init__(self, case: Case, seed: int):
+    self._case, self._seed = case, seed
+    self._made: list[tuple[jax.Array, ...]] = []
+
+  def __getitem__(self, index: int) -> tuple[jax.Array, ...]:
+    inputs = FORMS[self._case.form].inputs
+    while len(self._made) <= index:
+      first = self._seed * 1_000_003 + len(self._made) * len(inputs)
+      self._made.append(
+        tuple(
+          _normal(np.uint32(first + i), self._case.shape(letters), self._case.dtype)
+          for i, letters in enumerate(inputs)
+        )
+      )
+    return self._made[index]
+
+
+@dataclasses.dataclass
+class _Runner:
+  """An implementation that is compiled and ran once."""
+
+  call: Run
+  args: tuple[Any, ...]
+  copies: int
+  calls: int  # in each round
+  wall_seconds: float  # of a call
+  error_share: float | None
+  note: str
+  path: str
+  seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def run_case(
+  case: Case,
+  implementations: Sequence[Implementation],
+  timer: Timer,
+  settings: Settings = Settings(),
+  progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+  """Measures every implementation of a case; one that fails becomes a row that says so."""
+  operands = _Operands(case, settings.seed)
+  share = settings.seconds / settings.rounds / len(implementations)
+  runners: dict[str, _Runner] = {}
+  failures: dict[str, str] = {}
+
+  def attempt(name: str, work: Callable[[], None]) -> None:
+    try:
+      work()
+    except Exception as error:
+      failures[name] = _reason(error)
+      runners.pop(name, None)
+
+  for implementation in implementations:
+    progress(f"{case.name}: {implementation.name}, compiling")
+
+    def start(implementation: Implementation = implementation) -> None:
+      runners[implementation.name] = _start(
+        case, implementation, operands, timer, share, len(implementations)
+      )
+
+    attempt(implementation.name, start)
+  for i in range(settings.rounds):
+    progress(f"{case.name}: round {i + 1} of {settings.rounds}")
+    names = list(runners)
+    shift = i % max(1, len(names))  # nobody is always the one after the hottest
+    for name in names[shift:] + names[:shift]:
+      runner = runners[name]
+
+      def sample(runner: _Runner = runner) -> None:
+        runner.seconds += timer.sample(runner.call, runner.args, runner.calls)
+
+      attempt(name, sample)
+  rows = [
+    _row(case, each, runners.get(each.name), failures.get(each.name, ""))
+    for each in implementations
+  ]
+  return _with_ratios(rows)
+
+
+def _start(
+  case: Case,
+  implementation: Implementation,
+  operands: _Operands,
+  timer: Timer,
+  share: float,
+  implementations: int,
+) -> _Runner:
+  """Compiles and checks; `share` is the seconds that one round may take."""
+  copies = [implementation.prepare(*operands[0])]
+  rotating = sum(a.nbytes for a in (copies[0][1:] or copies[0]))
+  out_bytes = case.num_bytes()
+  memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 16 << 30)
+  affordable = memory // (2 * implementations * (case.num_bytes(packed=False) + out_bytes))
+  wanted = -(-timer.rotate_bytes // max(1, rotating))
+  number = max(1, min(max(2, wanted), MAX_COPIES, affordable))
+  copies += [implementation.prepare(*operands[i]) for i in range(1, number)]
+  call, args = chained(implementation.run), (copies,)
+
+  last = jax.block_until_ready(call(*args))[-1]
+  error: tuple[float | None, str] = (None, "")
+  if implementation.checked:
+    error = error_share(case, operands[number - 1], last, quantized=implementation.quantized)
+  del last
+  seconds = min(_wall_seconds(call, args, 2))
+  most = max(1, MAX_OUTPUT_BYTES // (number * out_bytes))
+  calls = max(1, min(int(share / seconds), most, 50))
+  path = implementation.explain(*copies[0]) if implementation.explain else ""
+  return _Runner(call, args, number, calls, seconds, *error, path)
+
+
+def _row(case: Case, implementation: Implementation, runner: _Runner | None, failure: str) -> Row:
+  row = Row(case.name, **dataclasses.asdict(case), implementation=implementation.name)
+  if runner is None or not runner.seconds:
+    return dataclasses.replace(row, note=f"failed: {failure}")
+  us = [1e6 * seconds / runner.copies for seconds in runner.seconds]
+  q1, median, q3 = statistics.quantiles(us, n=4, method="inclusive") if len(us) > 1 else us * 3
+  return dataclasses.replace(
+    row,
+    us=median,
+    us_q1=q1,
+    us_q3=q3,
+    us_min=min(us),
+    us_max=max(us),
+    wall_us=1e6 * runner.wall_seconds / runner.copies,
+    samples=len(us),
+    copies=runner.copies,
+    tflops=case.flops / median * 1e-6 if case.flops else None,
+    gbps=case.num_bytes(packed=implementation.packed) / median * 1e-3,
+    error_share=runner.error_share,
+    note=runner.note,
+    path=runner.path,
+  )
+
+
+def _with_ratios(rows: list[Row]) -> list[Row]:
+  """How many times as fast as cuBLAS in this run; for quantize, the share of the copy's rate."""
+  base = next((row for row in rows if row.implementation in (CUBLAS, COPY) and row.us), None)
+  if base is None:
+    return rows
+
+  def ratio(row: Row) -> float | None:
+    if not row.us or not row.gbps or not base.us or not base.gbps:
+      return None
+    return base.us / row.us if base.implementation == CUBLAS else row.gbps / base.gbps
+
+  return [dataclasses.replace(row, ratio=ratio(row)) for row in rows]
+
+
+def _reason(error: Exception) -> str:
+  """The first line of an error, short enough for a table."""
+  text = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+  return f"{type(error).__name__}: {text}"[:200]

@@ -1,0 +1,280 @@
+"""Results as a table, JSON, Markdown and a plot; `python -m jaxqq.bench.report FILE.json`.
+
+The README's table and plot are made by this from the JSON that is kept, so that none is typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+import jaxqq
+from jaxqq.bench.cases import FORMS, GOAL_SHAPE, goal
+from jaxqq.bench.measure import Row
+from jaxqq.bench.peers import COPY, CUBLAS
+
+Header = dict[str, Any]
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def install(package: str) -> str:
+  return f"jaxqq.bench needs {package} for this: pip install 'jaxqq[bench]'"
+
+
+def make_header(timing: str, **settings: Any) -> Header:
+  """Where and how results came about."""
+  device = jax.devices()[0]
+  return {
+    "device": device.device_kind,
+    "platform": device.platform,
+    "driver": _driver(),
+    "jax": jax.__version__,
+    "jaxqq": jaxqq.__version__,
+    "python": platform.python_version(),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "timing": timing,
+    **settings,
+  }
+
+
+def _driver() -> str | None:
+  """NVIDIA's driver version, where there is one."""
+  if shutil.which("nvidia-smi") is None:
+    return None
+  command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+  return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
+
+
+def write(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
+  content = {"header": header, "rows": [dataclasses.asdict(row) for row in rows]}
+  path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read(paths: Sequence[pathlib.Path]) -> tuple[Header, list[Row]]:
+  """The rows of some files together, under the first one's header."""
+  contents = [json.loads(path.read_text()) for path in paths]
+  return contents[0]["header"], [Row(**row) for content in contents for row in content["rows"]]
+
+
+# ---- text
+
+# Title, width, and what stands in a row.
+_COLUMNS = (
+  ("case", 38),
+  ("implementation", 23),
+  ("us", 9),
+  ("q1..q3", 18),
+  ("TFLOP/s", 8),
+  ("GB/s", 7),
+  ("ratio", 6),
+  ("err/bound", 9),
+)
+
+
+def line(cells: Sequence[str]) -> str:
+  """Cells under the titles, the first two to the left, the others to the right; then a note."""
+  text = "  ".join(
+    cell.ljust(width) if i < 2 else cell.rjust(width)
+    for i, (cell, (_, width)) in enumerate(zip(cells, _COLUMNS, strict=False))
+  )
+  return "  ".join([text, *cells[len(_COLUMNS) :]]).rstrip()
+
+
+def titles() -> str:
+  return line([title for title, _ in _COLUMNS])
+
+
+def row_line(row: Row) -> str:
+  return line(_cells(row))
+
+
+def _cells(row: Row) -> list[str]:
+  spread = f"{row.us_q1:.1f}..{row.us_q3:.1f}" if row.us_q1 is not None else ""
+  return [
+    row.name,
+    row.implementation,
+    _number(row.us, ".1f"),
+    spread,
+    _number(row.tflops, ".3g" if (row.tflops or 0) < 100 else ".0f"),
+    _number(row.gbps, ".3g" if (row.gbps or 0) < 100 else ".0f"),
+    _number(row.ratio, ".2f"),
+    _number(row.error_share, ".2f"),
+    row.note,
+  ]
+
+
+def _number(value: float | None, how: str) -> str:
+  return "-" if value is None else format(value, how)
+
+
+def header_lines(header: Header) -> list[str]:
+  driver = f", driver {header['driver']}" if header["driver"] else ""
+  return [
+    f"{header['device']} ({header['platform']}{driver}), JAX {header['jax']}, "
+    f"jaxqq {header['jaxqq']}, Python {header['python']}, {header['date']}",
+    f"{header['timing']}; medians, first and third quartile; ratio: time of {CUBLAS} / time, "
+    f"or bytes per second / those of {COPY}",
+  ]
+
+
+# ---- Markdown
+
+
+def goals_markdown(rows: Sequence[Row], with_goals: bool = True) -> str:
+  """n, k and m down, mode and form across: ratio to cuBLAS in bfloat16, time, perhaps the goal.
+
+  Of a product that several files hold, the first one's row is taken.
+  """
+  products = [row for row in rows if FORMS[row.form].is_product]
+  kinds = list(dict.fromkeys((row.mode, row.form) for row in products))
+  titles = ["N", "K", "M", CUBLAS, *(f"{mode} {form}" for mode, form in kinds)]
+  lines = _markdown_row(titles, head=True) if products else []
+  for n, k, m in sorted({(row.n, row.k, row.m) for row in products}, key=_goal_shape_first):
+    here = [row for row in products if (row.n, row.k, row.m) == (n, k, m)]
+    base = [row.us for row in here if row.implementation == CUBLAS and row.us]
+    cells = [str(n), str(k), str(m), f"{statistics.median(base):.0f} µs" if base else "-"]
+    for kind in kinds:
+      mine = [row for row in here if (row.mode, row.form) == kind and _is_jaxqq(row)]
+      first = {row.implementation: row for row in reversed(mine)}
+      cells.append("; ".join(_goal_cell(row, with_goals) for row in first.values()) or "-")
+    lines += _markdown_row(cells)
+  return "\n".join(lines) + _formats_markdown(rows)
+
+
+def _goal_shape_first(sizes: tuple[int, int, int]) -> tuple[bool, tuple[int, int, int]]:
+  return sizes[:2] != GOAL_SHAPE, sizes
+
+
+def _goal_cell(row: Row, with_goals: bool) -> str:
+  """With goals, bold where they are reached."""
+  if row.us is None:
+    return row.note
+  aim = goal(row.mode, row.form, row.m, row.n, row.k) if with_goals else None
+  ratio = "-" if row.ratio is None else f"{row.ratio:.2f}{TIMES}"
+  if aim is not None and row.ratio is not None and row.ratio >= aim:
+    ratio = f"**{ratio}**"
+  name = row.implementation.removeprefix("jaxqq").strip()
+  text = " ".join(word for word in (name, ratio, f"{row.us:.0f} µs") if word)
+  if aim is not None:
+    text += f" (goal {aim:.3g}{TIMES})"
+  return text + (f", {row.note}" if row.note else "")
+
+
+def _formats_markdown(rows: Sequence[Row]) -> str:
+  """quantize and dequantize, as a share of the copy's bandwidth."""
+  found = [row for row in rows if not FORMS[row.form].is_product and _is_jaxqq(row)]
+  if not found:
+    return ""
+  lines = _markdown_row(["", "µs", "GB/s", "share of a copy's", ""], head=True)
+  for row in found:
+    lines += _markdown_row([row.name, *(_cells(row)[i] for i in (2, 5, 6)), row.note])
+  return "\n\n" + "\n".join(lines)
+
+
+def rows_markdown(rows: Sequence[Row]) -> str:
+  """Everything, a line a row."""
+  lines = _markdown_row([*(title for title, _ in _COLUMNS), "note"], head=True)
+  return "\n".join(lines + [text for row in rows for text in _markdown_row(_cells(row))])
+
+
+def _markdown_row(cells: Sequence[str], *, head: bool = False) -> list[str]:
+  text = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"]
+  return [*text, "|" + "---|" * len(cells)] if head else text
+
+
+def _is_jaxqq(row: Row) -> bool:
+  return row.implementation.partition(" ")[0] == "jaxqq"
+
+
+# ---- plot
+
+
+def shape_shown(rows: Sequence[Row]) -> tuple[int, int] | None:
+  """The (n, k) that a plot over m is of: that of the goals, or the one with the most m."""
+  sizes: dict[tuple[int, int], set[int]] = {}
+  for row in rows:
+    if FORMS[row.form].is_product:
+      sizes.setdefault((row.n, row.k), set()).add(row.m)
+  if not sizes:
+    return None
+  return GOAL_SHAPE if GOAL_SHAPE in sizes else max(sizes, key=lambda shape: len(sizes[shape]))
+
+
+def plot(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
+  """Speed over m: a line an implementation, a panel a mode and form."""
+  try:
+    from matplotlib.figure import Figure
+  except ImportError:
+    raise SystemExit(install("matplotlib")) from None
+  shape = shape_shown(rows)
+  shown = [row for row in rows if (row.n, row.k) == shape and row.tflops is not None]
+  kinds = list(dict.fromkeys((row.mode, row.form) for row in shown))
+  if not kinds:
+    raise SystemExit("jaxqq.bench: nothing to plot, since no product was measured.")
+  names = list(dict.fromkeys(row.implementation for row in shown))
+  columns = min(4, len(kinds))
+  lines = -(-len(kinds) // columns)
+  figure = Figure(figsize=(4 * columns, 3.2 * lines + 0.6), layout="constrained")
+  panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+  for panel in panels[len(kinds) :]:
+    panel.remove()
+  for panel, kind in zip(panels, kinds, strict=False):
+    for i, name in enumerate(names):
+      points = sorted(
+        (row.m, row.tflops)
+        for row in shown
+        if (row.mode, row.form) == kind and row.implementation == name
+      )
+      if points:
+        style = {"color": f"C{i}", "label": name, "linewidth": 2.2 if "jaxqq" in name else 1.2}
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
+    panel.set_title(" ".join(kind))
+    sizes = sorted({row.m for row in shown})
+    panel.set_xscale("log")
+    panel.set_xticks(sizes, labels=[str(m) for m in sizes])
+    panel.minorticks_off()
+    panel.set_xlabel("M")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
+  panels[0].set_ylabel("TFLOP/s")
+  n, k = shape or (0, 0)
+  figure.suptitle(f"{header['device']}, N = {n}, K = {k}, {header['timing']}", fontsize="medium")
+  figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    prog="python -m jaxqq.bench.report", description="Prints kept results as Markdown."
+  )
+  parser.add_argument("files", nargs="+", type=pathlib.Path, help="what --json wrote")
+  parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw it anew")
+  parser.add_argument("--goals", action="store_true", help="beside each ratio, what is aimed at")
+  parser.add_argument("--all", action="store_true", help="every row, behind the goals")
+  options = parser.parse_args(arguments)
+  try:
+    header, rows = read(options.files)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    parser.error(f"cannot read {', '.join(map(str, options.files))}: {error}")
+  print(*header_lines(header), "", goals_markdown(rows, options.goals).strip(), sep="\n")
+  if options.all:
+    print("", rows_markdown(rows), sep="\n")
+  if options.plot:
+    plot(options.plot, header, rows)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,285 @@
+"""The bench, end to end on a CPU, and that it would notice what it is there to notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq.bench import __main__ as bench
+from jaxqq.bench import check, measure, report
+from jaxqq.bench.cases import FORMS, LLAMA, MODES, Case, goal, select
+from jaxqq.bench.peers import COPY, CUBLAS, Implementation, implementations
+from tests import oracle
+
+QUICK = measure.Settings(seconds=0.01, rounds=2)
+CPU = measure.Timer("wall time", measure._wall_seconds, 0)
+PACKED = Case("packed", "nvfp4", 40, 48, 64)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+  """The tiny suite, once: its rows, its files, and what it printed."""
+  folder = tmp_path_factory.mktemp("bench")
+  files = folder / "tiny.json", folder / "tiny.png"
+  arguments = ["--suite", "tiny", "--rows", "40", "--seconds", "0.01", "--rounds", "2"]
+  rows = bench.main([*arguments, "--json", str(files[0]), "--plot", str(files[1])])
+  return rows, *files
+
+
+def test_the_tiny_suite(results):
+  rows, _, plot = results
+  assert {row.form for row in rows} == set(FORMS) and {row.mode for row in rows} == set(MODES)
+  names = {row.implementation for row in rows if row.form == "packed"}
+  assert names == {CUBLAS, "xla dequantize", "jax.nn.scaled_matmul", "jaxqq"}
+  assert {row.implementation for row in rows if row.form == "dw"} == {
+    *(CUBLAS, "jaxqq straight_through", "jaxqq quantized")
+  }
+  for row in rows:
+    if row.implementation == "jax.nn.scaled_matmul" and row.us is None:
+      assert row.note.startswith("failed: ")  # as this JAX has it
+      continue
+    assert row.note == "" and row.samples >= 2
+    assert 0 < row.us_min <= row.us_q1 <= row.us <= row.us_q3 <= row.us_max
+    assert row.gbps > 0 and row.ratio > 0 and (row.tflops is None) != FORMS[row.form].is_product
+    if row.implementation != COPY:
+      assert 0 <= row.error_share <= 1
+    if row.implementation in (CUBLAS, COPY):
+      assert row.ratio == 1
+  assert "on cpu" in next(row.path for row in rows if row.implementation == "jaxqq")
+  assert plot.stat().st_size > 1000
+
+
+def test_kept_results_come_back(results):
+  rows, kept, _ = results
+  header, found = report.read([kept])
+  assert found == rows
+  assert header["timing"] == "wall time (cpu)" and header["jax"] == jax.__version__
+  assert header["jaxqq"] == jaxqq.__version__ and header["suites"] == ["tiny"]
+  assert report.read([kept, kept])[1] == rows * 2
+
+
+def test_the_report_in_markdown(results, tmp_path, capsys):
+  rows, kept, _ = results
+  plot = tmp_path / "again.png"
+  report.main([str(kept), "--all", "--plot", str(plot)])
+  printed = capsys.readouterr().out
+  assert "| N | K | M | cublas bf16 | nvfp4 packed | mxfp8 packed |" in printed
+  line = rf"\| 48 \| 64 \| 40 \| \d+ µs \| \d+\.\d\d{report.TIMES} \d+ µs \|"
+  assert re.search(line, printed)
+  assert "quantize columns mxfp8 64x64" in printed
+  assert printed.count("\n| ") > len(rows)
+  assert plot.stat().st_size > 1000
+
+
+def test_the_table_of_the_goals():
+  row = measure.Row("", "packed", "mxfp8", 4096, 8192, 8192, "bfloat16", "jaxqq", us=400.0)
+  rows = [dataclasses.replace(row, ratio=1.7), dataclasses.replace(row, m=8192, ratio=1.6)]
+  rows += [dataclasses.replace(rows[0], n=28672, k=4096, ratio=1.5)]
+  rows += [dataclasses.replace(row, m=256, us=None, note="failed: OOM")]
+  lines = report.goals_markdown(rows).replace(report.TIMES, "x").splitlines()
+  assert lines[2:] == [
+    "| 8192 | 8192 | 256 | - | failed: OOM |",
+    "| 8192 | 8192 | 4096 | - | **1.70x** 400 µs (goal 1.6x) |",
+    "| 8192 | 8192 | 8192 | - | 1.60x 400 µs (goal 1.65x) |",
+    "| 28672 | 4096 | 4096 | - | **1.50x** 400 µs (goal 1.44x) |",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("case", "num_bytes", "unpacked", "flops"),
+  [
+    # x 256 * 8192 * 2, w 8192 * 8192 / 2 and / 16, out as x.
+    (Case("packed", "nvfp4", 256, 8192, 8192), 46_137_344, 142_606_336, 34_359_738_368),
+    (Case("packed", "mxfp8", 1, 4096, 14336), 60_592_128, 117_477_376, 117_440_512),
+    (Case("on the fly", "nvfp4", 2, 3, 32), 128 + 192 + 12, 332, 384),
+    (Case("dx", "mxfp8", 2, 3, 32), 12 + 192 + 128, 332, 384),
+    (Case("dw", "mxfp8", 2, 3, 32), 12 + 128 + 192, 332, 384),
+    (Case("quantize", "nvfp4", 8192, 0, 8192), 134_217_728 + 37_748_736, 268_435_456, 0),
+    (Case("quantize columns", "mxfp8", 64, 0, 32), 4096 + 2048 + 64, 8192, 0),
+    (Case("dequantize", "mxfp8", 64, 0, 32), 4096 + 2048 + 64, 8192, 0),
+    (Case("packed", "mxfp8", 2, 3, 32, "float32"), 256 + 96 + 3 + 24, 664, 384),
+  ],
+)
+def test_bytes_and_flops(case, num_bytes, unpacked, flops):
+  assert case.num_bytes() == num_bytes
+  assert case.num_bytes(packed=False) == unpacked
+  assert case.flops == flops
+
+
+def test_suites():
+  cases = select(["goals", "llama"])
+  assert len(cases) == len(set(cases)) == 16 + 2 * 2 * 2 * (len(LLAMA) - 1)
+  assert len(select(["goals"], ["nvfp4"], rows=[3], forms=["packed"])) == 1
+  assert {case.form for case in select(["goals"], backward=True)} == {
+    *("packed", "on the fly", "dx", "dw")
+  }
+  assert {case.m for case in select(["quantize"], rows=[3], backward=True)} == {8192}
+  assert goal("nvfp4", "packed", 256, 8192, 8192) == 1.1
+  assert goal("nvfp4", "packed", 256, 4096, 8192) is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_its_quantizer_is_right(mode):
+  rng = np.random.default_rng(0)
+  a = rng.standard_normal((64, 128)) * np.exp2(rng.integers(-6, 6, (64, 1)))
+  a[3, :64], a[4, ::32] = 0, 448 * 0.25
+  a = a.astype(oracle.DTYPES["bfloat16"])
+  codes, scales = oracle.quantize_codes(a, mode)
+  found_codes, found_scales = check.quantize(a, mode)
+  np.testing.assert_array_equal(found_scales, scales)
+  np.testing.assert_array_equal(
+    check._packed_bytes(found_codes, mode).view("<u4"), oracle.pack(codes, mode)
+  )
+  np.testing.assert_array_equal(check.round_trip(a, mode), oracle.values(codes, scales, mode))
+
+
+def run_one(case, change):
+  """A case by jaxqq, with its result changed."""
+  mine = implementations(case, ["none"])[-1]
+  changed = dataclasses.replace(mine, run=lambda *operands: change(mine.run(*operands)))
+  return measure.run_case(case, [changed], CPU, QUICK)[0]
+
+
+@pytest.mark.parametrize(
+  ("case", "change"),
+  [
+    (PACKED, lambda out: out * 1.02),
+    (PACKED, lambda out: out.at[-1, -1].add(0.5)),
+    (Case("on the fly", "mxfp8", 40, 48, 64), lambda out: jnp.roll(out, 1, 0)),
+    (Case("dx", "mxfp8", 40, 48, 64), lambda out: out * 0.98),
+    (Case("dw", "nvfp4", 40, 48, 64), lambda out: -out),
+  ],
+)
+def test_a_wrong_product_is_noticed(case, change):
+  assert run_one(case, lambda out: out).error_share <= 1
+  row = run_one(case, change)
+  assert row.error_share > 1 and row.note == "beyond the bound"
+  assert "beyond the bound" in report.row_line(row)
+
+
+@pytest.mark.parametrize(
+  ("case", "change", "note"),
+  [
+    (PACKED, lambda out: out.at[0, 0].set(jnp.nan), "not finite"),
+    (Case("quantize", "nvfp4", 40, 0, 64), lambda out: (out[0] ^ 1, out[1]), "differ"),
+    (Case("quantize columns", "mxfp8", 64, 0, 40), lambda out: (out[0], out[1] + 1), "differ"),
+    (Case("dequantize", "mxfp8", 40, 0, 64), lambda out: out.at[0, 0].add(1), "1 of"),
+  ],
+)
+def test_what_has_no_share_of_a_bound_is_named(case, change, note):
+  row = run_one(case, change)
+  assert row.error_share is None and note in row.note and row.us > 0
+
+
+def test_a_product_that_does_not_quantize_is_noticed():
+  case = Case("packed", "nvfp4", 40, 48, 64)
+  cublas = dataclasses.replace(implementations(case)[0], quantized=True)
+  assert measure.run_case(case, [cublas], CPU, QUICK)[0].error_share > 1
+
+
+def test_a_failure_is_a_row():
+  def fail(*operands):
+    raise NotImplementedError("no such kernel\nand more")
+
+  broken = Implementation("broken", fail, lambda *operands: operands)
+  unprepared = Implementation("unprepared", fail, fail)
+  working = implementations(PACKED, ["cublas"])
+  rows = measure.run_case(PACKED, [*working, broken, unprepared], CPU, QUICK)
+  assert [row.note for row in rows[-2:]] == ["failed: NotImplementedError: no such kernel"] * 2
+  assert all(row.us is None and row.ratio is None for row in rows[-2:])
+  assert all(row.us for row in rows[:-2])
+  assert "no such kernel" in report.row_line(rows[-1])
+  json.dumps(dataclasses.asdict(rows[-1]), allow_nan=False)
+
+
+def test_a_failure_while_measuring_is_a_row():
+  def sample(f, args, calls):
+    raise RuntimeError("lost")
+
+  working = implementations(PACKED, ["cublas"])
+  rows = measure.run_case(PACKED, working, measure.Timer("", sample, 0), QUICK)
+  assert {row.note for row in rows} == {"failed: RuntimeError: lost"}
+
+
+@pytest.mark.parametrize("form", ["packed", "on the fly", "dx", "dw"])
+def test_every_copy_is_computed_and_nothing_else(form):
+  """XLA neither merges the calls nor keeps the forward product of a gradient."""
+  case = Case(form, "mxfp8", 40, 48, 64)
+  operands = measure._Operands(case, 0)
+  for each in implementations(case, ["cublas"]):
+    copies = [each.prepare(*operands[i]) for i in range(3)]
+    program = measure.chained(each.run).lower(copies).compile().as_text()
+    assert len(re.findall(r"\bdot\(", program)) == 3
+
+
+def test_copies_rotate_and_differ():
+  timer = dataclasses.replace(CPU, rotate_bytes=5 * 64 * 48 * 2)
+  mine, dot = implementations(PACKED, ["cublas"])[::-1]
+  rows = measure.run_case(PACKED, [mine, dot], timer, QUICK)
+  assert [row.copies for row in rows] == [-(-5 * 32 // 9), 5]  # 4.5 bits of 16
+  operands = measure._Operands(PACKED, 0)
+  arrays = [np.asarray(a, np.float32) for i in range(3) for a in operands[i]]
+  assert len({float(a[0, 0]) for a in arrays}) == 6
+
+
+def test_device_time_with_kernels_out_of_order(monkeypatch):
+  """The profiler refuses to tell such calls apart; then they are measured one by one."""
+  profiler = pytest.importorskip("jax.experimental.mosaic.gpu.profiler")
+
+  def fake(f, iterations):
+    if iterations > 1:
+      raise RuntimeError("Kernel names are not consistent across iterations")
+    return lambda *args: (f(*args), 0.25)
+
+  monkeypatch.setattr(profiler, "measure", fake)
+  assert measure._cupti_seconds(lambda: 1, (), 3) == [0.25e-3] * 3
+  monkeypatch.setattr(profiler, "measure", lambda f, iterations: lambda: (f(), None))
+  with pytest.raises(RuntimeError, match="no kernel"):
+    measure._cupti_seconds(lambda: 1, (), 1)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["--suite", "nonsense"], "invalid choice: 'nonsense'"),
+    (["--modes", "mxfp4"], "invalid choice: 'mxfp4'"),
+    (["--peers", "torch"], "invalid choice: 'torch'"),
+    (["--rows", "0"], "--rows must be positive, got 0"),
+    (["--rows", "many"], "invalid int value"),
+    (["--seconds", "0"], "--seconds must be positive, got 0.0"),
+    (["--seconds", "nan"], "--seconds must be positive, got nan"),
+    (["--rounds", "-1"], "--rounds must be positive, got -1"),
+    (["--seed", "-1"], "--seed must not be negative"),
+    (["--suite", "quantize", "--forms", "packed"], "no case of quantize has a form of packed"),
+    (["--json", "/no/such/folder/a.json"], "--json: there is no folder /no/such/folder"),
+    (["--plot", "/no/such/folder/a.png"], "--plot: there is no folder /no/such/folder"),
+  ],
+)
+def test_command_lines_that_cannot_be(arguments, words, capsys):
+  with pytest.raises(SystemExit) as exit_info:
+    bench.main(arguments)
+  assert exit_info.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_report_of_nothing(tmp_path, capsys):
+  for text in ("{}", "no json", '{"header": {}, "rows": [{"us": 1}]}'):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(SystemExit):
+      report.main([str(tmp_path / "bad.json")])
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_the_extra_that_is_missing_is_named(monkeypatch, tmp_path):
+  monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(SystemExit, match=r"matplotlib .*pip install 'jaxqq\[bench\]'"):
+    bench.main(["--suite", "tiny", "--plot", str(tmp_path / "a.png")])
+  monkeypatch.setattr(bench, "tqdm", None)
+  with pytest.raises(SystemExit, match=r"tqdm .*pip install 'jaxqq\[bench\]'"):
+    bench.main(["--suite", "tiny"])
