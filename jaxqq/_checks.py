@@ -35,7 +35,7 @@ def as_array(function: str, name: str, a: Any) -> Any:
   if not (isinstance(a, np.generic) or hasattr(a, "shape")) or not hasattr(a, "dtype"):
     raise TypeError(
       f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; "
-      f"wrap it, for example as jnp.asarray({name}, jnp.float32)."
+      f"wrap it, for example as jnp.asarray({name})."
     )
   if isinstance(a, jax.ShapeDtypeStruct) and function != "explain":
     raise TypeError(
@@ -74,6 +74,11 @@ def check_format(
     )
   fmt = FORMATS[mode]
   for name, value, right in (("group_size", group_size, fmt.group_size), ("bits", bits, fmt.bits)):
+    if value is not None and not isinstance(value, (int, np.integer)):
+      raise TypeError(
+        f"{function}: {name} must be a Python int or None, known before tracing, got "
+        f"{type(value).__name__}; pass {right}, or None for the mode's own."
+      )
     if value is not None and value != right:
       raise ValueError(
         f"{function}: {name}={value!r} is not a {name} of mode {mode!r}; "

@@ -38,6 +38,21 @@ class Format:
     return float(ml_dtypes.finfo(self.element).max)
 
   @property
+  def element_max_bits(self) -> int:
+    """Significant bits of the largest element, by which amax is divided."""
+    return _significant_bits(self.element_max)
+
+  @property
+  def scale_bits(self) -> int:
+    """Significant bits of a scale."""
+    return int(ml_dtypes.finfo(self.scale).nmant) + 1
+
+  @property
+  def largest_value_bits(self) -> int:
+    """Significant bits of the largest value, by which a global scale is divided."""
+    return _significant_bits(self.largest_value)
+
+  @property
   def scale_is_power_of_two(self) -> bool:
     return int(ml_dtypes.finfo(self.scale).nmant) == 0
 
@@ -50,6 +65,11 @@ class Format:
   def largest_value(self) -> float:
     """Largest element times largest scale: what the global scale (an amax) is mapped to."""
     return self.element_max * float(ml_dtypes.finfo(self.scale).max)
+
+
+def _significant_bits(value: float) -> int:
+  odd, _ = value.as_integer_ratio()
+  return (odd // (odd & -odd)).bit_length()
 
 
 _E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)

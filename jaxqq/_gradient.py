@@ -224,7 +224,7 @@ def _quantized_product(
   if global_scale is not None:
     # Over every axis along which b's global scale is one number.
     axes = [i for i in range(a.ndim) if i >= a.ndim - 2 or global_scale.shape[i] == 1]
-    magnitude = jnp.abs(lax.stop_gradient(a).astype(jnp.float32))
+    magnitude = jnp.abs(a.astype(jnp.float32))
     amax = jnp.max(magnitude, axis=axes, initial=0, keepdims=True).squeeze((-1, -2))
   return _primitive.qqmm(
     Operands(

@@ -29,6 +29,9 @@ from jaxqq._gradient import BACKWARDS
 from jaxqq._reference import Operands, named
 from jaxqq._sharding import vary_alike
 
+# Platforms as JAX names them; "gpu" is taken for "cuda".
+PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
+
 
 def qqmm(
   x: ArrayLike,
@@ -180,7 +183,12 @@ def _platform(x: Any, device: jax.Device | str | None) -> str:
   if device is None:
     platform = jax.default_backend()
   elif isinstance(device, str):
-    platform = device
+    platform = device.lower()
+    if platform not in PLATFORMS:
+      raise ValueError(
+        f"explain: unknown platform {device!r}; it must be one of "
+        f"{', '.join(repr(name) for name in PLATFORMS)}."
+      )
   elif isinstance(device, jax.Device):
     platform = device.platform
   else:
@@ -219,7 +227,7 @@ def _checked(
     )
   global_scale_x = check_global_scale(function, "global_scale_x", global_scale_x, fmt)
   global_scale_w = check_global_scale(function, "global_scale_w", global_scale_w, fmt)
-  if backward not in BACKWARDS:
+  if not isinstance(backward, str) or backward not in BACKWARDS:
     raise ValueError(
       f"{function}: unknown backward {backward!r}; it must be one of "
       f"{', '.join(repr(name) for name in BACKWARDS)}."

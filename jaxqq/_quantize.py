@@ -1,4 +1,4 @@
-"""Quantizing to codes and scales, and back.
+"""Quantizing to codes and scales, and back: the definition.
 
 The way of the data: array -> `quantize_groups` -> codes, scales -> `pack` -> uint32 words,
 and in reverse `unpack`, `dequantize_groups`. Groups run along the last axis throughout.
@@ -6,129 +6,13 @@ and in reverse `unpack`, `dequantize_groups`. Groups run along the last axis thr
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
 
-from jaxqq import _compat, _rounding
-from jaxqq._checks import (
-  FLOATS,
-  as_array,
-  check_dtype,
-  check_format,
-  check_global_scale,
-  check_groups,
-  check_packed,
-  names,
-)
-from jaxqq._formats import FORMATS, Format
-
-# Significant bits of the divisors: an element's max is 6 = 3 * 2 or 448 = 7 * 64, an e4m3 scale
-# has 4, and nvfp4's largest value is 2688 = 21 * 128.
-_ELEMENT_MAX_BITS, _SCALE_BITS, _LARGEST_VALUE_BITS = 3, 4, 5
-
-
-def quantize(
-  w: ArrayLike,
-  group_size: int | None = None,
-  bits: int | None = None,
-  mode: str = "nvfp4",
-  *,
-  global_scale: ArrayLike | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Quantizes an array in groups along its last axis.
-
-  Every group of `group_size` neighbours gets one scale s, and every element a the code
-  nearest to a / s, ties to even, saturating. nvfp4, with enc = 2688 / global_scale (1
-  without one): s = e4m3(amax / 6 * enc), code = e2m1(a * (enc / s)). mxfp8 and mxfp4: s is
-  amax / 448 or amax / 6 rounded up to a power of two, code = element(a / s). All arithmetic
-  is float32. A group that holds a NaN or an infinity gets the NaN scale.
-
-  Args:
-    w: float32, float16 or bfloat16, (..., K), K a multiple of the group size.
-    group_size: the mode's own, or None.
-    bits: the mode's own, or None.
-    mode: "nvfp4", "mxfp8" or "mxfp4".
-    global_scale: nvfp4 only, a float32 scalar: the amax of the tensor.
-
-  Returns:
-    packed: uint32, (..., K * bits / 32); the first code in the lowest bits.
-    scales: uint8, (..., K / group_size); bytes of float8_e4m3fn or float8_e8m0fnu.
-
-  Raises:
-    TypeError: w or global_scale has a dtype that it may not have.
-    ValueError: mode, group_size, bits or a shape is not as above.
-
-  Example:
-    >>> packed, scales = jaxqq.quantize(jnp.ones((4, 64)), mode="mxfp8")
-    >>> packed.shape, scales.shape
-    ((4, 16), (4, 2))
-
-  Source: `mlx.core.quantize`, whose bits these are; OCP Microscaling Formats v1.0.
-  """
-  fmt = check_format("quantize", mode, group_size, bits)
-  w = as_array("quantize", "w", w)
-  check_dtype("quantize", "w", w, FLOATS)
-  check_groups("quantize", "w", w, fmt)
-  global_scale = check_global_scale("quantize", "global_scale", global_scale, fmt)
-  return _quantize(jnp.asarray(w), global_scale, mode=mode)
-
-
-def dequantize(
-  w: ArrayLike,
-  scales: ArrayLike,
-  group_size: int | None = None,
-  bits: int | None = None,
-  mode: str = "nvfp4",
-  *,
-  global_scale: ArrayLike | None = None,
-  dtype: DTypeLike = jnp.bfloat16,
-) -> jax.Array:
-  """Turns packed codes and scales back into numbers.
-
-  out = code * scale, or code * (scale * (global_scale / 2688)) with a global scale, in float32
-  and then rounded to dtype. Under the NaN scale a whole group is NaN.
-
-  Args:
-    w: uint32, (..., K * bits / 32), as `quantize` packs.
-    scales: (..., K / group_size), uint8 or the same bytes as float8_e4m3fn (nvfp4) or
-      float8_e8m0fnu (mxfp8, mxfp4).
-    group_size: the mode's own, or None.
-    bits: the mode's own, or None.
-    mode: "nvfp4", "mxfp8" or "mxfp4".
-    global_scale: nvfp4 only, a float32 scalar: the one that `quantize` was given.
-    dtype: float32, float16 or bfloat16.
-
-  Returns:
-    dtype, (..., K).
-
-  Raises:
-    TypeError: w, scales, global_scale or dtype is of a type that it may not be.
-    ValueError: mode, group_size, bits or a shape is not as above.
-
-  Example:
-    >>> packed, scales = jaxqq.quantize(jnp.full((1, 16), 3.0))
-    >>> float(jaxqq.dequantize(packed, scales)[0, 0])
-    3.0
-
-  Source: `mlx.core.dequantize`.
-  """
-  fmt = check_format("dequantize", mode, group_size, bits)
-  w, scales = check_packed("dequantize", w, scales, fmt)
-  global_scale = check_global_scale("dequantize", "global_scale", global_scale, fmt)
-  try:
-    out_dtype = np.dtype(dtype)
-  except TypeError:
-    out_dtype = None
-  if out_dtype not in FLOATS:
-    raise TypeError(f"dequantize: dtype must be {names(FLOATS)}, got {dtype!r}.")
-  return _dequantize(jnp.asarray(w), jnp.asarray(scales), global_scale, mode=mode, dtype=out_dtype)
+from jaxqq import _rounding
+from jaxqq._formats import Format
 
 
 def quantize_groups(
@@ -173,14 +57,14 @@ def _quantize_by_float(
 ) -> tuple[jax.Array, jax.Array]:
   """s = scale(amax / max * enc); code = element(a * (enc / s))."""
   amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
-  ideal = _rounding.divide(amax, jnp.float32(fmt.element_max), _ELEMENT_MAX_BITS)
+  ideal = _rounding.divide(amax, jnp.float32(fmt.element_max), fmt.element_max_bits)
   enc = jnp.float32(1)
   if global_scale is not None:
     enc = _rounding.divide(jnp.float32(fmt.largest_value), global_scale)
     ideal = ideal * enc
   scales = _rounding.encode(*_rounding.split(ideal), fmt.scale)
   decoded = _rounding.times_power_of_two(*_rounding.decode(scales, fmt.scale))
-  factor = _rounding.divide(enc, decoded, _SCALE_BITS)
+  factor = _rounding.divide(enc, decoded, fmt.scale_bits)
   return scales, _rounding.encode(*_rounding.split(groups * factor), fmt.element)
 
 
@@ -238,7 +122,7 @@ def dequantize_groups(
 
 def decoding_factor(global_scale: jax.Array, fmt: Format) -> jax.Array:
   """global_scale / 2688: what dequantized numbers are multiplied by; NaN for what is no amax."""
-  factor = _rounding.divide(global_scale, jnp.float32(fmt.largest_value), _LARGEST_VALUE_BITS)
+  factor = _rounding.divide(global_scale, jnp.float32(fmt.largest_value), fmt.largest_value_bits)
   return jnp.where(_is_amax(global_scale), factor, jnp.float32(np.nan))
 
 
@@ -275,67 +159,3 @@ def _shifts(fmt: Format, ndim: int) -> jax.Array:
 def scale_bytes(scales: jax.Array) -> jax.Array:
   """Scales as uint8 or as the float8 type of the same bytes, to int32."""
   return lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames="mode")
-def _quantize(w: jax.Array, global_scale: jax.Array | None, *, mode: str) -> Any:
-  fmt = FORMATS[mode]
-
-  def by_xla(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    codes, scales = quantize_groups(w, fmt, global_scale)
-    return pack(codes, fmt), scales.astype(jnp.uint8)
-
-  def by_kernel(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    from jaxqq._kernels import quantize as kernels
-
-    packed, scales = kernels.quantize(w.reshape(-1, w.shape[-1]), fmt, global_scale)
-    return packed.reshape(*w.shape[:-1], -1), scales.reshape(*w.shape[:-1], -1)
-
-  # The results are integers: nothing is lost by not differentiating.
-  return _on_hopper(by_kernel, by_xla, lax.stop_gradient(w))
-
-
-@functools.partial(jax.jit, static_argnames=("mode", "dtype"))
-def _dequantize(
-  w: jax.Array, scales: jax.Array, global_scale: jax.Array | None, *, mode: str, dtype: Any
-) -> jax.Array:
-  fmt = FORMATS[mode]
-
-  def by_xla(w: jax.Array, scales: jax.Array) -> jax.Array:
-    values = dequantize_groups(unpack(w, fmt), scale_bytes(scales), fmt, global_scale)
-    return values.astype(dtype)
-
-  def by_kernel(w: jax.Array, scales: jax.Array) -> jax.Array:
-    from jaxqq._kernels import quantize as kernels
-
-    two_axes = (w.reshape(-1, w.shape[-1]), scales.reshape(-1, scales.shape[-1]))
-    out = kernels.dequantize(*two_axes, fmt, None, dtype)
-    return out.reshape(*w.shape[:-1], -1)
-
-  if global_scale is not None:  # which may be differentiated
-    return by_xla(w, scales)
-  return _on_hopper(by_kernel, by_xla, w, lax.bitcast_convert_type(scales, jnp.uint8))
-
-
-def _on_hopper(by_kernel: Callable[..., Any], by_xla: Callable[..., Any], *args: jax.Array) -> Any:
-  """Runs a kernel where there is one Hopper GPU, and XLA's operations anywhere else.
-
-  XLA splits its own operations over several GPUs, and would gather what a kernel reads.
-  """
-  if not _compat.only_device_is_hopper() or 0 in args[0].shape:
-    return by_xla(*args)
-
-  @jax.custom_batching.custom_vmap
-  def kernel(*args: jax.Array) -> Any:
-    return by_kernel(*args)
-
-  @kernel.def_vmap
-  def _batch(size: int, batched: list[bool], *args: jax.Array) -> Any:
-    whole = (
-      a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-      for a, is_batched in zip(args, batched, strict=True)
-    )
-    out = kernel(*whole)
-    return out, jax.tree.map(lambda _: True, out)
-
-  return lax.platform_dependent(*args, cuda=kernel, default=by_xla)

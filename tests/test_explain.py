@@ -36,6 +36,8 @@ def test_arrays_and_devices():
   assert "XLA" in jaxqq.explain(x, w, global_scale_x=one, global_scale_w=one, backward="quantized")
   with pytest.raises(TypeError, match="explain: device must be"):
     jaxqq.explain(x, w, device=3)
+  with pytest.raises(ValueError, match="explain: unknown platform 'cdua'; it must be one of 'cpu'"):
+    jaxqq.explain(x, w, device="cdua")
 
 
 def test_under_jit():

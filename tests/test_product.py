@@ -216,3 +216,17 @@ def test_the_same_under_jit_and_eagerly():
     np.testing.assert_array_equal(
       np.asarray(jaxqq.qqmm(jnp.asarray(x), jnp.asarray(w), mode=mode)), out
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_reference_asks_for_float32_products(packed):
+  """A CPU multiplies in float32 whatever is asked for; a TPU would not."""
+  w = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+  args = jax.eval_shape(jaxqq.quantize, w) if packed else (w,)
+  traced = jax.jit(jaxqq.qqmm).trace(jax.ShapeDtypeStruct((8, 128), jnp.bfloat16), *args)
+  dots = [
+    line
+    for line in traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+    if "dot_general" in line
+  ]
+  assert dots and all("HIGHEST" in line for line in dots)
