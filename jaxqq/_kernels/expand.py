@@ -118,7 +118,7 @@ def load_scales(ref: Any, expansion: Expansion, twin: bool) -> Any:
 
   @plgpu.inline_mgpu(
     arg_types=(layout,),
-    return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.uint32, layout=_ROW),
+    return_type=plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=_ROW),
   )
   def as_words(ctx: Any, scales: Any) -> Any:
     # As bytes, the compiler takes them apart at once, and waits for them.
@@ -278,7 +278,7 @@ def _expand_e4m3_exactly(words: Any, factors: Any) -> list[Any]:
 def _array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
   target = layout.to_mgpu()
   out = np.empty(target.registers_shape(shape), dtype=object)
-  out.flat = registers
+  out.flat[:] = registers
   signed = None if shape[1:] else False
   return mgpu.FragmentedArray(_registers=out, _layout=target, _is_signed=signed)
 

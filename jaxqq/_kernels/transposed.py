@@ -264,7 +264,7 @@ def regrouped(
       parts = [elements[i : i + step] for i in range(0, len(elements), step)]
       registers = [vector.from_elements(new, part) for part in parts]
     out = np.empty(to.registers_shape(shape), dtype=object)
-    out.flat = registers
+    out.flat[:] = registers
     return mgpu.FragmentedArray(_registers=out, _layout=to, _is_signed=a.is_signed)
 
   return in_registers(a)
