@@ -25,18 +25,32 @@ def cuda_compute_capability() -> str:
   kind = getattr(abstract, "device_kind", None)
   if kind is not None and "cpu" not in kind.lower():
     return "9.0" if any(name in kind for name in ("H100", "H200", "H800", "H20")) else f"a {kind}"
+  return _capability_at_hand() or "9.0"
+
+
+def _capability_at_hand() -> str | None:
+  """Of this process's first NVIDIA GPU; None where there is none."""
   try:
-    device = jax.devices("cuda")[0]
-  except RuntimeError:
-    return "9.0"
-  return str(getattr(device, "compute_capability", "9.0"))
+    device = jax.local_devices(backend="cuda")[0]
+  except (RuntimeError, IndexError):
+    return None
+  return str(getattr(device, "compute_capability", None))
 
 
-def only_device_is_hopper() -> bool:
+def runs_on_one_hopper() -> bool:
   """Whether JAX can run Hopper kernels here, and has one device to run everything on."""
   return (
     jax.__version_info__ >= (0, 11)
     and jax.default_backend() == "gpu"
     and jax.device_count() == 1
-    and cuda_compute_capability() == "9.0"
+    and _capability_at_hand() == "9.0"
   )
+
+
+def platform_of_gpus() -> str:
+  """What JAX calls "gpu" here: "rocm" with AMD's, else "cuda"."""
+  try:
+    jax.local_devices(backend="rocm")
+  except RuntimeError:
+    return "cuda"
+  return "rocm"

@@ -128,18 +128,20 @@ def dequantize(
 def _quantize(w: jax.Array, global_scale: jax.Array | None, *, mode: str) -> Any:
   fmt = FORMATS[mode]
 
-  def by_xla(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    codes, scales = quantize_groups(w, fmt, global_scale)
+  def by_xla(w: jax.Array, *global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    codes, scales = quantize_groups(w, fmt, *global_scale)
     return pack(codes, fmt), scales.astype(jnp.uint8)
 
-  def by_kernel(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def by_kernel(w: jax.Array, *global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     from jaxqq._kernels import quantize as kernels
 
-    packed, scales = kernels.quantize(w.reshape(-1, w.shape[-1]), fmt, global_scale)
+    one = global_scale[0] if global_scale else None
+    packed, scales = kernels.quantize(w.reshape(-1, w.shape[-1]), fmt, one)
     return packed.reshape(*w.shape[:-1], -1), scales.reshape(*w.shape[:-1], -1)
 
   # The results are integers: nothing is lost by not differentiating.
-  return _on_hopper(by_kernel, by_xla, lax.stop_gradient(w))
+  scalars = () if global_scale is None else (lax.stop_gradient(global_scale),)
+  return _on_hopper(by_kernel, by_xla, (lax.stop_gradient(w),), scalars)
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "dtype"))
@@ -161,16 +163,26 @@ def _dequantize(
 
   if global_scale is not None:  # which may be differentiated
     return by_xla(w, scales)
-  return _on_hopper(by_kernel, by_xla, w, lax.bitcast_convert_type(scales, jnp.uint8))
+  return _on_hopper(by_kernel, by_xla, (w, lax.bitcast_convert_type(scales, jnp.uint8)))
 
 
-def _on_hopper(by_kernel: Callable[..., Any], by_xla: Callable[..., Any], *args: jax.Array) -> Any:
+def _on_hopper(
+  by_kernel: Callable[..., Any],
+  by_xla: Callable[..., Any],
+  arrays: tuple[jax.Array, ...],
+  scalars: tuple[jax.Array, ...] = (),
+) -> Any:
   """Runs a kernel where there is one Hopper GPU, and XLA's operations anywhere else.
 
-  XLA splits its own operations over several GPUs, and would gather what a kernel reads.
+  XLA splits its own operations over several GPUs, and would gather what a kernel reads. Under
+  `shard_map` and with sizes not known yet they are taken too.
   """
-  if not _compat.only_device_is_hopper() or 0 in args[0].shape:
-    return by_xla(*args)
+  sizes = [size for a in arrays for size in a.shape]
+  varying = any(jax.typeof(a).manual_axis_type.varying for a in arrays)
+  if not _compat.runs_on_one_hopper() or varying:
+    return by_xla(*arrays, *scalars)
+  if not all(isinstance(size, int) and size for size in sizes):
+    return by_xla(*arrays, *scalars)
 
   @jax.custom_batching.custom_vmap
   def kernel(*args: jax.Array) -> Any:
@@ -178,11 +190,15 @@ def _on_hopper(by_kernel: Callable[..., Any], by_xla: Callable[..., Any], *args:
 
   @kernel.def_vmap
   def _batch(size: int, batched: list[bool], *args: jax.Array) -> Any:
+    if any(batched[len(arrays) :]):  # a scalar for each: the kernel has one for all
+      in_axes = tuple(0 if is_batched else None for is_batched in batched)
+      out = jax.vmap(by_xla, in_axes)(*args)
+      return out, jax.tree.map(lambda _: True, out)
     whole = (
       a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-      for a, is_batched in zip(args, batched, strict=True)
+      for a, is_batched in zip(args[: len(arrays)], batched, strict=False)
     )
-    out = kernel(*whole)
+    out = kernel(*whole, *args[len(arrays) :])
     return out, jax.tree.map(lambda _: True, out)
 
-  return lax.platform_dependent(*args, cuda=kernel, default=by_xla)
+  return lax.platform_dependent(*arrays, *scalars, cuda=kernel, default=by_xla)

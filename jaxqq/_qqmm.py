@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxqq import _kernels, _primitive
+from jaxqq import _compat, _kernels, _primitive
 from jaxqq._checks import (
   FLOATS,
   PACKED,
@@ -29,7 +29,7 @@ from jaxqq._gradient import BACKWARDS
 from jaxqq._reference import Operands, named
 from jaxqq._sharding import vary_alike
 
-# Platforms as JAX names them; "gpu" is taken for "cuda".
+# Platforms as JAX names them; "gpu" is one of the two, whichever is here.
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 
 
@@ -196,7 +196,7 @@ def _platform(x: Any, device: jax.Device | str | None) -> str:
       f"explain: device must be a jax.Device, a platform such as 'cuda', or None, got "
       f"{type(device).__name__}."
     )
-  return "cuda" if platform == "gpu" else platform
+  return _compat.platform_of_gpus() if platform == "gpu" else platform
 
 
 def _checked(

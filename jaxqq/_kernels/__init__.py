@@ -50,6 +50,8 @@ def _refusal_of_hopper(problem: Problem) -> str | None:
   capability = _compat.cuda_compute_capability()
   if capability != "9.0":
     return f"it is for compute capability 9.0 (H100, H200), not {capability}"
+  if not all(isinstance(size, int) for a in operands.present for size in a.shape):
+    return "a size is symbolic"
   if any(0 in a.shape for a in operands.present):
     return "an axis is empty"
   if any(_is_split_explicitly(a) for a in operands.present):
@@ -61,9 +63,9 @@ def _refusal_of_hopper(problem: Problem) -> str | None:
 
 
 def _is_split_explicitly(a: Any) -> bool:
-  if not isinstance(a, jax.Array):
+  sharding = jax.typeof(a).sharding if isinstance(a, jax.Array) else getattr(a, "sharding", None)
+  if not isinstance(sharding, jax.sharding.NamedSharding):
     return False
-  sharding = jax.typeof(a).sharding
   explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
   return explicit and any(axes is not None for axes in sharding.spec)
 

@@ -103,17 +103,16 @@ def by_blocks(
   out_types: tuple[jax.ShapeDtypeStruct, ...],
   view: View,
   config: TuningConfig,
+  scalars: tuple[jax.Array, ...] = (),
   staging: jax.ShapeDtypeStruct | None = None,
 ) -> list[jax.Array]:
-  """Runs body(slice, *refs) over the first axis of all operands, but those of shape (1,).
+  """Runs body(slice, *refs) over the first axis of all operands; scalars, (1,), come behind them.
 
   out_types are those of one entry of the first axis. The last step starts early enough to be a
   whole one, and writes some of the same values again. staging is an entry in shared memory.
   """
   n = operands[0].shape[0]
-  operands = tuple(
-    pad(a, 0, view.tile) if i == 0 or a.shape != (1,) else a for i, a in enumerate(operands)
-  )
+  operands = tuple(pad(a, 0, view.tile) for a in operands)
   padded = operands[0].shape[0]
   block = view.tile * min(config.tiles_per_step, padded // view.tile)
 
@@ -127,7 +126,7 @@ def by_blocks(
     out_type=tuple(jax.ShapeDtypeStruct((padded, *t.shape), t.dtype) for t in out_types),
     scratch_types=(plgpu.SMEM((block, *staging.shape), staging.dtype),) if staging else (),
   )
-  return [out[:n] for out in run(*operands)]
+  return [out[:n] for out in run(*operands, *scalars)]
 
 
 def load_gmem(ref: Any, layout: Any) -> jax.Array:

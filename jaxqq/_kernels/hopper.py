@@ -97,7 +97,8 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
       )
   else:
     downs, w_exponents = expand.lowered(problem.scales)
-    counts = (problem.scales != 0) & (problem.scales != fmt.scale_nan)  # 0 is that of zeros
+    # A scale of 0 is that of zeros, or of numbers too small to count.
+    counts = (problem.scales != 0) & (problem.scales != fmt.scale_nan)
     w_wild = jnp.any(counts & (downs > 8 * MAX_DOWN))
 
     def product() -> jax.Array:

@@ -104,10 +104,11 @@ def exact_operand(
   body = _interleaved_kernel if interleave else _exact_kernel
   (out,) = by_blocks(
     functools.partial(body, fmt=fmt, view=view),
-    (blocks, *encoding_scale(fmt, global_scale)),
+    (blocks,),
     (jax.ShapeDtypeStruct(_MATRIX if interleave else view.minor, dtype),),
     view,
     config,
+    encoding_scale(fmt, global_scale),
     staging=jax.ShapeDtypeStruct(_MATRIX, dtype) if interleave else None,
   )
   return out.reshape(a.shape)

@@ -63,13 +63,14 @@ def quantize(
   view = _word_view(fmt)
   packed, scales = by_blocks(
     functools.partial(_quantize_kernel, fmt=fmt, view=view),
-    (a.reshape(-1, *view.minor), *encoding_scale(fmt, global_scale)),
+    (a.reshape(-1, *view.minor),),
     (
       jax.ShapeDtypeStruct(view.minor[:-1], jnp.uint32),
       jax.ShapeDtypeStruct((), jnp.uint8),
     ),
     view,
     config,
+    encoding_scale(fmt, global_scale),
   )
   return packed.reshape(rows, k // fmt.codes_per_word), scales.reshape(rows, k // fmt.group_size)
 
@@ -99,10 +100,11 @@ def dequantize(
   factor = () if global_scale is None else (decoding_factor(global_scale, fmt).reshape(1),)
   (out,) = by_blocks(
     functools.partial(_dequantize_kernel, fmt=fmt, view=view),
-    (packed.reshape(-1, *view.minor[:-1]), scales.reshape(-1), *factor),
+    (packed.reshape(-1, *view.minor[:-1]), scales.reshape(-1)),
     (jax.ShapeDtypeStruct(view.minor, dtype),),
     view,
     config,
+    factor,
   )
   return out.reshape(rows, words * fmt.codes_per_word)
 
@@ -117,7 +119,7 @@ def _quantize_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View)
   a = load_elements(a_ref, rows, view)
   scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)
-  words = jnp.sum(codes, axis=-1)
+  words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)
   packed_ref[rows] = lax.bitcast_convert_type(words, jnp.uint32)
   store_gmem(scales_ref.at[rows], scales.byte.astype(jnp.uint8))

@@ -294,7 +294,7 @@ def _grouped(numbers: jax.Array, *minor: int) -> tuple[jax.Array, Any]:
 def _joined(byte: jax.Array) -> jax.Array:
   """The bytes (128, groups) of a row as one number."""
   iota = lax.broadcasted_iota(jnp.int32, byte.shape, 1)
-  return jnp.sum(byte << (iota * 8), axis=-1)
+  return jnp.sum(byte << (iota * 8), axis=-1, dtype=jnp.int32)
 
 
 # The kernels. Their numbers are (64, 128), a thread's in one column.
@@ -321,7 +321,8 @@ def _quantize_kernel(numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: 
   words_a_group = fmt.group_size // fmt.codes_per_word
   a, layout = _grouped(numbers, TILE_K // fmt.group_size, words_a_group, fmt.codes_per_word)
   scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
-  words = jnp.sum(codes_of(a, scales, fmt) << (positions(a.shape, layout) * fmt.bits), axis=-1)
+  codes = codes_of(a, scales, fmt) << (positions(a.shape, layout) * fmt.bits)
+  words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)
   words = regrouped(
     words, layout.reduce((3,)), staging_ref.shape, _staged_layout(staging_ref.shape[1], 4)
