@@ -104,14 +104,11 @@ def _run_exact(operands: Operands, problem: Problem) -> jax.Array:
   return hopper.exact(operands, problem.mode, problem.out_dtype, promote)
 
 
-def _tiles(problem: Problem) -> str:
-  from jaxqq._kernels import hopper, tuning
+def _tiles(problem: Problem, promote: bool) -> str:
+  from jaxqq._kernels import hopper
 
-  bits = hopper.packed_bits(problem.operands, FORMATS[problem.mode])
-  batch, m, n = hopper.sizes(problem.operands)
-  fast = _refusal_of_fp8(problem) is None
-  promote = fast or _wants_exact_sums(problem)
-  return f"tiles {tuning.config(bits, batch, m, n, problem.out_dtype, promote)}"
+  fmt = FORMATS[problem.mode]
+  return f"tiles {hopper.tiles(problem.operands, fmt, problem.out_dtype, promote)}"
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -125,7 +122,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     platforms=("cuda",),
     refuses=_refusal_of_fp8,
     run=_run_fp8,
-    details=_tiles,
+    details=lambda problem: _tiles(problem, promote=True),
   ),
   Implementation(
     name="hopper_exact",
@@ -136,7 +133,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     platforms=("cuda",),
     refuses=_refusal_of_hopper,
     run=_run_exact,
-    details=_tiles,
+    details=lambda problem: _tiles(problem, promote=_wants_exact_sums(problem)),
   ),
   Implementation(
     name="xla",

@@ -54,7 +54,7 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
   of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
   expansion = expand.E4M3_EXACT if fmt.scale_is_power_of_two else expand.E2M1
   factors = jnp.stack([of_x * expansion.unit if packed else of_x, of_w]).reshape(1, 2)
-  config = _config(problem, fmt, out_dtype, promote)
+  config = tiles(operands, fmt, out_dtype, promote)
   if packed:
     out = packed_matmul.packed_matmul(
       x,
@@ -76,7 +76,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
   """The product of e4m3 codes, if every row's can share one power of two; else of exact ones."""
   fmt, problem = FORMATS[mode], _folded(operands)
   problem = _padded_k(problem, matmul.step_k(jnp.float8_e4m3fn), fmt)
-  config = _config(problem, fmt, out_dtype, promote=True)
+  config = tiles(operands, fmt, out_dtype, promote=True)
   factors = jnp.ones((1, 2), jnp.float32)
 
   def operand(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -133,7 +133,7 @@ def _scalar(global_scale: jax.Array | None) -> jax.Array | None:
 # Batch axes, and the end of k
 
 
-def shared_w(operands: Operands) -> bool:
+def _shared_w(operands: Operands) -> bool:
   """Whether one matrix w meets all of x, whose batch axes are then just more rows."""
   batches = [operands.w.shape[:-2]]
   if operands.scales is not None:
@@ -141,16 +141,19 @@ def shared_w(operands: Operands) -> bool:
   return all(math.prod(batch) == 1 for batch in batches)
 
 
-def sizes(operands: Operands) -> tuple[int, int, int]:
-  """Batch, rows and columns of what the kernels see."""
+def tiles(operands: Operands, fmt: Format, out_dtype: np.dtype, promote: bool) -> Any:
+  """The tiles of the product's kernel, by the sizes that it sees."""
   m, n = operands.x.shape[-2], operands.w.shape[-2]
   batch = math.prod(operands.batch_shape)
-  return (1, batch * m, n) if shared_w(operands) else (batch, m, n)
+  if _shared_w(operands):
+    batch, m = 1, batch * m
+  packed_bits = None if operands.scales is None else fmt.bits
+  return tuning.config(packed_bits, batch, m, n, out_dtype, promote)
 
 
 def _folded(operands: Operands) -> Operands:
   """Every operand with one batch axis, of size 1 where it is shared; scales as bytes."""
-  batch_shape, one = operands.batch_shape, shared_w(operands)
+  batch_shape, one = operands.batch_shape, _shared_w(operands)
 
   def matrices(a: Any, fold_rows: bool) -> Any:
     if fold_rows:
@@ -197,14 +200,3 @@ def _padded_k(problem: Operands, step_k: int, fmt: Format) -> Operands:
     problem.global_scale_x,
     problem.global_scale_w,
   )
-
-
-def _config(problem: Operands, fmt: Format, out_dtype: np.dtype, promote: bool) -> Any:
-  batch = max(problem.x.shape[0], problem.w.shape[0])
-  m, n = problem.x.shape[-2], problem.w.shape[-2]
-  return tuning.config(packed_bits(problem, fmt), batch, m, n, out_dtype, promote)
-
-
-def packed_bits(operands: Operands, fmt: Format) -> int | None:
-  """Of a code of packed w; None where w is not packed."""
-  return None if operands.scales is None else fmt.bits
