@@ -31,6 +31,7 @@ from jaxqq._kernels.tiles import (
   Grid,
   batch_of,
   compiler_params,
+  keep_full,
   padded,
   rounded_up,
   tile_transforms,
@@ -94,14 +95,9 @@ def matmul(
 
     # Memory
 
-    def load(step: Any, ki: Any, tile: Any) -> None:
-      slot = slot_of(step)
+    def load(slot: Any, ki: Any, tile: Any) -> None:
       b, mi, ni = tile
       ks = pl.ds(ki * a_step, a_step)
-
-      @pl.when(step >= stages)
-      def _wait() -> None:
-        plgpu.barrier_wait(empty.at[slot])
 
       rows, columns = pl.ds(mi * block_m, block_m), pl.ds(ni * block_n, block_n)
       plgpu.copy_gmem_to_smem(x_g.at[batch_of(x_g, b), rows, ks], x_s.at[slot], full.at[slot])
@@ -109,19 +105,7 @@ def matmul(
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _memory() -> None:
-      plgpu.set_max_registers(40, action="decrease")
-
-      @pl.loop(0, own_tiles)
-      def _tile(t: Any) -> None:
-        tile = tile_of(t)
-        pl.loop(0, k_steps)(lambda ki: load(t * k_steps + ki, ki, tile))
-
-      total = own_tiles * k_steps
-
-      # The last readers: no barrier is left half way.
-      @pl.loop(jnp.maximum(total - stages, 0), total)
-      def _drain(step: Any) -> None:
-        plgpu.barrier_wait(empty.at[slot_of(step)])
+      keep_full(load, empty, own_tiles, k_steps, tile_of)
 
     # Compute
 

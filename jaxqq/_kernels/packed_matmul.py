@@ -35,6 +35,7 @@ from jaxqq._kernels.tiles import (
   Grid,
   batch_of,
   compiler_params,
+  keep_full,
   padded,
   rounded_up,
   tile_transforms,
@@ -107,13 +108,8 @@ def packed_matmul(
 
     # Memory
 
-    def load(step: Any, ki: Any, tile: Any) -> None:
-      slot = lax.rem(step, jnp.int32(stages))
+    def load(slot: Any, ki: Any, tile: Any) -> None:
       b, mi, ni = tile
-
-      @pl.when(step >= stages)
-      def _wait() -> None:
-        plgpu.barrier_wait(empty.at[slot])
 
       plgpu.copy_gmem_to_smem(
         words_g.at[
@@ -130,19 +126,7 @@ def packed_matmul(
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _memory() -> None:
-      plgpu.set_max_registers(40, action="decrease")
-
-      @pl.loop(0, own_tiles)
-      def _tile(t: Any) -> None:
-        tile = tile_of(t)
-        pl.loop(0, k_steps)(lambda ki: load(t * k_steps + ki, ki, tile))
-
-      total = own_tiles * k_steps
-
-      # The last readers: no barrier is left half way.
-      @pl.loop(jnp.maximum(total - stages, 0), total)
-      def _drain(step: Any) -> None:
-        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+      keep_full(load, empty, own_tiles, k_steps, tile_of)
 
     # Compute
 

@@ -1,8 +1,9 @@
-"""What the matrix kernels share: the order of output tiles, shapes in shared memory, epilogues."""
+"""What the matrix kernels share: the order of tiles, the memory warpgroup, shapes, epilogues."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,6 +42,39 @@ class Grid:
     within = lax.rem(index, a_matrix)
     mi, ni = plgpu.planar_snake(within, (m_tiles, n_tiles), self.minor, self.group_width)
     return lax.div(index, a_matrix), mi, ni
+
+
+def keep_full(
+  load: Callable[[Any, Any, Any], None],  # (place, k step within the tile, tile)
+  empty: Any,  # barriers, one a place in shared memory
+  own_tiles: Any,
+  k_steps: int,
+  tile_of: Callable[[Any], Any],
+) -> None:
+  """What the memory warpgroup does: loads every step of every tile, once its place is free."""
+  plgpu.set_max_registers(40, action="decrease")
+  (stages,) = empty.shape
+
+  def load_when_free(step: Any, ki: Any, tile: Any) -> None:
+    slot = lax.rem(step, jnp.int32(stages))
+
+    @pl.when(step >= stages)
+    def _wait() -> None:
+      plgpu.barrier_wait(empty.at[slot])
+
+    load(slot, ki, tile)
+
+  @pl.loop(0, own_tiles)
+  def _tile(t: Any) -> None:
+    tile = tile_of(t)
+    pl.loop(0, k_steps)(lambda ki: load_when_free(t * k_steps + ki, ki, tile))
+
+  total = own_tiles * k_steps
+
+  # The last readers: no barrier is left half way.
+  @pl.loop(jnp.maximum(total - stages, 0), total)
+  def _drain(step: Any) -> None:
+    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
 
 
 def batch_of(ref: Any, b: Any) -> Any:
