@@ -230,7 +230,7 @@ def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
     for half in range(2):
       word = vector.extract(words.registers.flat[2 * b + half], [], [0])
       downs = vector.extract(factors[0].registers.flat[half], [], [0])
-      group = b * 4 // 8
+      group = b // 2  # 8 words each, of 4 a register
       down = _asm(f"prmt.b32 $0, $1, $1, {hex(group * 0x1111)};", downs)
       nan = _asm(f"prmt.b32 $0, $1, $1, {hex(0x8888 + group * 0x1111)};", downs)
       asm = """{

@@ -8,9 +8,9 @@
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
 cores' sums are short of bits; both errors shrink with k against the bound that a product must
-keep (README), and at k >= FP8_MIN_K keep it on every kind of data measured. A row whose groups lie
-further apart than a shift of its codes can bridge is found while it is quantized: then the exact
-kernel runs instead.
+keep (README). At k >= FP8_MIN_K random data, outlier channels and numbers of one sign were measured
+within it; x that is zero nearly everywhere may leave it. A row whose groups lie further apart than
+a shift of its codes can bridge is found while it is quantized: then the exact kernel runs instead.
 """
 
 from __future__ import annotations
