@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxqq._kernels import tensor_cores
 from jaxqq._kernels.tiles import (
   COMPUTE_WARPGROUPS,
   Grid,
@@ -135,6 +136,20 @@ def matmul(
       acc = pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((own_m, block_n), jnp.float32))
       return [acc[i : i + WGMMA_ROWS] for i in range(0, own_m, WGMMA_ROWS)]
 
+    def sums_of_step(slot: Any, first_row: int) -> Any:
+      if not interpret:
+        own_rows = pl.ds(warpgroup * own_m + first_row, WGMMA_ROWS)
+        return tensor_cores.finish(
+          tensor_cores.begin(None, x_s.at[slot, own_rows], w_s.at[slot], transforms)
+        )
+
+      def scope(acc: Any) -> Any:
+        multiply(acc, slot, first_row, WGMMA_ROWS)
+        plgpu.wgmma_wait(0)
+        return acc[...]
+
+      return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, block_n), jnp.float32))
+
     def promoted_sums(first: Any) -> list[Any]:
       """A tile's sums, in parts, taken out of the tensor cores after every step."""
       zeros = jnp.zeros((WGMMA_ROWS, block_n), jnp.float32)
@@ -147,17 +162,9 @@ def matmul(
         plgpu.barrier_wait(full.at[slot])
         results = []
         for part, total in enumerate(totals):
-
-          def scope(acc: Any, part: int = part) -> Any:
-            multiply(acc, slot, part * WGMMA_ROWS, WGMMA_ROWS)
-            plgpu.wgmma_wait(0)
-            if part == len(totals) - 1:
-              plgpu.barrier_arrive(empty.at[slot])
-            return acc[...]
-
-          partial = pl.run_scoped(
-            scope, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, block_n), jnp.float32)
-          )
+          partial = sums_of_step(slot, part * WGMMA_ROWS)
+          if part == len(totals) - 1:
+            plgpu.barrier_arrive(empty.at[slot])
           results.append(total + partial)
         return tuple(results)
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels import expand
+from jaxqq._kernels import expand, tensor_cores
 from jaxqq._kernels.tiles import (
   COMPUTE_WARPGROUPS,
   Grid,
@@ -84,6 +84,7 @@ def packed_matmul(
   grid = config.grid
   num_tiles, num_ctas = grid.num_tiles(batch, m, n), grid.num_ctas(batch, m, n)
   part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
+  x_transforms = tile_transforms(step_k, x.dtype)
   has_exponents = exponents is not None
   # Only 16 bit matrices can be transposed on their way to shared memory.
   transposed = jnp.dtype(out_dtype).itemsize != 2
@@ -140,85 +141,57 @@ def packed_matmul(
       ref = scales_g.at[batch_of(scales_g, b), own_columns(ni), pl.ds(ki * groups, groups)]
       return expand.load_scales(ref, expansion, bool(interpret))
 
-    def expand_step(step: Any, scales: Any) -> Any:
+    def expanded(step: Any, scales: Any) -> Any:
       """The operand of one step, from its packed words."""
       slot = lax.rem(step, jnp.int32(stages))
-      factor = expand.factors(scales, expansion)
+      factors = expand.factors(scales, expansion)
       plgpu.barrier_wait(words_full.at[slot])
       layout = expansion.words_layout
       words = plgpu.load(words_s.at[slot, own_rows], layout=layout, optimized=False)
-      if interpret:
-        return expand.twin(words, factor, expansion)
-      return expand.expand(words, factor, expansion)
+      return (expand.twin if interpret else expand.expand)(words, factors, expansion)
 
-    def multiply(acc: Any, a: Any, slot: Any, part: int) -> None:
-      """acc += a x_hat^T, without waiting for it."""
-      b = x_s.at[slot, pl.ds(part * part_m, part_m)].T
-      if interpret:  # it has no left operand in registers
-        a_s[warpgroup] = a
-        plgpu.commit_smem()
-        plgpu.wgmma(acc, a_s.at[warpgroup], b)
-      else:
-        plgpu.wgmma(acc, a, b)
-
-    def walk(first: Any, tile: Any, do_step: Any, carry: Any) -> Any:
-      """do_step(step, a, expand_next, carry) -> (a of the next step, carry) for every step."""
-
-      def body(ki: Any, state: Any) -> Any:
-        a, scales, carry = state
-        following = load_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
-        a, carry = do_step(first + ki, a, lambda: expand_step(first + ki + 1, scales), carry)
-        return a, following, carry
-
-      a = expand_step(first, load_scales(jnp.int32(0), tile))
-      scales = load_scales(jnp.int32(min(1, k_steps - 1)), tile)
-      a, _, carry = lax.fori_loop(0, k_steps - 1, body, (a, scales, carry))
-      return do_step(first + k_steps - 1, a, lambda: a, carry)[1]
-
-    def sums(first: Any, tile: Any) -> list[Any]:
-      """A tile's sums in one accumulator over all of k."""
+    def multiply(sums: Any, a: Any, slot: Any, part: int) -> Any:
+      """(sums +) a x_hat^T."""
+      b = x_s.at[slot, pl.ds(part * part_m, part_m)]
+      if not interpret:
+        return tensor_cores.finish(tensor_cores.begin(sums, (a,), b, x_transforms))
 
       def scope(acc: Any) -> Any:
-        def do_step(step: Any, a: Any, expand_next: Any, carry: Any) -> Any:
-          slot = lax.rem(step, jnp.int32(stages))
-          plgpu.barrier_wait(x_full.at[slot])
-          multiply(acc, a, slot, 0)
-          plgpu.wgmma_wait(0)
+        a_s[warpgroup] = a  # the interpreter has no left operand in registers
+        plgpu.commit_smem()
+        plgpu.wgmma(acc, a_s.at[warpgroup], b.T)
+        plgpu.wgmma_wait(0)
+        return acc[...] if sums is None else acc[...] + sums
+
+      return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((expand.ROWS, part_m), jnp.float32))
+
+    def add_step(step: Any, a: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
+      """The totals, in parts of part_m rows of x_hat, and a step's sums."""
+      slot = lax.rem(step, jnp.int32(stages))
+      plgpu.barrier_wait(x_full.at[slot])
+      results = []
+      for part, total in enumerate(totals):
+        sums = multiply(None if config.promote else total, a, slot, part)
+        if part == len(totals) - 1:
           plgpu.barrier_arrive(empty.at[slot])
-          return expand_next(), carry
+        results.append(total + sums if config.promote else sums)
+      return tuple(results)
 
-        walk(first, tile, do_step, jnp.int32(0))
-        return acc[...]
+    def sums_of(first: Any, tile: Any) -> list[Any]:
+      """A tile's sums over all steps, in parts."""
 
-      return [pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((expand.ROWS, block_m), jnp.float32))]
+      def body(ki: Any, state: Any) -> Any:
+        a, scales, totals = state
+        following = load_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
+        totals = add_step(first + ki, a, totals)
+        return expanded(first + ki + 1, scales), following, totals
 
-    def promoted_sums(first: Any, tile: Any) -> list[Any]:
-      """A tile's sums, in parts, taken out of the tensor cores after every step."""
-      zeros = tuple(
-        plgpu.layout_cast(jnp.zeros((expand.ROWS, part_m), jnp.float32), plgpu.Layout.WGMMA)
-        for _ in range(block_m // part_m)
-      )
-
-      def do_step(step: Any, a: Any, expand_next: Any, totals: Any) -> Any:
-        slot = lax.rem(step, jnp.int32(stages))
-        plgpu.barrier_wait(x_full.at[slot])
-        results = []
-        for part, total in enumerate(totals):
-
-          def scope(acc: Any, part: int = part) -> Any:
-            multiply(acc, a, slot, part)
-            plgpu.wgmma_wait(0)
-            if part == len(totals) - 1:
-              plgpu.barrier_arrive(empty.at[slot])
-            return acc[...]
-
-          partial = pl.run_scoped(
-            scope, plgpu.WGMMAAccumulatorRef((expand.ROWS, part_m), jnp.float32)
-          )
-          results.append(total + partial)
-        return expand_next(), tuple(results)
-
-      return list(walk(first, tile, do_step, zeros))
+      zeros = jnp.zeros((expand.ROWS, part_m), jnp.float32)
+      totals = tuple(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(block_m // part_m))
+      a = expanded(first, load_scales(jnp.int32(0), tile))
+      scales = load_scales(jnp.int32(min(1, k_steps - 1)), tile)
+      a, _, totals = lax.fori_loop(0, k_steps - 1, body, (a, scales, totals))
+      return list(add_step(first + k_steps - 1, a, totals))
 
     def store(parts: list[Any], tile: Any) -> None:
       """Scales and writes a tile, 64 rows of x_hat after the other."""
@@ -253,13 +226,12 @@ def packed_matmul(
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
         tile = tile_of(t)
-        run = promoted_sums if config.promote else sums
-        store(run(t * k_steps, tile), tile)
+        store(sums_of(t * k_steps, tile), tile)
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   scratch: list[Any] = [
-    plgpu.SMEM((stages, block_m, step_k), x.dtype, transforms=tile_transforms(step_k, x.dtype)),
+    plgpu.SMEM((stages, block_m, step_k), x.dtype, transforms=x_transforms),
     plgpu.SMEM(
       (stages, BLOCK_N, step_words), jnp.uint32, transforms=tile_transforms(step_words, jnp.uint32)
     ),
@@ -271,11 +243,7 @@ def packed_matmul(
   ]
   if interpret:
     scratch.append(
-      plgpu.SMEM(
-        (COMPUTE_WARPGROUPS, expand.ROWS, step_k),
-        x.dtype,
-        transforms=tile_transforms(step_k, x.dtype),
-      )
+      plgpu.SMEM((COMPUTE_WARPGROUPS, expand.ROWS, step_k), x.dtype, transforms=x_transforms)
     )
   scratch += [
     plgpu.Barrier(num_barriers=stages),
