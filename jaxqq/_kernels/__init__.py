@@ -91,6 +91,36 @@ def _refusal_of_fp8(problem: Problem) -> str | None:
   return None
 
 
+def _refusal_of_few_rows(problem: Problem) -> str | None:
+  refusal = _refusal_of_hopper(problem)
+  if refusal is not None:
+    return refusal
+  from jaxqq._kernels.few_rows import MAX_ROWS
+  from jaxqq._kernels.hopper import rows_of_a_matrix
+
+  if problem.operands.scales is None:
+    return "w is not packed, and it is the reading of packed w that few rows wait for"
+  rows = rows_of_a_matrix(problem.operands)
+  if rows > MAX_ROWS:
+    return f"{rows} rows of x meet a matrix w, and it is for at most {MAX_ROWS}"
+  if FORMATS[problem.mode].scale_is_power_of_two:
+    return _refusal_of_fp8(problem)
+  return None
+
+
+def _run_few_rows(operands: Operands, problem: Problem) -> jax.Array:
+  from jaxqq._kernels import hopper
+
+  return hopper.few_rows(operands, problem.mode, problem.out_dtype, _wants_exact_sums(problem))
+
+
+def _few_rows_details(problem: Problem) -> str:
+  from jaxqq._kernels import hopper
+
+  fmt = FORMATS[problem.mode]
+  return f"tiles {hopper.few_rows_config(problem.operands, fmt, _wants_exact_sums(problem))}"
+
+
 def _run_fp8(operands: Operands, problem: Problem) -> jax.Array:
   from jaxqq._kernels import hopper
 
@@ -112,6 +142,17 @@ def _tiles(problem: Problem, promote: bool) -> str:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+  Implementation(
+    name="hopper_few_rows",
+    summary=(
+      "a kernel quantizes x, another streams packed w through the tensor cores (nvfp4 expanded to "
+      "float16 in registers; mxfp8 as it is in fp8, each group's sum scaled in float32)"
+    ),
+    platforms=("cuda",),
+    refuses=_refusal_of_few_rows,
+    run=_run_few_rows,
+    details=_few_rows_details,
+  ),
   Implementation(
     name="hopper_fp8",
     summary=(

@@ -33,7 +33,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 ROWS = 64  # of w_hat a warpgroup: the tensor cores' left operand
 
 
-def _layout(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
+def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
   """(64, columns): a warp has 16 rows, a thread vectors of rows r and r + 8."""
   return plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, columns), (16, columns), (8, columns), (length,))),
@@ -77,8 +77,8 @@ class Expansion:
     if self.bits == 4:
       return plgpu.Layout.WGMMA
     if self.step_k == 128:
-      return _layout(4, 1, (-3, -2))
-    return _layout(16, 4, (-3, -2))
+      return layout_of(4, 1, (-3, -2))
+    return layout_of(16, 4, (-3, -2))
 
   @property
   def unit(self) -> float:
@@ -101,10 +101,15 @@ E4M3_EXACT = Expansion(8, 32, jnp.dtype(jnp.bfloat16))
 def load_scales(ref: Any, expansion: Expansion, twin: bool) -> Any:
   """The scales of 64 rows and one step, as they are loaded: they stay in flight for a step."""
   if expansion.bits == 4:
-    return plgpu.load(ref, layout=_layout(4, 1, (-3, -2)), optimized=False)
+    return plgpu.load(ref, layout=layout_of(4, 1, (-3, -2)), optimized=False)
   if expansion.step_k == 64:
     lanes = (-3, -2, plgpu.Replicated(2))
-    return plgpu.load(ref, layout=_layout(2, 1, lanes), optimized=False)
+    return plgpu.load(ref, layout=layout_of(2, 1, lanes), optimized=False)
+  return scale_words(ref, twin)[0]
+
+
+def scale_words(ref: Any, twin: bool) -> list[Any]:
+  """Scales (64, 4 * s) as s arrays (64,) of four in a word, the first in its lowest bits."""
   layout = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, 4), (16, 4), (8, 4))),
     warp_dims=(-6,),
@@ -112,19 +117,23 @@ def load_scales(ref: Any, expansion: Expansion, twin: bool) -> Any:
     vector_dim=-1,
   )
   scales = plgpu.load(ref, layout=layout, optimized=False)
+  count = scales.shape[1] // 4
   if twin:
-    shifts = lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8)
-    return jnp.sum(scales.astype(jnp.uint32) << shifts, axis=1, dtype=jnp.uint32)
+    shifts = lax.broadcasted_iota(jnp.uint32, (1, 1, 4), 2) * np.uint32(8)
+    scales = scales.astype(jnp.uint32).reshape(ROWS, count, 4)
+    words = jnp.sum(scales << shifts, axis=2, dtype=jnp.uint32)
+    return [words[:, i] for i in range(count)]
+  word_type = plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=_ROW)
 
-  @plgpu.inline_mgpu(
-    arg_types=(layout,),
-    return_type=plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=_ROW),
-  )
+  @plgpu.inline_mgpu(arg_types=(layout,), return_type=[word_type] * count)
   def as_words(ctx: Any, scales: Any) -> Any:
     # As bytes, the compiler takes them apart at once, and waits for them.
     del ctx
     word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-    return _array([vector.bitcast(word, v) for v in scales.registers.flat], (ROWS,), _ROW)
+    registers = scales.registers.reshape(count, -1)  # rows r and r + 8
+    return [
+      packed_array([vector.bitcast(word, v) for v in each], (ROWS,), _ROW) for each in registers
+    ]
 
   return as_words(scales)
 
@@ -169,9 +178,9 @@ def expand(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
   """Words (64, words) and their factors to the operand (64, step_k), in registers."""
   if expansion.bits == 4:
     body: Callable[..., list[Any]] = _expand_e2m1
-    layouts: tuple[Any, ...] = (_layout(4, 1, (-3, -2)),)
+    layouts: tuple[Any, ...] = (layout_of(4, 1, (-3, -2)),)
   elif expansion.step_k == 64:
-    body, layouts = _expand_e4m3_exactly, (_layout(2, 1, (-3, -2, plgpu.Replicated(2))),)
+    body, layouts = _expand_e4m3_exactly, (layout_of(2, 1, (-3, -2, plgpu.Replicated(2))),)
   else:
     body, layouts = _expand_e4m3, (_ROW,)
   shape = (ROWS, expansion.step_k)
@@ -188,7 +197,7 @@ def expand(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
     registers = [
       vector.bitcast(vector_type, vector.broadcast(one, r)) for r in body(words, factors)
     ]
-    return _array(registers, shape, expansion.layout)
+    return packed_array(registers, shape, expansion.layout)
 
   return in_registers(words, *factors)
 
@@ -211,9 +220,9 @@ def _expand_e2m1(words: Any, factors: Any) -> list[Any]:
 
 def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
   """Nibble i of both half words: the sign to bit 15, the rest to float16's bits 11 to 9."""
-  top = word if i == 3 else arith.shli(word, _constant(12 - 4 * i))
-  magnitude = arith.andi(arith.shrui(top, _constant(3)), _constant(0x0E000E00))
-  value = arith.ori(arith.andi(top, _constant(0x80008000)), magnitude)
+  top = word if i == 3 else arith.shli(word, constant(12 - 4 * i))
+  magnitude = arith.andi(arith.shrui(top, constant(3)), constant(0x0E000E00))
+  value = arith.ori(arith.andi(top, constant(0x80008000)), magnitude)
   return _asm("mul.rn.f16x2 $0, $1, $2;", value, factor)
 
 
@@ -275,7 +284,7 @@ def _expand_e4m3_exactly(words: Any, factors: Any) -> list[Any]:
   return [halves[half][i] for i in range(8) for half in range(2)]
 
 
-def _array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
+def packed_array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
   target = layout.to_mgpu()
   out = np.empty(target.registers_shape(shape), dtype=object)
   out.flat[:] = registers
@@ -291,7 +300,7 @@ def _asm_of(asm: str, operands: list[Any], constraints: str) -> Any:
   return llvm.inline_asm(ir.IntegerType.get_signless(32), operands, asm, constraints)
 
 
-def _constant(value: int) -> Any:
+def constant(value: int) -> Any:
   i32 = ir.IntegerType.get_signless(32)
   attribute = ir.IntegerAttr.get(i32, value - (1 << 32) if value >> 31 else value)
   return arith.ConstantOp(i32, attribute).result  # type: ignore[call-arg, arg-type]  # no stub

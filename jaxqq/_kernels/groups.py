@@ -105,11 +105,13 @@ def by_blocks(
   config: TuningConfig,
   scalars: tuple[jax.Array, ...] = (),
   staging: jax.ShapeDtypeStruct | None = None,
+  entries: int = 0,
 ) -> list[jax.Array]:
   """Runs body(slice, *refs) over the first axis of all operands; scalars, (1,), come behind them.
 
   out_types are those of one entry of the first axis. The last step starts early enough to be a
-  whole one, and writes some of the same values again. staging is an entry in shared memory.
+  whole one, and writes some of the same values again. staging is an entry in shared memory. The
+  results have at least so many entries; what goes beyond the operands' is not written.
   """
   n = operands[0].shape[0]
   operands = tuple(pad(a, 0, view.tile) for a in operands)
@@ -123,10 +125,12 @@ def by_blocks(
   run = make_kernel(
     kernel,
     grid=(pl.cdiv(padded, block),),
-    out_type=tuple(jax.ShapeDtypeStruct((padded, *t.shape), t.dtype) for t in out_types),
+    out_type=tuple(
+      jax.ShapeDtypeStruct((max(padded, entries), *t.shape), t.dtype) for t in out_types
+    ),
     scratch_types=(plgpu.SMEM((block, *staging.shape), staging.dtype),) if staging else (),
   )
-  return [out[:n] for out in run(*operands, *scalars)]
+  return [out[: max(n, entries)] for out in run(*operands, *scalars)]
 
 
 def load_gmem(ref: Any, layout: Any) -> jax.Array:

@@ -4,6 +4,7 @@
                              +--> matmul -------------> out      w quantized on the fly
     w --quantizer--> w_hat --+
     words, scales -----------+--> packed_matmul ------> out      w packed
+                             +--> few_rows -----------> out      w packed, x of up to 64 rows
 
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
@@ -15,6 +16,7 @@ a shift of its codes can bridge is found while it is quantized: then the exact k
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,7 +26,11 @@ import numpy as np
 from jax import lax
 
 from jaxqq._formats import FORMATS, Format
-from jaxqq._kernels import expand, matmul, packed_matmul, tuning
+from jaxqq._kernels import apart, expand, matmul, packed_matmul, tuning
+from jaxqq._kernels import few_rows as decode
+from jaxqq._kernels.apart import apart_operand
+from jaxqq._kernels.codes_operand import codes_operand
+from jaxqq._kernels.groups import TuningConfig
 from jaxqq._kernels.operands import exact_operand, fp8_operand
 from jaxqq._quantize import decoding_factor
 from jaxqq._reference import Operands
@@ -53,7 +59,7 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
   x = operand(problem.x, problem.global_scale_x)
   of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
   expansion = expand.E4M3_EXACT if fmt.scale_is_power_of_two else expand.E2M1
-  factors = jnp.stack([of_x * expansion.unit if packed else of_x, of_w]).reshape(1, 2)
+  factors = _factors(of_x * np.float32(expansion.unit) if packed else of_x, of_w)
   config = tiles(operands, fmt, out_dtype, promote)
   if packed:
     out = packed_matmul.packed_matmul(
@@ -77,7 +83,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
   fmt, problem = FORMATS[mode], _folded(operands)
   problem = _padded_k(problem, matmul.step_k(jnp.float8_e4m3fn), fmt)
   config = tiles(operands, fmt, out_dtype, promote=True)
-  factors = jnp.ones((1, 2), jnp.float32)
+  factors: Any = np.ones((1, 2), np.float32)
 
   def operand(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     out = fp8_operand(a.reshape(-1, a.shape[-1]), fmt)
@@ -120,10 +126,66 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
   )
 
 
-def _factor(global_scale: jax.Array | None, fmt: Format) -> jax.Array:
+def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:
+  """The product of few rows of x and packed w."""
+  fmt, problem = FORMATS[mode], _folded(operands)
+  chunk, columns, held = few_rows_layout(operands, fmt)
+  problem = _padded_k(problem, chunk.k, fmt)
+  batch, m, k = problem.x.shape
+  of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
+  x, x_scales = problem.x, None
+  if columns is not None:
+    x, x_scales = apart_operand(x[0], fmt, _scalar(problem.global_scale_x), columns)
+    x_scales = x_scales.reshape(1, k // chunk.k, chunk.k // 256, -1)  # at most 256 in a row
+    of_x = of_x * np.float32(apart.UNIT)
+  else:
+    # The rows of one matrix need no zeros behind them, those of several do.
+    x = x if batch == 1 else jnp.pad(x, ((0, 0), (0, held - m), (0, 0)))
+    x, rows = x.reshape(-1, k), batch * held
+    if fmt.scale_is_power_of_two:
+      x, x_scales = codes_operand(x, fmt, rows)
+      x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, held), 0, 1)
+      x_scales = x_scales.reshape(batch, k // chunk.k, -1, held)
+    else:
+      config = TuningConfig(tiles_per_step=1)
+      x = exact_operand(
+        x,
+        fmt,
+        _scalar(problem.global_scale_x),
+        dtype=jnp.float16,
+        interleave=True,
+        rows=rows,
+        config=config,
+      )
+      of_x = of_x * np.float32(expand.E2M1.unit)
+  return _unfolded(
+    decode.few_rows(
+      x.reshape(batch, held, -1),
+      x_scales,
+      problem.w,
+      problem.scales,
+      _factors(of_x, of_w),
+      m,
+      chunk=chunk,
+      columns=columns,
+      out_dtype=out_dtype,
+      config=few_rows_config(operands, fmt, promote),
+    ),
+    operands,
+  )
+
+
+def _factor(global_scale: jax.Array | None, fmt: Format) -> Any:
   if global_scale is None:
-    return jnp.ones((1,), jnp.float32)
+    return np.ones(1, np.float32)  # of numpy: no operation of the program makes it
   return decoding_factor(global_scale, fmt).reshape(1)
+
+
+def _factors(of_x: Any, of_w: Any) -> Any:
+  if not (isinstance(of_x, np.ndarray) and isinstance(of_w, np.ndarray)):
+    return jnp.stack([of_x, of_w]).reshape(1, 2)
+  # Two numbers that differ: XLA launches a kernel to fill an array with one.
+  return np.stack([of_x * np.float32(0.5), of_w * np.float32(2)]).reshape(1, 2)
 
 
 def _scalar(global_scale: jax.Array | None) -> jax.Array | None:
@@ -149,6 +211,39 @@ def tiles(operands: Operands, fmt: Format, out_dtype: np.dtype, promote: bool) -
     batch, m = 1, batch * m
   packed_bits = None if operands.scales is None else fmt.bits
   return tuning.config(packed_bits, batch, m, n, out_dtype, promote)
+
+
+def rows_of_a_matrix(operands: Operands) -> int:
+  """How many rows of x meet one matrix w: batch axes that share w are just more rows."""
+  m = operands.x.shape[-2]
+  return m * math.prod(operands.batch_shape) if _shared_w(operands) else m
+
+
+def few_rows_layout(
+  operands: Operands, fmt: Format
+) -> tuple[decode.Chunk, apart.Columns | None, int]:
+  """What the kernel for few rows loads at once, x's columns, and how many rows or columns of x."""
+  rows, k = rows_of_a_matrix(operands), operands.x.shape[-1]
+  chunk = functools.partial(decode.Chunk, bits=fmt.bits, group_size=fmt.group_size)
+  if fmt.scale_is_power_of_two:
+    return chunk(512), None, decode.rows_held(rows)
+  one_matrix = _shared_w(operands) or math.prod(operands.x.shape[:-2]) == 1
+  if one_matrix and rows <= apart.MAX_ROWS and k >= apart.MIN_K:
+    columns = apart.Columns.of(rows)
+    return chunk(256 if k % 512 else 512), columns, columns.count
+  return chunk(256), None, decode.rows_held(rows)
+
+
+def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> decode.Config:
+  """The tiles of the kernel for few rows, by the sizes that it sees."""
+  chunk, columns, held = few_rows_layout(operands, fmt)
+  if columns is not None:
+    x_bytes = held * chunk.k + 4 * max(32, chunk.scales * columns.rows)
+  elif fmt.scale_is_power_of_two:
+    x_bytes = held * (chunk.k + 4 * chunk.scales)
+  else:
+    x_bytes = held * chunk.k * 2
+  return decode.config(chunk, x_bytes, held, promote)
 
 
 def _folded(operands: Operands) -> Operands:

@@ -139,9 +139,10 @@ def matmul(
     def sums_of_step(slot: Any, first_row: int) -> Any:
       if not interpret:
         own_rows = pl.ds(warpgroup * own_m + first_row, WGMMA_ROWS)
+        own = x_s.at[slot, own_rows]
         return tensor_cores.finish(
-          tensor_cores.begin(None, x_s.at[slot, own_rows], w_s.at[slot], transforms)
-        )
+          [tensor_cores.begin(None, own, w_s.at[slot], transforms, x.dtype)]
+        )[0]
 
       def scope(acc: Any) -> Any:
         multiply(acc, slot, first_row, WGMMA_ROWS)

@@ -79,6 +79,7 @@ def exact_operand(
   *,
   dtype: Any = jnp.bfloat16,
   interleave: bool = False,
+  rows: int | None = None,
   config: TuningConfig = DEFAULT_CONFIG,
 ) -> jax.Array:
   """What is left of `a` after quantization, without its global scale: code * scale.
@@ -93,11 +94,15 @@ def exact_operand(
     dtype: bfloat16 or float16.
     interleave: within every 64 of k, put k = 8 * j + i at 8 * i + j. The caller pads: k is a
       multiple of 64, any number of rows will do.
+    rows: how many the result has, None for those of `a`: further ones are not written.
 
   Returns:
     dtype (rows, k).
   """
   check_dtype(dtype, fmt)
+  k = a.shape[1]
+  rows = a.shape[0] if rows is None else rows
+  entry = _BLOCK if interleave else fmt.group_size
   lanes = fmt.group_size // VECTOR
   view = View(_BLOCK // fmt.group_size, lanes, VECTOR) if interleave else View(lanes, VECTOR)
   blocks = a.reshape(-1, *view.minor)
@@ -110,8 +115,9 @@ def exact_operand(
     config,
     encoding_scale(fmt, global_scale),
     staging=jax.ShapeDtypeStruct(_MATRIX, dtype) if interleave else None,
+    entries=rows * k // entry,
   )
-  return out.reshape(a.shape)
+  return out.reshape(rows, k)
 
 
 def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG) -> Fp8Operand:

@@ -154,7 +154,8 @@ def packed_matmul(
       """(sums +) a x_hat^T."""
       b = x_s.at[slot, pl.ds(part * part_m, part_m)]
       if not interpret:
-        return tensor_cores.finish(tensor_cores.begin(sums, (a,), b, x_transforms))
+        begun = tensor_cores.begin(sums, a, b, x_transforms, x.dtype)
+        return tensor_cores.finish([begun])[0]
 
       def scope(acc: Any) -> Any:
         a_s[warpgroup] = a  # the interpreter has no left operand in registers

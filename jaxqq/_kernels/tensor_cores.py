@@ -22,95 +22,129 @@ from jaxlib.mlir.dialects import llvm, vector
 ROWS = 64  # of the left operand
 STEP = 128  # bytes of k: a row of swizzled shared memory
 _INSTRUCTION = 32  # bytes of k
-_TILE = 8 * STEP  # bytes of 8 such rows
+_INSTRUCTIONS = STEP // _INSTRUCTION
 _PTX_TYPES = {"float8_e4m3fn": "e4m3", "float16": "f16", "bfloat16": "bf16"}
 
 
-def begin(sums: jax.Array | None, a: Any, b: Any, transforms: tuple[Any, ...]) -> jax.Array:
+def begin(
+  sums: jax.Array | None,
+  a: Any,
+  b: Any,
+  transforms: tuple[Any, ...],
+  dtype: Any,
+) -> jax.Array:
   """Begins sums + a b^T over one step: `finish` waits for it, before that nothing may read it.
 
   Args:
     sums: float32 (64, n) in the layout WGMMA, or None for zeros.
-    a: (64, 128 bytes): a reference to shared memory, or a tuple of arrays (64, ...) in registers
-      (as the tensor cores have them: WGMMA_8BIT or WGMMA), which lie side by side.
+    a: (64, 128 bytes): a reference to shared memory, or an array in registers, as the tensor cores
+      have it (WGMMA_8BIT or WGMMA).
     b: (n, 128 bytes), in shared memory.
     transforms: of the references, with a swizzle of 128 bytes.
+    dtype: of the numbers in a and b: float8_e4m3fn, float16 or bfloat16.
 
   Returns:
     float32 (64, n) in the layout WGMMA.
   """
   n = b.shape[0]
-  reference = plgpu.RefType(transforms)
-  in_registers = isinstance(a, tuple)
-  layout = plgpu.Layout.WGMMA_8BIT if b.dtype.itemsize == 1 else plgpu.Layout.WGMMA
-  lefts = [layout] * len(a) if in_registers else [reference]
   before = () if sums is None else (sums,)
 
   @plgpu.inline_mgpu(
-    arg_types=(reference, *lefts, *[plgpu.Layout.WGMMA] * len(before)), return_type=_sums_type(n)
+    arg_types=(*_operand_types(a, transforms, dtype), *[plgpu.Layout.WGMMA] * len(before)),
+    return_type=_sums_type(n),
   )
-  def multiply(ctx: Any, b: Any, *rest: Any) -> Any:
+  def multiply(ctx: Any, a: Any, b: Any, *before: Any) -> Any:
     del ctx
-    lefts, before = rest[: len(rest) - len(sums_in)], rest[len(rest) - len(sums_in) :]
-    if in_registers:
-      left = [word for part in lefts for word in _words(part)]
-    else:
-      left = [_descriptor(lefts[0])]
     values = _floats(before[0]) if before else []
-    return _as_array(_multiply(values, left, _descriptor(b), n, ptx_type), n)
+    return _as_array(_multiply(values, _left(a), _descriptor(b), n, dtype, 1), n)
 
-  sums_in, ptx_type = before, _PTX_TYPES[jnp.dtype(b.dtype).name]
-  return multiply(b, *(a if in_registers else (a,)), *before)
+  return multiply(a, b, *before)
 
 
-def finish(sums: jax.Array) -> jax.Array:
-  """The sums that `begin` began: all that were begun are done."""
-  n = sums.shape[1]
+def begin_separately(
+  a: Any, b: Any, transforms: tuple[Any, ...], dtype: Any, parts: int
+) -> list[jax.Array]:
+  """As `begin`, but of 1, 2 or 4 parts of the step for themselves: arrays (64, n)."""
+  n = b.shape[0]
 
-  @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_sums_type(n))
-  def wait(ctx: Any, sums: Any) -> Any:
+  @plgpu.inline_mgpu(
+    arg_types=_operand_types(a, transforms, dtype), return_type=[_sums_type(n)] * parts
+  )
+  def multiply(ctx: Any, a: Any, b: Any) -> Any:
     del ctx
-    values = _floats(sums)
-    constraints = ["=f"] * len(values) + [str(i) for i in range(len(values))]
-    return _as_array(
-      _asm("wgmma.wait_group.sync.aligned 0;", values, ",".join(constraints), n // 2), n
-    )
+    values = _multiply([], _left(a), _descriptor(b), n, dtype, parts)
+    each = n // 2
+    return [_as_array(values[i : i + each], n) for i in range(0, len(values), each)]
 
-  return wait(sums)
+  return multiply(a, b)
+
+
+def finish(sums: list[jax.Array], held: tuple[jax.Array, ...] = ()) -> list[jax.Array]:
+  """The sums that were begun: all are done.
+
+  Until then the tensor cores read their left operand in registers. Who has other work in between
+  names it in `held`, lest the compiler lets other values have these registers.
+  """
+  n = sums[0].shape[1]
+  layouts = [plgpu.Layout.WGMMA] * len(sums) + [_layout(a.dtype) for a in held]
+
+  @plgpu.inline_mgpu(arg_types=layouts, return_type=[_sums_type(n)] * len(sums))
+  def wait(ctx: Any, *arrays: Any) -> Any:
+    del ctx
+    values = [value for array in arrays[: len(sums)] for value in _floats(array)]
+    words = [word for array in arrays[len(sums) :] for word in _words(array)]
+    tied = [str(i) for i in range(len(values))]
+    constraints = ",".join(["=f"] * len(values) + tied + ["r"] * len(words))
+    asm = "wgmma.wait_group.sync.aligned 0;"
+    done = _asm(asm, values + words, constraints, len(values))
+    return [_as_array(done[i : i + n // 2], n) for i in range(0, len(done), n // 2)]
+
+  return wait(*sums, *held)
+
+
+def _operand_types(a: Any, transforms: tuple[Any, ...], dtype: Any) -> tuple[Any, Any]:
+  reference = plgpu.RefType(transforms)
+  return (_layout(dtype) if isinstance(a, jax.Array) else reference, reference)
+
+
+def _layout(dtype: Any) -> Any:
+  return plgpu.Layout.WGMMA_8BIT if jnp.dtype(dtype).itemsize == 1 else plgpu.Layout.WGMMA
 
 
 def _sums_type(n: int) -> Any:
-  return plgpu.ShapeDtypeStruct((ROWS, n), jnp.float32, layout=plgpu.Layout.WGMMA)
+  return plgpu.ShapeDtypeStruct((ROWS, n), np.dtype(np.float32), layout=plgpu.Layout.WGMMA)
 
 
-def _as_array(sums: list[Any], n: int) -> Any:
-  layout = plgpu.Layout.WGMMA.to_mgpu()
-  registers = np.empty(layout.registers_shape((ROWS, n)), dtype=object)
-  pair = ir.VectorType.get((2,), ir.F32Type.get())
-  pairs = zip(sums[::2], sums[1::2], strict=True)
-  registers.flat[:] = [vector.from_elements(pair, list(each)) for each in pairs]
-  return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+# On MLIR values
 
 
-def _multiply(before: list[Any], left: list[Any], right: Any, n: int, ptx_type: str) -> list[Any]:
+def _multiply(
+  before: list[Any], left: list[Any], right: Any, n: int, dtype: Any, parts: int
+) -> list[Any]:
   """The instructions of one step, which are on their way when this is past."""
-  outputs = n // 2
+  a_sum = n // 2
+  outputs = a_sum * parts
   first_left = outputs + len(before)
-  sums = ", ".join(f"${i}" for i in range(outputs))
   names = [f"${first_left + i}" for i in range(len(left))]
-  shared = len(left) == 1
+  shared, fp8 = len(left) == 1, jnp.dtype(dtype).itemsize == 1
   # Scales of 1 and, of 16 bit operands in shared memory, no transposition.
-  flags = ", 1, 1" + ("" if ptx_type == "e4m3" else ", 0, 0" if shared else ", 0")
-  instruction = f"wgmma.mma_async.sync.aligned.m64n{n}k{32 if ptx_type == 'e4m3' else 16}"
+  flags = ", 1, 1" + ("" if fp8 else ", 0, 0" if shared else ", 0")
+  ptx_type = _PTX_TYPES[jnp.dtype(dtype).name]
+  instruction = (
+    f"wgmma.mma_async.sync.aligned.m64n{n}k{32 if fp8 else 16}.f32.{ptx_type}.{ptx_type}"
+  )
   lines = ["wgmma.fence.sync.aligned;"]
-  for i in range(STEP // _INSTRUCTION):
+  for i in range(_INSTRUCTIONS):
     offset = i * _INSTRUCTION >> 4  # descriptors count in 16 bytes
     lines.append(f"add.s64 b, ${first_left + len(left)}, {offset};")
     if shared:
       lines.append(f"add.s64 a, {names[0]}, {offset};")
     operand = "a" if shared else "{" + ", ".join(names[4 * i : 4 * i + 4]) + "}"
-    add = "yes" if i or before else "no"
-    lines.append(f"{instruction}.f32.{ptx_type}.{ptx_type} {{{sums}}}, {operand}, b, {add}{flags};")
+    part, place = divmod(i, _INSTRUCTIONS // parts)
+    first = part * a_sum
+    sums = ", ".join(f"${first + j}" for j in range(a_sum))
+    add = "yes" if before or place else "no"
+    lines.append(f"{instruction} {{{sums}}}, {operand}, b, {add}{flags};")
   lines.append("wgmma.commit_group.sync.aligned;")
   asm = """{
     .reg .pred yes, no;
@@ -124,15 +158,29 @@ def _multiply(before: list[Any], left: list[Any], right: Any, n: int, ptx_type: 
   return _asm(asm, [*before, *left, right], ",".join(constraints), outputs)
 
 
-def _floats(sums: Any) -> list[Any]:
-  return [vector.extract(pair, [], [i]) for pair in sums.registers.flat for i in range(2)]
-
-
 def _asm(asm: str, operands: list[Any], constraints: str, outputs: int) -> list[Any]:
   f32 = ir.F32Type.get()
   result_type = llvm.StructType.get_literal([f32] * outputs)
   result = llvm.inline_asm(result_type, operands, asm, constraints, has_side_effects=True)
   return [llvm.extractvalue(f32, result, [i]) for i in range(outputs)]
+
+
+def _as_array(sums: list[Any], n: int) -> Any:
+  layout = plgpu.Layout.WGMMA.to_mgpu()
+  registers = np.empty(layout.registers_shape((ROWS, n)), dtype=object)
+  pair = ir.VectorType.get((2,), ir.F32Type.get())
+  pairs = zip(sums[::2], sums[1::2], strict=True)
+  registers.flat[:] = [vector.from_elements(pair, list(each)) for each in pairs]
+  return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _floats(sums: Any) -> list[Any]:
+  return [vector.extract(pair, [], [i]) for pair in sums.registers.flat for i in range(2)]
+
+
+def _left(a: Any) -> list[Any]:
+  """The words in registers, or the one descriptor of a reference."""
+  return _words(a) if isinstance(a, mgpu.FragmentedArray) else [_descriptor(a)]
 
 
 def _words(a: Any) -> list[Any]:
@@ -141,6 +189,10 @@ def _words(a: Any) -> list[Any]:
 
 
 def _descriptor(ref: Any) -> Any:
+  """Of rows in tiles of 8 by 128 bytes; from 8 rows to the next it may lie anywhere."""
+  kind = ir.MemRefType(ref.type)
+  strides, _ = kind.get_strides_and_offset()
+  stride = strides[0] * mgpu.utils.bytewidth(kind.element_type)
   return mma_utils.encode_descriptor(
-    ref, leading_byte_offset=0, stride_byte_offset=_TILE, swizzle=STEP
+    ref, leading_byte_offset=0, stride_byte_offset=stride, swizzle=STEP
   )

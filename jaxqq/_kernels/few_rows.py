@@ -1,0 +1,416 @@
+"""out = x_hat w_hat^T for up to 64 rows of x_hat, from packed w, bound by the reading of w.
+
+A CTA has 64 rows of w at a time and all of k, in chunks that go round its compute warpgroups:
+
+    warpgroup C, memory   | load chunk 8 | load chunk 9 | load chunk 10 | ...
+    warpgroup 0, compute  |  chunk 0  |  chunk 4  |  chunk 8  | ... | add up, store | next 64 rows
+    warpgroup 1, compute  |  chunk 1  |  chunk 5  |  chunk 9  | ... | hand over     | next 64 rows
+    warpgroup 2, ...
+
+- The memory warpgroup has the copy engine (TMA) keep all of shared memory full: packed words and
+  scales of w, and of x_hat what belongs to them, in one chunk.
+- A compute warpgroup multiplies its chunks: out^T = w_hat x_hat^T, 64 rows of w by all of x_hat.
+  nvfp4: codes are expanded in registers to exact float16 (`expand.py`), and so is x_hat.
+  mxfp8: an instruction's 32 elements of k are one group. Packed codes of both operands go to the
+  tensor cores as they are, and each group's sums are multiplied by its two scales in float32.
+- Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from jaxqq._kernels import apart, expand, tensor_cores
+from jaxqq._kernels.tiles import (
+  Grid,
+  batch_of,
+  compiler_params,
+  keep_full,
+  padded,
+  rounded_up,
+  tile_transforms,
+)
+
+BLOCK_N = tensor_cores.ROWS
+MAX_ROWS = 64
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+_STEP_WORDS = tensor_cores.STEP // 4
+# A thread of a compute warpgroup, by how many there are: what the memory warpgroup leaves.
+_REGISTERS = {2: 232, 3: 152, 4: 104}
+_SHARED_MEMORY = 226 * 1024  # bytes, of 227 KiB: barriers need some
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The tiles of one launch."""
+
+  num_stages: int  # chunks in shared memory, a multiple of the warpgroups
+  compute_warpgroups: int = 4
+  promote: bool = False  # nvfp4: add to float32 sums after every step
+
+  @property
+  def grid(self) -> Grid:
+    return Grid(MAX_ROWS, BLOCK_N, 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """What is loaded of a row of w at once: words, and 16 bytes of scales or more."""
+
+  k: int
+  bits: int  # of a code
+  group_size: int
+
+  @property
+  def words(self) -> int:
+    return self.k * self.bits // 32
+
+  @property
+  def scales(self) -> int:
+    return self.k // self.group_size
+
+
+def config(chunk: Chunk, x_bytes: int, columns: int, promote: bool) -> Config:
+  """As many warpgroups, then chunks in shared memory, as there is room for.
+
+  Args:
+    chunk: what is loaded of w at once.
+    x_bytes: what is loaded of x with it.
+    columns: of the sums.
+    promote: as in `Config`.
+  """
+  stage = BLOCK_N * (4 * chunk.words + chunk.scales) + x_bytes
+
+  def stages(workers: int) -> int:
+    sums = (workers - 1) * BLOCK_N * columns * 4
+    return (_SHARED_MEMORY - sums) // stage // workers * workers
+
+  workers = next(w for w in (4, 2) if stages(w))
+  return Config(stages(workers), workers, promote)
+
+
+def rows_held(m: int) -> int:
+  """How many rows of x_hat the kernel loads: the copy engine moves 8 at a time."""
+  return max(8, pl.next_power_of_2(m))
+
+
+def few_rows(
+  x: jax.Array,  # (b or 1, rows or columns, k): float16, or four e4m3 numbers in a uint32
+  x_scales: jax.Array | None,  # of e4m3 numbers: float32 (b or 1, k / chunk.k, .., ..)
+  words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
+  scales: jax.Array,  # uint8 (b or 1, n, k / group_size)
+  factors: jax.Array,  # float32 (b or 1, 2)
+  m: int,  # rows of x that count: what others hold is not read
+  *,
+  chunk: Chunk,
+  columns: apart.Columns | None = None,  # nvfp4: where x has them, `apart.apart_operand`
+  out_dtype: Any,
+  config: Config,
+  interpret: Any = None,
+) -> jax.Array:
+  """(b, m, n): the sums times both factors. k is a multiple of chunk.k."""
+  n, held = words.shape[1], x.shape[1]
+  k_steps = words.shape[2] // chunk.words
+  batch = max(x.shape[0], words.shape[0])
+  workers, stages, grid = config.compute_warpgroups, config.num_stages, config.grid
+  num_tiles, num_ctas = grid.num_tiles(batch, m, n), grid.num_ctas(batch, m, n)
+  x_scaled = x_scales is not None
+  x_columns = x.shape[2] // k_steps
+  x_transforms = tile_transforms(x_columns, x.dtype)
+  words_transforms = tile_transforms(chunk.words, jnp.uint32)
+
+  def kernel(*refs: Any) -> None:
+    x_g, words_g, scales_g, factors_g, *rest = refs
+    x_scales_g: Any = rest.pop(0) if x_scaled else None
+    out_g, x_s, words_s, scales_s, sums_s, *rest = rest
+    x_scales_s: Any = rest.pop(0) if x_scaled else None
+    full, empty, sums_full, sums_empty = rest
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+    own_tiles = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
+
+    def tile_of(t: Any) -> tuple[Any, Any, Any]:
+      return grid.tile_of(cta + t * num_ctas, m, n)
+
+    # Memory
+
+    def load(slot: Any, ki: Any, tile: Any) -> None:
+      b, _, ni = tile
+      rows = pl.ds(ni * BLOCK_N, BLOCK_N)
+
+      def copy(a_g: Any, rows: Any, columns: int, a_s: Any) -> None:
+        place = a_g.at[batch_of(a_g, b), rows, pl.ds(ki * columns, columns)]
+        plgpu.copy_gmem_to_smem(place, a_s.at[slot], full.at[slot])
+
+      copy(words_g, rows, chunk.words, words_s)
+      copy(scales_g, rows, chunk.scales, scales_s)
+      copy(x_g, pl.ds(0, held), x_columns, x_s)
+      if x_scaled:
+        place = x_scales_g.at[batch_of(x_scales_g, b), ki]
+        size = pl.ds(0, x_scales_g.shape[3])
+        plgpu.copy_gmem_to_smem(place, x_scales_s.at[slot, :, size], full.at[slot])
+
+    @pl.when(warpgroup == workers)
+    def _memory() -> None:
+      keep_full(load, empty, own_tiles, k_steps, tile_of)
+
+    # Compute
+
+    def add_expanded(sums: Any, slot: Any) -> Any:
+      """sums + a chunk's product, its codes expanded in registers."""
+      steps = chunk.words // expand.E2M1.words
+      words = plgpu.load(words_s.at[slot], layout=expand.E2M1.words_layout, optimized=False)
+      all_scales = expand.load_scales(scales_s.at[slot], expand.E2M1, bool(interpret))
+      for step in range(steps):
+        its = slice(step * expand.E2M1.words, (step + 1) * expand.E2M1.words)
+        groups = slice(step * expand.E2M1.groups, (step + 1) * expand.E2M1.groups)
+        factor = expand.factors(all_scales[:, groups], expand.E2M1)
+        b = x_s.at[slot, :, pl.ds(step * expand.E2M1.step_k, expand.E2M1.step_k)]
+        if interpret:
+          sums += _product(expand.twin(words[:, its], factor, expand.E2M1), b[...])
+          continue
+        a = expand.expand(words[:, its], factor, expand.E2M1)
+        before = None if config.promote else sums
+        begun = tensor_cores.begin(before, a, b, x_transforms, x.dtype)
+        (done,) = tensor_cores.finish([begun])
+        sums = sums + done if config.promote else done
+      return sums
+
+    def add_scaled_groups(sums: Any, slot: Any) -> Any:
+      """sums + a chunk's product of mxfp8, groups scaled after they are summed up."""
+      row_words = expand.scale_words(scales_s.at[slot], bool(interpret))
+      for step, words_of_step in enumerate(row_words):
+        columns = pl.ds(step * _STEP_WORDS, _STEP_WORDS)
+        a, b = words_s.at[slot, :, columns], x_s.at[slot, :, columns]
+        if interpret:
+          products = _products_of_groups(a[...], b[...])
+        else:
+          begun = tensor_cores.begin_separately(a, b, words_transforms, E4M3, _GROUPS)
+          products = tensor_cores.finish(begun)
+        for i, product in enumerate(products):
+          of_rows = _power_of_two((words_of_step >> np.uint32(8 * i)) & np.uint32(0xFF))
+          product = product * lax.broadcast_in_dim(of_rows, product.shape, (0,))
+          sums += product * scales_of_x(slot, step * _GROUPS + i, 0)
+      return sums
+
+    def scales_of_x(slot: Any, row: int, first: int) -> Any:
+      """Those of the columns of sums, (64, held)."""
+      scales = plgpu.load(
+        x_scales_s.at[slot, row, pl.ds(first, held)],
+        layout=plgpu.Layout.WGMMA.reduce(0),
+        optimized=False,
+      )
+      return lax.broadcast_in_dim(scales, (BLOCK_N, held), (1,))
+
+    def add_apart(sums: Any, slot: Any) -> Any:
+      """sums + a chunk's product of nvfp4, groups in columns of their own (`apart.py`)."""
+      assert columns is not None
+      scale_words = expand.scale_words(scales_s.at[slot], bool(interpret))
+      parts = _GROUPS // columns.classes
+      for step in range(chunk.words // apart.STEP_WORDS):
+        first = step * apart.STEP_WORDS
+        tile, within = divmod(first, _STEP_WORDS)
+        if within == 0:
+          ref = words_s.at[slot, :, pl.ds(tile * _STEP_WORDS, _STEP_WORDS)]
+          words = plgpu.load(ref, layout=apart.WORDS_LAYOUT, optimized=False)
+        its = words[:, within : within + apart.STEP_WORDS]
+        b = x_s.at[slot, :, pl.ds(step * _STEP_WORDS, _STEP_WORDS)]
+        two_words = scale_words[2 * step : 2 * step + 2]
+        if interpret:
+          a, b = apart.expand_twin(its), apart.numbers_of(b[...])
+          k = apart.BLOCK * columns.classes
+          products = [_product(a[:, i : i + k], b[:, i : i + k]) for i in range(0, 128, k)]
+        else:
+          begun = tensor_cores.begin_separately(apart.expand(its), b, x_transforms, E4M3, parts)
+          products = tensor_cores.finish(begun)
+        of_w = apart.scales_of_columns_twin if interpret else apart.scales_of_columns
+        for part, product in enumerate(products):
+          # Two steps are a row of their scales.
+          product = product * scales_of_x(slot, step // 2, (step % 2 * parts + part) * held)
+          sums += product * of_w(two_words, part, columns)
+      return sums
+
+    add = add_scaled_groups if x_scaled else add_expanded
+    if columns is not None:
+      add = add_apart
+
+    def own_sums(first: Any) -> Any:
+      """What a warpgroup's chunks of a tile add up to.
+
+      Chunks go round without regard to tiles: a place in shared memory, of which there are a
+      multiple of the warpgroups, always belongs to the same one, which sees all its barrier's
+      phases.
+      """
+      own_first = lax.rem(
+        warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
+      )
+      count = lax.div(k_steps - own_first + workers - 1, jnp.int32(workers))
+
+      def add_chunk(i: Any, sums: Any) -> Any:
+        slot = lax.rem(first + own_first + i * workers, jnp.int32(stages))
+        plgpu.barrier_wait(full.at[slot])
+        sums = add(sums, slot)
+        if interpret:  # it has no rule that loads are over once their values are used
+          plgpu.commit_smem()
+        plgpu.barrier_arrive(empty.at[slot])
+        return sums
+
+      zeros = plgpu.layout_cast(jnp.zeros((BLOCK_N, held), jnp.float32), plgpu.Layout.WGMMA)
+      return lax.fori_loop(0, count, add_chunk, zeros)
+
+    def hand_over(sums: Any, t: Any) -> None:
+      @pl.when(t > 0)
+      def _wait() -> None:
+        plgpu.barrier_wait(sums_empty)
+
+      sums_s[warpgroup - 1] = sums
+      plgpu.barrier_arrive(sums_full)
+
+    def add_up_and_store(sums: Any, t: Any) -> None:
+      b, _, ni = tile_of(t)
+      plgpu.barrier_wait(sums_full)
+      for i in range(workers - 1):
+        sums += plgpu.load(sums_s.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
+      plgpu.barrier_arrive(sums_empty)
+      if columns is not None:
+        sums = (apart.collapse_twin if interpret else apart.collapse)(sums, columns)
+      index = batch_of(factors_g, b)
+      out = (sums * factors_g[index, 0] * factors_g[index, 1]).astype(out_dtype)
+      layout = plgpu.Layout.WGMMA if columns is None else apart.WORDS_LAYOUT
+      _store_columns(out, layout, out_g.at[b], ni * BLOCK_N, m, n, bool(interpret))
+
+    @pl.when(warpgroup < workers)
+    def _compute() -> None:
+      plgpu.set_max_registers(_REGISTERS[workers], action="increase")
+
+      @pl.loop(0, own_tiles)
+      def _tile(t: Any) -> None:
+        sums = own_sums(t * k_steps)
+        lax.cond(warpgroup == 0, add_up_and_store, hand_over, sums, t)
+
+      # No barrier is left half way.
+      @pl.when(warpgroup > 0)
+      def _drain() -> None:
+        plgpu.barrier_wait(sums_empty)
+
+  scratch: list[Any] = [
+    plgpu.SMEM((stages, held, x_columns), x.dtype, transforms=x_transforms),
+    plgpu.SMEM((stages, BLOCK_N, chunk.words), jnp.uint32, transforms=words_transforms),
+    plgpu.SMEM((stages, BLOCK_N, chunk.scales), jnp.uint8),
+    plgpu.SMEM(
+      (workers - 1, BLOCK_N, held), jnp.float32, transforms=tile_transforms(held, jnp.float32)
+    ),
+  ]
+  if x_scales is not None:
+    rows, size = x_scales.shape[2:]
+    # The copy engine writes to multiples of 128 bytes.
+    size = max(size, 32 // rows)
+    scratch.append(plgpu.SMEM((stages, rows, size), jnp.float32))
+  scratch += [
+    plgpu.Barrier(num_barriers=stages, num_arrivals=4 if x_scaled else 3),
+    plgpu.Barrier(num_barriers=stages),
+    plgpu.Barrier(num_arrivals=workers - 1),
+    plgpu.Barrier(),
+  ]
+  out_rows, out_columns = (max(m, held), rounded_up(n, BLOCK_N)) if interpret else (m, n)
+  run = plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct((batch, out_rows, out_columns), out_dtype),
+    grid=(num_ctas,),
+    grid_names=("cta",),
+    num_threads=workers + 1,
+    thread_name="warpgroup",
+    compiler_params=compiler_params(),
+    scratch_types=scratch,
+    interpret=interpret,
+    kernel_name="jaxqq_few_rows",
+  )
+  operands = [x, padded(words, rounded_up(n, 8)), padded(scales, rounded_up(n, 8)), factors]
+  if x_scales is not None:
+    operands.append(x_scales)
+  out = run(*operands)
+  return out[:, :m, :n] if interpret else out
+
+
+_GROUPS = tensor_cores.STEP // 32  # of mxfp8 in a step
+
+
+def _power_of_two(scales: Any) -> Any:
+  """2**(scale - 127), and NaN for 0xFF. A scale of 0 is that of zeros."""
+  bits = jnp.where(scales == np.uint32(0xFF), np.uint32(0x7FC00000), scales << np.uint32(23))
+  return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _store_columns(
+  a: Any, layout: Any, out_ref: Any, first: Any, m: int, n: int, interpret: bool
+) -> None:
+  """out_ref[:m, first:] = a.T, (64, held), of which columns from m on are nothing.
+
+  The copy engine would write them too. Few rows are few bytes: threads store them one by one.
+  """
+  if interpret:
+    out_ref[pl.ds(0, a.shape[1]), pl.ds(first, BLOCK_N)] = a.T
+    return
+  itemsize = jnp.dtype(a.dtype).itemsize
+
+  @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=None)
+  def store(ctx: Any, a: Any, out: Any, first: Any) -> None:
+    del ctx
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(out))
+    start = first.registers.flat[0]
+    kind, constraint = ("b16", "h") if itemsize == 2 else ("b32", "f")
+    bits = ir.IntegerType.get_signless(16) if itemsize == 2 else ir.F32Type.get()
+
+    def store_one(value: Any, index: Any) -> None:
+      row = arith.addi(arith.index_cast(i32, index[0]), start)
+      column = arith.index_cast(i32, index[1])
+      asm = f"""{{
+        .reg .pred inside;
+        .reg .s32 place;
+        .reg .s64 address;
+        mad.lo.s32 place, $3, {n}, $2;
+        mad.wide.s32 address, place, {itemsize}, $0;
+        setp.lt.s32 inside, $2, {n};
+        setp.lt.and.s32 inside, $3, {m}, inside;
+        @inside st.global.{kind} [address], $1;
+      }}"""
+      llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [base, arith.bitcast(bits, value) if itemsize == 2 else value, row, column],
+        asm,
+        f"l,{constraint},r,r",
+        has_side_effects=True,
+      )
+
+    a.foreach(store_one)
+
+  store(a, out_ref, first)
+
+
+# For the interpreter
+
+
+def _product(a: Any, b: Any) -> Any:
+  return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32).T, precision="highest")
+
+
+def _products_of_groups(a_words: Any, b_words: Any) -> list[Any]:
+  def numbers(words: Any) -> Any:
+    shifts = lax.broadcasted_iota(jnp.uint32, (1, 1, 4), 2) * np.uint32(8)
+    codes = ((words[..., None] >> shifts) & np.uint32(0xFF)).astype(jnp.uint8)
+    values = lax.bitcast_convert_type(codes, E4M3).astype(jnp.float32)
+    return values.reshape(words.shape[0], _GROUPS, -1)
+
+  a, b = numbers(a_words), numbers(b_words)
+  return [_product(a[:, i], b[:, i]) for i in range(_GROUPS)]

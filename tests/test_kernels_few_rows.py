@@ -1,0 +1,230 @@
+"""The kernel for few rows: in Mosaic GPU's interpreter anywhere, run with `-m gpu`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq._formats import FORMATS
+from jaxqq._kernels import apart, hopper
+from jaxqq._kernels import few_rows as fr
+from jaxqq._kernels.codes_operand import codes_operand
+from jaxqq._kernels.expand import E2M1
+from jaxqq._reference import Operands
+from tests import oracle
+from tests.test_kernels_matmul import (
+  BF16,
+  E4M3,
+  F16,
+  F32,
+  FP8_SUMS,
+  assert_product,
+  compiled,
+  e2m1_operand,
+  e4m3_operand,
+  few_ctas,
+  interleaved,
+  interpreted,
+  no_races,
+  on_gpu,
+  pytestmark,
+)
+
+__all__ = ["few_ctas", "no_races", "pytestmark"]  # fixtures, and which JAX has kernels
+
+C = fr.Config
+CASES = {
+  # mode, out, (b of x, b of w), m, n, k, config
+  "nvfp4": ("nvfp4", BF16, (1, 1), 1, 133, 1024, C(4)),
+  "nvfp4, a warpgroup without a chunk": ("nvfp4", F32, (1, 1), 5, 70, 512, C(4, promote=True)),
+  "nvfp4, w shared": ("nvfp4", F16, (3, 1), 9, 64, 1280, C(4, 2)),
+  "nvfp4, as many rows as there may be": ("nvfp4", F32, (1, 2), 64, 65, 768, C(2, 2)),
+  "apart, 1 row": ("apart", BF16, (1, 1), 1, 133, 1024, C(4)),
+  "apart, 1 row in small chunks": ("apart", F32, (1, 1), 1, 64, 1280, C(4)),
+  "apart, 2 rows": ("apart", F32, (1, 2), 2, 70, 1280, C(4, 2)),
+  "apart, 3 rows": ("apart", F32, (1, 1), 3, 64, 512, C(4)),
+  "apart, 7 rows": ("apart", BF16, (1, 1), 7, 64, 768, C(2, 2)),
+  "apart, 16 rows": ("apart", F32, (1, 1), 16, 200, 1024, C(4)),
+  "mxfp8": ("mxfp8", BF16, (1, 1), 1, 133, 2560, C(4)),
+  "mxfp8, x shared": ("mxfp8", BF16, (1, 3), 8, 66, 1024, C(2, 2)),
+  "mxfp8, more tiles than places": ("mxfp8", BF16, (2, 2), 17, 200, 1536, C(2, 2)),
+  "mxfp8, as many rows as there may be": ("mxfp8", BF16, (1, 1), 64, 40, 2048, C(2, 2)),
+}
+
+
+def nothing_beyond(x, m, nothing):
+  """Rows from m on hold what must not be read."""
+  held = fr.rows_held(m)
+  out = np.full((x.shape[0], held, *x.shape[2:]), nothing, x.dtype)
+  out[:, :m] = x
+  return out
+
+
+def columns_of(codes, scales):
+  """x's e2m1 codes (m, k) and scales (m, k / 16) as `apart` has them: words, scales, columns."""
+  m, k = codes.shape
+  columns = apart.Columns.of(m)
+  numbers = ((codes & 8) << 4) | ((codes & 7) << 2)
+  words = np.zeros((columns.count, k // 32, 2, 4, 4), np.uint8)  # column, block, h, q, j
+  factors = np.full((k // 32, columns.rows, 2), np.nan, F32)
+  for row, block, place in np.ndindex(m, k // 32, 32):
+    group, q, j, h = place // 16, place // 8, place % 8 // 2, 1 - place % 2
+    column = 2 * columns.rows * (block % columns.classes) + 2 * row + group
+    words[column, block, h, q, j] = numbers[row, 32 * block + place]
+    factors[block, row, group] = scales[row, 2 * block + group]
+  return words.reshape(columns.count, k).view(np.uint32), factors, columns
+
+
+def check_few_rows(run, name):
+  mode, out_dtype, (bx, bw), m, n, k, config = CASES[name]
+  columns = None
+  batch = max(bx, bw)
+  rng = np.random.default_rng([m, n, k])
+  factors = rng.uniform(0.1, 0.3, (batch, 2)).astype(F32)
+  x = rng.standard_normal((bx, m, k))
+  x[:, 0] = np.abs(x[:, 0])
+  if mode == "nvfp4":
+    chunk, x, x_factors = fr.Chunk(256, 4, 16), x.astype(F16), None
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    passed = factors * np.array([E2M1.unit, 1], F32)
+    operand, x_hat = nothing_beyond(interleaved(x), m, np.nan), x.astype(np.float64)
+  elif mode == "apart":
+    mode, chunk = "nvfp4", fr.Chunk(256 if k % 512 else 512, 4, 16)
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    x_codes, x_scales = e2m1_operand(rng, 1, m + 1, k)  # which has a NaN in its last row
+    x_codes, x_scales = x_codes[0, :m], x_scales[0, :m]
+    x_hat = oracle.values(x_codes, x_scales, mode)[None]
+    operand, x_factors, columns = columns_of(x_codes, x_scales.view(E4M3).astype(F32))
+    operand, x_factors = operand[None], x_factors.reshape(1, k // chunk.k, chunk.k // 256, -1)
+    passed = factors * np.array([apart.UNIT, 1], F32)
+  else:
+    chunk, x, passed = fr.Chunk(512, 8, 32), (x * 64).astype(E4M3), factors
+    # On a GPU groups are summed up in 14 bits: there are some of every size in a sum.
+    spread = 3 if run is compiled else 30
+    codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
+    x_factors = np.ldexp(F32(1), rng.integers(-spread, spread, (bx, m, k // 32)))
+    x_hat = x.astype(np.float64) * np.repeat(x_factors, 32, axis=-1)
+    x_factors = np.moveaxis(nothing_beyond(x_factors, m, np.nan), 1, 2)
+    x_factors = x_factors.reshape(bx, k // chunk.k, 16, -1)
+    operand = nothing_beyond(x.view(np.uint32), m, 0x7F7F7F7F)
+  w_hat = oracle.values(codes, scales, mode) * factors[:, 1:, None]
+  f = functools.partial(
+    fr.few_rows, m=m, chunk=chunk, columns=columns, out_dtype=out_dtype, config=config
+  )
+  # By position, as the runners pass them on.
+  g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
+  out = run(g, operand, x_factors, oracle.pack(codes, mode), scales, passed)
+  assert out.shape == (batch, m, n)
+  fp8_sums = run is compiled and mode == "mxfp8"
+  of_mag = FP8_SUMS if fp8_sums else 1.0
+  assert_product(out, x_hat * factors[:, :1, None], w_hat, out_dtype, of_mag=of_mag)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_few_rows(name, few_ctas, no_races):
+  check_few_rows(interpreted, name)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 9, 16, 17, 32, 33, 64])
+def test_configs_fit_and_give_every_warpgroup_its_places(mode, m):
+  fmt, k = FORMATS[mode], 8192
+  spec = jax.ShapeDtypeStruct
+  operands = Operands(
+    spec((m, k), jnp.bfloat16),
+    spec((k, k * fmt.bits // 32), jnp.uint32),
+    spec((k, k // fmt.group_size), jnp.uint8),
+    None,
+    None,
+  )
+  config = hopper.few_rows_config(operands, fmt, promote=False)
+  assert config.num_stages >= 2
+  assert config.num_stages % config.compute_warpgroups == 0
+
+
+def check_apart_operand(run, m, k, dtype, global_scale):
+  fmt = FORMATS["nvfp4"]
+  rng = np.random.default_rng([m, k])
+  a = rng.standard_normal((m, k)).astype(dtype)
+  a[0, :16] = 0
+  a[-1, 70] = np.inf
+  packed, scales = oracle.quantize(np.asarray(a, F32), "nvfp4", global_scale)
+  words, factors, columns = columns_of(oracle.unpack(packed, "nvfp4"), scales.view(E4M3))
+  f = functools.partial(apart.apart_operand, fmt=fmt, global_scale=global_scale, columns=columns)
+  got_words, got_factors = run(f, a)
+  rows = np.zeros(columns.count, bool).reshape(columns.classes, columns.rows, 2)
+  rows[:, :m] = True  # of others nothing is written
+  np.testing.assert_array_equal(got_words[rows.ravel()], words[rows.ravel()])
+  got_factors = got_factors.reshape(factors.shape)
+  np.testing.assert_array_equal(got_factors[:, :m], factors[:, :m])
+
+
+def check_codes_operand(run, m, k, dtype):
+  """Codes and scales are those of the format, in rows; what is beyond the rows is not looked at."""
+  rng = np.random.default_rng([m, k])
+  a = (rng.standard_normal((m, k)) * np.ldexp(1.0, rng.integers(-20, 20, (m, 1)))).astype(dtype)
+  a[0, :32] = 0
+  a[-1, 64] = np.nan
+  packed, scales = oracle.quantize(np.asarray(a, F32), "mxfp8")
+  held = fr.rows_held(m)
+  words, factors = run(functools.partial(codes_operand, fmt=FORMATS["mxfp8"], rows=held), a)
+  np.testing.assert_array_equal(words[:m], packed)
+  # An interpreter on a CPU, and float32 itself, have 2**-127 as a subnormal or as 0.
+  want = np.where(scales == 0xFF, np.nan, np.ldexp(1.0, scales.astype(int) - 127))
+  np.testing.assert_allclose(factors.T[:m], want, rtol=0, atol=2.0**-126)
+
+
+def interpreted_mode(f, *args):
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    return jax.tree.map(np.asarray, f(*map(jnp.asarray, args)))
+
+
+def compiled_all(f, *args):
+  return jax.tree.map(np.asarray, jax.jit(f)(*map(jnp.asarray, args)))
+
+
+OPERANDS = {
+  # which, m, k, dtype, global scale
+  "codes": (check_codes_operand, 3, 1024, F32),
+  "codes of a row": (check_codes_operand, 1, 512, BF16),
+  "apart, a row": (check_apart_operand, 1, 1024, BF16, None),
+  "apart, two, the last step overlaps": (check_apart_operand, 2, 1280, F32, 3.5),
+  "apart, nine": (check_apart_operand, 9, 1024, F16, None),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands(name):
+  check, *case = OPERANDS[name]
+  check(interpreted_mode, *case)
+
+
+class TestOnGpu:
+  pytestmark = on_gpu
+
+  @pytest.mark.parametrize("name", CASES)
+  def test_few_rows(self, name):
+    check_few_rows(compiled, name)
+
+  @pytest.mark.parametrize("name", OPERANDS)
+  def test_operands(self, name):
+    check, *case = OPERANDS[name]
+    check(compiled_all, *case)
+
+  @pytest.mark.parametrize("m", [1, 9, 33])
+  @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+  def test_the_same_bits_twice(self, mode, m):
+    n, k = 4096, 4096
+    w, x = (jax.random.normal(jax.random.key(i), (size, k)) for i, size in enumerate((n, m)))
+    packed = jaxqq.quantize(w, mode=mode)
+    f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+    assert "jaxqq_few_rows" in f.lower(x.astype(jnp.bfloat16), *packed).as_text()
+    first = np.asarray(f(x.astype(jnp.bfloat16), *packed))
+    for _ in range(5):
+      np.testing.assert_array_equal(np.asarray(f(x.astype(jnp.bfloat16), *packed)), first)
