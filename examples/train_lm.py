@@ -51,7 +51,9 @@ def flag(default: Any, text: str, **options: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Training:
+  """A model and how it is trained."""
+
   layers: int = flag(2, "transformer blocks")
   d_model: int = flag(128, "width, a multiple of 32")
   heads: int = flag(4, "attention heads")
@@ -65,14 +67,43 @@ class Config:
   modes: tuple[str, ...] = flag(MODES, "which models to train", nargs="+", choices=MODES)
   backward: str = flag(BACKWARDS[0], "qqmm's gradients", choices=BACKWARDS)
   dtype: str = flag("bf16", "of activations and unquantized products", choices=tuple(DTYPES))
-  temperature: float = flag(0.7, "of the sampled text")
-  sample_bytes: int = flag(128, "length of the sampled text with its prompt")
-  plot: str = flag("train_lm.png", "file for the loss curves, '' for none")
 
   @property
   def d_ff(self) -> int:
     """8/3 d_model, as usual for SwiGLU, up to the next multiple of 32."""
     return -(-8 * self.d_model // (3 * 32)) * 32
+
+  def mistake(self) -> str | None:
+    """What is wrong with the values, in a sentence."""
+    for name in ("layers", "d_model", "heads", "seq", "batch", "steps", "lr"):
+      if not 0 < getattr(self, name) < float("inf"):
+        return f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}."
+    if self.seed < 0:
+      return f"--seed must not be negative, got {self.seed}."
+    if self.d_model % 32:
+      return f"--d-model must be a multiple of 32, the group size of mxfp8, got {self.d_model}."
+    if self.d_model % (2 * self.heads):
+      return f"--heads must split --d-model {self.d_model} into even parts, got {self.heads}."
+    num_val_bytes = len(read_text()[1])
+    if self.seq >= num_val_bytes:
+      return f"--seq must be less than {num_val_bytes}, the bytes held out, got {self.seq}."
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+  temperature: float = flag(0.7, "of the sampled text")
+  sample_bytes: int = flag(128, "length of the sampled text with its prompt")
+  plot: str = flag("train_lm.png", "file for the loss curves, '' for none")
+
+  def mistake(self) -> str | None:
+    if not 0 < self.temperature < float("inf"):
+      return f"--temperature must be positive, got {self.temperature}."
+    if self.sample_bytes <= len(PROMPT):
+      return f"--sample-bytes must exceed the prompt's {len(PROMPT)}, got {self.sample_bytes}."
+    if self.plot and not pathlib.Path(self.plot).absolute().parent.is_dir():
+      return f"--plot must be in a directory that exists, got {self.plot!r}."
+    return super().mistake()
 
 
 def linear(x: jax.Array, w: Any, mode: str, backward: str) -> jax.Array:
@@ -114,7 +145,7 @@ def linear_bytes(params: Params) -> int:
   return sum(a.nbytes for a in jax.tree.leaves([params["blocks"][name] for name in LINEARS]))
 
 
-def init_params(cfg: Config) -> Params:
+def init_params(cfg: Training) -> Params:
   """Float32 weights, (out, in); those of the blocks stacked along a leading axis of layers."""
   d, f, n = cfg.d_model, cfg.d_ff, cfg.layers
   keys = iter(jax.random.split(jax.random.key(cfg.seed), 6))
@@ -159,14 +190,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def block(x: jax.Array, layer: Params, heads: int, product: Callable[..., Any]) -> jax.Array:
+  """Rows of qkv go head by head, and gate_up's in turns: split over devices, they stay together."""
   qkv = product(rms_norm(x, layer["attention_norm"]), layer["qkv"])
-  q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3 * heads, -1), 3, axis=2)
+  q, k, v = jnp.split(qkv.reshape(*x.shape[:2], heads, -1), 3, axis=-1)
   x = x + product(attend(rotate(q), rotate(k), v).reshape(x.shape), layer["out"])
-  gate, up = jnp.split(product(rms_norm(x, layer["mlp_norm"]), layer["gate_up"]), 2, axis=-1)
+  gate_up = product(rms_norm(x, layer["mlp_norm"]), layer["gate_up"])
+  gate, up = jnp.moveaxis(gate_up.reshape(*x.shape[:2], -1, 2), -1, 0)
   return x + product(jax.nn.silu(gate) * up, layer["down"])
 
 
-def logits_of(params: Params, tokens: jax.Array, cfg: Config, mode: str) -> jax.Array:
+def logits_of(params: Params, tokens: jax.Array, cfg: Training, mode: str) -> jax.Array:
   """Tokens (batch, seq) to float32 logits (batch, seq, 256)."""
   dtype = DTYPES[cfg.dtype]
   product = functools.partial(linear, mode=mode, backward=cfg.backward)
@@ -175,7 +208,7 @@ def logits_of(params: Params, tokens: jax.Array, cfg: Config, mode: str) -> jax.
   return (rms_norm(x, params["norm"]) @ params["head"].astype(dtype).T).astype(jnp.float32)
 
 
-def loss_of(params: Params, windows: jax.Array, cfg: Config, mode: str) -> jax.Array:
+def loss_of(params: Params, windows: jax.Array, cfg: Training, mode: str) -> jax.Array:
   """Mean nats per byte of windows, uint8 (batch, seq + 1)."""
   windows = windows.astype(jnp.int32)
   logits = logits_of(params, windows[:, :-1], cfg, mode)
@@ -190,7 +223,7 @@ def read_text() -> tuple[np.ndarray, np.ndarray]:
   return data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
 
 
-def make_evaluate(cfg: Config, mode: str, windows: np.ndarray) -> Callable[[Params], float]:
+def make_evaluate(cfg: Training, mode: str, windows: np.ndarray) -> Callable[[Params], float]:
   """The loss, on windows that do not overlap, of the model as it is served."""
   windows = windows[:: cfg.seq]
   batch = min(cfg.batch, len(windows))
@@ -204,15 +237,21 @@ def make_evaluate(cfg: Config, mode: str, windows: np.ndarray) -> Callable[[Para
   return lambda params: float(mean_loss(params, batches))
 
 
-def make_optimizer(cfg: Config) -> Any:
+def make_optimizer(cfg: Training) -> Any:
   warmup = min(100, cfg.steps // 10 + 1)
   decayed = max(cfg.steps, warmup + 1)
   lr = optax.warmup_cosine_decay_schedule(0.0, cfg.lr, warmup, decayed, end_value=0.05 * cfg.lr)
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, b2=0.98, weight_decay=0.01))
 
 
-def make_step(cfg: Config, mode: str, optimizer: Any) -> Any:
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
+def make_state(cfg: Training, optimizer: Any) -> tuple[Params, Any, dict[str, Any]]:
+  """Weights, the optimizer's state, and options for `jax.jit` of the step."""
+  params = init_params(cfg)
+  return params, optimizer.init(params), {}
+
+
+def make_step(cfg: Training, mode: str, optimizer: Any, **options: Any) -> Any:
+  @functools.partial(jax.jit, donate_argnums=(0, 1), **options)
   def step(params: Params, state: Any, windows: jax.Array) -> tuple[Params, Any, jax.Array]:
     loss, grads = jax.value_and_grad(loss_of)(params, windows, cfg, mode)
     # optax raises floats to an integer count, which fails where a caller made promotion strict.
@@ -224,18 +263,26 @@ def make_step(cfg: Config, mode: str, optimizer: Any) -> Any:
 
 
 def train(
-  cfg: Config, mode: str, windows: np.ndarray, evaluate: Callable[[Params], float]
+  cfg: Training,
+  mode: str,
+  windows: np.ndarray,
+  evaluate: Callable[[Params], float],
+  make_state: Callable[..., Any] = make_state,
+  put: Callable[[np.ndarray], Any] = lambda windows: windows,
 ) -> tuple[Params, Result]:
-  optimizer, params = make_optimizer(cfg), init_params(cfg)
-  state = optimizer.init(params)
+  """Weights and losses; `make_state` and `put` may place weights and windows on many devices."""
+  optimizer = make_optimizer(cfg)
+  params, state, options = make_state(cfg, optimizer)
   order = np.random.default_rng(cfg.seed).integers(len(windows), size=(cfg.steps, cfg.batch))
   losses, milliseconds, val_losses = [], [], {}
-  with tqdm(total=cfg.steps, desc=f"{mode:<{len(UNQUANTIZED)}}", disable=None) as bar:
+  quiet = None if jax.process_index() == 0 else True  # None: where there is no terminal
+  with tqdm(total=cfg.steps, desc=f"{mode:<{len(UNQUANTIZED)}}", disable=quiet) as bar:
     bar.set_postfix_str("compiling")
-    step = make_step(cfg, mode, optimizer).lower(params, state, windows[order[0]]).compile()
+    step = make_step(cfg, mode, optimizer, **options)
+    step = step.lower(params, state, put(windows[order[0]])).compile()
     for i in range(cfg.steps):
       begin = time.perf_counter()
-      params, state, loss = step(params, state, windows[order[i]])
+      params, state, loss = step(params, state, put(windows[order[i]]))
       losses.append(float(loss))
       milliseconds.append(1e3 * (time.perf_counter() - begin))
       if (i + 1) % -(-cfg.steps // NUM_EVALS) == 0 or i + 1 == cfg.steps:
@@ -312,48 +359,29 @@ def plot(results: dict[str, Result], path: str) -> str:
   return f"Loss curves: {path}"
 
 
-def parse_config(argv: Sequence[str] | None, num_val_bytes: int) -> Config:
+def parse_config(argv: Sequence[str] | None, config: Any = Config, about: str = __doc__) -> Any:
+  """A `config` from the command line; what it cannot be ends the program with a sentence."""
   parser = argparse.ArgumentParser(
-    description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    description=about.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
   )
-  for field in dataclasses.fields(Config):
+  for field in dataclasses.fields(config):
     kind = str if isinstance(field.default, tuple) else type(field.default)
     name = "--" + field.name.replace("_", "-")
     parser.add_argument(name, type=kind, default=field.default, **field.metadata)
-  cfg = Config(**vars(parser.parse_args(argv)))
-  if mistake := mistake_in(cfg, num_val_bytes):
+  cfg = config(**vars(parser.parse_args(argv)))
+  if mistake := cfg.mistake():
     parser.error(mistake)
   return dataclasses.replace(cfg, modes=tuple(dict.fromkeys(cfg.modes)))
-
-
-def mistake_in(cfg: Config, num_val_bytes: int) -> str | None:
-  for name in ("layers", "d_model", "heads", "seq", "batch", "steps", "lr", "temperature"):
-    if not 0 < getattr(cfg, name) < float("inf"):
-      return f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}."
-  if cfg.seed < 0:
-    return f"--seed must not be negative, got {cfg.seed}."
-  if cfg.d_model % 32:
-    return f"--d-model must be a multiple of 32, the group size of mxfp8, got {cfg.d_model}."
-  if cfg.d_model % (2 * cfg.heads):
-    return f"--heads must split --d-model {cfg.d_model} into even parts, got {cfg.heads}."
-  if cfg.seq >= num_val_bytes:
-    return f"--seq must be less than {num_val_bytes}, the bytes held out, got {cfg.seq}."
-  if cfg.sample_bytes <= len(PROMPT):
-    return f"--sample-bytes must exceed the prompt's {len(PROMPT)}, got {cfg.sample_bytes}."
-  if cfg.plot and not pathlib.Path(cfg.plot).absolute().parent.is_dir():
-    return f"--plot must be in a directory that exists, got {cfg.plot!r}."
-  return None
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
   """Trains the models, prints how they compare, and returns the numbers by mode."""
   if optax is None:
     sys.exit(f"train_lm needs optax and tqdm: {INSTALL}")
-  texts = read_text()
-  cfg = parse_config(argv, len(texts[1]))
+  cfg = parse_config(argv)
   settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items())
   print(f"jax {jax.__version__} on {jax.devices()}: {settings} d_ff={cfg.d_ff}", flush=True)
-  windows = [np.lib.stride_tricks.sliding_window_view(text, cfg.seq + 1) for text in texts]
+  windows = [np.lib.stride_tricks.sliding_window_view(text, cfg.seq + 1) for text in read_text()]
   results = {mode: run(cfg, mode, *windows) for mode in cfg.modes}
   print(table(cfg, results))
   for mode, result in results.items():

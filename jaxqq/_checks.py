@@ -28,8 +28,9 @@ def describe(a: Any) -> str:
   return f"{np.dtype(a.dtype).name} of shape {tuple(a.shape)}"
 
 
-def as_array(function: str, name: str, a: Any) -> Any:
+def as_array(function: str, name: str, a: Any, *, abstract: bool = False) -> Any:
   """An array of numpy or JAX, a tracer, a `jax.ShapeDtypeStruct`, or what wraps one."""
+  abstract = abstract or function == "explain"
   if getattr(a, "__jax_array__", None) is not None:  # None on tracers
     a = a.__jax_array__()
   if not (isinstance(a, np.generic) or hasattr(a, "shape")) or not hasattr(a, "dtype"):
@@ -37,7 +38,7 @@ def as_array(function: str, name: str, a: Any) -> Any:
       f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; "
       f"wrap it, for example as jnp.asarray({name})."
     )
-  if isinstance(a, jax.ShapeDtypeStruct) and function != "explain":
+  if isinstance(a, jax.ShapeDtypeStruct) and not abstract:
     raise TypeError(
       f"{function}: {name} must be a numpy or JAX array, got a ShapeDtypeStruct ({describe(a)}); "
       "only explain takes one, or jax.eval_shape."
@@ -100,10 +101,13 @@ def check_groups(function: str, name: str, a: Any, fmt: Format) -> None:
     )
 
 
-def check_packed(function: str, w: Any, scales: Any, fmt: Format) -> tuple[Any, Any]:
+def check_packed(
+  function: str, w: Any, scales: Any, fmt: Format, *, name: str = "w", abstract: bool = False
+) -> tuple[Any, Any]:
   """Packed w is uint32 and whole groups of words, and its scales fit it; both as arrays."""
-  w, scales = as_array(function, "w", w), as_array(function, "scales", scales)
-  check_dtype(function, "w", w, (PACKED,))
+  w = as_array(function, name, w, abstract=abstract)
+  scales = as_array(function, "scales", scales, abstract=abstract)
+  check_dtype(function, name, w, (PACKED,))
   check_dtype(function, "scales", scales, (np.dtype(jnp.uint8), fmt.scale))
   words = fmt.group_size // fmt.codes_per_word
   if len(w.shape) == 0 or w.shape[-1] % words:
@@ -120,22 +124,30 @@ def check_packed(function: str, w: Any, scales: Any, fmt: Format) -> tuple[Any, 
   return w, scales
 
 
-def check_global_scale(function: str, name: str, value: Any, fmt: Format) -> Any:
-  """The float32 scalar, of shape (), or None."""
-  if value is None:
-    return None
+def check_has_global_scale(function: str, name: str, fmt: Format) -> None:
   if not fmt.has_global_scale:
     able = ", ".join(repr(row.mode) for row in FORMATS.values() if row.has_global_scale)
     raise ValueError(
       f"{function}: {name} was given, but mode {fmt.mode!r} has no global scale; "
       f"leave it None, or use mode {able}."
     )
+
+
+def check_global_scale(
+  function: str, name: str, value: Any, fmt: Format, *, batch_shape: tuple[int, ...] = ()
+) -> Any:
+  """The float32 scalar, of shape (), or None; or one for each matrix, of batch_shape."""
+  if value is None:
+    return None
+  check_has_global_scale(function, name, fmt)
   value = as_array(function, name, value)
   if np.dtype(value.dtype) != np.float32:
     raise TypeError(
       f"{function}: {name} must be a float32 scalar, got {describe(value)}; "
       f"convert it with jnp.float32({name})."
     )
+  if batch_shape and tuple(value.shape) == batch_shape:
+    return value
   if any(size != 1 for size in value.shape):
     raise ValueError(
       f"{function}: {name} must be a float32 scalar (size 1), got {describe(value)}; "

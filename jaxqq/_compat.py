@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import jax
 from jax._src import dispatch
+
+# What JAX's own operations raise, without a public name.
+from jax._src.core import ShardingTypeError as ShardingTypeError
 from jax.extend.core import Primitive
 
 

@@ -15,7 +15,9 @@ evaluates it. Reverse mode transposes it, and the rule for that is ours to choos
 
 The second is what MLX does: each operand is quantized anew along the axis that the product
 sums over, zero-padded to whole groups; x's and w's global scales are kept, and g's is its amax.
-Both sum over rows: dx over n, dw over m, and over every batch axis that the result lacks.
+Both sum over rows: dx over n, dw over m, and over every batch axis that the result lacks. dx
+through a packed w is a primitive of its own, `qqmm_pullback`, so that w is moved between devices
+as it is packed.
 
 Global scales have no gradient. A second derivative differentiates these formulas again,
 straight-through where they multiply quantized operands. Residuals are x and w as they came.
@@ -25,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,13 +38,24 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jaxqq import _primitive
-from jaxqq._formats import FORMATS, Format
+from jaxqq._formats import FORMATS
 from jaxqq._primitive import qqmm_p
 from jaxqq._reference import Operands, dequantize_packed, matmul, named, times_global_scale
+from jaxqq._row_sums import (
+  amax,
+  dequantized_for,
+  quantized_product,
+  straight_through_product,
+  sum_over_rows,
+  whole_groups,
+)
+from jaxqq._sharding import out_aval
+from jaxqq._split import forward, pullback
 
 BACKWARDS = ("straight_through", "quantized")
 
 qqmm_tangent_p = Primitive("qqmm_tangent")
+qqmm_pullback_p = Primitive("qqmm_pullback")
 
 
 # Forward mode
@@ -93,10 +105,26 @@ def _tangent_product(
     out = matmul(ops.x, jnp.swapaxes(ops.w, -1, -2))
   else:
     fmt = FORMATS[mode]
-    w = _dequantized_for(ops.x.dtype, ops, fmt)
+    w = dequantized_for(ops.x.dtype, ops, fmt)
     out = times_global_scale(matmul(ops.x, jnp.swapaxes(w, -1, -2)), ops.global_scale_w, fmt)
   # A batch axis may come from a global scale alone.
   return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)
+
+
+def _tangent_lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) -> Any:
+  """XLA splits a plain product by itself, but gathers a packed w dequantized."""
+  fmt = FORMATS[params["mode"]] if "scales" in operands else None
+  mesh = ctx.avals_out[0].sharding.mesh
+
+  def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
+    own = {**params, "out_dtype": out_dtype}
+    return _tangent_product(*values.present, operands=operands, **own)
+
+  if fmt is None and not mesh.explicit_axes:
+    whole = functools.partial(_tangent_product, operands=operands, **params)
+    return mlir.lower_fun(whole, multiple_results=False)(ctx, *args)
+  label = f"qqmm_tangent_{_primitive.label(params)}"
+  return _primitive.lower_split(ctx, args, operands, product, forward(fmt), label)
 
 
 def _tangent_jvp(
@@ -131,129 +159,136 @@ def _transpose(
   """The cotangent of the operand that `qqmm_tangent` is linear in; None for the others."""
   if _is_zero(cotangent):
     return [None for _ in operands]
+  target = getattr(named(operands, args), wrt).aval
+  known = {name: a for name, a in zip(operands, args, strict=True) if name != wrt}
+  pull: Callable[..., jax.Array] = functools.partial(
+    _pulled, target=target, wrt=wrt, mode=mode, backward=backward, precision=precision
+  )
+
+  if target.sharding.mesh.explicit_axes:  # what is summed may be split, and how is not told twice
+    pull = jax.sharding.auto_axes(pull, out_sharding=target.sharding)
+  return [pull(cotangent, known) if name == wrt else None for name in operands]
+
+
+def _pulled(
+  cotangent: jax.Array,
+  known: dict[str, jax.Array],
+  *,
+  target: jax.core.ShapedArray,
+  wrt: str,
+  mode: str,
+  backward: str,
+  precision: lax.Precision | None,
+) -> jax.Array:
+  """The cotangent of x or w, of that operand's shape and dtype."""
   fmt = FORMATS[mode]
-  ops = named(operands, args)
-  target = getattr(ops, wrt).aval
+  ops = Operands(**{"x": None, "w": None, **known})
   if wrt == "x":
     # dx[m, k] = sum_n g[m, n] w[n, k]
     rows, others, global_scale = jnp.swapaxes(cotangent, -1, -2), ops.w, ops.global_scale_w
   else:
     # dw[n, k] = sum_m g[m, n] x[m, k]
     rows, others, global_scale = cotangent, ops.x, ops.global_scale_x
+  if backward == "quantized" and ops.global_scale_x is not None:
+    shapes = ops.global_scale_x.shape, ops.global_scale_w.shape
+    global_scale = jnp.broadcast_to(global_scale, lax.broadcast_shapes(*shapes))
+  if ops.scales is not None and target.shape[:-2] == cotangent.shape[:-2]:
+    amax_g = None
+    if backward == "quantized" and global_scale is not None:
+      amax_g = amax(cotangent, global_scale)
+    at = Operands(cotangent, ops.w, ops.scales, amax_g, global_scale)
+    return _pullback(at, mode, target.dtype, backward, precision)
   if backward == "quantized":
     if ops.scales is not None:
       others = dequantize_packed(ops.w, ops.scales, fmt, ops.global_scale_w)
-    if ops.global_scale_x is not None:
-      shapes = ops.global_scale_x.shape, ops.global_scale_w.shape
-      global_scale = jnp.broadcast_to(global_scale, lax.broadcast_shapes(*shapes))
-    product = functools.partial(
-      _quantized_product, fmt=fmt, precision=precision, dtype=target.dtype
-    )
+    product = functools.partial(quantized_product, fmt=fmt, precision=precision, dtype=target.dtype)
   else:
     if ops.scales is not None:
-      others = _dequantized_for(cotangent.dtype, ops, fmt)
+      others = dequantized_for(cotangent.dtype, ops, fmt)
     else:
       global_scale = None
-    product = functools.partial(_straight_through_product, fmt=fmt)
-  result = _sum_over_rows(rows, others, global_scale, target.shape, product)
-  return [result.astype(target.dtype) if name == wrt else None for name in operands]
+    product = functools.partial(straight_through_product, fmt=fmt)
+  result = sum_over_rows(rows, others, global_scale, target.shape, product)
+  return result.astype(target.dtype)
 
 
-def _sum_over_rows(
-  a: jax.Array,  # (..., r, m)
-  b: jax.Array,  # (..., r, n)
-  global_scale: jax.Array | None,  # (...), of b
-  shape: tuple[int, ...],  # (..., m, n)
-  product: Callable[..., jax.Array],
-) -> jax.Array:
-  """sum_r a[..., r, m] * b[..., r, n], also over the batch axes that are missing from shape.
-
-  Such an axis joins the rows, unless global scales differ along it: a product has one global
-  scale a matrix, so those axes are summed after it.
-  """
-  batch = a.shape[:-2]  # a is a cotangent, or its transpose, and has all of them
-  ndim = len(batch)
-  b_batch, scale_batch, out_batch = (
-    (1,) * (ndim - len(own)) + tuple(own)
-    for own in (b.shape[:-2], () if global_scale is None else global_scale.shape, shape[:-2])
-  )
-  missing = [i for i in range(ndim) if out_batch[i] == 1 and batch[i] != 1]
-  joined = [i for i in missing if scale_batch[i] == 1 and b_batch[i] != 1]
-  kept = [i for i in range(ndim) if i not in joined]
-  if global_scale is not None:
-    global_scale = global_scale.reshape([scale_batch[i] for i in kept])
-  out = product(
-    _join_rows(a, kept, joined),
-    _join_rows(b.reshape(b_batch + b.shape[-2:]), kept, joined),
-    global_scale,
-    sums_follow=len(missing) > len(joined),
-  )
-  summed = tuple(kept.index(i) for i in missing if i in kept)
-  return (jnp.sum(out, axis=summed) if summed else out).reshape(shape)
+# dx through a packed w: dx[..., m, k] = sum_n g[..., m, n] * w[..., n, k], where x names g
 
 
-def _join_rows(a: jax.Array, kept: list[int], joined: list[int]) -> jax.Array:
-  """(kept and joined batch axes, r, m) to (kept batch axes, joined * r, m)."""
-  if not joined:
-    return a
-  a = a.transpose(*kept, *joined, a.ndim - 2, a.ndim - 1)
-  rows = math.prod(a.shape[len(kept) : -1])
-  return a.reshape(*a.shape[: len(kept)], rows, a.shape[-1])
-
-
-def _straight_through_product(
-  a: jax.Array, b: jax.Array, global_scale: jax.Array | None, *, sums_follow: bool, fmt: Format
-) -> jax.Array:
-  """a^T b in float32; a global scale is that of b, dequantized without it."""
-  del sums_follow
-  return times_global_scale(matmul(jnp.swapaxes(a, -1, -2), b), global_scale, fmt)
-
-
-def _quantized_product(
-  a: jax.Array,
-  b: jax.Array,
-  global_scale: jax.Array | None,
-  *,
-  sums_follow: bool,
-  fmt: Format,
+def _pullback(
+  operands: Operands,
+  mode: str,
+  out_dtype: np.dtype,
+  backward: str,
   precision: lax.Precision | None,
-  dtype: np.dtype,
 ) -> jax.Array:
-  """qqmm(a^T, b^T), both quantized along the rows they are summed over."""
-  amax = None
-  if global_scale is not None:
-    # Over every axis along which b's global scale is one number.
-    axes = [i for i in range(a.ndim) if i >= a.ndim - 2 or global_scale.shape[i] == 1]
-    magnitude = jnp.abs(a.astype(jnp.float32))
-    amax = jnp.max(magnitude, axis=axes, initial=0, keepdims=True).squeeze((-1, -2))
-  return _primitive.qqmm(
-    Operands(
-      _whole_groups(jnp.swapaxes(a, -1, -2), fmt),
-      _whole_groups(jnp.swapaxes(b, -1, -2), fmt),
-      None,
-      amax,
-      global_scale,
-    ),
-    mode=fmt.mode,
-    out_dtype=np.dtype(jnp.float32) if sums_follow else dtype,
-    backward="quantized",
+  return qqmm_pullback_p.bind(
+    *operands.present,
+    operands=operands.names,
+    mode=mode,
+    out_dtype=np.dtype(out_dtype),
+    backward=backward,
     precision=precision,
   )
 
 
-def _whole_groups(a: jax.Array, fmt: Format) -> jax.Array:
-  """Zeros up to a multiple of the group size along the last axis."""
-  missing = -a.shape[-1] % fmt.group_size
-  return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]) if missing else a
+def _pullback_abstract_eval(
+  *avals: Any, operands: tuple[str, ...], mode: str, out_dtype: np.dtype, **_: Any
+) -> Any:
+  return out_aval(named(operands, avals), pullback(FORMATS[mode], quantized=False), out_dtype)
 
 
-def _dequantized_for(dtype: np.dtype, ops: Operands, fmt: Format) -> jax.Array:
-  """Packed w without its global scale, to be multiplied with an operand of this dtype.
+def _pullback_lowering(
+  ctx: Any,
+  *args: Any,
+  operands: tuple[str, ...],
+  **params: Any,
+) -> Any:
+  mode, precision = params["mode"], params["precision"]
+  fmt, quantized = FORMATS[mode], params["backward"] == "quantized"
+  platform = _primitive.platform_of(ctx)
 
-  bfloat16 holds such a w exactly, so that it can meet a bfloat16 operand on the matrix units.
-  """
-  w = dequantize_packed(ops.w, ops.scales, fmt)
-  return w.astype(dtype) if dtype == jnp.bfloat16 else w
+  def product(ops: Operands, out_dtype: np.dtype) -> jax.Array:
+    if quantized:
+      w = dequantize_packed(ops.w, ops.scales, fmt, ops.global_scale_w)
+      a, b = whole_groups(ops.x, fmt), whole_groups(jnp.swapaxes(w, -1, -2), fmt)
+      ready = Operands(a, b, None, ops.global_scale_x, ops.global_scale_w)
+      return _primitive.run(ready, mode, out_dtype, precision, platform)
+    out = matmul(ops.x, dequantized_for(ops.x.dtype, ops, fmt))
+    out = times_global_scale(out, ops.global_scale_w, fmt)
+    return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)
+
+  layout = pullback(fmt, quantized=quantized)
+  label = f"qqmm_pullback_{_primitive.label(params)}"
+  return _primitive.lower_split(ctx, args, operands, product, layout, label)
+
+
+def _pullback_jvp(
+  primals: Any, tangents: Any, *, operands: tuple[str, ...], backward: str, **params: Any
+) -> Any:
+  """Linear in g, straight-through where g is quantized."""
+  out = qqmm_pullback_p.bind(*primals, operands=operands, backward=backward, **params)
+  tangent = named(operands, tangents)
+  _refuse_gradient_of_packed(tangent)
+  if _is_zero(tangent.x):
+    return out, _total([], out)
+  moved = dataclasses.replace(named(operands, primals), x=tangent.x, global_scale_x=None)
+  return out, _pullback(moved, backward=BACKWARDS[0], **params)
+
+
+def _pullback_transpose(
+  cotangent: Any, *args: Any, operands: tuple[str, ...], out_dtype: np.dtype, **params: Any
+) -> list[Any]:
+  """The cotangent of g, of `qqmm_pullback` as its jvp has it: a product with w as it came."""
+  if _is_zero(cotangent):
+    return [None for _ in operands]
+  ops = named(operands, args)
+  g = ops.x.aval
+  at = dataclasses.replace(ops, x=cotangent)
+  result = _tangent(at, wrt="x", out_dtype=np.dtype(jnp.float32), **params)
+  missing = [i for i in range(g.ndim) if g.shape[i] != result.shape[i]]
+  result = jnp.sum(result, axis=missing, keepdims=True) if missing else result
+  return [result.astype(g.dtype) if name == "x" else None for name in operands]
 
 
 # Registrations
@@ -265,6 +300,12 @@ qqmm_tangent_p.def_abstract_eval(_primitive.abstract_eval)
 ad.primitive_jvps[qqmm_tangent_p] = _tangent_jvp
 ad.primitive_transposes[qqmm_tangent_p] = _transpose
 batching.primitive_batchers[qqmm_tangent_p] = functools.partial(_primitive.batch, qqmm_tangent_p)
-mlir.register_lowering(
-  qqmm_tangent_p, mlir.lower_fun(_tangent_product, multiple_results=False), inline=False
-)
+
+qqmm_pullback_p.def_impl(functools.partial(xla.apply_primitive, qqmm_pullback_p))
+qqmm_pullback_p.def_abstract_eval(_pullback_abstract_eval)
+ad.primitive_jvps[qqmm_pullback_p] = _pullback_jvp
+ad.primitive_transposes[qqmm_pullback_p] = _pullback_transpose
+batching.primitive_batchers[qqmm_pullback_p] = functools.partial(_primitive.batch, qqmm_pullback_p)
+
+_primitive.register_lowering(qqmm_tangent_p, _tangent_lowering)
+_primitive.register_lowering(qqmm_pullback_p, _pullback_lowering)

@@ -7,6 +7,7 @@ loop. What differentiation does with it is in `_gradient.py`, where it runs in `
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from jax.interpreters import batching, mlir, xla
 from jaxqq import _compat, _kernels
 from jaxqq._formats import FORMATS
 from jaxqq._reference import Operands, matrix_ndim, named
-from jaxqq._sharding import out_aval, partitioned
+from jaxqq._sharding import out_aval, over_explicit_axes, partitioned
+from jaxqq._split import Layout, forward
 
 qqmm_p = Primitive("qqmm")
 
@@ -46,33 +48,72 @@ def qqmm(
 
 
 def abstract_eval(*avals: Any, operands: tuple[str, ...], out_dtype: np.dtype, **_: Any) -> Any:
-  return out_aval(named(operands, avals), out_dtype)
+  return out_aval(named(operands, avals), forward(None), out_dtype)
 
 
 # Lowering
 
 
 def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) -> Any:
-  platform = (ctx.platforms or ctx.module_context.platforms)[0]
+  platform = platform_of(ctx)
 
   def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
-    problem = _kernels.Problem(params["mode"], values, out_dtype, params["precision"])
-    implementation, _ = _kernels.choose(problem, platform)
-    return implementation.run(values, problem)
+    return run(values, params["mode"], out_dtype, params["precision"], platform)
 
-  out_dtype = params["out_dtype"]
-  if _is_partitioned_by_xla(ctx):
-    qqmm = partitioned(product, operands, FORMATS[params["mode"]], out_dtype)
+  layout = forward(FORMATS[params["mode"]])
+  return lower_split(ctx, args, operands, product, layout, f"qqmm_{label(params)}")
+
+
+def label(params: dict[str, Any]) -> str:
+  """What a product's lowering depends on, beside its operands."""
+  precision = params["precision"]
+  return f"{params['mode']}_{params['backward']}_{precision.name if precision else 'default'}"
+
+
+def platform_of(ctx: Any) -> str:
+  return (ctx.platforms or ctx.module_context.platforms)[0]
+
+
+def run(
+  operands: Operands,
+  mode: str,
+  out_dtype: np.dtype,
+  precision: jax.lax.Precision | None,
+  platform: str,
+) -> jax.Array:
+  """The product by the implementation that is chosen for it, on one device."""
+  problem = _kernels.Problem(mode, operands, out_dtype, precision)
+  implementation, _ = _kernels.choose(problem, platform)
+  return implementation.run(operands, problem)
+
+
+def lower_split(
+  ctx: Any,
+  args: Any,
+  names: tuple[str, ...],
+  product: Callable[[Operands, np.dtype], jax.Array],
+  layout: Layout,
+  label: str,
+) -> Any:
+  """Lowers a product of one device to be split over those of the program."""
+  (out,) = ctx.avals_out
+  if 0 in (size for aval in (*ctx.avals_in, out) for size in aval.shape):
+    split = None
+  elif out.sharding.mesh.explicit_axes and out.sharding.mesh.size > 1:
+    split = over_explicit_axes(product, names, layout, ctx.avals_in, out)
+  elif _is_partitioned_by_xla(ctx):
+    split = partitioned(product, names, layout, out.dtype, label)
   else:
+    split = None
 
-    def qqmm(*values: jax.Array) -> jax.Array:
-      return product(named(operands, values), out_dtype)
+  def whole(*values: jax.Array) -> jax.Array:
+    return product(named(names, values), out.dtype)
 
-  return mlir.lower_fun(qqmm, multiple_results=False)(ctx, *args)
+  return mlir.lower_fun(split or whole, multiple_results=False)(ctx, *args)
 
 
 def _is_partitioned_by_xla(ctx: Any) -> bool:
-  """Several devices, known, axes of a mesh that are XLA's to split, and something to split.
+  """Several devices, known, and axes of a mesh that are XLA's to split.
 
   Not in an export, whose artifact cannot hold the rule: there XLA splits the reference itself.
   """
@@ -80,9 +121,7 @@ def _is_partitioned_by_xla(ctx: Any) -> bool:
     return False
   devices = getattr(ctx.module_context.axis_context, "device_assignment", None)
   mesh = ctx.avals_out[0].sharding.mesh
-  automatic = mesh.empty or mesh.are_all_axes_auto
-  sizes = [size for aval in ctx.avals_in for size in aval.shape]
-  return devices is not None and len(devices) > 1 and automatic and 0 not in sizes
+  return devices is not None and len(devices) > 1 and (mesh.empty or mesh.are_all_axes_auto)
 
 
 # Batching
@@ -108,10 +147,15 @@ def batch(
 
 # Registrations
 
+
+def register_lowering(primitive: Primitive, rule: Callable[..., Any]) -> None:
+  """On every platform, as a function of its own, so that layers of one shape share it."""
+  _compat.needs_devices_to_lower(primitive)
+  for platform in (None, *_kernels.PLATFORMS):
+    mlir.register_lowering(primitive, rule, platform=platform, inline=False)
+
+
 qqmm_p.def_impl(functools.partial(xla.apply_primitive, qqmm_p))
 qqmm_p.def_abstract_eval(abstract_eval)
-_compat.needs_devices_to_lower(qqmm_p)
 batching.primitive_batchers[qqmm_p] = functools.partial(batch, qqmm_p)
-# Emitted as a function of its own, so that layers of one shape share it.
-for _platform in (None, *_kernels.PLATFORMS):
-  mlir.register_lowering(qqmm_p, _lowering, platform=_platform, inline=False)
+register_lowering(qqmm_p, _lowering)

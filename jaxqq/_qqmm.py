@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxqq import _compat, _kernels, _primitive
+from jaxqq import _primitive
 from jaxqq._checks import (
   FLOATS,
   PACKED,
@@ -28,18 +27,23 @@ from jaxqq._formats import Format
 from jaxqq._gradient import BACKWARDS
 from jaxqq._reference import Operands, named
 from jaxqq._sharding import vary_alike
+from jaxqq._weight import QuantizedWeight
 
-# Platforms as JAX names them; "gpu" is one of the two, whichever is here.
-PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
+
+class _DefaultMode(str):
+  """A mode that nobody asked for, so that a `QuantizedWeight` may bring another."""
+
+
+DEFAULT_MODE = _DefaultMode("nvfp4")
 
 
 def qqmm(
   x: ArrayLike,
-  w: ArrayLike,
+  w: ArrayLike | QuantizedWeight,
   scales: ArrayLike | None = None,
   group_size: int | None = None,
   bits: int | None = None,
-  mode: str = "nvfp4",
+  mode: str = DEFAULT_MODE,
   global_scale_x: ArrayLike | None = None,
   global_scale_w: ArrayLike | None = None,
   *,
@@ -56,13 +60,15 @@ def qqmm(
     x: float32, float16 or bfloat16, (..., K) or (K,); K a multiple of the group size.
     w: (N, K), float32, float16 or bfloat16, not necessarily x's: quantized on the fly, and
       receives gradients. Or uint32, (N, K * bits / 32), as `quantize` packs it. Leading batch
-      axes, (..., N, K) against x of (..., M, K), broadcast as in `jnp.matmul`.
+      axes, (..., N, K) against x of (..., M, K), broadcast as in `jnp.matmul`. Or a
+      `QuantizedWeight`, which brings scales, mode and global_scale_w.
     scales: for packed w only, (..., N, K / group_size), uint8 or the same bytes as
       float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp8).
     group_size: the mode's own, or None.
     bits: the mode's own, or None.
     mode: "nvfp4" or "mxfp8".
     global_scale_x: nvfp4 only, a float32 scalar: the amax of x. With global_scale_w or not at all.
+      None beside a `QuantizedWeight` is the weight's own input_global_scale.
     global_scale_w: nvfp4 only, a float32 scalar: the amax of w.
     backward: "straight_through": dx = g w, dw = g^T x. "quantized", as in MLX:
       dx = qqmm(g, w^T), dw = qqmm(g^T, x^T). For packed w, which receives no gradient, dx is
@@ -76,7 +82,8 @@ def qqmm(
   Raises:
     TypeError: an argument has a dtype, or is of a type, that it may not be.
     ValueError: mode, group_size, bits, backward or a shape is not as above; scales without
-      packed w or packed w without scales; one global scale of two.
+      packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
+      brings, given once more.
 
   Example:
     >>> x, w = jnp.full((8, 64), 3.0), jnp.full((4, 64), 3.0)
@@ -88,7 +95,7 @@ def qqmm(
 
   Source: `mlx.core.qqmm`.
   """
-  operands, params = _checked(
+  operands, params = checked(
     "qqmm",
     x,
     w,
@@ -101,6 +108,11 @@ def qqmm(
     backward,
     precision,
   )
+  return product(operands, params)
+
+
+def product(operands: Operands, params: dict[str, Any]) -> jax.Array:
+  """What `checked` returns, multiplied."""
   arrays = [jnp.asarray(a) for a in operands.present]
   is_vector = arrays[0].ndim == 1
   if is_vector:
@@ -109,97 +121,7 @@ def qqmm(
   return out.squeeze(-2) if is_vector else out
 
 
-def explain(
-  x: Any,
-  w: Any,
-  scales: Any = None,
-  group_size: int | None = None,
-  bits: int | None = None,
-  mode: str = "nvfp4",
-  global_scale_x: Any = None,
-  global_scale_w: Any = None,
-  *,
-  backward: str = "straight_through",
-  precision: lax.Precision | None = None,
-  device: jax.Device | str | None = None,
-) -> str:
-  """Says which implementation a call of `qqmm` would run, and why not another.
-
-  Args:
-    x, w, scales, group_size, bits, mode, global_scale_x, global_scale_w, backward, precision:
-      what `qqmm` takes, with the same checks; a `jax.ShapeDtypeStruct` serves for an array.
-    device: a `jax.Device`, or a platform as JAX names it ("cpu", "cuda", "rocm", "tpu"). None
-      is where x is, or for what is nowhere yet, JAX's default backend.
-
-  Returns:
-    Some sentences.
-
-  Raises:
-    TypeError, ValueError: as `qqmm`.
-
-  Example:
-    >>> x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
-    >>> print(jaxqq.explain(x, x, mode="mxfp8", device="cpu").split(":")[0])
-    qqmm mxfp8, x bfloat16 (8, 64), w bfloat16 (8, 64) quantized on the fly, on cpu
-  """
-  operands, params = _checked(
-    "explain",
-    x,
-    w,
-    scales,
-    group_size,
-    bits,
-    mode,
-    global_scale_x,
-    global_scale_w,
-    backward,
-    precision,
-  )
-  platform = _platform(operands.x, device)
-  as_matrix = operands
-  if len(operands.x.shape) == 1:
-    row = jax.ShapeDtypeStruct((1, *operands.x.shape), operands.x.dtype)
-    as_matrix = dataclasses.replace(operands, x=row)
-  problem = _kernels.Problem(mode, as_matrix, params["out_dtype"], precision)
-  implementation, refusals = _kernels.choose(problem, platform)
-  x_words = f"x {np.dtype(operands.x.dtype).name} {tuple(operands.x.shape)}"
-  w_words = f"w {np.dtype(operands.w.dtype).name} {tuple(operands.w.shape)}"
-  w_words += " quantized on the fly" if scales is None else " packed"
-  sentences = [
-    f"qqmm {mode}, {x_words}, {w_words}, on {platform}: computed by {implementation.summary}.",
-    *(f"Not {refusal}." for refusal in refusals),
-  ]
-  if implementation.details is not None:
-    sentences[0] = f"{sentences[0][:-1]}; {implementation.details(problem)}."
-  if implementation.platforms is None and not refusals:
-    sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
-  return " ".join(sentences)
-
-
-def _platform(x: Any, device: jax.Device | str | None) -> str:
-  """The platform as lowering names it."""
-  if device is None and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-    device = next(iter(x.devices()))
-  if device is None:
-    platform = jax.default_backend()
-  elif isinstance(device, str):
-    platform = device.lower()
-    if platform not in PLATFORMS:
-      raise ValueError(
-        f"explain: unknown platform {device!r}; it must be one of "
-        f"{', '.join(repr(name) for name in PLATFORMS)}."
-      )
-  elif isinstance(device, jax.Device):
-    platform = device.platform
-  else:
-    raise TypeError(
-      f"explain: device must be a jax.Device, a platform such as 'cuda', or None, got "
-      f"{type(device).__name__}."
-    )
-  return _compat.platform_of_gpus() if platform == "gpu" else platform
-
-
-def _checked(
+def checked(
   function: str,
   x: Any,
   w: Any,
@@ -213,6 +135,12 @@ def _checked(
   precision: Any,
 ) -> tuple[Operands, dict[str, Any]]:
   """The operands and the primitive's parameters, or the error that the caller should see."""
+  scale_shape: tuple[int, ...] = ()
+  if isinstance(w, QuantizedWeight):
+    mode = _mode_of(function, w, mode, scales, global_scale_w)
+    global_scale_x = _global_scale_of_x(function, w, global_scale_x)
+    w, scales, global_scale_w = w.packed, w.scales, w.global_scale
+    scale_shape = tuple(jnp.shape(global_scale_w)) if global_scale_w is not None else ()
   fmt = check_format(function, mode, group_size, bits, multiplies=True)
   x, w = as_array(function, "x", x), as_array(function, "w", w)
   check_dtype(function, "x", x, FLOATS)
@@ -225,8 +153,12 @@ def _checked(
       f"{function}: global_scale_{given} was given without global_scale_{missing}; give both, "
       "each the amax of its tensor, or neither."
     )
-  global_scale_x = check_global_scale(function, "global_scale_x", global_scale_x, fmt)
-  global_scale_w = check_global_scale(function, "global_scale_w", global_scale_w, fmt)
+  global_scale_x = check_global_scale(
+    function, "global_scale_x", global_scale_x, fmt, batch_shape=scale_shape
+  )
+  global_scale_w = check_global_scale(
+    function, "global_scale_w", global_scale_w, fmt, batch_shape=scale_shape
+  )
   if not isinstance(backward, str) or backward not in BACKWARDS:
     raise ValueError(
       f"{function}: unknown backward {backward!r}; it must be one of "
@@ -243,6 +175,40 @@ def _checked(
     "backward": backward,
     "precision": precision,
   }
+
+
+def _mode_of(function: str, w: QuantizedWeight, mode: Any, scales: Any, global_scale_w: Any) -> str:
+  """The mode that w was quantized in; nothing that w brings may be given once more."""
+  if not isinstance(mode, _DefaultMode) and mode != w.mode:
+    raise ValueError(
+      f"{function}: mode {mode!r} was given with a QuantizedWeight of mode {w.mode!r}; "
+      "leave mode out."
+    )
+  for name, value in (("scales", scales), ("global_scale_w", global_scale_w)):
+    if value is not None:
+      raise ValueError(
+        f"{function}: {name} was given with w a QuantizedWeight, which brings its own; "
+        f"leave {name} out."
+      )
+  return w.mode
+
+
+def _global_scale_of_x(function: str, w: QuantizedWeight, global_scale_x: Any) -> Any:
+  if w.global_scale is None:
+    if global_scale_x is not None:
+      raise ValueError(
+        f"{function}: global_scale_x was given, but w ({w!r}) has no global scale; leave it out, "
+        "or quantize w with one."
+      )
+    return None
+  if global_scale_x is None:
+    global_scale_x = w.input_global_scale
+  if global_scale_x is None:
+    raise ValueError(
+      f"{function}: w ({w!r}) has a global scale, and x has none; give global_scale_x, the amax "
+      "of x."
+    )
+  return global_scale_x
 
 
 def _check_w(function: str, w: Any, scales: Any, fmt: Format) -> Any:

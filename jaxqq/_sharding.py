@@ -1,29 +1,17 @@
-"""How the product is split over devices.
+"""The rule of `_split` told to JAX: to XLA's partitioner, and in the types of explicit meshes.
 
 Under `jit`, XLA's partitioner asks for a rule, since it cannot look into a kernel (nor see that
-packed bytes are cheaper to move than the floats they stand for):
-
-- Batch axes, m and n are split as the output is.
-- k may be split between groups. Each device multiplies its part in float32, and the parts are
-  summed (reduce-scattered where the output is split along the same mesh axes) before the one
-  rounding to the output's dtype.
-- What is then still split is gathered as it came: a packed w packed.
-
-So a column-parallel product (w split on n) moves nothing, a row-parallel one (x and w split on
-k) moves the partial sums only, and fully sharded data parallelism moves packed w.
+packed bytes are cheaper to move than the floats they stand for). In a mesh of explicit axes the
+types say how everything is split, and the same rule is spelled out with `jax.shard_map`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.custom_partitioning import (
   ArrayMapping,
   CompoundFactor,
@@ -32,10 +20,9 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxqq._formats import Format
+from jaxqq._compat import ShardingTypeError
 from jaxqq._reference import Operands, matrix_ndim, named
-
-Axes = tuple[str, ...]  # mesh axes that one axis of an array is split over
+from jaxqq._split import Layout, dims_of, dims_of_spec, propagated, split_of, to_spec
 
 
 def vary_alike(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -53,151 +40,140 @@ def vary_alike(arrays: list[jax.Array]) -> list[jax.Array]:
   ]
 
 
-def out_aval(operands: Operands, dtype: np.dtype) -> jax.core.ShapedArray:
-  """The abstract value of x @ w.T: shape, dtype, sharding and varying axes.
+# Meshes of explicit axes: the sharding is part of the type
 
-  In a mesh of explicit axes the output is split as x's rows and w's rows are.
+
+def out_aval(operands: Operands, layout: Layout, dtype: np.dtype) -> jax.core.ShapedArray:
+  """The abstract value of a product: shape, dtype, sharding and varying axes.
+
+  In a mesh of explicit axes the output is split as the operands' batch axes and rows are.
   """
   x, w = operands.x, operands.w
-  batch_shape = operands.batch_shape
-  batch_spec: list[Any] = [None] * len(batch_shape)
-  for a, shape in zip(operands.present, operands.batch_shapes, strict=True):
-    for axis in range(len(shape)):
-      out_axis = axis + len(batch_shape) - len(shape)
-      batch_spec[out_axis] = batch_spec[out_axis] or a.sharding.spec[axis]
+  letters = layout.out
+  column = layout.operands["w"].index(letters[1]) - 2
+  # Packed, an axis of w is shorter than that of what it stands for.
+  size = w.shape[column]
+  if operands.scales is not None and letters[1] in layout.units:
+    size = operands.scales.shape[column] * layout.unit(letters[1])
+  shape = (*operands.batch_shape, x.shape[-2], size)
   mesh_of = w if x.sharding.mesh.empty else x
+  spec = _explicit_spec(operands, layout, column)
   return jax.core.ShapedArray(
-    (*batch_shape, x.shape[-2], w.shape[-2]),
+    shape,
     dtype,
-    sharding=mesh_of.sharding.update(
-      spec=PartitionSpec(*batch_spec, x.sharding.spec[-2], w.sharding.spec[-2])
-    ),
+    sharding=mesh_of.sharding.update(spec=spec),
     manual_axis_type=x.manual_axis_type,
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """How one product is split."""
-
-  batch: tuple[Axes, ...]
-  m: Axes
-  n: Axes
-  k: Axes
-  scatter: str | None  # "m" or "n": the axis that the partial sums are scattered along
-
-  def out_spec(self) -> PartitionSpec:
-    return _spec([*self.batch, self.m, self.n])
-
-  def operand_spec(self, name: str, shape: Sequence[int]) -> PartitionSpec:
-    rows = {"x": ("m", self.m), "w": ("n", self.n), "scales": ("n", self.n)}
-    matrix: list[Axes] = []
-    if matrix_ndim(name):
-      axis, axes = rows[name]
-      matrix = [() if self.scatter == axis else axes, self.k]
-    num_batch = len(shape) - len(matrix)
-    batch = self.batch[len(self.batch) - num_batch :]
-    batch = tuple(
-      axes if size > 1 else () for axes, size in zip(batch, shape[:num_batch], strict=True)
+def _explicit_spec(operands: Operands, layout: Layout, column: int) -> PartitionSpec:
+  """As `jnp.einsum` would give it; what is ambiguous there is refused in a sentence."""
+  x, w = operands.x, operands.w
+  ndim = len(operands.batch_shape)
+  batch: list[Any] = [None] * ndim
+  for a, shape in zip(operands.present, operands.batch_shapes, strict=True):
+    for axis in range(len(shape)):
+      at, own = axis + ndim - len(shape), a.sharding.spec[axis]
+      if None not in (own, batch[at]) and own != batch[at]:
+        raise ShardingTypeError(
+          f"qqmm: a batch axis is split over {batch[at]!r} in one operand and over {own!r} in "
+          f"another ({_types(x, w)}); reshard one of them with jax.sharding.reshard."
+        )
+      batch[at] = batch[at] or own
+  contracted = layout.operands["w"].index(layout.contracted) - 2
+  if x.sharding.spec[-1] is not None and w.sharding.spec[contracted] is not None:
+    raise ShardingTypeError(
+      f"qqmm: x and w are both split along {layout.contracted.upper()}, which is summed over, so "
+      f"that it is ambiguous how the output should be split ({_types(x, w)}); wrap the call as "
+      "jax.sharding.auto_axes(jaxqq.qqmm, out_sharding=...), or reshard one of them."
     )
-    return _spec([*batch, *matrix])
+  spec = PartitionSpec(*batch, x.sharding.spec[-2], w.sharding.spec[column])
+  used = [axis for axes in dims_of_spec(tuple(spec)) for axis in axes]
+  if len(used) != len(set(used)):
+    raise ShardingTypeError(
+      f"qqmm: two axes of the output would be split over one axis of the mesh, {spec} "
+      f"({_types(x, w)}); reshard x or w with jax.sharding.reshard."
+    )
+  return spec
 
 
-def _spec(dims: Sequence[Axes]) -> PartitionSpec:
-  return PartitionSpec(*(axes or None for axes in dims))
+def _types(x: Any, w: Any) -> str:
+  return f"x is {x.str_short(short_dtypes=True)}, w {w.str_short(short_dtypes=True)}"
 
 
-def _dims(sharding: Any, ndim: int) -> list[Axes]:
-  """The mesh axes of each array axis; without a sharding, as constants come, none."""
-  if sharding is None:
-    return [()] * ndim
-  spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
-  return [
-    () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec
-  ]
-
-
-def split_of(
-  operands: Operands,  # of shapes with shardings
-  out_dims: list[Axes],
-  out_shape: Sequence[int],
-  k: int,
-  group_size: int,
-  mesh: Mesh,
-) -> Split:
-  """The split of a product whose operands and output the partitioner would like split so."""
-
-  def ways(axes: Axes) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-  *batch, m, n = (
-    axes if size % ways(axes) == 0 else () for axes, size in zip(out_dims, out_shape, strict=True)
+def over_explicit_axes(
+  product: Callable[[Operands, np.dtype], jax.Array],
+  names: tuple[str, ...],
+  layout: Layout,
+  avals: Sequence[Any],
+  out: Any,  # the output's abstract value
+) -> Callable[..., jax.Array]:
+  """`product` as a function of operands whose types say how they are split."""
+  mesh = out.sharding.mesh
+  split = split_of(
+    named(names, avals), layout, dims_of(out.sharding, out.ndim), out.shape, dict(mesh.shape)
   )
-  x_k, w_k = (_dims(a.sharding, len(a.shape))[-1] for a in (operands.x, operands.w))
-  k_axes = x_k or w_k
-  if (x_k and w_k and x_k != w_k) or k % (ways(k_axes) * group_size):
-    k_axes = ()
-  scatter = None
-  taken = {axis for axes in (*batch, m, n) for axis in axes}
-  if taken & set(k_axes):
-    if x_k == w_k and k_axes in (m, n):
-      scatter = "m" if k_axes == m else "n"
-    else:
-      k_axes = ()
-  return Split(tuple(batch), m, n, k_axes, scatter)
+  specs = split.operand_specs(names, avals, layout)
+
+  def whole(*values: jax.Array) -> jax.Array:
+    placed = (
+      jax.sharding.reshard(value, NamedSharding(mesh, spec))
+      for value, spec in zip(values, specs, strict=True)
+    )
+    result = jax.shard_map(
+      split.part(product, names, out.dtype),
+      mesh=mesh,
+      in_specs=specs,
+      out_specs=split.out_spec(),
+      axis_names=set(mesh.explicit_axes),
+      check_vma=False,
+    )(*placed)
+    return jax.sharding.reshard(result, out.sharding)
+
+  return whole
+
+
+# XLA's partitioner
 
 
 def partitioned(
   product: Callable[[Operands, np.dtype], jax.Array],
   names: tuple[str, ...],
-  fmt: Format,
+  layout: Layout,
   out_dtype: np.dtype,
+  label: str,
 ) -> Callable[..., jax.Array]:
-  """`product` as a function of its operands that XLA's partitioner splits by the rule above."""
+  """`product` as a function of its operands that XLA's partitioner splits by the rule above.
+
+  The program holds no more of the rule than a pointer. Its label tells products apart where JAX
+  looks for programs in a persistent cache without regard to pointers.
+  """
 
   @custom_partitioning
   def whole(*values: jax.Array) -> jax.Array:
     return product(named(names, values), out_dtype)
 
   def infer(mesh: Mesh, args: Any, result: Any) -> NamedSharding:
-    operands = named(names, args)
-    dims = [_dims(a.sharding, len(a.shape)) for a in (operands.x, operands.w)]
-    taken: set[str] = set()
-    spec = []
-    batch: list[Axes] = [()] * (len(result.shape) - 2)
-    for name, a in zip(names, args, strict=True):
-      own = _dims(a.sharding, len(a.shape))[: len(a.shape) - matrix_ndim(name)]
-      for axis, axes in enumerate(reversed(own), 1):
-        batch[-axis] = batch[-axis] or axes
-    for axes in (*batch, dims[0][-2], dims[1][-2]):
-      spec.append(axes if not taken & set(axes) else ())
-      taken |= set(axes)
-    return NamedSharding(mesh, _spec(spec))
+    if mesh.empty:
+      return NamedSharding(_mesh_of_all(args), PartitionSpec())
+    return NamedSharding(mesh, to_spec(propagated(named(names, args), layout)))
 
   def partition(mesh: Mesh, args: Any, result: Any) -> Any:
-    operands = named(names, args)
-    split = split_of(
-      operands,
-      _dims(result.sharding, len(result.shape)),
-      result.shape,
-      operands.x.shape[-1],
-      fmt.group_size,
-      mesh,
-    )
+    # Outside of jit JAX may have lost the mesh: then every device computes everything.
+    mesh = _mesh_of_all(args) if mesh.empty else mesh
+    out_dims = dims_of(result.sharding, len(result.shape))
+    split = split_of(named(names, args), layout, out_dims, result.shape, dict(mesh.shape))
+    specs = split.operand_specs(names, args, layout)
+    part = split.part(product, names, out_dtype)
 
-    def part(*values: jax.Array) -> jax.Array:
-      out = product(named(names, values), np.dtype(jnp.float32) if split.k else out_dtype)
-      if split.scatter:
-        axis = out.ndim - (2 if split.scatter == "m" else 1)
-        out = lax.psum_scatter(out, split.k, scatter_dimension=axis, tiled=True)
-      elif split.k:
-        out = lax.psum(out, split.k)
-      return out.astype(out_dtype)
+    def unmeshed(*values: jax.Array) -> jax.Array:
+      """One device's part; a mesh that was set for the whole program has no place in it."""
+      with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return part(*values)
 
-    specs = [split.operand_spec(name, a.shape) for name, a in zip(names, args, strict=True)]
     return (
       mesh,
-      part,
+      unmeshed,
       NamedSharding(mesh, split.out_spec()),
       tuple(NamedSharding(mesh, spec) for spec in specs),
     )
@@ -205,22 +181,53 @@ def partitioned(
   whole.def_partition(
     partition=partition,
     infer_sharding_from_operands=infer,
-    sharding_rule=lambda mesh, args, result: _rule(names, args, result, fmt),
+    sharding_rule=lambda mesh, args, result: _rule(names, args, result[0], layout),
   )
-  return whole
+
+  def labelled(*values: jax.Array) -> jax.Array:
+    return whole(*values)
+
+  labelled.__name__ = label
+  return jax.jit(labelled)
 
 
-def _rule(names: tuple[str, ...], args: Any, result: Any, fmt: Format) -> SdyShardingRule:
-  """Which axes of operands and output go together: m, n, whole groups of k, batch axes.
+def _mesh_of_all(args: Any) -> Mesh:
+  """The operands' devices along one axis."""
+  devices = sorted(args[0].sharding.device_set, key=lambda device: device.id)
+  return Mesh(np.array(devices), ("devices",))
 
-  An axis k is groups times s numbers, or groups times p packed words; s and p stay whole.
+
+def _rule(names: tuple[str, ...], args: Any, result: Any, layout: Layout) -> SdyShardingRule:
+  """Which axes of operands and output go together: batch axes, rows, columns, what is summed.
+
+  An axis in units, say k in groups, is k units times so many numbers, packed words or scales;
+  those stay whole.
   """
   shapes = [tuple(a.shape) for a in args]
-  out_shape = tuple(result[0].shape)
+  out_shape = tuple(result.shape)
   num_batch = len(out_shape) - 2
-  num_groups = shapes[0][-1] // fmt.group_size
-  inner = {"x": "s", "w": "p" if "scales" in names else "s"}
-  sizes = {"s": fmt.group_size, "p": fmt.group_size // fmt.codes_per_word, "g": num_groups}
+  sizes = {layout.contracted: shapes[0][-1], layout.out[0]: out_shape[-2]}
+  sizes[layout.out[1]] = out_shape[-1]
+  # An axis that is no multiple of its unit is one unit.
+  num_units = {
+    letter: size // layout.unit(letter) if size % layout.unit(letter) == 0 else 1
+    for letter, size in sizes.items()
+  }
+  inner: dict[str, int] = {}
+
+  def matrix_dims(letters: str, shape: tuple[int, ...]) -> list[str | CompoundFactor]:
+    dims: list[str | CompoundFactor] = []
+    for letter, size in zip(letters, shape[-2:], strict=True):
+      whole = size // num_units[letter]
+      factor = f"{letter}{whole}"
+      if layout.unit(letter) == 1 or size == num_units[letter] != 1:
+        dims.append(letter)
+      else:
+        inner[factor] = whole
+        # Shardy has no compound factors of size 1.
+        dims.append(factor if num_units[letter] == 1 else CompoundFactor(letter, factor))
+    return dims
+
   mappings = []
   for operand, (name, shape) in enumerate(zip(names, shapes, strict=True)):
     own = len(shape) - matrix_ndim(name)
@@ -228,18 +235,12 @@ def _rule(names: tuple[str, ...], args: Any, result: Any, fmt: Format) -> SdySha
     for axis, size in enumerate(shape[:own], num_batch - own):
       dims.append(f"b{axis}" if size == out_shape[axis] else f"one{operand}{axis}")
     if matrix_ndim(name):
-      dims.append("m" if name == "x" else "n")
-      dims.append("g" if name == "scales" else CompoundFactor("g", inner[name]))
-    if num_groups == 1:  # Shardy has no compound factors of size 1
-      dims = [dim[1] if isinstance(dim, CompoundFactor) else dim for dim in dims]
+      dims += matrix_dims(layout.operands[name], shape)
     mappings.append(ArrayMapping(*dims))
-  out = ArrayMapping(*(f"b{axis}" for axis in range(num_batch)), "m", "n")
+  batch = [f"b{axis}" for axis in range(num_batch)]
+  out = ArrayMapping(*batch, *matrix_dims(layout.out, out_shape))
   # Sizes are to be told of the factors that are nowhere an axis of their own.
-  flat = [dim for mapping in mappings for dim in mapping]
+  flat = [dim for mapping in (*mappings, out) for dim in mapping]
   compound = {factor for dim in flat if isinstance(dim, CompoundFactor) for factor in dim}
-  return SdyShardingRule(
-    tuple(mappings),
-    (out,),
-    need_replication_factors=tuple(dict.fromkeys(inner.values())),
-    **{factor: sizes[factor] for factor in compound - set(flat)},
-  )
+  sizes_of: Any = {f: inner.get(f, num_units.get(f, 1)) for f in compound - set(flat)}
+  return SdyShardingRule(tuple(mappings), (out,), need_replication_factors=tuple(inner), **sizes_of)

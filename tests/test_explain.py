@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests import oracle
@@ -82,10 +84,23 @@ class TestChoice:
       assert f"Not hopper_fp8: {reason}" in text or reason in text
 
   def test_tiles_follow_the_rows(self):
-    said = [of(m, 8192, 8192, "nvfp4", True) for m in (16, 256, 8192)]
+    said = [of(m, 8192, 8192, "nvfp4", True) for m in (65, 256, 8192)]
     assert [
       f"block_m={block}" in text for block, text in zip((64, 128, 256), said, strict=True)
     ] == [True] * 3
+
+  def test_few_rows_have_a_kernel_of_their_own(self):
+    for mode in oracle.PRODUCT_MODES:
+      assert "streams packed w" in of(64, 512, 4096, mode, True)
+      assert "num_stages=" in of(64, 512, 4096, mode, True)
+    for text, reason in (
+      (of(65, 512, 4096, "nvfp4", True), "65 rows of x meet a matrix w"),
+      (of(8, 512, 4096, "nvfp4", False), "w is not packed"),
+      (of(8, 512, 2048, "mxfp8", True), "k = 2048 is below 4096"),
+      (of(8, 512, 4096, "mxfp8", True, jnp.float32), "float32 output"),
+    ):
+      assert "streams packed w" not in text
+      assert f"hopper_few_rows: {reason}" in text
 
   def test_a_vector_is_one_row(self):
     w, row = (
@@ -115,3 +130,50 @@ class TestChoice:
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("jaxqq_packed_matmul" if packed else "jaxqq_matmul") in text
     assert "dot_general" not in text
+
+
+class TestSplit:
+  """What one device gets is named, and why K is gathered."""
+
+  def said(self, x_spec, w_spec, k=512, packed=False, **kwargs):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def of(shape, dtype, spec):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    args = [of((24, k), jnp.bfloat16, w_spec)]
+    if packed:
+      args = [of((24, k // 8), jnp.uint32, w_spec), of((24, k // 16), jnp.uint8, w_spec)]
+    return jaxqq.explain(of((16, k), jnp.bfloat16, x_spec), *args, **kwargs)
+
+  @pytest.mark.parametrize("packed", [False, True])
+  def test_parts(self, packed):
+    word = 8 if packed else 1
+    text = self.said(P("data"), P("tensor"), packed=packed)
+    assert "Split over 8 devices" in text
+    assert f"each multiplies x (4, 512) with w (12, {512 // word})." in text
+    text = self.said(P("data", "tensor"), P(None, "tensor"), packed=packed)
+    assert f"x (4, 256) with w (24, {256 // word}), and float32 parts are summed over" in text
+    assert "gathered" not in text
+
+  def test_a_split_that_would_cut_a_group(self):
+    text = self.said(P("data", "tensor"), P(None, "tensor"), k=48)
+    assert "K = 48 is split over 'tensor', which would cut a group of 16: it is gathered." in text
+    assert "each multiplies x (4, 48) with w (24, 48)." in text
+
+  def test_arrays_and_explicit_axes_under_jit(self):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((16, 64)), NamedSharding(mesh, P("data")))
+    w = jnp.ones((8, 64))
+    said = [jaxqq.explain(x, w)]
+    jax.jit(lambda x, w: said.append(jaxqq.explain(x, w)))(x, w)
+    assert len(said) == 2
+    assert all("each multiplies x (2, 64) with w (8, 64)." in text for text in said)
+    assert "Split over" not in jaxqq.explain(w, w)
+
+  @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
+  def test_the_kernel_is_that_of_a_part(self):
+    text = self.said(P(), P(None, "tensor"), k=8192, mode="mxfp8", device="cuda")
+    assert "computed by 16 bit tensor cores" in text and "float32 output" in text
+    text = self.said(P(), P("tensor"), k=8192, mode="mxfp8", device="cuda")
+    assert "computed by fp8 tensor cores" in text

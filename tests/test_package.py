@@ -34,17 +34,20 @@ def test_import_needs_the_four_packages_only():
   assert out.stdout.strip() == "[]"
 
 
+FUNCTIONS = ("qqmm", "quantize", "dequantize", "explain", "quantize_weight", "dot_general")
+
+
 def test_public_names():
   public = {
     name
     for name, value in vars(jaxqq).items()
     if not name.startswith("_") and not isinstance(value, types.ModuleType)
   }
-  assert public == {"qqmm", "quantize", "dequantize", "explain"}
+  assert public == set(FUNCTIONS) | {"QuantizedWeight"}
   assert (ROOT / "jaxqq" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name", ["qqmm", "quantize", "dequantize", "explain"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_examples_in_docstrings(name):
   function = getattr(jaxqq, name)
   assert all(part in function.__doc__ for part in ("Args:", "Returns:", "Raises:", "Example:"))
@@ -89,7 +92,8 @@ def imports(path: pathlib.Path) -> set[str]:
 def test_a_file_imports_only_from_files_above_it():
   order = [
     *("_compat", "_formats", "_checks", "_rounding", "_quantize", "_reference", "_kernels"),
-    *("_convert", "_sharding", "_primitive", "_gradient", "_qqmm", "__init__"),
+    *("_convert", "_weight", "_split", "_sharding", "_primitive", "_row_sums", "_gradient"),
+    *("_qqmm", "_explain", "_einsum", "_contraction", "_dot_general", "__init__"),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
   files["_kernels"] = ROOT / "jaxqq" / "_kernels" / "__init__.py"

@@ -14,17 +14,24 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests import oracle
-from tests.test_product import amax
-from tests.test_transforms import BACKWARDS, MODES, arguments, data
+from tests.test_transforms import MODES, arguments, data
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}
+GRADIENTS_CLOSE = {"rtol": 1e-4, "atol": 1e-3}
+DT = ("data", "tensor")
 # name: x (M, K), w (N, K), output asked for (None: XLA's choice)
 SPLITS = {
   "column": (P("data"), P("tensor"), None),
   "row": (P("data", "tensor"), P(None, "tensor"), None),
-  "row, all axes": (P(None, ("data", "tensor")), P(None, ("data", "tensor")), None),
+  "row, all axes": (P(None, DT), P(None, DT), None),
   "row, output split on n": (P(None, "tensor"), P(None, "tensor"), P(None, "tensor")),
   "row, output split on m": (P(None, "tensor"), P(None, "tensor"), P("tensor")),
+  "row, rows split on": (P("data", "tensor"), P(None, "tensor"), P(DT)),
+  "row, output split the other way": (
+    P("data", "tensor"),
+    P(None, "tensor"),
+    P(("tensor", "data")),
+  ),
   "rows of w": (P("data"), P("data"), P("data")),
   "columns of w": (P("data"), P(None, "data"), P("data")),
   "x on k only": (P(None, "tensor"), P(), None),
@@ -32,6 +39,22 @@ SPLITS = {
   "different axes on k": (P(None, "data"), P(None, "tensor"), None),
   "same axis on m and n": (P("tensor"), P("tensor"), None),
   "nothing": (P(), P(), P("data", "tensor")),
+}
+REDUCED = [("all-reduce", "f32")]
+SCATTERED = [("reduce-scatter", "f32")]
+GATHERED = {
+  True: [("all-gather", "u32"), ("all-gather", "u8")],  # packed
+  False: [("all-gather", "f32")],
+}
+MOVED = {
+  "column": [],
+  "row": REDUCED,
+  "row, all axes": REDUCED,
+  "row, output split on n": SCATTERED,
+  "row, output split on m": SCATTERED,
+  "row, rows split on": SCATTERED,
+  "rows of w": GATHERED,
+  "columns of w": GATHERED,
 }
 
 
@@ -58,30 +81,46 @@ def collectives(executable):
   return sorted((kind, dtype) for dtype, kind in found)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("split", SPLITS)
-def test_forward(split, mode, packed):
+@functools.cache
+def case(mode, packed):
+  """x, w or its packed parts, and their product on one device."""
   x, w = data((16, 512), (24, 512))
   args = arguments(w, mode, packed)
-  f = functools.partial(jaxqq.qqmm, mode=mode)
-  executable, placed = compiled(f, split, x, args)
-  np.testing.assert_allclose(executable(*placed), f(x, *args), **CLOSE)
+  return x, args, np.asarray(jaxqq.qqmm(x, *args, mode=mode))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("mode", MODES)
-def test_what_moves(mode, packed):
-  x, w = data((16, 512), (24, 512))
-  args = arguments(w, mode, packed)
-  f = functools.partial(jaxqq.qqmm, mode=mode)
-  moved = {split: collectives(compiled(f, split, x, args)[0]) for split in SPLITS}
-  assert moved["column"] == []
-  assert moved["row"] == moved["row, all axes"] == [("all-reduce", "f32")]
-  assert moved["row, output split on n"] == [("reduce-scatter", "f32")]
-  assert moved["row, output split on m"] == [("reduce-scatter", "f32")]
-  gathered = [("all-gather", "u32"), ("all-gather", "u8")] if packed else [("all-gather", "f32")]
-  assert moved["rows of w"] == moved["columns of w"] == gathered
+def table():
+  """Each mode, packed and on the fly, split as is usual; otherwise each mode and each kind of w."""
+  for split in SPLITS:
+    for mode in MODES:
+      for packed in (False, True):
+        if split in MOVED or packed == (mode == "nvfp4"):
+          yield pytest.param(split, mode, packed, id=f"{split}-{mode}" + "-packed" * packed)
+
+
+@pytest.mark.parametrize(("split", "mode", "packed"), list(table()))
+def test_forward_and_what_moves(split, mode, packed):
+  x, args, want = case(mode, packed)
+  executable, placed = compiled(functools.partial(jaxqq.qqmm, mode=mode), split, x, args)
+  np.testing.assert_allclose(executable(*placed), want, **CLOSE)
+  if split in MOVED:
+    moved = MOVED[split]
+    assert collectives(executable) == (moved[packed] if isinstance(moved, dict) else moved)
+
+
+@pytest.mark.parametrize(("mode", "packed"), [("nvfp4", True), ("mxfp8", False)])
+@pytest.mark.parametrize("split", ["column", "row", "row, rows split on", "columns of w"])
+def test_the_other_partitioner(split, mode, packed):
+  """GSPMD, as long as JAX has it."""
+  x, args, want = case(mode, packed)
+  jax.config.update("jax_use_shardy_partitioner", False)
+  try:
+    executable, placed = compiled(functools.partial(jaxqq.qqmm, mode=mode), split, x, args)
+    np.testing.assert_allclose(executable(*placed), want, **CLOSE)
+  finally:
+    jax.config.update("jax_use_shardy_partitioner", True)
+  moved = MOVED[split]
+  assert collectives(executable) == (moved[packed] if isinstance(moved, dict) else moved)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -95,15 +134,20 @@ def test_row_parallel_sums_in_float32_and_rounds_once(mode):
   oracle.assert_within_bound(np.asarray(executable(*placed)), exact, mag, highest=True)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_split_that_would_cut_a_group_is_gathered(mode):
-  """K is 3 groups, split in two."""
+def test_a_split_that_would_cut_a_group_is_gathered(mode, packed):
+  """K is 3 groups, split in two: not by a split of groups, so that nothing is summed."""
   k = 3 * oracle.MODES[mode].group
-  x, w = data((8, 2 * k), (16, 2 * k))
-  x, w = x[:, ::2], w[:, ::2]
+  x, w = data((8, k), (16, k))
+  args = arguments(w, mode, packed)
   f = functools.partial(jaxqq.qqmm, mode=mode)
-  executable, placed = compiled(f, "row", x, (w,))
-  np.testing.assert_allclose(executable(*placed), f(x, w), **CLOSE)
+  placed = (
+    place(x, P("data", "tensor")),
+    *(place(a, P(None, "tensor") if a.shape[-1] % 2 == 0 else P()) for a in args),
+  )
+  executable = jax.jit(f).lower(*placed).compile()
+  np.testing.assert_allclose(executable(*placed), f(x, *args), **CLOSE)
   assert "all-reduce" not in {kind for kind, _ in collectives(executable)}
 
 
@@ -120,57 +164,30 @@ def test_small_and_empty(shape):
     np.testing.assert_allclose(executable(*placed), f(x, w), **CLOSE)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("split", ["column", "row", "rows of w", "columns of w"])
-def test_backward(split, mode, backward, packed):
-  x, w, g = data((128, 256), (128, 256), (128, 128))
-  args = arguments(w, mode, packed)
-  wrt = (0,) if packed else (0, 1)
-
-  def gradients(x, *args):
-    loss = lambda *a: jnp.vdot(g, jaxqq.qqmm(*a, mode=mode, backward=backward))  # noqa: E731
-    return jax.grad(loss, argnums=wrt)(x, *args)
-
-  x_spec, w_spec, _ = SPLITS[split]
-  placed = place(x, x_spec), *(place(a, w_spec) for a in args)
-  for got, want in zip(jax.jit(gradients)(*placed), gradients(x, *args), strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("split", ["column", "row", "rows of w"])
-def test_global_scales_are_the_whole_tensors(split):
-  """In the quantized backward, g's amax too."""
-  x, w, g = data((128, 256), (128, 256), (128, 128))
-  scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
-
-  def gradients(x, w):
-    loss = lambda x, w: jnp.vdot(g, jaxqq.qqmm(x, w, **scales, backward="quantized"))  # noqa: E731
-    return jax.grad(loss, argnums=(0, 1))(x, w)
-
-  x_spec, w_spec, _ = SPLITS[split]
-  placed = place(x, x_spec), place(w, w_spec)
-  for got, want in zip(jax.jit(gradients)(*placed), gradients(x, w), strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-def test_batch_axes(packed):
+def test_batch_axes(mode):
   """A stack of products split on the stack moves nothing; vmap over it is the same."""
   x, w = data((8, 16, 64), (8, 32, 64))
-  args = arguments(w, "nvfp4", packed)
-  spec = P(("data", "tensor"))
-  placed = place(x, spec), *(place(a, spec) for a in args)
-  for f in (jaxqq.qqmm, jax.vmap(jaxqq.qqmm)):
-    executable = jax.jit(f).lower(*placed).compile()
+  for packed in (False, True):
+    args = arguments(w, mode, packed)
+    stacked = functools.partial(jaxqq.qqmm, mode=mode)
+    want = stacked(x, *args)
+    placed = place(x, P(DT)), *(place(a, P(DT)) for a in args)
+    for f in (stacked, jax.vmap(stacked)):
+      executable = jax.jit(f).lower(*placed).compile()
+      assert collectives(executable) == []
+      np.testing.assert_allclose(executable(*placed), want, **CLOSE)
+    # x with a batch axis, w without: rows of x split, w on every device.
+    placed = place(x, P("data")), *(place(a[0], P("tensor")) for a in args)
+    executable = jax.jit(stacked).lower(*placed).compile()
     assert collectives(executable) == []
-    np.testing.assert_allclose(executable(*placed), jaxqq.qqmm(x, *args), **CLOSE)
-  # x with a batch axis, w without: rows of x split, w on every device.
-  placed = place(x, P("data")), *(place(a[0], P("tensor")) for a in args)
-  executable = jax.jit(jaxqq.qqmm).lower(*placed).compile()
-  assert collectives(executable) == []
-  np.testing.assert_allclose(executable(*placed), jaxqq.qqmm(x, *(a[0] for a in args)), **CLOSE)
+    np.testing.assert_allclose(executable(*placed), stacked(x, *(a[0] for a in args)), **CLOSE)
+    # Row-parallel, the sum scattered along the batch axis.
+    placed = place(x, P("data", None, "tensor")), *(place(a[0], P(None, "tensor")) for a in args)
+    out = NamedSharding(mesh(), P(DT))
+    executable = jax.jit(stacked, out_shardings=out).lower(*placed).compile()
+    assert collectives(executable) == SCATTERED
+    np.testing.assert_allclose(executable(*placed), stacked(x, *(a[0] for a in args)), **CLOSE)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -187,18 +204,29 @@ def test_inside_of_scan_and_with_collectives_of_others(mode):
 @pytest.mark.parametrize("mode", oracle.MODES)
 @pytest.mark.parametrize("spec", [P("data"), P(None, "tensor"), P("data", "tensor")], ids=str)
 def test_quantize_and_dequantize(spec, mode):
+  """Split along every axis, but not inside of a group, nothing moves."""
   (w,) = data((16, 256))
   want = jaxqq.quantize(w, mode=mode)
-  f = jax.jit(functools.partial(jaxqq.quantize, mode=mode))
-  executable = f.lower(place(w, spec)).compile()
-  got = executable(place(w, spec))
-  for a, b in zip(got, want, strict=True):
+  executable = jax.jit(functools.partial(jaxqq.quantize, mode=mode)).lower(place(w, spec)).compile()
+  for a, b in zip(executable(place(w, spec)), want, strict=True):
     np.testing.assert_array_equal(a, b)
   assert collectives(executable) == []
-  back = jax.jit(functools.partial(jaxqq.dequantize, mode=mode))
-  executable = back.lower(*(place(a, spec) for a in want)).compile()
+  placed = [place(a, spec) for a in want]
+  executable = jax.jit(functools.partial(jaxqq.dequantize, mode=mode)).lower(*placed).compile()
   assert collectives(executable) == []
   np.testing.assert_array_equal(
-    np.asarray(executable(*(place(a, spec) for a in want)), np.float32),
+    np.asarray(executable(*placed), np.float32),
     np.asarray(jaxqq.dequantize(*want, mode=mode), np.float32),
   )
+
+
+def test_quantize_and_dequantize_a_stack_and_inside_of_a_group():
+  (w,) = data((8, 4, 96))
+  want = jaxqq.quantize(w)
+  placed = place(w, P("tensor", "data"))
+  executable = jax.jit(jaxqq.quantize).lower(placed).compile()
+  assert collectives(executable) == []
+  # 6 groups over 4 devices: data moves, the bits stay.
+  for spec in (P("tensor", "data"), P("tensor", None, "data")):
+    for a, b in zip(jax.jit(jaxqq.quantize)(place(w, spec)), want, strict=True):
+      np.testing.assert_array_equal(a, b)

@@ -1,0 +1,259 @@
+"""`lax.dot_general` and `jnp.einsum` of two operands, computed by `qqmm`.
+
+Any contraction is a batch of matrix products once its axes are in order: x is (batch, m, k) and
+w (batch, n, k), with k the contracted axes, flattened. `DotGeneral` does that for unquantized
+operands, as the layers of Flax call it, and its `packed` for a weight quantized before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxqq import _einsum
+from jaxqq._checks import FLOATS, check_format, check_has_global_scale, describe, names
+from jaxqq._contraction import (
+  FUNCTION,
+  Axes,
+  AxesOf,
+  as_w,
+  as_x,
+  checked_axes,
+  operand,
+  rows,
+  sizes,
+)
+from jaxqq._formats import FORMATS
+from jaxqq._gradient import BACKWARDS
+from jaxqq._qqmm import product
+from jaxqq._reference import Operands
+from jaxqq._weight import QuantizedWeight, amax_of_each_matrix
+
+
+def dot_general(
+  mode: str = "nvfp4",
+  *,
+  backward: str = "straight_through",
+  global_scale: str | None = None,
+) -> DotGeneral:
+  """Makes a `jax.lax.dot_general` that quantizes both operands, for layers that take one.
+
+  What is returned has the arguments of `jax.lax.dot_general`. lhs (activations) is x, rhs (a
+  kernel) is w, and out = sum_k x_hat[..., k] * w_hat[..., k] over all contracted axes together.
+  Groups run along the contracted axes in lhs's order, the last one fastest; the product of their
+  sizes is a multiple of the group size. The dtype is that of `jax.lax.dot_general`. Its method
+  `einsum(subscripts, x, w)` is for layers that take an einsum. Two results of the same arguments
+  are equal, so that no program is compiled twice.
+
+  Args:
+    mode: "nvfp4" or "mxfp8".
+    backward: "straight_through" or "quantized", as for `qqmm`.
+    global_scale: nvfp4 only. "amax" gives both operands global scales, the largest magnitude of
+      each matrix, taken anew in every call; None gives none.
+
+  Returns:
+    A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *,
+    out_sharding=None).
+
+  Raises:
+    TypeError, ValueError: mode, backward or global_scale is not as above; or, in a call, the
+      contraction is no `qqmm`: no axis is contracted, sizes make no whole groups, or an operand
+      is none of float32, float16 and bfloat16.
+
+  Example:
+    >>> dot_general = jaxqq.dot_general("mxfp8")
+    >>> x, kernel = jnp.ones((2, 8, 64)), jnp.ones((64, 4, 16))
+    >>> dot_general(x, kernel, (((2,), (0,)), ((), ()))).shape
+    (2, 8, 4, 16)
+    >>> dot_general.einsum("btd,dhk->bthk", x, kernel).shape
+    (2, 8, 4, 16)
+
+  Source: `jax.lax.dot_general`; `mlx.core.qqmm`.
+  """
+  return DotGeneral(mode, backward, global_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class DotGeneral:
+  """What `dot_general` returns."""
+
+  mode: str
+  backward: str = "straight_through"
+  global_scale: str | None = None
+  function: dataclasses.InitVar[str] = FUNCTION  # that its errors name
+
+  def __post_init__(self, function: str) -> None:
+    fmt = check_format(function, self.mode, None, None, multiplies=True)
+    if not isinstance(self.backward, str) or self.backward not in BACKWARDS:
+      raise ValueError(
+        f"{function}: unknown backward {self.backward!r}; it must be one of "
+        f"{', '.join(repr(name) for name in BACKWARDS)}."
+      )
+    if self.global_scale is None:
+      return
+    if not isinstance(self.global_scale, str) or self.global_scale != "amax":
+      raise ValueError(
+        f"{function}: global_scale must be 'amax' or None, got {self.global_scale!r}; it is taken "
+        "from the operands of each call."
+      )
+    check_has_global_scale(function, "global_scale", fmt)
+
+  def __call__(
+    self,
+    lhs: ArrayLike,
+    rhs: ArrayLike,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+  ) -> jax.Array:
+    """`jax.lax.dot_general(lhs, rhs, dimension_numbers)` of the quantized operands."""
+    lhs, rhs = operand("lhs", lhs), operand("rhs", rhs)
+    of_lhs, of_rhs = checked_axes(lhs, rhs, dimension_numbers)
+    self._check_groups(lhs, of_lhs)
+    x, w = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
+    operands = Operands(x, w)
+    if self.global_scale is not None:
+      amaxes = amax_of_each_matrix(x, len(of_lhs.batch)), amax_of_each_matrix(w, w.ndim - 2)
+      operands = Operands(x, w, None, *amaxes)
+    out_dtype = _out_dtype(lhs.dtype, rhs.dtype, preferred_element_type)
+    out = self._product(operands, self.mode, precision, out_dtype)
+    return placed(out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free)), out_sharding)
+
+  def einsum(
+    self,
+    subscripts: str,
+    x: ArrayLike,
+    w: ArrayLike,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+  ) -> jax.Array:
+    """`jnp.einsum(subscripts, x, w)` of the quantized operands, for layers that take an einsum.
+
+    Raises:
+      TypeError, ValueError: as in a call; subscripts without an output, or that sum over an
+        index of one operand only.
+
+    Example:
+      >>> einsum = jaxqq.dot_general("nvfp4").einsum
+      >>> einsum("...d,df->...f", jnp.ones((2, 3, 64)), jnp.ones((64, 5))).shape
+      (2, 3, 5)
+    """
+    x, w = operand("x", x), operand("w", w)
+    plan = _einsum.plan(f"{FUNCTION}.einsum", subscripts, x.ndim, w.ndim)
+    out = self(x, w, plan.dimension_numbers, precision, preferred_element_type)
+    return placed(plan.in_order(out), out_sharding)
+
+  def packed(
+    self,
+    lhs: ArrayLike,
+    weight: QuantizedWeight,  # (batch, n, k)
+    contracting: Axes,  # of lhs
+    batch: Axes,  # of lhs
+    out_features: Axes,  # whose product is n
+    precision: Any = None,
+    preferred_element_type: Any = None,
+  ) -> jax.Array:
+    """The same product by a weight quantized before: (batch, free axes of lhs, out_features).
+
+    Mode and global scale are the weight's.
+    """
+    fmt = check_format(FUNCTION, weight.mode, None, None, multiplies=True)
+    lhs = operand("lhs", lhs)
+    axes = AxesOf.of(lhs.ndim, contracting, batch)
+    x = as_x(lhs, axes)
+    batch_shape = sizes(lhs, axes.batch)
+    right = (*batch_shape, math.prod(out_features), x.shape[-1])
+    if weight.shape != right:
+      raise ValueError(
+        f"{FUNCTION}: a packed weight of shape {right} is needed for lhs ({describe(lhs)}) "
+        f"contracted along axes {axes.contracting}, got {weight!r}."
+      )
+    global_scale_x = None
+    if weight.global_scale is not None:
+      global_scale_x = weight.input_global_scale
+      if global_scale_x is None:
+        global_scale_x = amax_of_each_matrix(x, len(axes.batch))
+    operands = Operands(x, weight.packed, weight.scales, global_scale_x, weight.global_scale)
+    out_dtype = _out_dtype(lhs.dtype, lhs.dtype, preferred_element_type)
+    out = self._product(operands, fmt.mode, precision, out_dtype)
+    return out.reshape(*rows(lhs, axes), *out_features)
+
+  def _product(
+    self, operands: Operands, mode: str, precision: Any, out_dtype: np.dtype
+  ) -> jax.Array:
+    return product(
+      operands,
+      {
+        "mode": mode,
+        "out_dtype": out_dtype,
+        "backward": self.backward,
+        "precision": _precision(precision),
+      },
+    )
+
+  def _check_groups(self, lhs: jax.Array, axes: AxesOf) -> None:
+    group_size = FORMATS[self.mode].group_size
+    contracted = sizes(lhs, axes.contracting)
+    if not contracted:
+      raise ValueError(
+        f"{FUNCTION}: no axis of lhs ({describe(lhs)}) is contracted, and a qqmm sums over at "
+        "least one; multiply by broadcasting instead."
+      )
+    k = math.prod(contracted)
+    if k % group_size:
+      raise ValueError(
+        f"{FUNCTION}: the contracted axes {axes.contracting} of lhs ({describe(lhs)}) have {k} "
+        f"elements, which must be a multiple of the group size {group_size} of mode {self.mode!r}; "
+        "pad them with zeros."
+      )
+
+
+@functools.cache
+def _out_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
+  """What `jax.lax.dot_general` gives of these two, or what is preferred."""
+  scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (lhs, rhs))
+  dot = functools.partial(
+    lax.dot_general, dimension_numbers=(((), ()), ((), ())), preferred_element_type=preferred
+  )
+  dtype = np.dtype(jax.eval_shape(dot, *scalars).dtype)
+  if dtype not in FLOATS:
+    raise TypeError(
+      f"{FUNCTION}: preferred_element_type must be {names(FLOATS)}, got {preferred!r}."
+    )
+  return dtype
+
+
+def _precision(precision: Any) -> lax.Precision | None:
+  """The higher of two, where each operand has its own."""
+  if precision is None or isinstance(precision, lax.Precision):
+    return precision
+  if isinstance(precision, (tuple, list)) and len(precision) == 2:
+    both = [_precision(one) for one in precision]
+    return max(both, key=lambda one: -1 if one is None else int(one.value))
+  try:
+    return lax.Precision(precision)
+  except ValueError:
+    raise TypeError(
+      f"{FUNCTION}: precision must be None, a jax.lax.Precision or its name, or two of them, got "
+      f"{precision!r}."
+    ) from None
+
+
+def placed(out: jax.Array, out_sharding: Any) -> jax.Array:
+  if out_sharding is None:
+    return out
+  mesh = getattr(out_sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
+  if mesh.are_all_axes_auto:
+    return lax.with_sharding_constraint(out, out_sharding)
+  return jax.sharding.reshard(out, out_sharding)

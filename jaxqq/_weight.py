@@ -1,0 +1,296 @@
+"""A quantized weight as one value: packed codes, scales, and what is needed to multiply by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import GetAttrKey
+from jax.typing import DTypeLike
+
+from jaxqq._checks import (
+  FLOATS,
+  as_array,
+  check_dtype,
+  check_format,
+  check_groups,
+  check_has_global_scale,
+  check_packed,
+  describe,
+  names,
+)
+from jaxqq._convert import dequantize, quantize
+from jaxqq._formats import FORMATS, Format
+
+LEAVES = ("packed", "scales", "global_scale", "input_global_scale")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class QuantizedWeight:
+  """A packed weight of logical shape (..., N, K), which `qqmm` takes in w's place.
+
+  w_hat[n, k] = code[n, k] * scale[n, k / group_size] * (global_scale / 2688), the last factor
+  where there is a global scale. It is a pytree: its arrays pass through jit, vmap, scan and
+  checkpoints as those of any other tree, and mode and dtype are part of its structure. Every
+  array has the leading axes of packed, so that an axis of stacked layers can be mapped over.
+
+  Args:
+    packed: uint32, (..., N, K * bits / 32), as `quantize` packs.
+    scales: (..., N, K / group_size), uint8 or the same bytes as float8_e4m3fn (nvfp4) or
+      float8_e8m0fnu (mxfp8, mxfp4).
+    mode: "nvfp4", "mxfp8" or "mxfp4" (which `qqmm` cannot multiply).
+    global_scale: nvfp4 only, float32, (...) or of size 1: the amax each matrix was quantized with.
+    dtype: float32, float16 or bfloat16: that of the weight before, and of `dequantize`.
+    input_global_scale: nvfp4 only, float32, (...) or of size 1: a static amax of the activations,
+      as some checkpoints bring it. `qqmm` uses it as global_scale_x where it is given none.
+
+  Raises:
+    TypeError: an array or dtype is of a type that it may not be.
+    ValueError: mode or a shape is not as above.
+
+  Example:
+    >>> weight = jaxqq.QuantizedWeight(*jaxqq.quantize(jnp.ones((8, 64))))
+    >>> weight.shape, weight.nbytes
+    ((8, 64), 288)
+    >>> jaxqq.qqmm(jnp.ones((2, 64)), weight).shape
+    (2, 8)
+
+  Source: the operands of `mlx.core.qqmm`; OCP Microscaling Formats v1.0.
+  """
+
+  packed: Any
+  scales: Any
+  global_scale: Any
+  input_global_scale: Any
+  mode: str
+  dtype: np.dtype
+
+  def __init__(
+    self,
+    packed: Any,
+    scales: Any,
+    mode: str = "nvfp4",
+    global_scale: Any = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    input_global_scale: Any = None,
+  ):
+    function = "QuantizedWeight"
+    fmt = check_format(function, mode, None, None)
+    packed, scales = check_packed(function, packed, scales, fmt, name="packed", abstract=True)
+    if len(packed.shape) < 2:
+      raise ValueError(
+        f"{function}: packed must have at least two dimensions, (N, K * {fmt.bits} / 32) or "
+        f"(..., N, K * {fmt.bits} / 32), got {describe(packed)}."
+      )
+    batch_shape = tuple(packed.shape[:-2])
+    scale_of = functools.partial(_scale_of_each_matrix, function, fmt=fmt, batch_shape=batch_shape)
+    self._set(
+      packed=packed,
+      scales=_as_bytes(scales),
+      global_scale=scale_of("global_scale", global_scale),
+      input_global_scale=scale_of("input_global_scale", input_global_scale),
+      mode=fmt.mode,
+      dtype=_checked_dtype(function, dtype),
+    )
+
+  def _set(self, **fields: Any) -> None:
+    for name, value in fields.items():
+      object.__setattr__(self, name, value)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The logical shape, (..., N, K)."""
+    return (*self.packed.shape[:-1], self.packed.shape[-1] * FORMATS[self.mode].codes_per_word)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.packed.shape)
+
+  @property
+  def size(self) -> int:
+    """How many numbers it stands for."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """What its arrays take, scales included."""
+    return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
+
+  def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
+    """The weight as numbers, (..., N, K).
+
+    Args:
+      dtype: float32, float16 or bfloat16; None is the weight's own.
+
+    Returns:
+      w_hat, rounded to dtype.
+
+    Raises:
+      TypeError: dtype is none of the three.
+
+    Example:
+      >>> weight = jaxqq.quantize_weight(jnp.full((4, 64), 3.0))
+      >>> weight.dequantize()[0, 0].item()
+      3.0
+    """
+    dtype = _checked_dtype("QuantizedWeight.dequantize", self.dtype if dtype is None else dtype)
+
+    def one(packed: Any, scales: Any, global_scale: Any) -> jax.Array:
+      out: jax.Array = dequantize(
+        packed, scales, mode=self.mode, global_scale=global_scale, dtype=dtype
+      )
+      return out
+
+    of_each = one
+    for _ in range(0 if self.global_scale is None else jnp.ndim(self.global_scale)):
+      of_each = jax.vmap(of_each)
+    return of_each(self.packed, self.scales, self.global_scale)
+
+  def __repr__(self) -> str:
+    try:
+      shape: Any = self.shape
+    except (AttributeError, TypeError):  # a tree of shardings, of axes, of None
+      leaves = ", ".join(f"{name}={getattr(self, name)!r}" for name in LEAVES)
+      return f"QuantizedWeight({leaves}, mode={self.mode!r}, dtype={self.dtype.name})"
+    scaled = [name for name in LEAVES[2:] if getattr(self, name) is not None]
+    words = "".join(f", with {name}" for name in scaled)
+    return f"QuantizedWeight({self.mode}, {self.dtype.name} {shape}{words})"
+
+
+def quantize_weight(
+  w: Any,
+  mode: str = "nvfp4",
+  *,
+  global_scale: Any = None,
+) -> QuantizedWeight:
+  """Quantizes a weight along its last axis, the one that `qqmm` sums over.
+
+  Args:
+    w: float32, float16 or bfloat16, (..., N, K), K a multiple of the group size. Leading axes are
+      stacked matrices.
+    mode: "nvfp4", "mxfp8" or "mxfp4".
+    global_scale: nvfp4 only. "amax" takes the largest magnitude of each matrix; a float32 scalar,
+      or one for each matrix, is taken as it is; None is no global scale.
+
+  Returns:
+    The packed weight, which knows w's shape and dtype.
+
+  Raises:
+    TypeError: w or global_scale is of a type that it may not be.
+    ValueError: mode or a shape is not as above, or a global scale is given in another mode.
+
+  Example:
+    >>> w = jax.random.normal(jax.random.key(0), (32, 64))
+    >>> weight = jaxqq.quantize_weight(w, global_scale="amax")
+    >>> weight
+    QuantizedWeight(nvfp4, float32 (32, 64), with global_scale)
+    >>> w.nbytes, weight.nbytes
+    (8192, 1156)
+
+  Source: `mlx.core.quantize`, whose bits these are.
+  """
+  function = "quantize_weight"
+  fmt = check_format(function, mode, None, None)
+  w = as_array(function, "w", w)
+  check_dtype(function, "w", w, FLOATS)
+  if len(w.shape) < 2:
+    raise ValueError(
+      f"{function}: w must have at least two dimensions, (N, K) or (..., N, K), got {describe(w)}."
+    )
+  check_groups(function, "w", w, fmt)
+  w = jnp.asarray(w)
+  batch_shape = w.shape[:-2]
+  if isinstance(global_scale, str):
+    if global_scale != "amax":
+      raise ValueError(
+        f"{function}: unknown global_scale {global_scale!r}; it must be 'amax', float32 or None."
+      )
+    check_has_global_scale(function, "global_scale", fmt)
+    global_scale = amax_of_each_matrix(w, len(batch_shape))
+  scale = _scale_of_each_matrix(
+    function, "global_scale", global_scale, fmt=fmt, batch_shape=batch_shape
+  )
+
+  def one(w: jax.Array, global_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    return quantize(w, mode=fmt.mode, global_scale=global_scale)
+
+  of_each = one
+  for _ in range(0 if scale is None else len(batch_shape)):
+    of_each = jax.vmap(of_each)
+  packed, scales = of_each(w, scale)
+  return QuantizedWeight(packed, scales, fmt.mode, scale, w.dtype)
+
+
+def amax_of_each_matrix(a: jax.Array, batch_ndim: int) -> jax.Array:
+  """float32, over all but the first batch_ndim axes; global scales have no gradient."""
+  magnitude = jnp.abs(lax.stop_gradient(a))
+  amax = jnp.max(magnitude, axis=tuple(range(batch_ndim, a.ndim)), initial=0)
+  return amax.astype(jnp.float32)
+
+
+def _scale_of_each_matrix(
+  function: str, name: str, value: Any, *, fmt: Format, batch_shape: tuple[int, ...]
+) -> Any:
+  """float32 of batch_shape, from that or from what has size 1; None from None."""
+  if value is None:
+    return None
+  check_has_global_scale(function, name, fmt)
+  value = as_array(function, name, value, abstract=True)
+  check_dtype(function, name, value, (np.dtype(np.float32),))
+  shape = tuple(value.shape)
+  if shape == batch_shape:
+    return value
+  if math.prod(shape) != 1:
+    raise ValueError(
+      f"{function}: {name} must be a float32 scalar, or one for each matrix, of shape "
+      f"{batch_shape}, got {describe(value)}."
+    )
+  if isinstance(value, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(batch_shape, value.dtype)
+  return jnp.broadcast_to(jnp.asarray(value).reshape(()), batch_shape)
+
+
+def _as_bytes(scales: Any) -> Any:
+  """Scales as uint8, whichever type of one byte they came in."""
+  if np.dtype(scales.dtype) == np.uint8:
+    return scales
+  if isinstance(scales, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(scales.shape, np.uint8)
+  if isinstance(scales, np.ndarray):
+    return scales.view(np.uint8)
+  return lax.bitcast_convert_type(scales, jnp.uint8)
+
+
+def _checked_dtype(function: str, dtype: Any) -> np.dtype:
+  try:
+    checked = np.dtype(dtype)
+  except TypeError:
+    checked = None
+  if checked not in FLOATS:
+    raise TypeError(f"{function}: dtype must be {names(FLOATS)}, got {dtype!r}.")
+  return checked
+
+
+def _flatten(weight: QuantizedWeight) -> tuple[tuple[Any, ...], tuple[str, np.dtype]]:
+  return tuple(getattr(weight, name) for name in LEAVES), (weight.mode, weight.dtype)
+
+
+def _flatten_with_keys(weight: QuantizedWeight) -> Any:
+  leaves, static = _flatten(weight)
+  return tuple(zip(map(GetAttrKey, LEAVES), leaves, strict=True)), static
+
+
+def _unflatten(static: tuple[str, np.dtype], leaves: Any) -> QuantizedWeight:
+  """Unchecked: trees of shardings, of axes, of None have this structure too."""
+  weight = object.__new__(QuantizedWeight)
+  weight._set(**dict(zip(LEAVES, leaves, strict=True)), mode=static[0], dtype=static[1])
+  return weight
+
+
+jax.tree_util.register_pytree_with_keys(QuantizedWeight, _flatten_with_keys, _unflatten, _flatten)

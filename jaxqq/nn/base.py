@@ -1,0 +1,240 @@
+"""What the layers of Flax NNX share: a kernel that can be packed, and its product with inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxqq._dot_general import DotGeneral
+from jaxqq._formats import FORMATS
+from jaxqq._weight import LEAVES, QuantizedWeight, quantize_weight
+from jaxqq.nn.kernel import Axes, KernelAxes
+
+# Attributes of every layer of nnx.
+COPIED = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type")
+# Functions that a layer of nnx may have been given, and what they are in one that was given none.
+OVERRIDES: dict[str, tuple[Any, ...]] = {
+  "dot_general": (None, lax.dot_general),
+  "dot_general_cls": (None,),
+  "einsum_op": (None, jnp.einsum),
+}
+# Metadata of a variable that says where it lives, and holds for a packed kernel too.
+PLACEMENT = ("mesh", "sharding_rules", "eager_sharding")
+
+
+class _NoKeys:
+  """Random keys for initializers that use none."""
+
+  def params(self) -> None:
+    return None
+
+
+NO_NUMBERS: Any = {
+  "kernel_init": lambda key, shape, dtype: np.zeros(shape, dtype),
+  "rngs": _NoKeys(),
+}
+
+
+class Packed(nnx.Variable[Any]):
+  """An array of a packed kernel. It is no `nnx.Param`: gradients and optimizers pass it by."""
+
+
+class QuantizedLayer(nnx.Module):
+  """A kernel, unpacked as `kernel` or packed as `weight`, and a bias.
+
+  A subclass says which axes of its kernel are what, and calls `_product`. More axes in front
+  are those of stacked layers, as `nnx.vmap` makes them.
+  """
+
+  dot_general: DotGeneral
+  dtype: Any
+  param_dtype: Any
+  precision: Any
+  promote_dtype: Any
+  preferred_element_type: Any
+  input_global_scale: Packed | None
+
+  original: ClassVar[type[nnx.Module]]  # the layer of nnx that it stands for
+  copied: ClassVar[tuple[str, ...]]  # and attributes of that
+
+  def _take(self, function: str, layer: Any, dot_general: DotGeneral) -> None:
+    """Becomes the same layer as one of nnx, and shares its variables."""
+    reason = why_not(type(self), layer, dot_general.mode)
+    if reason is not None:
+      raise ValueError(f"{function}: {reason}.")
+    for name in (*self.copied, *COPIED):
+      setattr(self, name, getattr(layer, name))
+    self.dot_general = dot_general
+    self.kernel: nnx.Variable[Any] | None = layer.kernel
+    self.bias: nnx.Variable[Any] | None = nnx.data(None) if layer.bias is None else layer.bias
+    for name in LEAVES:
+      setattr(self, name, nnx.data(None))
+    self._remember_kernel(layer.kernel)
+
+  def _remember_kernel(self, kernel: nnx.Variable[Any]) -> None:
+    """What `unpack` makes the kernel with."""
+    self.kernel_type: type[nnx.Variable[Any]] = type(kernel)
+    self.kernel_metadata: tuple[tuple[str, Any], ...] = tuple(kernel.get_metadata().items())
+
+  @classmethod
+  def _from(cls, method: str, layer: Any, dot_general: DotGeneral) -> Self:
+    function = f"{cls.__name__}.{method}"
+    if type(layer) is not cls.original:
+      raise TypeError(
+        f"{function}: the layer must be an nnx.{cls.original.__name__}, got "
+        f"{type(layer).__module__}.{type(layer).__name__}; what a class made from it does "
+        "would be lost."
+      )
+    own = cls._placeholder(dot_general)
+    own._take(function, layer, dot_general)
+    return own
+
+  @classmethod
+  def _placeholder(cls, dot_general: DotGeneral, **options: Any) -> Self:
+    """The smallest layer there is."""
+    build: Any = cls
+    k = FORMATS[dot_general.mode].group_size
+    return build(k, 1, mode=dot_general.mode, use_bias=False, **NO_NUMBERS, **options)
+
+  def kernel_axes(self) -> KernelAxes:
+    """Also of the layer of nnx that this one stands for, given as self."""
+    raise NotImplementedError
+
+  @property
+  def mode(self) -> str:
+    return self.dot_general.mode
+
+  @property
+  def is_packed(self) -> bool:
+    return self.kernel is None
+
+  @property
+  def weight(self) -> QuantizedWeight | None:
+    """The packed kernel, (..., N, K); None while it is unpacked."""
+    if not self.is_packed:
+      return None
+    variables = {name: getattr(self, name) for name in LEAVES}
+    values: Any = {name: None if v is None else v.get_value() for name, v in variables.items()}
+    return QuantizedWeight(**values, mode=self.mode, dtype=self.param_dtype)
+
+  def pack(self) -> None:
+    """Replaces the kernel by its packed weight, by which the layer computes the same.
+
+    What it multiplies by is quantized: the kernel in the layer's dtype, where it has one.
+    """
+    if self.is_packed:
+      return
+    self.set_weight(self.quantized())
+
+  def quantized(self) -> QuantizedWeight:
+    """What `pack` would set; of a packed layer, its weight."""
+    weight = self.weight
+    if weight is not None:
+      return weight
+    assert self.kernel is not None
+    kernel = self.kernel.get_value()
+
+    def quantize(kernel: jax.Array) -> QuantizedWeight:
+      cast = kernel if self.dtype is None else kernel.astype(self.dtype)
+      matrices = self.kernel_axes().as_matrices(cast)
+      return quantize_weight(matrices, self.mode, global_scale=self.dot_general.global_scale)
+
+    is_abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+    weight = jax.eval_shape(quantize, kernel) if is_abstract else quantize(kernel)
+    scale = self.input_global_scale
+    return dataclasses.replace(
+      weight,
+      dtype=np.dtype(kernel.dtype),
+      input_global_scale=None if scale is None else scale.get_value(),
+    )
+
+  def set_weight(self, weight: QuantizedWeight) -> None:
+    """Makes the layer a packed one, with this weight.
+
+    Args:
+      weight: of logical shape (..., N, K): N and K are the flattened output and contracted
+        axes, before them come the axes of stacked layers and of batches. The layer takes its mode.
+
+    Raises:
+      ValueError: its shape does not fit the layer.
+    """
+    axes = self.kernel_axes()
+    right = axes.matrices_shape
+    if weight.shape[-len(right) :] != right:
+      raise ValueError(
+        f"{type(self).__name__}.set_weight: the weight must have the logical shape {right}, got "
+        f"{weight!r}."
+      )
+    if self.kernel is not None:
+      self._remember_kernel(self.kernel)
+      self.kernel = nnx.data(None)
+    metadata = dict(self.kernel_metadata)
+    self.dot_general = dataclasses.replace(
+      self.dot_general,
+      mode=weight.mode,
+      global_scale=None if weight.global_scale is None else "amax",
+    )
+    self.param_dtype = weight.dtype
+    placement: Any = {name: metadata[name] for name in PLACEMENT if name in metadata}
+    names = axes.names_of_matrices(metadata.get("out_sharding"), weight.ndim)
+    for name in LEAVES:
+      value = getattr(weight, name)
+      if value is None:
+        setattr(self, name, nnx.data(None))
+        continue
+      if names is not None:
+        placement["out_sharding"] = names[: len(value.shape)]
+      setattr(self, name, Packed(value, **placement))
+
+  def unpack(self) -> None:
+    """Replaces the packed weight by a kernel of what it stands for, to be trained further."""
+    weight = self.weight
+    if weight is None:
+      return
+    is_abstract = isinstance(weight.packed, jax.ShapeDtypeStruct)
+
+    def kernel_of(weight: QuantizedWeight) -> jax.Array:
+      return self.kernel_axes().from_matrices(weight.dequantize())
+
+    kernel = jax.eval_shape(kernel_of, weight) if is_abstract else kernel_of(weight)
+    self.kernel = self.kernel_type(kernel, **dict(self.kernel_metadata))
+    for name in LEAVES[:3]:  # a static scale of the inputs stays for the next pack()
+      setattr(self, name, nnx.data(None))
+
+  def _promoted(self, inputs: jax.Array) -> tuple[jax.Array, Any, Any]:
+    """Inputs, kernel and bias as nnx promotes them; of a packed kernel, nothing but its dtype."""
+    packed_dtype = jnp.zeros((0,), self.param_dtype)
+    kernel = packed_dtype if self.kernel is None else self.kernel[...]
+    bias = None if self.bias is None else self.bias[...]
+    promoted = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+    return promoted[0], promoted[1], promoted[2]
+
+  def _product(
+    self, inputs: jax.Array, kernel: jax.Array, contracting: Axes, batch: Axes
+  ) -> jax.Array:
+    """The product with axes (batch, free axes of inputs, free axes of the kernel)."""
+    axes, weight = self.kernel_axes(), self.weight
+    options = (self.precision, self.preferred_element_type)
+    if weight is not None:
+      return self.dot_general.packed(inputs, weight, contracting, batch, axes.features, *options)
+    numbers = ((contracting, axes.contracting), (batch, axes.batch))
+    return self.dot_general(inputs, kernel, numbers, *options)
+
+
+def why_not(kind: type[QuantizedLayer], layer: Any, mode: str) -> str | None:
+  """Why a layer of nnx cannot become one of this kind; None if it can."""
+  for name, usual in OVERRIDES.items():
+    value = getattr(layer, name, None)
+    if not any(value is own for own in usual) and not isinstance(value, DotGeneral):
+      return f"it has its own {name}, which qqmm would replace"
+  try:
+    axes = kind.kernel_axes(layer)
+  except ValueError as error:
+    return str(error).rstrip(".").partition(": ")[2]
+  return axes.why_not(layer.kernel, mode)

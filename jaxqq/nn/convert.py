@@ -1,0 +1,220 @@
+"""A whole model of Flax NNX, converted layer by layer and in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import nnx
+
+from jaxqq._checks import check_format
+from jaxqq._dot_general import DotGeneral
+from jaxqq._formats import FORMATS
+from jaxqq.nn.base import Packed, QuantizedLayer, why_not
+from jaxqq.nn.layers import LAYERS
+from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
+
+FUNCTION = "quantize_model"
+Predicate = Callable[[str, nnx.Module], bool | str]
+
+
+def quantize_model(
+  model: nnx.Module,
+  mode: str = "nvfp4",
+  *,
+  predicate: Predicate | None = None,
+  packed: bool = False,
+  backward: str = "straight_through",
+  global_scale: str | None = None,
+) -> Report:
+  """Converts the layers of a Flax NNX model, in place, to layers that multiply by `qqmm`.
+
+  nnx.Linear becomes `QQLinear`, nnx.LinearGeneral (so the projections of nnx.MultiHeadAttention)
+  `QQLinearGeneral`, nnx.Einsum `QQEinsum`. Unpacked, for training, they share the variables of the
+  layers before, so that the model's state is the same tree. Packed, for serving, each kernel is
+  replaced by its quantized weight. A layer that the model holds twice stays one layer. Works on
+  abstract models (`nnx.eval_shape`) too.
+
+  Args:
+    model: any nnx.Module that holds layers.
+    mode: "nvfp4" or "mxfp8".
+    predicate: a function of (path, layer), path as "blocks.0.attention.query", that says whether
+      to convert a layer; it may also answer with the mode for that layer. None converts all.
+    packed: whether to pack the kernels.
+    backward: "straight_through" or "quantized", as for `qqmm`.
+    global_scale: nvfp4 only: "amax" or None, as for `QQLinear`.
+
+  Returns:
+    What became of each layer that has parameters; `str(report)` is a table.
+
+  Raises:
+    TypeError: model is no nnx.Module, or a layer itself.
+    ValueError: mode, backward or global_scale is not as above.
+
+  Example:
+    >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> report = jaxqq.nn.quantize_model(model, "mxfp8", packed=True)
+    >>> report["layers.0"].converted, report.bytes_before, report.bytes_after
+    (True, 16640, 4480)
+
+  Source: `mlx.nn.quantize`.
+  """
+  dot_general = DotGeneral(mode, backward, global_scale, function=FUNCTION)
+  if not isinstance(model, nnx.Module):
+    raise TypeError(f"{FUNCTION}: model must be an nnx.Module, got {type(model).__name__}.")
+  if type(model) in LAYERS:
+    kind = LAYERS[type(model)].__name__
+    raise TypeError(
+      f"{FUNCTION}: model is a single nnx.{type(model).__name__}, which cannot be replaced in "
+      f"place; make a layer of it with jaxqq.nn.{kind}."
+    )
+  conversion = _Conversion(dot_general, predicate, packed)
+  conversion.walk((), model)
+  return Report(tuple(conversion.rows))
+
+
+def pack(model: nnx.Module) -> None:
+  """Packs every quantized layer of a model (or the one that it is), for serving.
+
+  Example:
+    >>> model = nnx.Sequential(jaxqq.nn.QQLinear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> jaxqq.nn.pack(model)
+    >>> model.layers[0].is_packed
+    True
+  """
+  for layer in _quantized_layers(model):
+    layer.pack()
+
+
+def unpack(model: nnx.Module) -> None:
+  """Unpacks every packed layer of a model (or the one that it is), to train it further.
+
+  Example:
+    >>> model = nnx.Sequential(jaxqq.nn.QQLinear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> jaxqq.nn.pack(model)
+    >>> jaxqq.nn.unpack(model)
+    >>> model.layers[0].kernel.shape
+    (64, 64)
+  """
+  for layer in _quantized_layers(model):
+    layer.unpack()
+
+
+def _quantized_layers(model: nnx.Module) -> Iterator[QuantizedLayer]:
+  nodes = [node for _, node in nnx.iter_graph(model)]
+  return (node for node in nodes if isinstance(node, QuantizedLayer))
+
+
+@dataclasses.dataclass
+class _Conversion:
+  """One walk over a model, and what it finds on the way."""
+
+  dot_general: DotGeneral
+  predicate: Predicate | None
+  packed: bool
+  rows: list[LayerReport] = dataclasses.field(default_factory=list)
+  # By id, a node (kept, so that the id stays its own) and what stands in its place.
+  seen: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+  def walk(self, path: tuple[str, ...], node: Any) -> Any:
+    """What stands in node's place: itself, with new children, or the layer it became."""
+    if isinstance(node, nnx.Variable) or not isinstance(node, (nnx.Pytree, list, dict, tuple)):
+      return node
+    if id(node) in self.seen:
+      return self.seen[id(node)][1]
+    self.seen[id(node)] = node, node
+    after = node
+    if isinstance(node, nnx.Module) and _parameters(node):
+      after = self.layer(".".join(path), node)
+    if after is node:
+      after = self.children(path, node)
+    self.seen[id(node)] = node, after
+    return after
+
+  def children(self, path: tuple[str, ...], node: Any) -> Any:
+    if isinstance(node, tuple):
+      after = [self.walk((*path, str(i)), child) for i, child in enumerate(node)]
+      if all(new is old for new, old in zip(after, node, strict=True)):
+        return node
+      return type(node)(*after) if hasattr(node, "_fields") else tuple(after)
+    for key, child in _items(node):
+      new = self.walk((*path, str(key)), child)
+      if new is child:
+        continue
+      if isinstance(node, (list, dict)):
+        node[key] = new
+      else:
+        setattr(node, key, nnx.data(new))
+    return node
+
+  def layer(self, path: str, node: nnx.Module) -> nnx.Module:
+    """The layer converted, or as it is, and its row of the report."""
+    mode, reason = self.choice(path, node)
+    before = _parameters(node)
+    kernel = getattr(node, "kernel", None)
+    largest = max(before, key=lambda v: math.prod(v.shape))
+    row = LayerReport(
+      path=path,
+      kind=type(node).__name__,
+      shape=tuple(largest.shape if kernel is None else kernel.shape),
+      mode=mode,
+      reason=reason,
+      bytes_before=num_bytes(before),
+      bytes_after=num_bytes(before),
+    )
+    if mode is None:
+      self.rows.append(row)
+      return node
+    fmt, dot_general = FORMATS[mode], self.dot_general
+    scale = dot_general.global_scale if fmt.has_global_scale else None
+    dot_general = dataclasses.replace(dot_general, mode=mode, global_scale=scale)
+    layer: Any = LAYERS[type(node)]._from("quantize_model", node, dot_general)
+    weight = layer.quantized()
+    error = relative_error(layer.kernel.get_value(), weight, layer.kernel_axes())
+    if self.packed:
+      layer.set_weight(weight)
+    after = num_bytes(_parameters(layer))
+    self.rows.append(dataclasses.replace(row, bytes_after=after, relative_error=error))
+    return layer
+
+  def choice(self, path: str, node: nnx.Module) -> tuple[str | None, str | None]:
+    """The mode to convert to, or None and why not."""
+    kind = LAYERS.get(type(node))
+    if kind is None:
+      return None, _why_no_layer(node)
+    mode = self.dot_general.mode
+    chosen = True if self.predicate is None else self.predicate(path, node)
+    if isinstance(chosen, str):
+      mode = check_format(FUNCTION, chosen, None, None, multiplies=True).mode
+    if not chosen:
+      return None, "predicate leaves it out"
+    reason = why_not(kind, node, mode)
+    return (mode, None) if reason is None else (None, reason)
+
+
+def _why_no_layer(node: nnx.Module) -> str:
+  if isinstance(node, QuantizedLayer):
+    return "it is quantized already"
+  if type(node) is getattr(nnx, type(node).__name__, None):
+    reason = NO_PRODUCT.get(type(node).__name__)
+    if reason is not None:
+      return reason
+  for original in LAYERS:
+    if isinstance(node, original):
+      return f"what it adds to nnx.{original.__name__} would be lost"
+  return "it is no layer of nnx that multiplies by a kernel"
+
+
+def _items(node: Any) -> list[tuple[Any, Any]]:
+  if isinstance(node, list):
+    return list(enumerate(node))
+  if isinstance(node, dict):
+    return list(node.items())
+  return [(key, child) for key, child in vars(node).items() if not key.startswith("_pytree__")]
+
+
+def _parameters(node: nnx.Module) -> list[nnx.Variable[Any]]:
+  """Those that a module holds itself, packed or not."""
+  return [child for _, child in _items(node) if isinstance(child, (nnx.Param, Packed))]

@@ -1,0 +1,261 @@
+"""Flax Linen: a layer, the conversion of a tree of parameters, and models applied with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, serialization
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+
+from jaxqq import _einsum
+from jaxqq._dot_general import DotGeneral
+from jaxqq._weight import LEAVES, QuantizedWeight
+from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum
+
+Predicate = Callable[[str, linen.Module], bool]
+
+
+class QQDense(linen.Module):
+  """A dense layer that quantizes its inputs and its kernel: `nn.Dense` of Flax Linen by `qqmm`.
+
+  y[..., n] = sum_k x_hat[..., k] * kernel_hat[k, n] + bias[n]. The parameters are those of
+  `nn.Dense`, and the kernel may be a `QuantizedWeight`, as `quantize_params` makes it.
+
+  Attributes:
+    features: N.
+    mode: "nvfp4" or "mxfp8"; of a `QuantizedWeight`, its own holds.
+    backward: "straight_through" or "quantized", as for `qqmm`.
+    global_scale: nvfp4 only. "amax" gives inputs and kernel global scales, taken in every call;
+      None gives none.
+    use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for
+      `nn.Dense`.
+
+  Example:
+    >>> layer = jaxqq.nn.QQDense(32, mode="mxfp8")
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 64)))
+    >>> params, report = jaxqq.nn.quantize_params(variables["params"], "mxfp8")
+    >>> params["kernel"]
+    QuantizedWeight(mxfp8, float32 (32, 64))
+    >>> layer.apply({"params": params}, jnp.ones((2, 64))).shape
+    (2, 32)
+
+  Source: `mlx.nn.QQLinear`; `flax.linen.Dense`.
+  """
+
+  features: int
+  mode: str = "nvfp4"
+  backward: str = "straight_through"
+  global_scale: str | None = None
+  use_bias: bool = True
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+  precision: Any = None
+  kernel_init: Any = linen.initializers.lecun_normal()
+  bias_init: Any = linen.initializers.zeros_init()
+  promote_dtype: Any = promote_dtype
+
+  @linen.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """(..., K) to (..., features)."""
+    kernel = None
+    if self.has_variable("params", "kernel"):
+      kernel = meta.unbox(self.get_variable("params", "kernel"))
+    if not isinstance(kernel, QuantizedWeight):
+      shape = (inputs.shape[-1], self.features)
+      kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+    bias = None
+    if self.use_bias:
+      bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+    dot_general = DotGeneral(self.mode, self.backward, self.global_scale, "QQDense")
+    return contraction(self, inputs).apply(dot_general, self, inputs, kernel, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+  """What a layer of Linen computes of its inputs, kernel and bias."""
+
+  kernel: KernelAxes
+  contracting: Axes  # of the inputs
+  batch: Axes  # of the inputs
+  bias_shape: tuple[int, ...]  # that broadcasts with the result
+  order: Axes | None = None  # of the result's axes, where the product has them in another
+
+  def apply(
+    self, dot_general: DotGeneral, layer: Any, inputs: jax.Array, kernel: Any, bias: Any
+  ) -> jax.Array:
+    """The product and the bias, promoted as the layer says."""
+    weight = kernel if isinstance(kernel, QuantizedWeight) else None
+    if weight is not None:
+      kernel = jnp.zeros((0,), weight.dtype)
+    inputs, kernel, bias = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
+    options = (layer.precision, getattr(layer, "preferred_element_type", None))
+    if weight is not None:
+      features = self.kernel.features
+      out = dot_general.packed(inputs, weight, self.contracting, self.batch, features, *options)
+    else:
+      numbers = ((self.contracting, self.kernel.contracting), (self.batch, self.kernel.batch))
+      out = dot_general(inputs, kernel, numbers, *options)
+    if self.order is not None:
+      out = jnp.transpose(out, self.order)
+    return out if bias is None else out + bias.reshape(self.bias_shape)
+
+
+def contraction(layer: Any, inputs: jax.Array, einsum_str: str | None = None) -> Contraction:
+  """That of a layer in `LAYERS`, or ValueError."""
+  return LAYERS[type(layer)](layer, inputs, einsum_str)
+
+
+def _of_dense(layer: Any, inputs: jax.Array, _: str | None) -> Contraction:
+  kernel = KernelAxes((inputs.shape[-1], layer.features), (), (1,), (0,))
+  bias_shape = (1,) * (inputs.ndim - 1) + (layer.features,)
+  return Contraction(kernel, (inputs.ndim - 1,), (), bias_shape)
+
+
+def _of_dense_general(layer: Any, inputs: jax.Array, _: str | None) -> Contraction:
+  features, axis, batch = map(_as_tuple, (layer.features, layer.axis, layer.batch_dims))
+  axis, batch = (tuple(sorted(i % inputs.ndim for i in own)) for own in (axis, batch))
+  parts = [tuple(inputs.shape[i] for i in batch), tuple(inputs.shape[i] for i in axis), features]
+  ends = np.cumsum([len(part) for part in parts]).tolist()
+  kernel = KernelAxes(
+    shape=sum(parts, ()),
+    batch=tuple(range(ends[0])),
+    free=tuple(range(ends[1], ends[2])),
+    contracting=tuple(range(ends[0], ends[1])),
+  )
+  rows = tuple(size if i in batch else 1 for i, size in enumerate(inputs.shape) if i not in axis)
+  return Contraction(kernel, axis, batch, (*rows, *features))
+
+
+def _of_einsum(layer: Any, inputs: jax.Array, einsum_str: str | None) -> Contraction:
+  einsum_str, shape = einsum_str or layer.einsum_str, tuple(layer.shape)
+  plan = _einsum.plan("Einsum", einsum_str, inputs.ndim, len(shape))
+  return Contraction(
+    axes_of_einsum("Einsum", einsum_str, shape),
+    plan.x_contracting,
+    plan.x_batch,
+    tuple(1 if i is None else shape[i] for i in plan.w_in_out),
+    plan.order,
+  )
+
+
+def _as_tuple(value: Any) -> Axes:
+  return (value,) if isinstance(value, int) else tuple(value)
+
+
+LAYERS: dict[type[linen.Module], Callable[..., Contraction]] = {
+  QQDense: _of_dense,
+  linen.Dense: _of_dense,
+  linen.DenseGeneral: _of_dense_general,
+  linen.Einsum: _of_einsum,
+}
+
+
+def quantized_apply(
+  model: linen.Module,
+  mode: str | None = None,
+  *,
+  predicate: Predicate | None = None,
+  backward: str = "straight_through",
+  global_scale: str | None = None,
+) -> Callable[..., Any]:
+  """`model.apply`, in which the layers of any Linen model multiply by `qqmm`.
+
+  The layers are nn.Dense, nn.DenseGeneral (so the projections of attention) and nn.Einsum. One
+  whose kernel is a `QuantizedWeight`, as `quantize_params` makes it, is multiplied by that. With a
+  mode, the others quantize their kernels in every call, for training.
+
+  Args:
+    model: any module of Flax Linen.
+    mode: None, "nvfp4" or "mxfp8": that of kernels which are not packed. None leaves them alone.
+    predicate: a function of (path, layer), path as "blocks_0.attention.query", that says whether
+      to quantize a layer whose kernel is not packed. None says yes to those that can be.
+    backward: "straight_through" or "quantized", as for `qqmm`.
+    global_scale: nvfp4 only: "amax" or None, as for `QQDense`; of kernels that are not packed.
+
+  Returns:
+    A function with the arguments of `model.apply`.
+
+  Raises:
+    ValueError: mode, backward or global_scale is not as above.
+
+  Example:
+    >>> model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(8)])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((2, 64)))
+    >>> apply = jaxqq.nn.quantized_apply(model, "mxfp8")
+    >>> apply(variables, jnp.ones((2, 64))).shape
+    (2, 8)
+
+  Source: `flax.linen.intercept_methods`.
+  """
+  function = "quantized_apply"
+  if mode is None and global_scale is not None:
+    raise ValueError(
+      f"{function}: global_scale was given without a mode; packed kernels have their own, so leave "
+      "it out, or give the mode of the others."
+    )
+  on_the_fly = None if mode is None else DotGeneral(mode, backward, global_scale, function)
+  packed = DotGeneral("nvfp4", backward, None, function)
+
+  def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    layer = context.module
+    if not is_call_of_layer(context) or not layer.has_variable("params", "kernel"):
+      return next_method(*args, **kwargs)
+    kernel = meta.unbox(layer.get_variable("params", "kernel"))
+    dot_general = packed if isinstance(kernel, QuantizedWeight) else on_the_fly
+    if dot_general is None:
+      return next_method(*args, **kwargs)
+    plan = planned(layer, args, kwargs)
+    if isinstance(plan, str):
+      return next_method(*args, **kwargs)
+    if dot_general is on_the_fly and (
+      plan.kernel.why_not(kernel, dot_general.mode) is not None
+      or (predicate is not None and not predicate(".".join(layer.path), layer))
+    ):
+      return next_method(*args, **kwargs)
+    inputs, _ = arguments(*args, **kwargs)
+    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
+    return plan.apply(dot_general, layer, inputs, kernel, bias)
+
+  def apply(*args: Any, **kwargs: Any) -> Any:
+    with linen.intercept_methods(intercept):
+      return model.apply(*args, **kwargs)
+
+  return apply
+
+
+def is_call_of_layer(context: Any) -> bool:
+  return context.method_name == "__call__" and type(context.module) in LAYERS
+
+
+def arguments(inputs: Any, einsum_str: str | None = None) -> tuple[Any, str | None]:
+  """Those of any layer's call."""
+  return inputs, einsum_str
+
+
+def planned(layer: Any, args: Any, kwargs: Any) -> Contraction | str:
+  """What a call of a layer computes, or why it is no qqmm."""
+  for name in ("dot_general", "dot_general_cls"):
+    if getattr(layer, name, None) is not None:
+      return f"it has its own {name}, which qqmm would replace"
+  try:
+    return contraction(layer, *arguments(*args, **kwargs))
+  except ValueError as error:
+    return str(error).rstrip(".").partition(": ")[2]
+
+
+def _to_state_dict(weight: QuantizedWeight) -> dict[str, Any]:
+  return {name: getattr(weight, name) for name in LEAVES if getattr(weight, name) is not None}
+
+
+def _from_state_dict(weight: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight:
+  return dataclasses.replace(weight, **state)
+
+
+# For flax.serialization.to_bytes and what is built on it.
+serialization.register_serialization_state(QuantizedWeight, _to_state_dict, _from_state_dict)

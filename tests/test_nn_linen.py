@@ -1,0 +1,206 @@
+"""Flax Linen: QQDense, a tree of parameters converted, a model applied with it."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+from jax.sharding import PartitionSpec
+
+import jaxqq
+import jaxqq.nn
+from tests import oracle
+from tests.test_errors import check_sentence
+from tests.test_nn_dot_general import count, falls
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (2, 5, 64))
+TOKENS = jnp.arange(12).reshape(2, 6)
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = x + nn.MultiHeadDotProductAttention(4, name="attention")(nn.LayerNorm(name="norm")(x))
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    x = x + nn.Dense(64, name="down")(nn.gelu(nn.Dense(96, kernel_init=init, name="up")(x)))
+    return x + nn.Einsum((64, 4, 16), "...d,dhk->...hk", name="mix")(x).reshape(x.shape)
+
+
+class Model(nn.Module):
+  @nn.compact
+  def __call__(self, tokens):
+    x = nn.Embed(12, 64, name="embed")(tokens)
+    scan = nn.scan(
+      lambda block, x, _: (block(x), None),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=2,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    x, _ = scan(Block(name="blocks"), x, None)
+    x = x + nn.Dense(64, use_bias=False, name="odd")(x[..., :24])
+    return nn.Dense(12, name="head")(x)
+
+
+MODEL = Model()
+PARAMS = MODEL.init(KEY, TOKENS)["params"]
+KERNELS = {
+  "blocks.attention.query": ("DenseGeneral", (2, 64, 4, 16)),
+  "blocks.attention.key": ("DenseGeneral", (2, 64, 4, 16)),
+  "blocks.attention.value": ("DenseGeneral", (2, 64, 4, 16)),
+  "blocks.attention.out": ("DenseGeneral", (2, 4, 16, 64)),
+  "blocks.up": ("Dense", (2, 64, 96)),
+  "blocks.down": ("Dense", (2, 96, 64)),
+  "blocks.mix": ("Einsum", (2, 64, 4, 16)),
+  "head": ("Dense", (64, 12)),
+}
+
+
+def run(params):
+  return MODEL.apply({"params": params}, TOKENS)
+
+
+@pytest.mark.parametrize(
+  ("mode", "scale", "chosen"),
+  [("mxfp8", None, set(KERNELS)), ("nvfp4", "amax", {"head", "blocks.up"})],
+)
+def test_a_model_with_attention_packed(mode, scale, chosen):
+  def predicate(path, _):
+    return path in chosen
+
+  options = {"predicate": predicate, "global_scale": scale}
+  params, report = jaxqq.nn.quantize_params(PARAMS, mode, apply=run, **options)
+  converted = {row.path: (row.kind, row.shape) for row in report.converted}
+  assert converted == {path: KERNELS[path] for path in chosen}
+  kernel = np.asarray(PARAMS["head"]["kernel"])
+  number = None if scale is None else np.max(np.abs(kernel))
+  packed, scales = oracle.quantize(kernel.T, mode, number)
+  np.testing.assert_array_equal(params["head"]["kernel"].packed, packed)
+  np.testing.assert_array_equal(params["head"]["kernel"].scales, scales)
+  hat = oracle.round_trip(kernel.T, mode, number)
+  error = oracle.relative_error(hat, kernel.T.astype(np.float64))
+  assert report["head"].relative_error == pytest.approx(error, rel=1e-4)
+  # Packed, the model computes what it computes when it quantizes in every call.
+  serve = jax.jit(jaxqq.nn.quantized_apply(MODEL))
+  train = jax.jit(jaxqq.nn.quantized_apply(MODEL, mode, **options))
+  want = train({"params": PARAMS}, TOKENS)
+  np.testing.assert_array_equal(serve({"params": params}, TOKENS), want)
+  plain = jax.jit(run)(PARAMS)
+  np.testing.assert_array_equal(serve({"params": PARAMS}, TOKENS), plain)
+  assert (want != plain).any()
+
+
+def test_report():
+  params, report = jaxqq.nn.quantize_params(PARAMS, "mxfp8", apply=run)
+  reasons = {row.path: row.reason for row in report.not_converted}
+  assert set(reasons) == {"embed", "blocks.norm", "odd"}
+  assert "looked up" in reasons["embed"] and "element by element" in reasons["blocks.norm"]
+  assert "24 numbers" in reasons["odd"]
+  assert report.bytes_after == sum(a.nbytes for a in jax.tree.leaves(nn.unbox(params)))
+  assert report.bytes_after < 0.45 * report.bytes_before
+  assert params["blocks"]["mix"]["kernel"].shape == (2, 64, 64)
+
+
+def test_metadata_and_bytes_of_a_packed_tree():
+  params, _ = jaxqq.nn.quantize_params(PARAMS, "mxfp8", apply=run)
+  specs = nn.get_partition_spec(params)
+  up = specs["blocks"]["up"]["kernel"]
+  assert isinstance(up, jaxqq.QuantizedWeight)
+  assert up.packed == up.scales == PartitionSpec("layers", "mlp", "embed")
+  plain = nn.unbox(params)
+  data = serialization.to_bytes(plain)
+  restored = serialization.from_bytes(jax.tree.map(jnp.zeros_like, plain), data)
+  jax.tree.map(np.testing.assert_array_equal, restored, plain)
+  assert isinstance(restored["head"]["kernel"], jaxqq.QuantizedWeight)
+
+
+def test_the_jaxpr_holds_qqmm_on_words():
+  params, _ = jaxqq.nn.quantize_params(PARAMS, apply=run, predicate=lambda path, _: path == "head")
+  apply = jaxqq.nn.quantized_apply(MODEL)
+  jaxpr = jax.make_jaxpr(lambda params: apply({"params": params}, TOKENS))(params).jaxpr
+  [qqmm] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "qqmm"]
+  assert qqmm.invars[1].aval.dtype == jnp.uint32 and count(jaxpr, "qqmm") == 1
+
+
+def test_a_model_trains():
+  model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(32)])
+  apply = jaxqq.nn.quantized_apply(model, "mxfp8")
+  target = jnp.sin(X[..., :32] * 2)
+
+  def loss(variables):
+    return jnp.mean((apply(variables, X) - target) ** 2)
+
+  variables = model.init(KEY, X)
+  assert count(jax.make_jaxpr(loss)(variables).jaxpr, "qqmm") == 2
+  falls(loss, variables)
+  some = jaxqq.nn.quantized_apply(model, "mxfp8", predicate=lambda path, _: path == "layers_0")
+  assert count(jax.make_jaxpr(some)(variables, X).jaxpr, "qqmm") == 1
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(("mode", "scale"), [("nvfp4", None), ("nvfp4", "amax"), ("mxfp8", None)])
+def test_dense(mode, scale, dtype):
+  layer = jaxqq.nn.QQDense(32, mode=mode, global_scale=scale, dtype=dtype)
+  params = layer.init(KEY, X)["params"]
+  assert jax.tree.map(jnp.shape, params) == {"kernel": (64, 32), "bias": (32,)}
+  y = layer.apply({"params": params}, X)
+  dot_general = jaxqq.dot_general(mode, global_scale=scale)
+  plain = nn.Dense(32, dtype=dtype, dot_general=dot_general)
+  np.testing.assert_array_equal(y, plain.apply({"params": params}, X))
+  packed, report = jaxqq.nn.quantize_params(
+    params, mode, global_scale=scale, apply=lambda params: layer.apply({"params": params}, X)
+  )
+  assert report[""].converted and report[""].kind == "QQDense"
+  np.testing.assert_array_equal(layer.apply({"params": packed}, X), y)
+  assert y.dtype == (dtype or jnp.float32)
+
+
+def test_gradients_are_those_of_qqmm():
+  layer = jaxqq.nn.QQDense(32, backward="quantized", use_bias=False)
+  kernel = layer.init(KEY, X)["params"]["kernel"]
+
+  def ours(kernel):
+    return jnp.sum(jnp.sin(layer.apply({"params": {"kernel": kernel}}, X)))
+
+  def theirs(kernel):
+    return jnp.sum(jnp.sin(jaxqq.qqmm(X, kernel.T, backward="quantized")))
+
+  np.testing.assert_array_equal(jax.grad(ours)(kernel), jax.grad(theirs)(kernel))
+
+
+def test_without_a_run_only_what_is_plain_is_converted():
+  params, report = jaxqq.nn.quantize_params(PARAMS, "mxfp8")
+  assert [row.path for row in report.converted] == ["head"]
+  assert "give apply" in report["blocks.up"].reason
+  again = jaxqq.nn.quantize_params(params, "mxfp8")[1]
+  assert "already" in again["head"].reason
+
+
+def test_predicate_chooses_the_mode():
+  params, report = jaxqq.nn.quantize_params(
+    PARAMS, "nvfp4", predicate=lambda path, own: "mxfp8" if "bias" in own else False
+  )
+  assert params["head"]["kernel"].mode == report["head"].mode == "mxfp8"
+  assert "predicate" in report["odd"].reason
+
+
+def test_bad_input():
+  with pytest.raises(TypeError) as caught:
+    jaxqq.nn.quantize_params([1])
+  check_sentence(str(caught.value), "quantize_params", ["params", "list"])
+  with pytest.raises(ValueError) as caught:
+    jaxqq.nn.quantize_params(PARAMS, apply=lambda params: 0)
+  check_sentence(str(caught.value), "quantize_params", ["apply", "no module"])
+  with pytest.raises(ValueError) as caught:
+    jaxqq.nn.quantize_params(PARAMS, "mxfp4")
+  check_sentence(str(caught.value), "quantize_params", ["'mxfp4'"])
+  with pytest.raises(ValueError) as caught:
+    jaxqq.nn.quantized_apply(MODEL, global_scale="amax")
+  check_sentence(str(caught.value), "quantized_apply", ["global_scale", "mode"])
+  with pytest.raises(ValueError) as caught:
+    jaxqq.nn.QQDense(32, mode="int8").init(KEY, X)
+  check_sentence(str(caught.value), "QQDense", ["'int8'"])

@@ -1,0 +1,161 @@
+"""The backward pass split over eight devices: the same gradients, and what moves for them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxqq
+from tests.test_product import amax
+from tests.test_sharding import GATHERED, GRADIENTS_CLOSE, SPLITS, collectives, mesh, place
+from tests.test_transforms import BACKWARDS, MODES, arguments, data
+
+X_SPECS = {"": P(), "m": P("data"), "k": P(None, "tensor"), "m, k": P("data", "tensor")}
+W_SPECS = {"": P(), "n": P("tensor"), "k": P(None, "tensor"), "n, k": P("data", "tensor")}
+KINDS = [(mode, backward) for mode in MODES for backward in BACKWARDS]
+PACKED = pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+
+
+def gradients_of(mode, backward, g, packed):
+  """x, w or its packed parts -> the product, dx and, of an unquantized w, dw."""
+
+  def gradients(x, *args):
+    product = functools.partial(jaxqq.qqmm, mode=mode, backward=backward)
+    if packed:
+      out, pull = jax.vjp(lambda x: product(x, *args), x)
+    else:
+      out, pull = jax.vjp(product, x, *args)
+    return out, *pull(g)
+
+  return gradients
+
+
+def table():
+  """Every way to split x and w, packed or not; the usual ways in every mode and backward."""
+  for i, x_split in enumerate(X_SPECS):
+    for j, w_split in enumerate(W_SPECS):
+      for packed in (False, True):
+        usual = (x_split, w_split) in (("m", "n"), ("m, k", "k"), ("m", "n, k"))
+        for kind in KINDS if usual else [KINDS[(i + j + 2 * packed) % len(KINDS)]]:
+          name = f"x on ({x_split}), w on ({w_split})" + ", packed" * packed
+          yield pytest.param(x_split, w_split, packed, *kind, id="-".join((name, *kind)))
+
+
+@functools.cache
+def case(mode, backward, packed):
+  """Operands, the function, and what it gives on one device."""
+  x, w, g = data((128, 128), (64, 128), (128, 64))
+  args = arguments(w, mode, packed)
+  f = gradients_of(mode, backward, g, packed)
+  return (x, *args), f, jax.jit(f)(x, *args)
+
+
+@pytest.mark.parametrize(("x_split", "w_split", "packed", "mode", "backward"), list(table()))
+def test_every_way_to_split(x_split, w_split, packed, mode, backward):
+  (x, *args), f, want = case(mode, backward, packed)
+  placed = place(x, X_SPECS[x_split]), *(place(a, W_SPECS[w_split]) for a in args)
+  for a, b in zip(jax.jit(f)(*placed), want, strict=True):
+    np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
+
+
+def moved(split, mode, backward, packed, g_spec):
+  """What the product and its gradients move, with gradients split as their operands are."""
+  x, w, g = data((128, 256), (128, 256), (128, 128))
+  x_spec, w_spec, _ = SPLITS[split]
+  args = [place(a, w_spec) for a in arguments(w, mode, packed)]
+  outs = [g_spec, x_spec] if packed else [g_spec, x_spec, w_spec]
+
+  def f(x, g, *args):
+    return gradients_of(mode, backward, g, packed)(x, *args)
+
+  out_shardings = tuple(NamedSharding(mesh(), spec) for spec in outs)
+  lowered = jax.jit(f, out_shardings=out_shardings).lower(place(x, x_spec), place(g, g_spec), *args)
+  return collectives(lowered.compile())
+
+
+@PACKED
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("split", ["column", "row", "columns of w"])
+def test_what_moves(split, backward, packed):
+  """Tensor parallelism sums; fully sharded data parallelism gathers w as it came."""
+  mode = "nvfp4" if packed else "mxfp8"
+  g_spec = P("data", "tensor") if split == "column" else P("data")
+  found = moved(split, mode, backward, packed, g_spec)
+  if split != "columns of w":
+    # Column: dx is summed over tensor. Row: the product is. Either: dw over data, as x is split.
+    assert found == [("all-reduce", "f32")] * (1 if packed else 2)
+  elif packed:
+    assert found == GATHERED[True]  # once for both passes
+  else:
+    kinds = {kind for kind, _ in found}
+    assert kinds == {"all-gather", "reduce-scatter" if backward == "quantized" else "all-reduce"}
+
+
+@pytest.mark.parametrize("split", ["column", "row", "rows of w"])
+@PACKED
+def test_global_scales_are_the_whole_tensors(split, packed):
+  """In the quantized backward g's amax too, here far larger on one device than on the others."""
+  x, w, g = data((128, 256), (128, 256), (128, 128))
+  g = g * jnp.where(jnp.arange(128) < 16, 2.0**12, 1.0)[:, None]
+  scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
+  args = jaxqq.quantize(w, global_scale=amax(w)) if packed else (w,)
+
+  def gradients(x, *args):
+    product = functools.partial(jaxqq.qqmm, **scales, backward="quantized")
+    if packed:
+      return jax.vjp(lambda x: product(x, *args), x)[1](g)
+    return jax.vjp(product, x, *args)[1](g)
+
+  x_spec, w_spec, _ = SPLITS[split]
+  placed = place(x, x_spec), *(place(a, w_spec) for a in args)
+  want = gradients(x, *args)
+  for got, expected in zip(jax.jit(gradients)(*placed), want, strict=True):
+    scale = np.max(np.abs(np.asarray(expected)))
+    np.testing.assert_allclose(got / scale, expected / scale, rtol=1e-4, atol=1e-6)
+  # With the amax of the small rows for those alone they would come out otherwise.
+  own = jax.vjp(lambda x: jaxqq.qqmm(x, *args, **scales, backward="quantized"), x[16:])[1](g[16:])
+  assert not np.allclose(own[0], want[0][16:], rtol=1e-3)
+
+
+@PACKED
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_batch_axes_that_x_or_w_lack(backward, packed):
+  """dx and dw are summed over them, wherever they are split."""
+  x, w, g = data((8, 16, 64), (8, 32, 64), (8, 16, 32))
+  shared_x, shared_w = x[0], w[0]
+  for x_own, w_own in ((x, shared_w), (shared_x, w)):
+    args = arguments(w_own, "nvfp4", packed)
+    f = gradients_of("nvfp4", backward, g, packed)
+    spec = lambda a: P("data") if a.ndim == 3 else P(None, "tensor")  # noqa: E731
+    placed = place(x_own, spec(x_own)), *(place(a, spec(a)) for a in args)
+    for got, want in zip(jax.jit(f)(*placed), f(x_own, *args), strict=True):
+      np.testing.assert_allclose(got, want, **GRADIENTS_CLOSE)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_second_derivatives_through_packed_w(backward):
+  """Forward over reverse, and reverse over reverse."""
+  x, w, v = data((32, 128), (32, 128), (32, 128))
+  args = jaxqq.quantize(w, mode="mxfp8")
+
+  def hvp(x, v, *args):
+    loss = lambda x: jnp.sum(jaxqq.qqmm(x, *args, mode="mxfp8", backward=backward) ** 2)  # noqa: E731
+    return jax.jvp(jax.grad(loss), (x,), (v,))[1], jax.vjp(jax.grad(loss), x)[1](v)[0]
+
+  want = hvp(x, v, *args)
+  if backward == "straight_through":
+    w_hat = np.asarray(jaxqq.dequantize(*args, mode="mxfp8", dtype=jnp.float32), np.float64)
+    for got in want:
+      exact = 2 * np.asarray(v, np.float64) @ w_hat.T @ w_hat
+      np.testing.assert_allclose(got, exact, **GRADIENTS_CLOSE)
+  for split in ("column", "columns of w"):
+    x_spec, w_spec, _ = SPLITS[split]
+    placed = place(x, x_spec), place(v, x_spec), *(place(a, w_spec) for a in args)
+    for got, expected in zip(jax.jit(hvp)(*placed), want, strict=True):
+      np.testing.assert_allclose(got, expected, **GRADIENTS_CLOSE)

@@ -1,0 +1,203 @@
+"""Meshes of explicit axes: shardings in the types, in the product and in both backward passes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxqq
+from jaxqq._compat import ShardingTypeError
+from tests.test_product import amax
+from tests.test_sharding import GATHERED, GRADIENTS_CLOSE, REDUCED, collectives
+from tests.test_sharding_backward import KINDS
+from tests.test_transforms import BACKWARDS, MODES, arguments, data
+
+SPLITS = {
+  "column": (P("data"), P("tensor")),
+  "columns of w": (P("data"), P(None, "data")),
+  "x on k only": (P("data", "tensor"), P()),
+  "w on k only": (P("data"), P(None, "tensor")),
+  "nothing": (P(), P()),
+}
+
+
+@functools.cache
+def mesh(kinds=(AxisType.Explicit,) * 2):
+  return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=kinds)
+
+
+def place(a, spec):
+  return jax.device_put(a, NamedSharding(mesh(), spec))
+
+
+def gradients_of(mode, backward, g, packed, **scales):
+  def gradients(x, *args):
+    product = functools.partial(jaxqq.qqmm, mode=mode, backward=backward, **scales)
+    pull_args = (x,) if packed else (x, *args)
+    fixed = args if packed else ()
+    out, pull = jax.vjp(lambda x, *w: product(x, *w, *fixed), *pull_args)
+    sharding = jax.typeof(out).sharding
+    return out, *pull(g if sharding.mesh.empty else jax.sharding.reshard(g, sharding))
+
+  return gradients
+
+
+@functools.cache
+def case(mode, backward, packed):
+  x, w, g = data((128, 256), (64, 256), (128, 64))
+  args = arguments(w, mode, packed)
+  f = gradients_of(mode, backward, g, packed)
+  return (x, *args), f, jax.jit(f)(x, *args)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize(
+  ("split", "mode", "backward"),
+  [(split, *KINDS[(i + j) % 4]) for i, split in enumerate(SPLITS) for j in (0, 3)],
+)
+def test_product_and_gradients(split, mode, backward, packed):
+  """Gradients are split as their operands, the product as jnp.einsum's, and little moves."""
+  (x, *args), f, want = case(mode, backward, packed)
+  x_spec, w_spec = SPLITS[split]
+  placed = place(x, x_spec), *(place(a, w_spec) for a in args)
+  # A mesh that is set, or only in the arrays.
+  with jax.set_mesh(mesh()) if split != "w on k only" else contextlib.nullcontext():
+    executable = jax.jit(f).lower(*placed).compile()
+    got = executable(*placed)
+    einsum = jax.eval_shape(
+      functools.partial(jnp.einsum, "mk,nk->mn"), placed[0], place(jnp.zeros((64, 256)), w_spec)
+    )
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
+  assert got[0].sharding.spec == einsum.sharding.spec
+  for gradient, operand in zip(got[1:], placed, strict=False):
+    assert gradient.sharding.is_equivalent_to(operand.sharding, 2)
+  moved = collectives(executable)
+  if split == "columns of w" and packed:
+    assert moved == GATHERED[True]
+  if split in ("column", "x on k only") and packed:
+    assert moved == REDUCED
+  if split == "nothing":
+    assert moved == []
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_k_split_on_both_sides(mode, packed):
+  """As ambiguous as for jnp.einsum; under auto_axes it is told how the output is split."""
+  x, w, g = data((16, 256), (32, 256), (16, 32))
+  args = arguments(w, mode, packed)
+  placed = place(x, P("data", "tensor")), *(place(a, P(None, "tensor")) for a in args)
+  f = functools.partial(jaxqq.qqmm, mode=mode)
+  with jax.set_mesh(mesh()):
+    with pytest.raises(ShardingTypeError, match="qqmm: x and w are both split along K"):
+      f(*placed)
+    with pytest.raises(ShardingTypeError):
+      jnp.einsum("mk,nk->mn", placed[0], place(w, P(None, "tensor")))
+    product = jax.jit(jax.sharding.auto_axes(f, out_sharding=P("data")))
+    executable = product.lower(*placed).compile()
+    assert collectives(executable) == REDUCED
+    out = executable(*placed)
+    assert out.sharding.spec == P("data", None)
+    np.testing.assert_allclose(out, f(x, *args), **GRADIENTS_CLOSE)
+    loss = lambda x, *w: jnp.sum(jax.sharding.reshard(g, P("data")) * product(x, *w))  # noqa: E731
+    dx = jax.jit(jax.grad(loss))(*placed)
+    assert dx.sharding.spec == P("data", "tensor")
+  np.testing.assert_allclose(dx, jax.grad(lambda x: jnp.vdot(g, f(x, *args)))(x), **GRADIENTS_CLOSE)
+
+
+def test_what_einsum_refuses_is_refused_in_a_sentence():
+  x, w = data((16, 64), (32, 64))
+  with pytest.raises(ShardingTypeError, match="qqmm: two axes of the output would be split over"):
+    jaxqq.qqmm(place(x, P("data")), place(w, P("data")))
+  x, w = data((8, 16, 64), (8, 32, 64))
+  with pytest.raises(ShardingTypeError, match="qqmm: a batch axis is split over 'data' in one"):
+    jaxqq.qqmm(place(x, P("data")), place(w, P("tensor")))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+def test_batch_axes_and_vmap(packed):
+  x, w = data((8, 16, 64), (8, 32, 64))
+  args = arguments(w, "nvfp4", packed)
+  want = jaxqq.qqmm(x, *args)
+  with jax.set_mesh(mesh()):
+    placed = place(x, P("data")), *(place(a, P("data", "tensor")) for a in args)
+    for f in (jaxqq.qqmm, jax.vmap(jaxqq.qqmm)):
+      executable = jax.jit(f).lower(*placed).compile()
+      assert collectives(executable) == []
+      out = executable(*placed)
+      assert out.sharding.spec == P("data", None, "tensor")
+      np.testing.assert_allclose(out, want, **GRADIENTS_CLOSE)
+    # Rows of every example against one w: dw sums over a split batch axis.
+    shared = [place(a[0], P("tensor")) for a in args]
+    out = jax.jit(jaxqq.qqmm)(placed[0], *shared)
+    assert out.sharding.spec == P("data", None, "tensor")
+  np.testing.assert_allclose(out, jaxqq.qqmm(x, *(a[0] for a in args)), **GRADIENTS_CLOSE)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_dw_sums_over_a_split_batch_axis(backward):
+  x, w, g = data((8, 32, 64), (32, 64), (8, 32, 32))
+  f = gradients_of("mxfp8", backward, g, False)
+  want = f(x, w)
+  with jax.set_mesh(mesh()):
+    got = jax.jit(f)(place(x, P("data")), place(w, P("tensor")))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
+  assert got[2].sharding.spec == P("tensor", None)
+
+
+def test_global_scales_and_second_derivatives():
+  x, w, g = data((128, 256), (64, 256), (128, 64))
+  scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
+  placed = place(x, P("data")), place(w, P("tensor"))
+  f = gradients_of("nvfp4", "quantized", g, False, **scales)
+
+  def hvp(x, w):
+    loss = lambda w: jnp.sum(jaxqq.qqmm(x, w, **scales) ** 2)  # noqa: E731
+    return jax.jvp(jax.grad(loss), (w,), (w,))
+
+  for function in (f, hvp):
+    want = function(x, w)
+    with jax.set_mesh(mesh()):
+      got = jax.jit(function)(*placed)
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_some_axes_explicit_and_others_not(mode):
+  """data explicit and tensor XLA's, and the other way round."""
+  x, w = data((16, 256), (32, 256))
+  for kinds in ((AxisType.Explicit, AxisType.Auto), (AxisType.Auto, AxisType.Explicit)):
+    with jax.set_mesh(mesh(kinds)):
+      put = lambda a, spec: jax.device_put(a, NamedSharding(mesh(kinds), spec))  # noqa: B023, E731
+      out = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))(
+        put(x, P("data")), put(w, P("tensor"))
+      )
+    np.testing.assert_allclose(out, jaxqq.qqmm(x, w, mode=mode), **GRADIENTS_CLOSE)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_that_is_set_for_the_program(kind):
+  """The rule's own functions see none of it."""
+  x, w = data((16, 256), (32, 256))
+  m = mesh((kind,) * 2)
+  with jax.set_mesh(m):
+    placed = [
+      jax.device_put(a, NamedSharding(m, P(axis))) for a, axis in ((x, "data"), (w, "tensor"))
+    ]
+    out = jax.jit(jaxqq.qqmm)(*placed)
+    packed, scales = jax.jit(jaxqq.quantize)(placed[1])
+    back = jax.jit(jaxqq.dequantize)(packed, scales)
+  np.testing.assert_allclose(out, jaxqq.qqmm(x, w), **GRADIENTS_CLOSE)
+  np.testing.assert_array_equal(packed, jaxqq.quantize(w)[0])
+  for a in (packed, back):
+    assert a.sharding.is_equivalent_to(placed[1].sharding, 2)
