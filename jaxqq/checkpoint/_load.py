@@ -1,0 +1,195 @@
+"""`load`: the files' headers first, all of them checked, then one tensor after the other."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxqq._checks import FLOATS, names
+from jaxqq._weight import QuantizedWeight
+from jaxqq.checkpoint._files import Reader, TensorInfo, progress_bar
+from jaxqq.checkpoint._layouts import Layout, check_layer, read_layer
+from jaxqq.checkpoint._schemes import QUANTIZATION_KEYS, Scheme, read_scheme
+
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json
+
+Tensor: TypeAlias = jax.Array | np.ndarray | QuantizedWeight
+Placement: TypeAlias = jax.Device | jax.sharding.Sharding | None
+
+
+class Checkpoint(dict[str, Tensor]):
+  """Tensors by name, and what their files said besides.
+
+  It is a dict, and to `jax.tree` a tree as a dict is; what `jax.tree.map` returns has the tensors
+  only.
+
+  Attributes:
+    format: "mlx", "modelopt" or "compressed-tensors".
+    config: what config.json held, but for how the weights are quantized: `save` writes it again.
+    stored_scales: for each `QuantizedWeight` the scalars of its files, by the field that they
+      became. `save` writes them again where they still stand for that field.
+  """
+
+  def __init__(
+    self,
+    tensors: Iterable[tuple[str, Tensor]] = (),
+    format: str | None = None,
+    config: dict[str, Any] | None = None,
+    stored_scales: dict[str, dict[str, np.ndarray]] | None = None,
+  ):
+    super().__init__(tensors)
+    self.format = format
+    self.config = config or {}
+    self.stored_scales = stored_scales or {}
+
+
+def _flatten_with_keys(checkpoint: Checkpoint) -> tuple[Any, tuple[str, ...]]:
+  keys = sorted(checkpoint)
+  return [(jax.tree_util.DictKey(key), checkpoint[key]) for key in keys], tuple(keys)
+
+
+jax.tree_util.register_pytree_with_keys(
+  Checkpoint, _flatten_with_keys, lambda keys, leaves: Checkpoint(zip(keys, leaves, strict=True))
+)
+
+
+def load(
+  path: str | os.PathLike[str],
+  *,
+  dtype: DTypeLike | None = None,
+  device: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+  progress: bool = True,
+) -> Checkpoint:
+  """Reads a quantized checkpoint of MLX, ModelOpt or compressed-tensors.
+
+  Which of them it is, and which layers are quantized, is what its configuration says. A layer `X`
+  that is becomes one `QuantizedWeight` under `X.weight`, the name that its weight has where it is
+  not quantized; every other tensor keeps its name and dtype. The bits are those of the file:
+
+    packed = the bytes of the codes as uint32, scales = the bytes of the scales as uint8,
+    global_scale = 2688 * weight_scale_2 (ModelOpt) or 2688 / weight_global_scale
+    (compressed-tensors) in float32, and input_global_scale likewise where the file has a static
+    scale of the activations.
+
+  Layers that a server would fuse keep a global scale each. The files are memory-mapped and read one
+  tensor at a time, after the headers of all of them were checked.
+
+  Args:
+    path: a folder with config.json (or hf_quant_config.json) and model.safetensors, or
+      model.safetensors.index.json and the files it names; or one of these two files.
+    dtype: float32, float16 or bfloat16, the dtype of each `QuantizedWeight`; None is the one that
+      config.json names, and bfloat16 where it names none of them.
+    device: where the arrays go, as of `jax.device_put`: a `jax.Device`, a sharding, None for the
+      default; or a function that says so for each from its tensor's name and its own shape. For a
+      `QuantizedWeight` it is asked for packed, for scales and for each global scale.
+    progress: a progress bar, where tqdm is installed and stderr is a terminal.
+
+  Returns:
+    A `Checkpoint`: a dict of names to arrays and `QuantizedWeight`s. A tensor of 64 bits is a numpy
+    array unless `jax_enable_x64` is on, as JAX would halve it.
+
+  Raises:
+    FileNotFoundError: the path, the configuration, or a file that the index names is not there.
+    ValueError: a file is cut short or no safetensors file; a tensor is missing or has another dtype
+      or shape than its layout; the format, or a layer's, is none of those above (MLX's "affine",
+      ModelOpt's FP8, ...). The sentence names the file, the tensor, what was expected and found.
+    TypeError: dtype is none of the three.
+
+  Example:
+    >>> import tempfile
+    >>> weight = jaxqq.quantize_weight(jnp.ones((8, 64)), global_scale="amax")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   checkpoint.save(folder, {"proj.weight": weight}, format="modelopt")
+    ...   tensors = checkpoint.load(folder)
+    >>> tensors.format, tensors["proj.weight"]
+    ('modelopt', QuantizedWeight(nvfp4, float32 (8, 64), with global_scale))
+
+  Source: of each layout in `jaxqq/checkpoint/_layouts.py`, of the configurations in `_schemes.py`.
+  """
+  path = pathlib.Path(path)
+  _check_dtype(dtype)
+  place = _placing(device)
+  with Reader(path) as reader:
+    scheme, config = read_scheme(reader.folder)
+    layers = _layers(reader, scheme)
+    weight_dtype = _dtype_of(config) if dtype is None else np.dtype(dtype)
+    checkpoint = Checkpoint((), scheme.format, _without_quantization(config))
+    with progress_bar("load", len(reader.tensors), progress) as advance:
+      for layer, (layout, parts) in layers.items():
+        name = f"{layer}.weight"
+        recorded = reader.recorded.get(layer, {})
+        fields, stored = read_layer(parts, layout, reader.read, recorded, weight_dtype)
+        for field, value in fields.items():
+          if isinstance(value, np.ndarray):
+            fields[field] = place(name, value)
+        checkpoint[name] = QuantizedWeight(**fields)
+        checkpoint.stored_scales[name] = stored
+        advance(len(parts))
+      used = {part.name for _, parts in layers.values() for part in parts.values()}
+      for name in reader.tensors.keys() - used:
+        checkpoint[name] = place(name, reader.read(reader.tensors[name]))
+        advance(1)
+  return checkpoint
+
+
+def _layers(reader: Reader, scheme: Scheme) -> dict[str, tuple[Layout, dict[str, TensorInfo]]]:
+  """The quantized layers, each with its layout and the tensors of it, all checked."""
+  by_layer: dict[str, dict[str, TensorInfo]] = {layer: {} for layer in scheme.layers()}
+  for name, tensor in sorted(reader.tensors.items()):
+    layer, _, suffix = name.rpartition(".")
+    by_layer.setdefault(layer, {})[suffix] = tensor
+  layers = {}
+  for layer, tensors in by_layer.items():
+    layout = scheme.layout(layer, tensors)
+    if layout is not None:
+      check_layer(layer, tensors, layout, scheme.file)
+      parts = {
+        suffix: tensors[suffix]
+        for suffix in (*layout.required, *layout.scalars.values())
+        if suffix in tensors
+      }
+      layers[layer] = (layout, parts)
+  return layers
+
+
+def _check_dtype(dtype: Any) -> None:
+  try:
+    right = dtype is None or np.dtype(dtype) in FLOATS
+  except TypeError:
+    right = False
+  if not right:
+    raise TypeError(f"load: dtype must be {names(FLOATS)}, or None, got {dtype!r}.")
+
+
+def _dtype_of(config: dict[str, Any]) -> np.dtype:
+  """That of the weights before they were quantized."""
+  named = [
+    part.get(key) for part in (config, config.get("text_config") or {}) for key in DTYPE_KEYS
+  ]
+  by_name = {dtype.name: dtype for dtype in FLOATS}
+  return next(
+    (by_name[name] for name in map(str, named) if name in by_name), np.dtype(jnp.bfloat16)
+  )
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+  return {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+
+
+def _placing(device: Any) -> Callable[[str, np.ndarray], Any]:
+  """Puts a tensor's array where it belongs, as long as JAX keeps all its bits."""
+
+  def place(name: str, array: np.ndarray) -> Any:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+      return array
+    asked = callable(device) and not isinstance(device, jax.Device | jax.sharding.Sharding)
+    return jax.device_put(array, device(name, array.shape) if asked else device)
+
+  return place
