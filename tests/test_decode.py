@@ -1,0 +1,304 @@
+"""examples/decode.py: a decoder on packed weights, against one in numpy and float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import oracle
+
+PATH = pathlib.Path(__file__).parent.parent / "examples" / "decode.py"
+MODES = ("bf16", "mxfp8", "nvfp4")
+PACKED = MODES[1:]
+BATCH, PROMPT, STEPS = 2, 7, 5
+
+
+def load():
+  spec = importlib.util.spec_from_file_location("decode", PATH)
+  module = sys.modules["decode"] = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+example = load()
+
+
+# ---- the decoder in float64, without a cache
+
+
+def rms_norm(x, gain):
+  return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * gain
+
+
+def rotate(x, theta):
+  """A pair of numbers is a complex number, which position p turns by p times its frequency."""
+  half = x.shape[-1] // 2
+  turns = np.outer(np.arange(x.shape[1]), theta ** -np.linspace(0, 1, half, endpoint=False))
+  z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * turns)[:, None]
+  return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def attend(q, k, v):
+  """One sequence, one head and one query at a time; head h of q reads head h // group of k, v."""
+  out = np.zeros_like(q)
+  group = q.shape[2] // k.shape[2]
+  for b, s, h in np.ndindex(q.shape[:3]):
+    keys, values = k[b, : s + 1, h // group], v[b, : s + 1, h // group]
+    scores = keys @ q[b, s, h] / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max())
+    out[b, s, h] = weights @ values / weights.sum()
+  return out.reshape(*q.shape[:2], -1)
+
+
+def exact_logits(params, tokens, cfg):
+  """params as mode "bf16" has them; quantized here, by the oracle, for the other modes."""
+  params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+  def linear(x, layer):
+    w = layer["w"]
+    if cfg.mode in PACKED:
+      amax = {"w": np.abs(w).max(), "x": 64.0} if cfg.mode == "nvfp4" else {"w": None, "x": None}
+      x, w = (oracle.round_trip(a, cfg.mode, amax[name]) for name, a in (("x", x), ("w", w)))
+    return x @ w.T
+
+  x = params["embed"][tokens]
+  for layer in params["layers"]:
+    qkv = linear(rms_norm(x, layer["attention_norm"]), layer["qkv"])
+    qkv = qkv.reshape(*tokens.shape, -1, cfg.head_size)
+    q, k, v = np.split(qkv, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
+    attended = attend(rotate(q, cfg.rope_theta), rotate(k, cfg.rope_theta), v)
+    x = x + linear(attended, layer["out"])
+    gate_up = linear(rms_norm(x, layer["ffn_norm"]), layer["gate_up"])
+    gate, up = gate_up[..., : cfg.ffn], gate_up[..., cfg.ffn :]
+    x = x + linear(gate / (1 + np.exp(-gate)) * up, layer["down"])
+  return linear(rms_norm(x, params["norm"]), params["head"])
+
+
+# ---- the decoder under test
+
+# ||error|| / ||exact|| of logits from float32 activations. Unquantized, only rounding is left.
+# Where activations are quantized, rounding may tip a few to their other neighbour; the widest gap,
+# e2m1's from 4 to 6, in one of 64 activations of like size moves a product by 2 / 6 / sqrt(64).
+TOLERANCE = {"bf16": 1e-5, "mxfp8": 0.02, "nvfp4": 0.04}
+
+
+def config(mode):
+  return dataclasses.replace(example.TINY, dtype="float32", mode=mode)
+
+
+def make_params(cfg):
+  """The example's, with gains that are not all one."""
+  rng = np.random.default_rng(4)
+
+  def gain(path, a):
+    is_norm = "norm" in jax.tree_util.keystr(path)
+    return jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype) if is_norm else a
+
+  return jax.tree_util.tree_map_with_path(gain, example.make_params(cfg, seed=3))
+
+
+def random_tokens(cfg, length):
+  return np.random.default_rng(5).integers(cfg.vocab, size=(BATCH, length)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def append(params, cache, tokens, cfg):
+  cache, x = example.forward(params, cache, tokens, cfg)
+  return cache, example.logits_of(params, x, cfg)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_with_a_cache_as_in_float64_without(mode):
+  """The prompt at once, then token by token, in a cache with room to spare."""
+  cfg = config(mode)
+  params, tokens = make_params(cfg), random_tokens(cfg, PROMPT + STEPS)
+  exact = exact_logits(make_params(config("bf16")), tokens, cfg)
+  cache = example.empty_cache(cfg, BATCH, PROMPT + STEPS + 3)
+  ends = [0, *range(PROMPT, PROMPT + STEPS + 1)]
+  for start, stop in itertools.pairwise(ends):
+    cache, logits = append(params, cache, tokens[:, start:stop], cfg)
+    assert cache["length"] == stop
+    for i in range(start, stop):
+      error = oracle.relative_error(logits[:, i - start], exact[:, i])
+      assert error < TOLERANCE[mode], f"position {i}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generates_the_tokens_with_the_largest_logits(mode):
+  """Every token that `prefill` and `decode` choose, by the float64 logits of the whole text."""
+  cfg = config(mode)
+  params, text = make_params(cfg), random_tokens(cfg, PROMPT)
+  cache, logits = example.prefill(params, text, PROMPT + STEPS, cfg)
+  token = example.greedy(logits)
+  after, tokens = example.decode(params, cache, token, STEPS, cfg)
+  assert after["length"] == PROMPT + STEPS and tokens.shape == (BATCH, STEPS)
+  text = np.concatenate([text, token[:, None], tokens], axis=1)
+  exact = exact_logits(make_params(config("bf16")), text[:, :-1], cfg)[:, PROMPT - 1 :]
+  chosen = np.take_along_axis(exact, text[:, PROMPT:, None], axis=-1)[..., 0]
+  # Two logits, each off by the tolerance times their root mean square, 5 sigma out.
+  slack = 10 * TOLERANCE[mode] * np.sqrt(np.mean(exact**2))
+  assert (exact.max(axis=-1) - chosen <= slack).all()
+  assert np.unique(text[:, PROMPT:]).size > STEPS  # not one token over and over
+
+
+def test_the_cache_is_updated_in_place():
+  cfg = config("bf16")
+  params = make_params(cfg)
+  cache, logits = example.prefill(params, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
+  example.decode(params, cache, example.greedy(logits), STEPS, cfg)
+  assert all(a.is_deleted() for a in jax.tree.leaves(cache))
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("mode", PACKED)
+def test_weights_are_packed_as_the_format_says(mode):
+  """The bits of the oracle, from the weights that mode "bf16" has, and no byte more."""
+  cfg, m = config(mode), oracle.MODES[mode]
+  plain = example.make_params(config("bf16"), seed=3)
+  params = example.make_params(cfg, seed=3)
+  pairs = [(params["head"], plain["head"])]
+  for layer, plain_layer in zip(params["layers"], plain["layers"], strict=True):
+    pairs += [(layer[name], plain_layer[name]) for name in ("qkv", "out", "gate_up", "down")]
+  total = 0
+  for packed, w in pairs:
+    w = np.asarray(w["w"])
+    scale = float(np.abs(w).max()) if mode == "nvfp4" else None
+    words, scales = oracle.quantize(w, mode, scale)
+    np.testing.assert_array_equal(packed["w"], words)
+    np.testing.assert_array_equal(packed["scales"], scales)
+    global_scales = {"global_scale_w": scale, "global_scale_x": 64.0} if scale else {}
+    assert {name: packed[name] for name in packed if "global" in name} == global_scales
+    size = w.size * m.bits // 8 + w.size // m.group + 4 * len(global_scales)
+    assert example.num_bytes(packed) == size
+    total += size
+  assert example.linear_bytes(params) == total
+  others = (2 * cfg.layers + 1 + cfg.vocab) * cfg.hidden * 4  # gains and embedding, float32
+  assert example.num_bytes(params) == total + others
+
+
+def test_weights_differ_and_have_their_scale():
+  cfg = config("bf16")
+  layers = example.make_params(cfg, seed=0)["layers"]
+  for name, (n, k, std) in cfg.linears().items():
+    first, second = (np.asarray(layer[name]["w"]) for layer in layers)
+    assert first.shape == (n, k) and np.std(first) == pytest.approx(std, rel=0.05)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
+    assert np.unique(first, axis=0).shape == (n, k)
+
+
+def test_the_default_is_llama_3_8b():
+  cfg = example.Config()
+  linears = cfg.layers * sum(n * k for n, k, _ in cfg.linears().values())
+  gains = (2 * cfg.layers + 1) * cfg.hidden
+  assert linears + gains + 2 * cfg.vocab * cfg.hidden == 8_030_261_248
+
+
+# ---- the command
+
+
+SMALL = ["--tiny", "--layers", "1", "--tokens", "3", "--prompt", "4", "--repeats", "2"]
+
+
+def rows_of(printed):
+  """The first two cells of each row that was printed, and whether a dash stands in it."""
+  lines = [line for line in printed.splitlines() if line.startswith("| ")]
+  rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+  return [(row[0], row[1], "-" in row) for row in rows]
+
+
+def test_main(tmp_path, capsys):
+  """All models: the tables, and the same ones from the JSON that is kept."""
+  path = tmp_path / "decode.json"
+  flags = ["--modes", "nvfp4", "bf16", "mxfp8", "--batches", "2", "--json", str(path)]
+  content = example.main([*SMALL, *flags])
+  printed = capsys.readouterr().out
+  assert json.loads(path.read_text()) == content
+  base, mxfp8, nvfp4 = content["models"]
+  assert [model["mode"] for model in content["models"]] == list(MODES)
+  assert base["linear_bytes"] == base["bf16_linear_bytes"]
+  assert mxfp8["linear_bytes"] / base["linear_bytes"] == 8.25 / 16
+  global_scales = 5 * 8  # two float32 for each of four linear layers and the head
+  assert (nvfp4["linear_bytes"] - global_scales) / base["linear_bytes"] == 4.5 / 16
+  assert base["logits_error"] == 0 and base["same_tokens"] == 2
+  assert 0.01 < mxfp8["logits_error"] < nvfp4["logits_error"] < 0.5
+  for model in content["models"]:
+    (run,) = model["runs"]
+    assert len(run["step_ms_all"]) == 2 and len(run["first_tokens"]) == 3
+    assert run["tokens_per_s"] == pytest.approx(1e3 * 2 / run["step_ms"])
+  first, second = rows_of(printed)[:4], rows_of(printed)[4:]
+  assert [row[:2] for row in first] == [("model", "batch"), *((mode, "2") for mode in MODES)]
+  assert [row[0] for row in second] == ["model", *MODES]
+
+  assert example.main(["--show", str(path)]) == content
+  assert printed.endswith(capsys.readouterr().out)
+
+
+def test_main_at_some_batches(capsys):
+  content = example.main([*SMALL, "--modes", "bf16", "--batches", "2", "1", "2"])
+  (model,) = content["models"]
+  assert [run["batch"] for run in model["runs"]] == [2, 1]
+  assert model["same_tokens"] == 2
+  assert [row[:2] for row in rows_of(capsys.readouterr().out)[1:3]] == [
+    ("bf16", "2"),
+    ("bf16", "1"),
+  ]
+
+
+def test_tables_without_the_model_to_compare_with():
+  run = {"batch": 8, "tokens_per_s": 4e3, "step_ms": 2.0, "weights_gb_per_s": 2.5, "prefill_ms": 1}
+  sizes = {"mode": "mxfp8", "bytes": 12, "linear_bytes": 33, "bf16_linear_bytes": 64, "runs": [run]}
+  logits = np.ones((8, 4))
+  for reference, dash in ((None, True), (logits, False)):
+    model = sizes | example.compare(logits, reference)
+    text = example.table({"models": [model]})
+    assert rows_of(text)[1::2] == [("mxfp8", "8", True), ("mxfp8", "12 bytes", dash)]
+    assert "51.6%" in text and ("8 of 8" in text) != dash
+
+
+@pytest.mark.parametrize(
+  ("mode", "words"), [("bf16", "einsum"), ("nvfp4", "w uint32 (28672, 512)")]
+)
+def test_says_what_computes_the_products(mode, words):
+  assert words in example.explain(dataclasses.replace(example.Config(), mode=mode), batch=1)
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    *(["--layers", "0"], ["--batches", "8", "0"], ["--tokens", "0"], ["--prompt", "-1"]),
+    *(["--repeats", "0"], ["--seed", "-1"], ["--json", "/no/such/x.json"], ["--show", "/no.json"]),
+  ],
+)
+def test_refuses_what_cannot_be(flags, capsys):
+  with pytest.raises(SystemExit):
+    example.main(flags)
+  assert f"{flags[0]} must" in capsys.readouterr().err
+
+
+def test_names_the_extra_that_is_missing():
+  """Run with an import hook that hides tqdm."""
+  code = f"""
+import runpy, sys
+class Hide:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition(".")[0] == "tqdm": raise ImportError(name)
+sys.meta_path.insert(0, Hide())
+sys.argv = ["decode.py", "--tiny"]
+runpy.run_path({str(PATH)!r}, run_name="__main__")
+"""
+  command = [sys.executable, "-c", code]
+  done = subprocess.run(command, cwd=PATH.parents[1], capture_output=True, text=True, check=False)
+  assert done.returncode == 1 and "tqdm" in done.stderr and "jaxqq[examples]" in done.stderr
