@@ -72,7 +72,7 @@ def explain(
     as_matrix = dataclasses.replace(operands, x=row)
   part, summed, about_split = described(as_matrix, FORMATS[params["mode"]])
   part_dtype = np.dtype(np.float32) if summed else params["out_dtype"]
-  problem = _kernels.Problem(params["mode"], part, part_dtype, precision)
+  problem = _kernels.Problem(params["mode"], part, part_dtype, precision, params["out_dtype"])
   implementation, refusals = _kernels.choose(problem, platform)
   x_words = f"x {np.dtype(operands.x.dtype).name} {tuple(operands.x.shape)}"
   w_words = f"w {np.dtype(operands.w.dtype).name} {tuple(operands.w.shape)}"

@@ -58,7 +58,9 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) ->
   platform = platform_of(ctx)
 
   def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
-    return run(values, params["mode"], out_dtype, params["precision"], platform)
+    return run(
+      values, params["mode"], out_dtype, params["precision"], platform, params["out_dtype"]
+    )
 
   layout = forward(FORMATS[params["mode"]])
   return lower_split(ctx, args, operands, product, layout, f"qqmm_{label(params)}")
@@ -80,9 +82,10 @@ def run(
   out_dtype: np.dtype,
   precision: jax.lax.Precision | None,
   platform: str,
+  result_dtype: np.dtype | None = None,
 ) -> jax.Array:
   """The product by the implementation that is chosen for it, on one device."""
-  problem = _kernels.Problem(mode, operands, out_dtype, precision)
+  problem = _kernels.Problem(mode, operands, out_dtype, precision, result_dtype)
   implementation, _ = _kernels.choose(problem, platform)
   return implementation.run(operands, problem)
 

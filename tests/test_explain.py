@@ -173,7 +173,10 @@ class TestSplit:
 
   @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
   def test_the_kernel_is_that_of_a_part(self):
-    text = self.said(P(), P(None, "tensor"), k=8192, mode="mxfp8", device="cuda")
-    assert "computed by 16 bit tensor cores" in text and "float32 output" in text
-    text = self.said(P(), P("tensor"), k=8192, mode="mxfp8", device="cuda")
+    """Its k decides, but not that it is summed up in float32: the whole is rounded after that."""
+    for k, kernel in ((8192, "fp8"), (4096, "16 bit")):
+      text = self.said(P(), P(None, "tensor"), k=k, mode="mxfp8", device="cuda")
+      assert f"computed by {kernel} tensor cores" in text
+    assert "k = 2048 is below 4096" in text
+    text = self.said(P(), P("tensor"), k=4096, mode="mxfp8", device="cuda")
     assert "computed by fp8 tensor cores" in text

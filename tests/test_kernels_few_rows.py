@@ -205,6 +205,29 @@ def test_operands(name):
   check(interpreted_mode, *case)
 
 
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("split_k", [False, True])
+def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
+  """The partitioner's rule holds no constant of numpy's, which JAX refuses with an assertion."""
+  fmt, (m, n, k) = FORMATS[mode], (8, 512, 8192)
+  mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def spec(shape, dtype, *axes):
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  of_w = (None, "tensor") if split_k else ("tensor",)
+  args = (
+    spec((m, k), jnp.bfloat16, *((None, "tensor") if split_k else ())),
+    spec((n, k * fmt.bits // 32), jnp.uint32, *of_w),
+    spec((n, k // fmt.group_size), jnp.uint8, *of_w),
+  )
+  text = jaxqq.explain(*args, mode=mode, device="cuda")
+  assert "streams packed w" in text, text
+  traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
+  assert "CustomSPMDPartitioning" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 class TestOnGpu:
   pytestmark = on_gpu
 

@@ -30,6 +30,8 @@ class Problem:
   operands: Operands  # of shapes and dtypes
   out_dtype: np.dtype
   precision: jax.lax.Precision | None
+  # Of the sum of all devices' parts, where this is one and float32.
+  result_dtype: np.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _is_split_explicitly(a: Any) -> bool:
 
 def _wants_exact_sums(problem: Problem) -> bool:
   high = (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST)
-  return problem.precision in high or problem.out_dtype == np.float32
+  return problem.precision in high or (problem.result_dtype or problem.out_dtype) == np.float32
 
 
 def _refusal_of_fp8(problem: Problem) -> str | None:

@@ -83,7 +83,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
   fmt, problem = FORMATS[mode], _folded(operands)
   problem = _padded_k(problem, matmul.step_k(jnp.float8_e4m3fn), fmt)
   config = tiles(operands, fmt, out_dtype, promote=True)
-  factors: Any = np.ones((1, 2), np.float32)
+  factors = _factors()
 
   def operand(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     out = fp8_operand(a.reshape(-1, a.shape[-1]), fmt)
@@ -177,15 +177,18 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
 
 def _factor(global_scale: jax.Array | None, fmt: Format) -> Any:
   if global_scale is None:
-    return np.ones(1, np.float32)  # of numpy: no operation of the program makes it
-  return decoding_factor(global_scale, fmt).reshape(1)
+    return np.float32(1)
+  return decoding_factor(global_scale, fmt).reshape(())
 
 
-def _factors(of_x: Any, of_w: Any) -> Any:
-  if not (isinstance(of_x, np.ndarray) and isinstance(of_w, np.ndarray)):
-    return jnp.stack([of_x, of_w]).reshape(1, 2)
-  # Two numbers that differ: XLA launches a kernel to fill an array with one.
-  return np.stack([of_x * np.float32(0.5), of_w * np.float32(2)]).reshape(1, 2)
+def _factors(of_x: Any = 1.0, of_w: Any = 1.0) -> jax.Array:
+  """float32 (1, 2), whose product is that of both.
+
+  They are made to differ: an array of equal constants XLA has a kernel fill, of others it knows
+  the bytes. No array of numpy's: `custom_partitioning` refuses functions that hold one.
+  """
+  both = (jnp.float32(0.5) * of_x, jnp.float32(2) * of_w)
+  return jnp.stack([jnp.asarray(a, jnp.float32) for a in both]).reshape(1, 2)
 
 
 def _scalar(global_scale: jax.Array | None) -> jax.Array | None:
