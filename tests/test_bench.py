@@ -71,7 +71,7 @@ def test_the_report_in_markdown(results, tmp_path, capsys):
   report.main([str(kept), "--all", "--plot", str(plot)])
   printed = capsys.readouterr().out
   assert "| N | K | M | cublas bf16 | nvfp4 packed | mxfp8 packed |" in printed
-  line = rf"\| 48 \| 64 \| 40 \| \d+ µs \| \d+\.\d\d{report.TIMES} \d+ µs \|"
+  line = rf"\| 48 \| 64 \| 40 \| [\d.]+ µs \| \d+\.\d\d{report.TIMES} [\d.]+ µs, \d+ GB/s \(\d+%"
   assert re.search(line, printed)
   assert "quantize columns mxfp8 64x64" in printed
   assert printed.count("\n| ") > len(rows)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 import jaxqq
-from jaxqq.bench.cases import FORMS, GOAL_SHAPE, goal
+from jaxqq.bench.cases import FEW_ROWS, FORMS, GOAL_SHAPE, goal
 from jaxqq.bench.measure import Row
 from jaxqq.bench.peers import COPY, CUBLAS
 
@@ -136,8 +136,11 @@ def header_lines(header: Header) -> list[str]:
 def goals_markdown(rows: Sequence[Row], with_goals: bool = True) -> str:
   """n, k and m down, mode and form across: ratio to cuBLAS in bfloat16, time, perhaps the goal.
 
-  Of a product that several files hold, the first one's row is taken.
+  Of a product that several files hold, the first one's row is taken. Where there are few rows, its
+  bytes per second are named, as a share of the copy's where one was measured.
   """
+  copies = [row.gbps for row in rows if row.implementation == COPY and row.gbps]
+  copy = statistics.median(copies) if copies else None
   products = [row for row in rows if FORMS[row.form].is_product]
   kinds = list(dict.fromkeys((row.mode, row.form) for row in products))
   titles = ["N", "K", "M", CUBLAS, *(f"{mode} {form}" for mode, form in kinds)]
@@ -145,11 +148,11 @@ def goals_markdown(rows: Sequence[Row], with_goals: bool = True) -> str:
   for n, k, m in sorted({(row.n, row.k, row.m) for row in products}, key=_goal_shape_first):
     here = [row for row in products if (row.n, row.k, row.m) == (n, k, m)]
     base = [row.us for row in here if row.implementation == CUBLAS and row.us]
-    cells = [str(n), str(k), str(m), f"{statistics.median(base):.0f} µs" if base else "-"]
+    cells = [str(n), str(k), str(m), _microseconds(statistics.median(base)) if base else "-"]
     for kind in kinds:
       mine = [row for row in here if (row.mode, row.form) == kind and _is_jaxqq(row)]
       first = {row.implementation: row for row in reversed(mine)}
-      cells.append("; ".join(_goal_cell(row, with_goals) for row in first.values()) or "-")
+      cells.append("; ".join(_goal_cell(row, with_goals, copy) for row in first.values()) or "-")
     lines += _markdown_row(cells)
   return "\n".join(lines) + _formats_markdown(rows)
 
@@ -158,7 +161,7 @@ def _goal_shape_first(sizes: tuple[int, int, int]) -> tuple[bool, tuple[int, int
   return sizes[:2] != GOAL_SHAPE, sizes
 
 
-def _goal_cell(row: Row, with_goals: bool) -> str:
+def _goal_cell(row: Row, with_goals: bool, copy: float | None) -> str:
   """With goals, bold where they are reached."""
   if row.us is None:
     return row.note
@@ -167,10 +170,17 @@ def _goal_cell(row: Row, with_goals: bool) -> str:
   if aim is not None and row.ratio is not None and row.ratio >= aim:
     ratio = f"**{ratio}**"
   name = row.implementation.removeprefix("jaxqq").strip()
-  text = " ".join(word for word in (name, ratio, f"{row.us:.0f} µs") if word)
+  text = " ".join(word for word in (name, ratio, _microseconds(row.us)) if word)
+  if row.m <= FEW_ROWS and row.gbps:
+    text += f", {row.gbps:.0f} GB/s"
+    text += f" ({row.gbps / copy:.0%} of a copy's)" if copy else ""
   if aim is not None:
     text += f" (goal {aim:.3g}{TIMES})"
   return text + (f", {row.note}" if row.note else "")
+
+
+def _microseconds(us: float) -> str:
+  return f"{us:.0f} µs" if us >= 100 else f"{us:.1f} µs"
 
 
 def _formats_markdown(rows: Sequence[Row]) -> str:
