@@ -437,7 +437,8 @@ def check_twin(run, which, n, k):
     passed = np.full((1, k), 127, np.int32), rows[None]
   else:
     passed = None
-  f = functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=F32, config=P(256, 4))
+  config = P(256, 4, store_slots=1)
+  f = functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=F32, config=config)
   x = np.eye(k).astype(expansion.dtype)[None]
   out = run(f, x, words[None], scales[None], np.ones((1, 2), F32), passed)[0].T
   assert_same_rows(out, want)

@@ -12,10 +12,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.test_sharding import GRADIENTS_CLOSE, collectives, mesh
+from tests.test_sharding import GRADIENTS_CLOSE, QUICK, collectives, mesh
 from tests.test_transforms import MODES, arguments, data
-
-JIT = pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 
 
 def gathered_w(product):
@@ -68,9 +66,18 @@ def rotated(product):
   return f, (P("tensor"), P("tensor")), P(None, "tensor")
 
 
-@JIT
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("around", [gathered_w, summed, scattered, rotated])
+def table():
+  """Jitted, packed and not; what gathers and what sums eagerly too."""
+  for around in (gathered_w, summed, scattered, rotated):
+    for packed in (False, True):
+      eager = (around, packed) in ((gathered_w, True), (summed, False))
+      for jit in (False, True) if eager else (True,):
+        name = f"{around.__name__}" + "-packed" * packed + "-eager" * (not jit)
+        yield pytest.param(around, packed, jit, id=name)
+
+
+@QUICK
+@pytest.mark.parametrize(("around", "packed", "jit"), list(table()))
 def test_collectives_around(around, packed, jit):
   mode = MODES[packed]
   x, w = data((16, 128), (32, 128))

@@ -89,15 +89,20 @@ def case(mode, packed):
   return x, args, np.asarray(jaxqq.qqmm(x, *args, mode=mode))
 
 
+QUICK = pytest.mark.usefixtures("quick_compiles")
+EACH = pytest.mark.parametrize(("mode", "packed"), [("nvfp4", True), ("mxfp8", False)])
+
+
 def table():
-  """Each mode, packed and on the fly, split as is usual; otherwise each mode and each kind of w."""
+  """Each split of each mode, one packed; what sums and what gathers, packed the other way too."""
   for split in SPLITS:
     for mode in MODES:
       for packed in (False, True):
-        if split in MOVED or packed == (mode == "nvfp4"):
+        if packed == (mode == "nvfp4") or split in ("column", "row", "columns of w"):
           yield pytest.param(split, mode, packed, id=f"{split}-{mode}" + "-packed" * packed)
 
 
+@QUICK
 @pytest.mark.parametrize(("split", "mode", "packed"), list(table()))
 def test_forward_and_what_moves(split, mode, packed):
   x, args, want = case(mode, packed)
@@ -108,8 +113,17 @@ def test_forward_and_what_moves(split, mode, packed):
     assert collectives(executable) == (moved[packed] if isinstance(moved, dict) else moved)
 
 
-@pytest.mark.parametrize(("mode", "packed"), [("nvfp4", True), ("mxfp8", False)])
-@pytest.mark.parametrize("split", ["column", "row", "row, rows split on", "columns of w"])
+@QUICK
+@pytest.mark.parametrize(
+  ("split", "mode", "packed"),
+  [
+    ("column", "nvfp4", True),
+    ("row", "mxfp8", False),
+    ("row, rows split on", "nvfp4", True),
+    ("columns of w", "nvfp4", True),
+    ("columns of w", "mxfp8", False),
+  ],
+)
 def test_the_other_partitioner(split, mode, packed):
   """GSPMD, as long as JAX has it."""
   x, args, want = case(mode, packed)
@@ -134,8 +148,7 @@ def test_row_parallel_sums_in_float32_and_rounds_once(mode):
   oracle.assert_within_bound(np.asarray(executable(*placed)), exact, mag, highest=True)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("mode", MODES)
+@EACH
 def test_a_split_that_would_cut_a_group_is_gathered(mode, packed):
   """K is 3 groups, split in two: not by a split of groups, so that nothing is summed."""
   k = 3 * oracle.MODES[mode].group
@@ -151,6 +164,7 @@ def test_a_split_that_would_cut_a_group_is_gathered(mode, packed):
   assert "all-reduce" not in {kind for kind, _ in collectives(executable)}
 
 
+@QUICK
 @pytest.mark.parametrize("shape", [(8, 8, 32), (4, 8, 64), (8, 0, 64), (8, 8, 0)], ids=str)
 def test_small_and_empty(shape):
   m, n, k = shape
@@ -164,30 +178,31 @@ def test_small_and_empty(shape):
     np.testing.assert_allclose(executable(*placed), f(x, w), **CLOSE)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_batch_axes(mode):
+@QUICK
+@EACH
+def test_batch_axes(mode, packed):
   """A stack of products split on the stack moves nothing; vmap over it is the same."""
   x, w = data((8, 16, 64), (8, 32, 64))
-  for packed in (False, True):
-    args = arguments(w, mode, packed)
-    stacked = functools.partial(jaxqq.qqmm, mode=mode)
-    want = stacked(x, *args)
-    placed = place(x, P(DT)), *(place(a, P(DT)) for a in args)
-    for f in (stacked, jax.vmap(stacked)):
-      executable = jax.jit(f).lower(*placed).compile()
-      assert collectives(executable) == []
-      np.testing.assert_allclose(executable(*placed), want, **CLOSE)
-    # x with a batch axis, w without: rows of x split, w on every device.
-    placed = place(x, P("data")), *(place(a[0], P("tensor")) for a in args)
-    executable = jax.jit(stacked).lower(*placed).compile()
+  args = arguments(w, mode, packed)
+  stacked = functools.partial(jaxqq.qqmm, mode=mode)
+  want = stacked(x, *args)
+  placed = place(x, P(DT)), *(place(a, P(DT)) for a in args)
+  for f in (stacked, jax.vmap(stacked)):
+    executable = jax.jit(f).lower(*placed).compile()
     assert collectives(executable) == []
-    np.testing.assert_allclose(executable(*placed), stacked(x, *(a[0] for a in args)), **CLOSE)
-    # Row-parallel, the sum scattered along the batch axis.
-    placed = place(x, P("data", None, "tensor")), *(place(a[0], P(None, "tensor")) for a in args)
-    out = NamedSharding(mesh(), P(DT))
-    executable = jax.jit(stacked, out_shardings=out).lower(*placed).compile()
-    assert collectives(executable) == SCATTERED
-    np.testing.assert_allclose(executable(*placed), stacked(x, *(a[0] for a in args)), **CLOSE)
+    np.testing.assert_allclose(executable(*placed), want, **CLOSE)
+  # x with a batch axis, w without: rows of x split, w on every device.
+  want = stacked(x, *(a[0] for a in args))
+  placed = place(x, P("data")), *(place(a[0], P("tensor")) for a in args)
+  executable = jax.jit(stacked).lower(*placed).compile()
+  assert collectives(executable) == []
+  np.testing.assert_allclose(executable(*placed), want, **CLOSE)
+  # Row-parallel, the sum scattered along the batch axis.
+  placed = place(x, P("data", None, "tensor")), *(place(a[0], P(None, "tensor")) for a in args)
+  out = NamedSharding(mesh(), P(DT))
+  executable = jax.jit(stacked, out_shardings=out).lower(*placed).compile()
+  assert collectives(executable) == SCATTERED
+  np.testing.assert_allclose(executable(*placed), want, **CLOSE)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -201,8 +216,16 @@ def test_inside_of_scan_and_with_collectives_of_others(mode):
   np.testing.assert_allclose(jax.jit(layers)(*placed), layers(x, w), **CLOSE)
 
 
-@pytest.mark.parametrize("mode", oracle.MODES)
-@pytest.mark.parametrize("spec", [P("data"), P(None, "tensor"), P("data", "tensor")], ids=str)
+@QUICK
+@pytest.mark.parametrize(
+  ("spec", "mode"),
+  [
+    *((P("data", "tensor"), mode) for mode in oracle.MODES),
+    (P("data"), "nvfp4"),
+    (P(None, "tensor"), "mxfp8"),
+  ],
+  ids=str,
+)
 def test_quantize_and_dequantize(spec, mode):
   """Split along every axis, but not inside of a group, nothing moves."""
   (w,) = data((16, 256))

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from jaxqq._compat import ShardingTypeError
 from tests.test_product import amax
-from tests.test_sharding import GATHERED, GRADIENTS_CLOSE, REDUCED, collectives
+from tests.test_sharding import EACH, GATHERED, GRADIENTS_CLOSE, QUICK, REDUCED, collectives
 from tests.test_sharding_backward import KINDS
-from tests.test_transforms import BACKWARDS, MODES, arguments, data
+from tests.test_transforms import BACKWARDS, arguments, data
 
 SPLITS = {
   "column": (P("data"), P("tensor")),
@@ -57,11 +57,16 @@ def case(mode, backward, packed):
   return (x, *args), f, jax.jit(f)(x, *args)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize(
-  ("split", "mode", "backward"),
-  [(split, *KINDS[(i + j) % 4]) for i, split in enumerate(SPLITS) for j in (0, 3)],
-)
+def table():
+  """Every split, packed and not, the modes and backwards in turn."""
+  for i, split in enumerate(SPLITS):
+    for packed in (False, True):
+      mode, backward = KINDS[(i + 3 * packed) % len(KINDS)]
+      yield pytest.param(split, mode, backward, packed, id=f"{split}-{mode}-{backward}-{packed}")
+
+
+@QUICK
+@pytest.mark.parametrize(("split", "mode", "backward", "packed"), list(table()))
 def test_product_and_gradients(split, mode, backward, packed):
   """Gradients are split as their operands, the product as jnp.einsum's, and little moves."""
   (x, *args), f, want = case(mode, backward, packed)
@@ -88,8 +93,7 @@ def test_product_and_gradients(split, mode, backward, packed):
     assert moved == []
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("mode", MODES)
+@EACH
 def test_k_split_on_both_sides(mode, packed):
   """As ambiguous as for jnp.einsum; under auto_axes it is told how the output is split."""
   x, w, g = data((16, 256), (32, 256), (16, 32))
@@ -146,7 +150,7 @@ def test_batch_axes_and_vmap(packed):
 def test_dw_sums_over_a_split_batch_axis(backward):
   x, w, g = data((8, 32, 64), (32, 64), (8, 32, 32))
   f = gradients_of("mxfp8", backward, g, False)
-  want = f(x, w)
+  want = jax.jit(f)(x, w)
   with jax.set_mesh(mesh()):
     got = jax.jit(f)(place(x, P("data")), place(w, P("tensor")))
   for a, b in zip(got, want, strict=True):
@@ -165,16 +169,16 @@ def test_global_scales_and_second_derivatives():
     return jax.jvp(jax.grad(loss), (w,), (w,))
 
   for function in (f, hvp):
-    want = function(x, w)
+    want = jax.jit(function)(x, w)
     with jax.set_mesh(mesh()):
       got = jax.jit(function)(*placed)
     for a, b in zip(got, want, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_some_axes_explicit_and_others_not(mode):
+def test_some_axes_explicit_and_others_not():
   """data explicit and tensor XLA's, and the other way round."""
+  mode = "mxfp8"
   x, w = data((16, 256), (32, 256))
   for kinds in ((AxisType.Explicit, AxisType.Auto), (AxisType.Auto, AxisType.Explicit)):
     with jax.set_mesh(mesh(kinds)):
