@@ -98,14 +98,18 @@ def _refusal_of_few_rows(problem: Problem) -> str | None:
   if refusal is not None:
     return refusal
   from jaxqq._kernels.few_rows import MAX_ROWS
-  from jaxqq._kernels.hopper import rows_of_a_matrix
+  from jaxqq._kernels.hopper import chunk_of, rows_of_a_matrix
 
+  fmt = FORMATS[problem.mode]
   if problem.operands.scales is None:
     return "w is not packed, and it is the reading of packed w that few rows wait for"
   rows = rows_of_a_matrix(problem.operands)
   if rows > MAX_ROWS:
     return f"{rows} rows of x meet a matrix w, and it is for at most {MAX_ROWS}"
-  if FORMATS[problem.mode].scale_is_power_of_two:
+  k, chunk_k = problem.operands.x.shape[-1], chunk_of(problem.operands, fmt).k
+  if k % chunk_k:
+    return f"k = {k} is no multiple of {chunk_k}, which its loads are made of"
+  if fmt.scale_is_power_of_two:
     return _refusal_of_fp8(problem)
   return None
 
@@ -120,7 +124,9 @@ def _few_rows_details(problem: Problem) -> str:
   from jaxqq._kernels import hopper
 
   fmt = FORMATS[problem.mode]
-  return f"tiles {hopper.few_rows_config(problem.operands, fmt, _wants_exact_sums(problem))}"
+  chunk, columns, _ = hopper.few_rows_layout(problem.operands, fmt)
+  config = hopper.few_rows_config(problem.operands, fmt, _wants_exact_sums(problem))
+  return f"tiles {chunk} {config}" + (f" with {columns}" if columns else "")
 
 
 def _run_fp8(operands: Operands, problem: Problem) -> jax.Array:
@@ -147,8 +153,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
   Implementation(
     name="hopper_few_rows",
     summary=(
-      "a kernel quantizes x, another streams packed w through the tensor cores (nvfp4 expanded to "
-      "float16 in registers; mxfp8 as it is in fp8, each group's sum scaled in float32)"
+      "a kernel quantizes x, another streams packed w through the tensor cores: in fp8 (mxfp8, and "
+      "nvfp4 of up to 8 rows), where each group's sum is scaled in float32, or expanded to float16 "
+      "in registers"
     ),
     platforms=("cuda",),
     refuses=_refusal_of_few_rows,

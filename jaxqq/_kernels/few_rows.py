@@ -10,7 +10,9 @@ A CTA has 64 rows of w at a time and all of k, in chunks that go round its compu
 - The memory warpgroup has the copy engine (TMA) keep all of shared memory full: packed words and
   scales of w, and of x_hat what belongs to them, in one chunk.
 - A compute warpgroup multiplies its chunks: out^T = w_hat x_hat^T, 64 rows of w by all of x_hat.
-  nvfp4: codes are expanded in registers to exact float16 (`expand.py`), and so is x_hat.
+  nvfp4, up to 8 rows: codes go to the fp8 tensor cores, two groups an instruction, which columns
+  of x_hat keep apart, and each group's exact sum is multiplied by its two scales (`apart.py`).
+  nvfp4, more: codes are expanded in registers to exact float16 (`expand.py`), and so is x_hat.
   mxfp8: an instruction's 32 elements of k are one group. Packed codes of both operands go to the
   tensor cores as they are, and each group's sums are multiplied by its two scales in float32.
 - Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
@@ -27,11 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
 from jaxqq._kernels import apart, expand, tensor_cores
+from jaxqq._kernels.store_columns import store_columns
 from jaxqq._kernels.tiles import (
   Grid,
   batch_of,
@@ -46,8 +46,9 @@ BLOCK_N = tensor_cores.ROWS
 MAX_ROWS = 64
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 _STEP_WORDS = tensor_cores.STEP // 4
+_GROUPS = tensor_cores.STEP // 32  # of mxfp8 in a step
 # A thread of a compute warpgroup, by how many there are: what the memory warpgroup leaves.
-_REGISTERS = {2: 232, 3: 152, 4: 104}
+_REGISTERS = {2: 232, 4: 104}
 _SHARED_MEMORY = 226 * 1024  # bytes, of 227 KiB: barriers need some
 
 
@@ -106,12 +107,13 @@ def rows_held(m: int) -> int:
 
 
 def few_rows(
-  x: jax.Array,  # (b or 1, rows or columns, k): float16, or four e4m3 numbers in a uint32
+  # (b or 1, rows or columns, k) of float16, or (.., .., k / 4) of four e4m3 numbers in a uint32
+  x: jax.Array,
   x_scales: jax.Array | None,  # of e4m3 numbers: float32 (b or 1, k / chunk.k, .., ..)
   words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
   scales: jax.Array,  # uint8 (b or 1, n, k / group_size)
   factors: jax.Array,  # float32 (b or 1, 2)
-  m: int,  # rows of x that count: what others hold is not read
+  m: int,  # rows of x that count: what others hold reaches no result
   *,
   chunk: Chunk,
   columns: apart.Columns | None = None,  # nvfp4: where x has them, `apart.apart_operand`
@@ -287,7 +289,7 @@ def few_rows(
       index = batch_of(factors_g, b)
       out = (sums * factors_g[index, 0] * factors_g[index, 1]).astype(out_dtype)
       layout = plgpu.Layout.WGMMA if columns is None else apart.WORDS_LAYOUT
-      _store_columns(out, layout, out_g.at[b], ni * BLOCK_N, m, n, bool(interpret))
+      store_columns(out, layout, out_g.at[b], ni * BLOCK_N, m, n, bool(interpret))
 
     @pl.when(warpgroup < workers)
     def _compute() -> None:
@@ -342,60 +344,10 @@ def few_rows(
   return out[:, :m, :n] if interpret else out
 
 
-_GROUPS = tensor_cores.STEP // 32  # of mxfp8 in a step
-
-
 def _power_of_two(scales: Any) -> Any:
   """2**(scale - 127), and NaN for 0xFF. A scale of 0 is that of zeros."""
   bits = jnp.where(scales == np.uint32(0xFF), np.uint32(0x7FC00000), scales << np.uint32(23))
   return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _store_columns(
-  a: Any, layout: Any, out_ref: Any, first: Any, m: int, n: int, interpret: bool
-) -> None:
-  """out_ref[:m, first:] = a.T, (64, held), of which columns from m on are nothing.
-
-  The copy engine would write them too. Few rows are few bytes: threads store them one by one.
-  """
-  if interpret:
-    out_ref[pl.ds(0, a.shape[1]), pl.ds(first, BLOCK_N)] = a.T
-    return
-  itemsize = jnp.dtype(a.dtype).itemsize
-
-  @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=None)
-  def store(ctx: Any, a: Any, out: Any, first: Any) -> None:
-    del ctx
-    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(out))
-    start = first.registers.flat[0]
-    kind, constraint = ("b16", "h") if itemsize == 2 else ("b32", "f")
-    bits = ir.IntegerType.get_signless(16) if itemsize == 2 else ir.F32Type.get()
-
-    def store_one(value: Any, index: Any) -> None:
-      row = arith.addi(arith.index_cast(i32, index[0]), start)
-      column = arith.index_cast(i32, index[1])
-      asm = f"""{{
-        .reg .pred inside;
-        .reg .s32 place;
-        .reg .s64 address;
-        mad.lo.s32 place, $3, {n}, $2;
-        mad.wide.s32 address, place, {itemsize}, $0;
-        setp.lt.s32 inside, $2, {n};
-        setp.lt.and.s32 inside, $3, {m}, inside;
-        @inside st.global.{kind} [address], $1;
-      }}"""
-      llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        [base, arith.bitcast(bits, value) if itemsize == 2 else value, row, column],
-        asm,
-        f"l,{constraint},r,r",
-        has_side_effects=True,
-      )
-
-    a.foreach(store_one)
-
-  store(a, out_ref, first)
 
 
 # For the interpreter
@@ -406,11 +358,5 @@ def _product(a: Any, b: Any) -> Any:
 
 
 def _products_of_groups(a_words: Any, b_words: Any) -> list[Any]:
-  def numbers(words: Any) -> Any:
-    shifts = lax.broadcasted_iota(jnp.uint32, (1, 1, 4), 2) * np.uint32(8)
-    codes = ((words[..., None] >> shifts) & np.uint32(0xFF)).astype(jnp.uint8)
-    values = lax.bitcast_convert_type(codes, E4M3).astype(jnp.float32)
-    return values.reshape(words.shape[0], _GROUPS, -1)
-
-  a, b = numbers(a_words), numbers(b_words)
+  a, b = (apart.numbers_of(words).reshape(len(words), _GROUPS, -1) for words in (a_words, b_words))
   return [_product(a[:, i], b[:, i]) for i in range(_GROUPS)]

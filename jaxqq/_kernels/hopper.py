@@ -10,13 +10,13 @@ In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfl
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
 cores' sums are short of bits; both errors shrink with k against the bound that a product must
 keep (README). At k >= FP8_MIN_K random data, outlier channels and numbers of one sign were measured
-within it; x that is zero nearly everywhere may leave it. A row whose groups lie further apart than
+within it; x that is zero nearly everywhere may leave it, and so may outliers in data of one sign
+(by 5% in a simulation of the few rows' groups). A row whose groups lie further apart than
 a shift of its codes can bridge is found while it is quantized: then the exact kernel runs instead.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -27,7 +27,7 @@ from jax import lax
 
 from jaxqq._formats import FORMATS, Format
 from jaxqq._kernels import apart, expand, matmul, packed_matmul, tuning
-from jaxqq._kernels import few_rows as decode
+from jaxqq._kernels import few_rows as few_rows_kernel
 from jaxqq._kernels.apart import apart_operand
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.groups import TuningConfig
@@ -130,7 +130,6 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
   """The product of few rows of x and packed w."""
   fmt, problem = FORMATS[mode], _folded(operands)
   chunk, columns, held = few_rows_layout(operands, fmt)
-  problem = _padded_k(problem, chunk.k, fmt)
   batch, m, k = problem.x.shape
   of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
   x, x_scales = problem.x, None
@@ -159,7 +158,7 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
       )
       of_x = of_x * np.float32(expand.E2M1.unit)
   return _unfolded(
-    decode.few_rows(
+    few_rows_kernel.few_rows(
       x.reshape(batch, held, -1),
       x_scales,
       problem.w,
@@ -222,22 +221,34 @@ def rows_of_a_matrix(operands: Operands) -> int:
   return m * math.prod(operands.batch_shape) if _shared_w(operands) else m
 
 
+def chunk_of(operands: Operands, fmt: Format) -> few_rows_kernel.Chunk:
+  """What the kernel for few rows loads of w at once: k is a multiple of chunk.k."""
+  if fmt.scale_is_power_of_two:
+    k = 512
+  else:
+    k = 512 if _apart(operands) and operands.x.shape[-1] % 512 == 0 else 256
+  return few_rows_kernel.Chunk(k, fmt.bits, fmt.group_size)
+
+
 def few_rows_layout(
   operands: Operands, fmt: Format
-) -> tuple[decode.Chunk, apart.Columns | None, int]:
-  """What the kernel for few rows loads at once, x's columns, and how many rows or columns of x."""
-  rows, k = rows_of_a_matrix(operands), operands.x.shape[-1]
-  chunk = functools.partial(decode.Chunk, bits=fmt.bits, group_size=fmt.group_size)
-  if fmt.scale_is_power_of_two:
-    return chunk(512), None, decode.rows_held(rows)
-  one_matrix = _shared_w(operands) or math.prod(operands.x.shape[:-2]) == 1
-  if one_matrix and rows <= apart.MAX_ROWS and k >= apart.MIN_K:
+) -> tuple[few_rows_kernel.Chunk, apart.Columns | None, int]:
+  """What the kernel for few rows loads of w at once, x's columns, and how many rows or columns."""
+  rows, chunk = rows_of_a_matrix(operands), chunk_of(operands, fmt)
+  if not fmt.scale_is_power_of_two and _apart(operands):
     columns = apart.Columns.of(rows)
-    return chunk(256 if k % 512 else 512), columns, columns.count
-  return chunk(256), None, decode.rows_held(rows)
+    return chunk, columns, columns.count
+  return chunk, None, few_rows_kernel.rows_held(rows)
 
 
-def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> decode.Config:
+def _apart(operands: Operands) -> bool:
+  """Whether x, of one matrix, has few enough rows that nvfp4's groups get columns of their own."""
+  one_matrix = _shared_w(operands) or math.prod(operands.x.shape[:-2]) == 1
+  few = rows_of_a_matrix(operands) <= apart.MAX_ROWS
+  return one_matrix and few and operands.x.shape[-1] >= apart.MIN_K
+
+
+def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> few_rows_kernel.Config:
   """The tiles of the kernel for few rows, by the sizes that it sees."""
   chunk, columns, held = few_rows_layout(operands, fmt)
   if columns is not None:
@@ -246,7 +257,7 @@ def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> decode.Co
     x_bytes = held * (chunk.k + 4 * chunk.scales)
   else:
     x_bytes = held * chunk.k * 2
-  return decode.config(chunk, x_bytes, held, promote)
+  return few_rows_kernel.config(chunk, x_bytes, held, promote)
 
 
 def _folded(operands: Operands) -> Operands:

@@ -1,9 +1,8 @@
-"""The tensor cores' sums, begun and waited for in two calls, in registers that are seen in between.
+"""The tensor cores' sums of one step, begun and waited for in two calls.
 
 Mosaic's accumulators start as zeros that the tensor cores add to: where sums are taken out after
 every step, setting 64 registers a thread to zero costs half as much as adding them up. The
-instruction can also ignore what its registers hold. And between `begin` and `finish` a warpgroup
-can work on other registers.
+instruction can also ignore what its registers hold, and give parts of a step sums of their own.
 """
 
 from __future__ import annotations
@@ -79,27 +78,21 @@ def begin_separately(
   return multiply(a, b)
 
 
-def finish(sums: list[jax.Array], held: tuple[jax.Array, ...] = ()) -> list[jax.Array]:
-  """The sums that were begun: all are done.
-
-  Until then the tensor cores read their left operand in registers. Who has other work in between
-  names it in `held`, lest the compiler lets other values have these registers.
-  """
+def finish(sums: list[jax.Array]) -> list[jax.Array]:
+  """The sums that were begun: all are done."""
   n = sums[0].shape[1]
-  layouts = [plgpu.Layout.WGMMA] * len(sums) + [_layout(a.dtype) for a in held]
 
-  @plgpu.inline_mgpu(arg_types=layouts, return_type=[_sums_type(n)] * len(sums))
-  def wait(ctx: Any, *arrays: Any) -> Any:
+  @plgpu.inline_mgpu(
+    arg_types=[plgpu.Layout.WGMMA] * len(sums), return_type=[_sums_type(n)] * len(sums)
+  )
+  def wait(ctx: Any, *sums: Any) -> Any:
     del ctx
-    values = [value for array in arrays[: len(sums)] for value in _floats(array)]
-    words = [word for array in arrays[len(sums) :] for word in _words(array)]
-    tied = [str(i) for i in range(len(values))]
-    constraints = ",".join(["=f"] * len(values) + tied + ["r"] * len(words))
-    asm = "wgmma.wait_group.sync.aligned 0;"
-    done = _asm(asm, values + words, constraints, len(values))
+    values = [value for array in sums for value in _floats(array)]
+    constraints = ["=f"] * len(values) + [str(i) for i in range(len(values))]
+    done = _asm("wgmma.wait_group.sync.aligned 0;", values, ",".join(constraints), len(values))
     return [_as_array(done[i : i + n // 2], n) for i in range(0, len(done), n // 2)]
 
-  return wait(*sums, *held)
+  return wait(*sums)
 
 
 def _operand_types(a: Any, transforms: tuple[Any, ...], dtype: Any) -> tuple[Any, Any]:
