@@ -27,7 +27,7 @@ def quick_compiles():
   """For tables of many programs, each run once and compared with the same one unsplit.
 
   XLA has the same passes, but LLVM optimizes little, and JAX does not check its own work: that
-  halves the time. Everything else runs as users run it, with all checks on.
+  nearly halves the time. Everything else runs as users run it, with all checks on.
   """
   jax.config.update("jax_disable_most_optimizations", True)
   with jax.enable_checks(False):

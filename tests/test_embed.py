@@ -145,6 +145,7 @@ def test_the_sentences(example):
   assert all(8 <= len(text.split()) <= 40 and text.endswith(".") for text in texts)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_main(example, folder, capsys):
   arguments = ["--model", str(folder), "--sentences", "6", "--batch", "6", "--repeats", "1"]
   results = example.main(arguments)
@@ -167,6 +168,7 @@ def test_main(example, folder, capsys):
   assert "6 of 12 layers converted" in printed and "| nvfp4 | " in printed
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_block_by_block(example, folder):
   tensors = load_file(folder / "model.safetensors")
   tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -177,6 +179,7 @@ def test_block_by_block(example, folder):
   assert embedded == pytest.approx(1, abs=1e-6) and 0.99 < after_block < 0.9999
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_a_packed_model_that_was_changed_embeds_otherwise(example, folder):
   """So that the comparison of loaded models can fail."""
   tensors = load_file(folder / "model.safetensors")

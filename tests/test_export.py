@@ -48,6 +48,7 @@ def test_one_artifact_for_cpu_and_cuda(mode, packed):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("platforms", "packed"),
   [(("cpu",), True), (("cuda",), False), (BOTH, False), (BOTH, True)],
@@ -87,6 +88,7 @@ assert not any(name.startswith("jaxqq") for name in sys.modules)
   np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), jaxqq.qqmm(x, packed, scales))
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("split", "packed"),
   [("column", True), ("x on k only", False), ("columns of w", False), ("columns of w", True)],
@@ -108,6 +110,7 @@ def test_explicit_shardings_are_exported_with_the_rule(split, packed):
   assert collectives(executable) == moved[split]
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("split", ["column", "row", "columns of w"])
 def test_automatic_shardings_are_exported_without(split):
   """XLA splits the reference by itself; the numbers are the same."""
@@ -119,6 +122,7 @@ def test_automatic_shardings_are_exported_without(split):
   np.testing.assert_allclose(got, jaxqq.qqmm(x, w), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @PACKED
 def test_ahead_of_time_and_the_executable_as_bytes(packed):
   x, w = data((16, 512), (24, 512))
@@ -140,6 +144,7 @@ def place_nowhere(a, spec):
   return a
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("put", [place_nowhere, place, place_auto])
 def test_persistent_compilation_cache(tmp_path, put):
   """The second time nothing is compiled, and modes are not mistaken for each other."""

@@ -64,6 +64,7 @@ def count(jaxpr, name: str) -> int:
   return here + sum(count(sub, name) for sub in inner)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("name", LINEN)
 def test_layers_of_linen_train(name):
   layer = LINEN[name](MXFP8)
@@ -76,6 +77,7 @@ def test_layers_of_linen_train(name):
   falls(loss, params)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("name", NNX)
 def test_layers_of_nnx_train(name):
   graph, params, rest = nnx.split(NNX[name](MXFP8), nnx.Param, ...)

@@ -35,10 +35,10 @@ class Block(nnx.Module):
 class Model(nnx.Module):
   """One of everything; `odd` is contracted over 24 numbers, `gate` is no layer of nnx."""
 
-  def __init__(self, rngs: nnx.Rngs):
+  def __init__(self, rngs: nnx.Rngs, blocks: int = 1):
     self.embed = nnx.Embed(12, 64, rngs=rngs)
     self.conv = nnx.Conv(64, 64, (3,), rngs=rngs)
-    self.blocks = nnx.List([Block(rngs)])
+    self.blocks = nnx.List([Block(rngs) for _ in range(blocks)])
     self.odd = nnx.Linear(24, 8, rngs=rngs)
     self.lora = nnx.LoRALinear(64, 64, lora_rank=2, rngs=rngs)
     self.gate = nnx.Param(jnp.ones(()))
@@ -84,6 +84,7 @@ def arrays(model):
   return nnx.to_pure_dict(nnx.state(model))
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_what_can_be_is_converted_and_the_rest_is_reported():
   model = Model(nnx.Rngs(0))
   structure, before = jax.tree.structure(arrays(model)), run(model, TOKENS)
@@ -128,9 +129,10 @@ def test_report_is_a_table():
     report["no such layer"]
 
 
-@pytest.mark.parametrize(("mode", "scale"), [("nvfp4", "amax"), ("mxfp8", None)])
-def test_packed_unpacked_split_saved(mode, scale):
-  model = Model(nnx.Rngs(0))
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize(("mode", "scale", "blocks"), [("nvfp4", "amax", 0), ("mxfp8", None, 1)])
+def test_packed_unpacked_split_saved(mode, scale, blocks):
+  model = Model(nnx.Rngs(0), blocks)
   jaxqq.nn.quantize_model(model, mode, global_scale=scale)
   unpacked = run(model, TOKENS)
   jaxqq.nn.pack(model)
@@ -138,7 +140,7 @@ def test_packed_unpacked_split_saved(mode, scale):
   np.testing.assert_array_equal(run(nnx.merge(*nnx.split(model)), TOKENS), unpacked)
   # A checkpoint: arrays of one model, into another that was packed without numbers.
   saved = jax.tree.map(np.asarray, arrays(model))
-  other = nnx.eval_shape(lambda: Model(nnx.Rngs(1)))
+  other = nnx.eval_shape(lambda: Model(nnx.Rngs(1), blocks))
   report = jaxqq.nn.quantize_model(other, mode, global_scale=scale, packed=True)
   assert report["head"].relative_error is None and report["head"].bytes_after > 0
   nnx.update(other, saved)

@@ -89,6 +89,7 @@ def test_collectives_around(around, packed, jit):
   np.testing.assert_allclose(out, jaxqq.qqmm(x, *args, mode=mode), **GRADIENTS_CLOSE)
 
 
+@QUICK
 @pytest.mark.parametrize("backward", ["straight_through", "quantized"])
 def test_a_step_of_training(backward):
   """Gradients inside, of column- then row-parallel products, and of a sum over data."""
@@ -100,7 +101,7 @@ def test_a_step_of_training(backward):
     return over_data(jnp.sum(total(product(h, weights["down"])) ** 2))
 
   weights = {"up": up, "down": down}
-  want = jax.value_and_grad(loss)(weights, x)
+  want = jax.jit(jax.value_and_grad(loss))(weights, x)
 
   def inside(weights, x):
     total, over_data = (lambda a: lax.psum(a, "tensor")), (lambda a: lax.psum(a, "data"))
@@ -127,6 +128,7 @@ def test_manual_over_some_axes_only(mode):
   np.testing.assert_allclose(jax.jit(over_data)(x, w), f(x, w), **GRADIENTS_CLOSE)
 
 
+@QUICK
 def test_in_quantized_backward_the_amax_is_that_of_a_shard():
   """Documented: with global scales, a device's part of g is quantized by its own amax."""
   x, w, g = data((64, 64), (32, 64), (64, 32))
@@ -144,7 +146,8 @@ def test_in_quantized_backward_the_amax_is_that_of_a_shard():
     dx, mesh=mesh(), in_specs=(P("data"), P("data"), P(), P()), out_specs=P("data")
   )
   got = jax.jit(split)(x, g, *scales)
-  want = jnp.concatenate([dx(x[i : i + 16], g[i : i + 16], *scales) for i in range(0, 64, 16)])
+  of_rows = jax.jit(dx)
+  want = np.concatenate([of_rows(x[i : i + 16], g[i : i + 16], *scales) for i in range(0, 64, 16)])
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 

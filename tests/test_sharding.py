@@ -148,6 +148,7 @@ def test_row_parallel_sums_in_float32_and_rounds_once(mode):
   oracle.assert_within_bound(np.asarray(executable(*placed)), exact, mag, highest=True)
 
 
+@QUICK
 @EACH
 def test_a_split_that_would_cut_a_group_is_gathered(mode, packed):
   """K is 3 groups, split in two: not by a split of groups, so that nothing is summed."""
@@ -205,6 +206,7 @@ def test_batch_axes(mode, packed):
   np.testing.assert_allclose(executable(*placed), want, **CLOSE)
 
 
+@QUICK
 @pytest.mark.parametrize("mode", MODES)
 def test_inside_of_scan_and_with_collectives_of_others(mode):
   x, w = data((32, 64), (3, 64, 64))
@@ -243,6 +245,7 @@ def test_quantize_and_dequantize(spec, mode):
   )
 
 
+@QUICK
 def test_quantize_and_dequantize_a_stack_and_inside_of_a_group():
   (w,) = data((8, 4, 96))
   want = jaxqq.quantize(w)

@@ -93,6 +93,7 @@ def test_product_and_gradients(split, mode, backward, packed):
     assert moved == []
 
 
+@QUICK
 @EACH
 def test_k_split_on_both_sides(mode, packed):
   """As ambiguous as for jnp.einsum; under auto_axes it is told how the output is split."""
@@ -114,7 +115,8 @@ def test_k_split_on_both_sides(mode, packed):
     loss = lambda x, *w: jnp.sum(jax.sharding.reshard(g, P("data")) * product(x, *w))  # noqa: E731
     dx = jax.jit(jax.grad(loss))(*placed)
     assert dx.sharding.spec == P("data", "tensor")
-  np.testing.assert_allclose(dx, jax.grad(lambda x: jnp.vdot(g, f(x, *args)))(x), **GRADIENTS_CLOSE)
+  want = jax.jit(jax.grad(lambda x: jnp.vdot(g, f(x, *args))))(x)
+  np.testing.assert_allclose(dx, want, **GRADIENTS_CLOSE)
 
 
 def test_what_einsum_refuses_is_refused_in_a_sentence():
@@ -126,6 +128,7 @@ def test_what_einsum_refuses_is_refused_in_a_sentence():
     jaxqq.qqmm(place(x, P("data")), place(w, P("tensor")))
 
 
+@QUICK
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 def test_batch_axes_and_vmap(packed):
   x, w = data((8, 16, 64), (8, 32, 64))
@@ -146,6 +149,7 @@ def test_batch_axes_and_vmap(packed):
   np.testing.assert_allclose(out, jaxqq.qqmm(x, *(a[0] for a in args)), **GRADIENTS_CLOSE)
 
 
+@QUICK
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_dw_sums_over_a_split_batch_axis(backward):
   x, w, g = data((8, 32, 64), (32, 64), (8, 32, 32))
@@ -158,6 +162,7 @@ def test_dw_sums_over_a_split_batch_axis(backward):
   assert got[2].sharding.spec == P("tensor", None)
 
 
+@QUICK
 def test_global_scales_and_second_derivatives():
   x, w, g = data((128, 256), (64, 256), (128, 64))
   scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
@@ -176,6 +181,7 @@ def test_global_scales_and_second_derivatives():
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2)
 
 
+@QUICK
 def test_some_axes_explicit_and_others_not():
   """data explicit and tensor XLA's, and the other way round."""
   mode = "mxfp8"
@@ -189,6 +195,7 @@ def test_some_axes_explicit_and_others_not():
     np.testing.assert_allclose(out, jaxqq.qqmm(x, w, mode=mode), **GRADIENTS_CLOSE)
 
 
+@QUICK
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh_that_is_set_for_the_program(kind):
   """The rule's own functions see none of it."""

@@ -20,6 +20,7 @@ SIZES += ["--steps", "3", "--dtype", "f32", "--modes", "mxfp8", "--backward", "q
 def run(*flags):
   """What a process of its own prints."""
   env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as below
   return subprocess.run(
     [sys.executable, str(ROOT / "examples" / "train_sharded.py"), *SIZES, *flags],
     env=env,
@@ -44,8 +45,11 @@ def example():
     patch.syspath_prepend(str(ROOT / "examples"))
     import train_sharded
 
-    with jax.enable_checks(False):  # they triple the time, and other tests have them
+    # Checks triple the time, and LLVM's optimizations add to it; other tests have them.
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.enable_checks(False):
       yield train_sharded
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
