@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxqq._kernels import expand, tiles, tuning
+from jaxqq._kernels import expand, tensor_cores, tiles, tuning
 from jaxqq._kernels import matmul as mm
 from jaxqq._kernels import packed_matmul as pm
 from tests import oracle
@@ -406,7 +406,7 @@ def twins(words, scales, expansion):
     return expand.twin(words, expand.factors(scales, expansion), expansion)
 
   def split(a):
-    return a.reshape(n // expand.ROWS, expand.ROWS, steps, -1).swapaxes(1, 2)
+    return a.reshape(n // tensor_cores.ROWS, tensor_cores.ROWS, steps, -1).swapaxes(1, 2)
 
   out = jax.vmap(jax.vmap(a_tile))(split(words), split(scales))
   return out.swapaxes(1, 2).reshape(n, -1)

@@ -35,8 +35,9 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._formats import Format
 from jaxqq._kernels.codes import E4M3, amax_bits_of, codes_of, encoding_scale, scales_of
-from jaxqq._kernels.expand import ROWS, constant, layout_of, packed_array
+from jaxqq._kernels.expand import constant, layout_of, word_asm
 from jaxqq._kernels.groups import View, load_gmem, make_kernel, per_group, positions, store_gmem
+from jaxqq._kernels.tensor_cores import ROWS, packed_array
 
 # With 16 rows there are too many sums for the registers: 32 us on an H200 (8192 x 8192) where
 # codes expanded to float16 take 19 us for 32 rows.
@@ -153,7 +154,7 @@ def expand(words: Any) -> Any:
       word = vector.extract(register, [], [0])
       block, half = divmod(i, 2)
       odd, even = (
-        _asm(
+        word_asm(
           f"""{{
             .reg .b32 high, low;
             {"mov.b32 high, $1" if h == 0 else "shl.b32 high, $1, 4"};
@@ -251,10 +252,6 @@ def _two_scales(pair: Any) -> Any:
   )
   values = [llvm.extractvalue(f32, result, [i]) for i in range(2)]
   return vector.from_elements(ir.VectorType.get((2,), f32), values)
-
-
-def _asm(asm: str, operand: Any) -> Any:
-  return llvm.inline_asm(ir.IntegerType.get_signless(32), [operand], asm, "=r,r")
 
 
 # The same in array operations, for the interpreter

@@ -30,7 +30,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-ROWS = 64  # of w_hat a warpgroup: the tensor cores' left operand
+from jaxqq._kernels.tensor_cores import ROWS, packed_array
 
 
 def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
@@ -211,8 +211,8 @@ def _expand_e2m1(words: Any, factors: Any) -> list[Any]:
     factor = vector.extract(factors[0].registers.flat[half], [], [0])
     factor = _twice(factor)
     zipped = [
-      _asm("prmt.b32 $0, $1, $2, 0x5410;", a, b),
-      _asm("prmt.b32 $0, $1, $2, 0x7632;", a, b),
+      word_asm("prmt.b32 $0, $1, $2, 0x5410;", a, b),
+      word_asm("prmt.b32 $0, $1, $2, 0x7632;", a, b),
     ]
     halves.append([_e2m1_pair(zipped[i // 4], i % 4, factor) for i in range(8)])
   return [halves[half][i] for i in range(8) for half in range(2)]
@@ -223,7 +223,7 @@ def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
   top = word if i == 3 else arith.shli(word, constant(12 - 4 * i))
   magnitude = arith.andi(arith.shrui(top, constant(3)), constant(0x0E000E00))
   value = arith.ori(arith.andi(top, constant(0x80008000)), magnitude)
-  return _asm("mul.rn.f16x2 $0, $1, $2;", value, factor)
+  return word_asm("mul.rn.f16x2 $0, $1, $2;", value, factor)
 
 
 def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
@@ -240,8 +240,8 @@ def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
       word = vector.extract(words.registers.flat[2 * b + half], [], [0])
       downs = vector.extract(factors[0].registers.flat[half], [], [0])
       group = b // 2  # 8 words each, of 4 a register
-      down = _asm(f"prmt.b32 $0, $1, $1, {hex(group * 0x1111)};", downs)
-      nan = _asm(f"prmt.b32 $0, $1, $1, {hex(0x8888 + group * 0x1111)};", downs)
+      down = word_asm(f"prmt.b32 $0, $1, $1, {hex(group * 0x1111)};", downs)
+      nan = word_asm(f"prmt.b32 $0, $1, $1, {hex(0x8888 + group * 0x1111)};", downs)
       asm = """{
         .reg .b32 set, t, kept, isnan;
         lop3.b32 set, $1, $3, 0x80808080, 0xFE;
@@ -284,15 +284,7 @@ def _expand_e4m3_exactly(words: Any, factors: Any) -> list[Any]:
   return [halves[half][i] for i in range(8) for half in range(2)]
 
 
-def packed_array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
-  target = layout.to_mgpu()
-  out = np.empty(target.registers_shape(shape), dtype=object)
-  out.flat[:] = registers
-  signed = None if shape[1:] else False
-  return mgpu.FragmentedArray(_registers=out, _layout=target, _is_signed=signed)
-
-
-def _asm(instruction: str, *operands: Any) -> Any:
+def word_asm(instruction: str, *operands: Any) -> Any:
   return _asm_of(instruction, list(operands), ",".join(["=r"] + ["r"] * len(operands)))
 
 

@@ -183,8 +183,7 @@ def few_rows(
           continue
         a = expand.expand(words[:, its], factor, expand.E2M1)
         before = None if config.promote else sums
-        begun = tensor_cores.begin(before, a, b, x_transforms, x.dtype)
-        (done,) = tensor_cores.finish([begun])
+        (done,) = tensor_cores.finish(tensor_cores.begin(a, b, x_transforms, x.dtype, sums=before))
         sums = sums + done if config.promote else done
       return sums
 
@@ -197,7 +196,7 @@ def few_rows(
         if interpret:
           products = _products_of_groups(a[...], b[...])
         else:
-          begun = tensor_cores.begin_separately(a, b, words_transforms, E4M3, _GROUPS)
+          begun = tensor_cores.begin(a, b, words_transforms, E4M3, parts=_GROUPS)
           products = tensor_cores.finish(begun)
         for i, product in enumerate(products):
           of_rows = _power_of_two((words_of_step >> np.uint32(8 * i)) & np.uint32(0xFF))
@@ -233,7 +232,7 @@ def few_rows(
           k = apart.BLOCK * columns.classes
           products = [_product(a[:, i : i + k], b[:, i : i + k]) for i in range(0, 128, k)]
         else:
-          begun = tensor_cores.begin_separately(apart.expand(its), b, x_transforms, E4M3, parts)
+          begun = tensor_cores.begin(apart.expand(its), b, x_transforms, E4M3, parts=parts)
           products = tensor_cores.finish(begun)
         of_w = apart.scales_of_columns_twin if interpret else apart.scales_of_columns
         for part, product in enumerate(products):

@@ -140,9 +140,8 @@ def matmul(
       if not interpret:
         own_rows = pl.ds(warpgroup * own_m + first_row, WGMMA_ROWS)
         own = x_s.at[slot, own_rows]
-        return tensor_cores.finish(
-          [tensor_cores.begin(None, own, w_s.at[slot], transforms, x.dtype)]
-        )[0]
+        begun = tensor_cores.begin(own, w_s.at[slot], transforms, x.dtype)
+        return tensor_cores.finish(begun)[0]
 
       def scope(acc: Any) -> Any:
         multiply(acc, slot, first_row, WGMMA_ROWS)

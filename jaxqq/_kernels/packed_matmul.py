@@ -43,7 +43,7 @@ from jaxqq._kernels.tiles import (
 )
 
 PROMOTED_ROWS = 128  # of x_hat: what the tensor cores sum up before it is added in float32
-BLOCK_N = COMPUTE_WARPGROUPS * expand.ROWS
+BLOCK_N = COMPUTE_WARPGROUPS * tensor_cores.ROWS
 STORE = 64  # rows of x_hat that are stored at a time
 
 
@@ -131,10 +131,10 @@ def packed_matmul(
 
     # Compute
 
-    own_rows = pl.ds(warpgroup * expand.ROWS, expand.ROWS)
+    own_rows = pl.ds(warpgroup * tensor_cores.ROWS, tensor_cores.ROWS)
 
     def own_columns(ni: Any) -> Any:
-      return pl.ds(ni * BLOCK_N + warpgroup * expand.ROWS, expand.ROWS)
+      return pl.ds(ni * BLOCK_N + warpgroup * tensor_cores.ROWS, tensor_cores.ROWS)
 
     def load_scales(ki: Any, tile: Any) -> Any:
       b, _, ni = tile
@@ -154,8 +154,7 @@ def packed_matmul(
       """(sums +) a x_hat^T."""
       b = x_s.at[slot, pl.ds(part * part_m, part_m)]
       if not interpret:
-        begun = tensor_cores.begin(sums, a, b, x_transforms, x.dtype)
-        return tensor_cores.finish([begun])[0]
+        return tensor_cores.finish(tensor_cores.begin(a, b, x_transforms, x.dtype, sums=sums))[0]
 
       def scope(acc: Any) -> Any:
         a_s[warpgroup] = a  # the interpreter has no left operand in registers
@@ -164,7 +163,9 @@ def packed_matmul(
         plgpu.wgmma_wait(0)
         return acc[...] if sums is None else acc[...] + sums
 
-      return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((expand.ROWS, part_m), jnp.float32))
+      return pl.run_scoped(
+        scope, plgpu.WGMMAAccumulatorRef((tensor_cores.ROWS, part_m), jnp.float32)
+      )
 
     def add_step(step: Any, a: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
       """The totals, in parts of part_m rows of x_hat, and a step's sums."""
@@ -187,7 +188,7 @@ def packed_matmul(
         totals = add_step(first + ki, a, totals)
         return expanded(first + ki + 1, scales), following, totals
 
-      zeros = jnp.zeros((expand.ROWS, part_m), jnp.float32)
+      zeros = jnp.zeros((tensor_cores.ROWS, part_m), jnp.float32)
       totals = tuple(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(block_m // part_m))
       a = expanded(first, load_scales(jnp.int32(0), tile))
       scales = load_scales(jnp.int32(min(1, k_steps - 1)), tile)
@@ -237,14 +238,14 @@ def packed_matmul(
       (stages, BLOCK_N, step_words), jnp.uint32, transforms=tile_transforms(step_words, jnp.uint32)
     ),
     plgpu.SMEM(
-      (COMPUTE_WARPGROUPS, config.store_slots, STORE, expand.ROWS),
+      (COMPUTE_WARPGROUPS, config.store_slots, STORE, tensor_cores.ROWS),
       out_dtype,
-      transforms=tile_transforms(expand.ROWS, out_dtype),
+      transforms=tile_transforms(tensor_cores.ROWS, out_dtype),
     ),
   ]
   if interpret:
     scratch.append(
-      plgpu.SMEM((COMPUTE_WARPGROUPS, expand.ROWS, step_k), x.dtype, transforms=x_transforms)
+      plgpu.SMEM((COMPUTE_WARPGROUPS, tensor_cores.ROWS, step_k), x.dtype, transforms=x_transforms)
     )
   scratch += [
     plgpu.Barrier(num_barriers=stages),

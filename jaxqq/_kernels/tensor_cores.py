@@ -26,56 +26,41 @@ _PTX_TYPES = {"float8_e4m3fn": "e4m3", "float16": "f16", "bfloat16": "bf16"}
 
 
 def begin(
-  sums: jax.Array | None,
   a: Any,
   b: Any,
   transforms: tuple[Any, ...],
   dtype: Any,
-) -> jax.Array:
-  """Begins sums + a b^T over one step: `finish` waits for it, before that nothing may read it.
+  *,
+  sums: jax.Array | None = None,
+  parts: int = 1,
+) -> list[jax.Array]:
+  """Begins a b^T over one step: `finish` waits for it, before that nothing may read it.
 
   Args:
-    sums: float32 (64, n) in the layout WGMMA, or None for zeros.
     a: (64, 128 bytes): a reference to shared memory, or an array in registers, as the tensor cores
       have it (WGMMA_8BIT or WGMMA).
     b: (n, 128 bytes), in shared memory.
     transforms: of the references, with a swizzle of 128 bytes.
     dtype: of the numbers in a and b: float8_e4m3fn, float16 or bfloat16.
+    sums: float32 (64, n) in the layout WGMMA, to which the one part is added; None for zeros.
+    parts: 1, 2 or 4 of the step along k, each summed up for itself.
 
   Returns:
-    float32 (64, n) in the layout WGMMA.
+    as many float32 (64, n) in the layout WGMMA.
   """
   n = b.shape[0]
   before = () if sums is None else (sums,)
 
   @plgpu.inline_mgpu(
     arg_types=(*_operand_types(a, transforms, dtype), *[plgpu.Layout.WGMMA] * len(before)),
-    return_type=_sums_type(n),
+    return_type=[_sums_type(n)] * parts,
   )
   def multiply(ctx: Any, a: Any, b: Any, *before: Any) -> Any:
     del ctx
     values = _floats(before[0]) if before else []
-    return _as_array(_multiply(values, _left(a), _descriptor(b), n, dtype, 1), n)
+    return _as_arrays(_multiply(values, _left(a), _descriptor(b), n, dtype, parts), n)
 
   return multiply(a, b, *before)
-
-
-def begin_separately(
-  a: Any, b: Any, transforms: tuple[Any, ...], dtype: Any, parts: int
-) -> list[jax.Array]:
-  """As `begin`, but of 1, 2 or 4 parts of the step for themselves: arrays (64, n)."""
-  n = b.shape[0]
-
-  @plgpu.inline_mgpu(
-    arg_types=_operand_types(a, transforms, dtype), return_type=[_sums_type(n)] * parts
-  )
-  def multiply(ctx: Any, a: Any, b: Any) -> Any:
-    del ctx
-    values = _multiply([], _left(a), _descriptor(b), n, dtype, parts)
-    each = n // 2
-    return [_as_array(values[i : i + each], n) for i in range(0, len(values), each)]
-
-  return multiply(a, b)
 
 
 def finish(sums: list[jax.Array]) -> list[jax.Array]:
@@ -90,7 +75,7 @@ def finish(sums: list[jax.Array]) -> list[jax.Array]:
     values = [value for array in sums for value in _floats(array)]
     constraints = ["=f"] * len(values) + [str(i) for i in range(len(values))]
     done = _asm("wgmma.wait_group.sync.aligned 0;", values, ",".join(constraints), len(values))
-    return [_as_array(done[i : i + n // 2], n) for i in range(0, len(done), n // 2)]
+    return _as_arrays(done, n)
 
   return wait(*sums)
 
@@ -158,13 +143,25 @@ def _asm(asm: str, operands: list[Any], constraints: str, outputs: int) -> list[
   return [llvm.extractvalue(f32, result, [i]) for i in range(outputs)]
 
 
-def _as_array(sums: list[Any], n: int) -> Any:
-  layout = plgpu.Layout.WGMMA.to_mgpu()
-  registers = np.empty(layout.registers_shape((ROWS, n)), dtype=object)
+def packed_array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
+  """What a thread's registers hold, as an array."""
+  target = layout.to_mgpu()
+  out = np.empty(target.registers_shape(shape), dtype=object)
+  out.flat[:] = registers
+  signed = None if shape[1:] else False
+  return mgpu.FragmentedArray(_registers=out, _layout=target, _is_signed=signed)
+
+
+def _as_arrays(sums: list[Any], n: int) -> list[Any]:
+  """The registers of one or more (64, n), one after the other."""
   pair = ir.VectorType.get((2,), ir.F32Type.get())
   pairs = zip(sums[::2], sums[1::2], strict=True)
-  registers.flat[:] = [vector.from_elements(pair, list(each)) for each in pairs]
-  return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+  registers = [vector.from_elements(pair, list(each)) for each in pairs]
+  each = n // 4
+  return [
+    packed_array(registers[i : i + each], (ROWS, n), plgpu.Layout.WGMMA)
+    for i in range(0, len(registers), each)
+  ]
 
 
 def _floats(sums: Any) -> list[Any]:
