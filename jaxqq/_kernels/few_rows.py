@@ -126,7 +126,6 @@ def few_rows(
   k_steps = words.shape[2] // chunk.words
   batch = max(x.shape[0], words.shape[0])
   workers, stages, grid = config.compute_warpgroups, config.num_stages, config.grid
-  num_tiles, num_ctas = grid.num_tiles(batch, m, n), grid.num_ctas(batch, m, n)
   x_scaled = x_scales is not None
   x_columns = x.shape[2] // k_steps
   x_transforms = tile_transforms(x_columns, x.dtype)
@@ -138,11 +137,8 @@ def few_rows(
     out_g, x_s, words_s, scales_s, sums_s, *rest = rest
     x_scales_s: Any = rest.pop(0) if x_scaled else None
     full, empty, sums_full, sums_empty = rest
-    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    own_tiles = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
-
-    def tile_of(t: Any) -> tuple[Any, Any, Any]:
-      return grid.tile_of(cta + t * num_ctas, m, n)
+    warpgroup = lax.axis_index("warpgroup")
+    own_tiles, tile_of = grid.walk(batch, m, n)
 
     # Memory
 
@@ -327,7 +323,7 @@ def few_rows(
   run = plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((batch, out_rows, out_columns), out_dtype),
-    grid=(num_ctas,),
+    grid=(grid.num_ctas(batch, m, n),),
     grid_names=("cta",),
     num_threads=workers + 1,
     thread_name="warpgroup",

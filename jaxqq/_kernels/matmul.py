@@ -81,15 +81,11 @@ def matmul(
   k_steps = x.shape[2] // a_step
   block_m, block_n, stages, grid = config.block_m, config.block_n, config.num_stages, config.grid
   own_m = block_m // COMPUTE_WARPGROUPS  # rows of a compute warpgroup
-  num_tiles, num_ctas = grid.num_tiles(batch, m, n), grid.num_ctas(batch, m, n)
 
   def kernel(x_g: Any, w_g: Any, factors_g: Any, *refs: Any) -> None:
     *exponents_g, out_g, x_s, w_s, out_s, full, empty = refs
-    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    own_tiles = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
-
-    def tile_of(t: Any) -> tuple[Any, Any, Any]:
-      return grid.tile_of(cta + t * num_ctas, m, n)
+    warpgroup = lax.axis_index("warpgroup")
+    own_tiles, tile_of = grid.walk(batch, m, n)
 
     def slot_of(step: Any) -> Any:
       return lax.rem(step, jnp.int32(stages))
@@ -210,7 +206,7 @@ def matmul(
   run = plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
-    grid=(num_ctas,),
+    grid=(grid.num_ctas(batch, m, n),),
     grid_names=("cta",),
     num_threads=COMPUTE_WARPGROUPS + 1,
     thread_name="warpgroup",

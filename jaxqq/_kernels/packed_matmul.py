@@ -82,7 +82,6 @@ def packed_matmul(
   k_steps = k // step_k
   block_m, stages = config.block_m, config.num_stages
   grid = config.grid
-  num_tiles, num_ctas = grid.num_tiles(batch, m, n), grid.num_ctas(batch, m, n)
   part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
   x_transforms = tile_transforms(step_k, x.dtype)
   has_exponents = exponents is not None
@@ -101,11 +100,8 @@ def packed_matmul(
     out_g, x_s, words_s, out_s, *rest = rest
     a_s: Any = rest.pop(0) if interpret else None
     x_full, words_full, empty = rest
-    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    own_tiles = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
-
-    def tile_of(t: Any) -> tuple[Any, Any, Any]:
-      return grid.tile_of(cta + t * num_ctas, m, n)
+    warpgroup = lax.axis_index("warpgroup")
+    own_tiles, tile_of = grid.walk(batch, m, n)
 
     # Memory
 
@@ -257,7 +253,7 @@ def packed_matmul(
     out_type=jax.ShapeDtypeStruct(
       (batch, *(out_shape[::-1] if transposed else out_shape)), out_dtype
     ),
-    grid=(num_ctas,),
+    grid=(grid.num_ctas(batch, m, n),),
     grid_names=("cta",),
     num_threads=COMPUTE_WARPGROUPS + 1,
     thread_name="warpgroup",

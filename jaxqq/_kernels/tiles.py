@@ -35,6 +35,12 @@ class Grid:
   def num_ctas(self, batch: int, m: int, n: int) -> int:
     return min(NUM_SMS, self.num_tiles(batch, m, n))
 
+  def walk(self, batch: int, m: int, n: int) -> tuple[Any, Callable[[Any], Any]]:
+    """Within a kernel: how many tiles this CTA has, and which its t-th is."""
+    num_ctas, cta = self.num_ctas(batch, m, n), lax.axis_index("cta")
+    own_tiles = lax.div(self.num_tiles(batch, m, n) - cta + num_ctas - 1, jnp.int32(num_ctas))
+    return own_tiles, lambda t: self.tile_of(cta + t * num_ctas, m, n)
+
   def tile_of(self, index: Any, m: int, n: int) -> tuple[Any, Any, Any]:
     """Batch, row and column of an output tile, counted in tiles."""
     m_tiles, n_tiles = self._tiles(m, n)
