@@ -379,7 +379,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
   )
   add = parser.add_argument
-  add("--tiny", action="store_true", help="a model that a CPU runs in seconds")
+  add("--tiny", action="store_true", help="a small model, for a CPU")
   add("--layers", type=int, help="that many, instead of the shape's")
   add("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
   add("--modes", nargs="+", default=list(MODES), choices=MODES, help="which models")

@@ -1,4 +1,4 @@
-"""out = x_hat w_hat^T for up to 64 rows of x_hat, from packed w, bound by the reading of w.
+"""out = x_hat w_hat^T for up to 64 rows of x_hat, from packed w that is read once.
 
 A CTA has 64 rows of w at a time and all of k, in chunks that go round its compute warpgroups:
 
