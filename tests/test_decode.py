@@ -1,10 +1,10 @@
-"""examples/decode.py: a decoder on packed weights, against one in numpy and float64."""
+"""examples/decode.py: decoders on packed weights, against one in numpy and float64."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import pathlib
@@ -15,23 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxqq.nn import QQLinear
 from tests import oracle
 
-PATH = pathlib.Path(__file__).parent.parent / "examples" / "decode.py"
+ROOT = pathlib.Path(__file__).parent.parent
+PATH = ROOT / "examples" / "decode.py"
 MODES = ("bf16", "mxfp8", "nvfp4")
 PACKED = MODES[1:]
 BATCH, PROMPT, STEPS = 2, 7, 5
 
 
-def load():
-  spec = importlib.util.spec_from_file_location("decode", PATH)
-  module = sys.modules["decode"] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def load(name):
+  """An example, which finds those beside it."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(PATH.parent))
+    return importlib.import_module(name)
 
 
-example = load()
+decoder, example, decoder_nnx = map(load, ("decoder", "decode", "decoder_nnx"))
 
 
 # ---- the decoder in float64, without a cache
@@ -94,7 +97,7 @@ TOLERANCE = {"bf16": 1e-5, "mxfp8": 0.02, "nvfp4": 0.04}
 
 
 def config(mode):
-  return dataclasses.replace(example.TINY, dtype="float32", mode=mode)
+  return dataclasses.replace(decoder.TINY, dtype="float32", mode=mode)
 
 
 @functools.cache
@@ -106,7 +109,7 @@ def make_params(cfg):
     is_norm = "norm" in jax.tree_util.keystr(path)
     return jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype) if is_norm else a
 
-  return jax.tree_util.tree_map_with_path(gain, example.make_params(cfg, seed=3))
+  return jax.tree_util.tree_map_with_path(gain, decoder.make_params(cfg, seed=3))
 
 
 def random_tokens(cfg, length):
@@ -115,8 +118,8 @@ def random_tokens(cfg, length):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def append(params, cache, tokens, cfg):
-  cache, x = example.forward(params, cache, tokens, cfg)
-  return cache, example.logits_of(params, x, cfg)
+  cache, x = decoder.forward(params, cache, tokens, cfg)
+  return cache, decoder.logits_of(params, x, cfg)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -125,7 +128,7 @@ def test_with_a_cache_as_in_float64_without(mode):
   cfg = config(mode)
   params, tokens = make_params(cfg), random_tokens(cfg, PROMPT + STEPS)
   exact = exact_logits(make_params(config("bf16")), tokens, cfg)
-  cache = example.empty_cache(cfg, BATCH, PROMPT + STEPS + 3)
+  cache = decoder.empty_cache(cfg, BATCH, PROMPT + STEPS + 3)
   ends = [0, *range(PROMPT, PROMPT + STEPS + 1)]
   for start, stop in itertools.pairwise(ends):
     cache, logits = append(params, cache, tokens[:, start:stop], cfg)
@@ -140,9 +143,9 @@ def test_generates_the_tokens_with_the_largest_logits(mode):
   """Every token that `prefill` and `decode` choose, by the float64 logits of the whole text."""
   cfg = config(mode)
   params, text = make_params(cfg), random_tokens(cfg, PROMPT)
-  cache, logits = example.prefill(params, text, PROMPT + STEPS, cfg)
-  token = example.greedy(logits)
-  after, tokens = example.decode(params, cache, token, STEPS, cfg)
+  cache, logits = decoder.prefill(params, text, PROMPT + STEPS, cfg)
+  token = decoder.greedy(logits)
+  after, tokens = decoder.decode(params, cache, token, STEPS, cfg)
   assert after["length"] == PROMPT + STEPS and tokens.shape == (BATCH, STEPS)
   text = np.concatenate([text, token[:, None], tokens], axis=1)
   exact = exact_logits(make_params(config("bf16")), text[:, :-1], cfg)[:, PROMPT - 1 :]
@@ -153,11 +156,31 @@ def test_generates_the_tokens_with_the_largest_logits(mode):
   assert np.unique(text[:, PROMPT:]).size > STEPS  # not one token over and over
 
 
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_of_flax_is_the_same(mode):
+  """Logits to the bit, tokens, and bytes; a block is packed before the next one is made."""
+  cfg = dataclasses.replace(decoder.TINY, mode=mode)
+  kinds = []
+  models = decoder.make_params(cfg, 3), decoder_nnx.make_model(cfg, 3, lambda: kinds.append(mode))
+  assert len(kinds) == cfg.layers
+  results = []
+  for model in models:
+    cache, logits = decoder.prefill(model, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
+    _, tokens = decoder.decode(model, cache, decoder.greedy(logits), STEPS, cfg)
+    results.append((logits, tokens, decoder.num_bytes(model), decoder.linear_bytes(model)))
+  for by_hand, of_flax in zip(*results, strict=True):
+    np.testing.assert_array_equal(by_hand, of_flax)
+  linears = [layer for _, layer in nnx.iter_graph(models[1]) if hasattr(layer, "in_features")]
+  assert len(linears) == 4 * cfg.layers + 1
+  assert all(type(layer) is (QQLinear if mode in PACKED else nnx.Linear) for layer in linears)
+
+
 def test_the_cache_is_updated_in_place():
   cfg = config("bf16")
   params = make_params(cfg)
-  cache, logits = example.prefill(params, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
-  example.decode(params, cache, example.greedy(logits), STEPS, cfg)
+  cache, logits = decoder.prefill(params, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
+  decoder.decode(params, cache, decoder.greedy(logits), STEPS, cfg)
   assert all(a.is_deleted() for a in jax.tree.leaves(cache))
 
 
@@ -168,8 +191,8 @@ def test_the_cache_is_updated_in_place():
 def test_weights_are_packed_as_the_format_says(mode):
   """The bits of the oracle, from the weights that mode "bf16" has, and no byte more."""
   cfg, m = config(mode), oracle.MODES[mode]
-  plain = example.make_params(config("bf16"), seed=3)
-  params = example.make_params(cfg, seed=3)
+  plain = decoder.make_params(config("bf16"), seed=3)
+  params = decoder.make_params(cfg, seed=3)
   pairs = [(params["head"], plain["head"])]
   for layer, plain_layer in zip(params["layers"], plain["layers"], strict=True):
     pairs += [(layer[name], plain_layer[name]) for name in ("qkv", "out", "gate_up", "down")]
@@ -183,16 +206,16 @@ def test_weights_are_packed_as_the_format_says(mode):
     global_scales = {"global_scale_w": scale, "global_scale_x": 64.0} if scale else {}
     assert {name: packed[name] for name in packed if "global" in name} == global_scales
     size = w.size * m.bits // 8 + w.size // m.group + 4 * len(global_scales)
-    assert example.num_bytes(packed) == size
+    assert decoder.num_bytes(packed) == size
     total += size
-  assert example.linear_bytes(params) == total
+  assert decoder.linear_bytes(params) == total
   others = (2 * cfg.layers + 1 + cfg.vocab) * cfg.hidden * 4  # gains and embedding, float32
-  assert example.num_bytes(params) == total + others
+  assert decoder.num_bytes(params) == total + others
 
 
 def test_weights_differ_and_have_their_scale():
   cfg = config("bf16")
-  layers = example.make_params(cfg, seed=0)["layers"]
+  layers = decoder.make_params(cfg, seed=0)["layers"]
   for name, (n, k, std) in cfg.linears().items():
     first, second = (np.asarray(layer[name]["w"]) for layer in layers)
     assert first.shape == (n, k) and np.std(first) == pytest.approx(std, rel=0.05)
@@ -201,7 +224,7 @@ def test_weights_differ_and_have_their_scale():
 
 
 def test_the_default_is_llama_3_8b():
-  cfg = example.Config()
+  cfg = decoder.Config()
   linears = cfg.layers * sum(n * k for n, k, _ in cfg.linears().values())
   gains = (2 * cfg.layers + 1) * cfg.hidden
   assert linears + gains + 2 * cfg.vocab * cfg.hidden == 8_030_261_248
@@ -213,11 +236,15 @@ def test_the_default_is_llama_3_8b():
 SMALL = ["--tiny", "--layers", "1", "--tokens", "3", "--prompt", "4", "--repeats", "2"]
 
 
+def cells_of(text):
+  """Those of each row of the tables in Markdown."""
+  lines = [line for line in text.splitlines() if line.startswith("| ")]
+  return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def rows_of(printed):
   """The first two cells of each row that was printed, and whether a dash stands in it."""
-  lines = [line for line in printed.splitlines() if line.startswith("| ")]
-  rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-  return [(row[0], row[1], "-" in row) for row in rows]
+  return [(row[0], row[1], "-" in row) for row in cells_of(printed)]
 
 
 @pytest.mark.usefixtures("quick_compiles")
@@ -247,6 +274,20 @@ def test_main(tmp_path, capsys):
   assert example.main(["--show", str(path)]) == content
   assert printed.endswith(capsys.readouterr().out)
 
+  nnx_path = tmp_path / "nnx.json"
+  flags = ["--nnx", "--modes", "mxfp8", "--batches", "2", "--json", str(nnx_path)]
+  (model,) = example.main([*SMALL, *flags])["models"]
+  assert model["runs"][0]["first_tokens"] == mxfp8["runs"][0]["first_tokens"]
+  capsys.readouterr()
+  both = example.main(["--show", str(path), str(nnx_path)])["models"]
+  assert both == [base, mxfp8, nvfp4, model]
+  names = [row[0] for row in rows_of(capsys.readouterr().out)]
+  assert names == 2 * ["model", *MODES, "mxfp8, NNX"]
+  other = {"header": content["header"] | {"tokens": 4}, "models": [model]}
+  nnx_path.write_text(json.dumps(other))
+  with pytest.raises(SystemExit, match="tokens"):
+    example.main(["--show", str(path), str(nnx_path)])
+
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_main_at_some_batches(capsys):
@@ -262,20 +303,19 @@ def test_main_at_some_batches(capsys):
 
 def test_tables_without_the_model_to_compare_with():
   run = {"batch": 8, "tokens_per_s": 4e3, "step_ms": 2.0, "weights_gb_per_s": 2.5, "prefill_ms": 1}
-  sizes = {"mode": "mxfp8", "bytes": 12, "linear_bytes": 33, "bf16_linear_bytes": 64, "runs": [run]}
+  sizes = {"bytes": 12, "linear_bytes": 33, "bf16_linear_bytes": 64, "runs": [run]}
+  sizes |= {"name": "mxfp8", "mode": "mxfp8"}
   logits = np.ones((8, 4))
   for reference, dash in ((None, True), (logits, False)):
     model = sizes | example.compare(logits, reference)
-    text = example.table({"models": [model]})
+    text = example.table([model])
     assert rows_of(text)[1::2] == [("mxfp8", "8", True), ("mxfp8", "12 bytes", dash)]
     assert "51.6%" in text and ("8 of 8" in text) != dash
 
 
-@pytest.mark.parametrize(
-  ("mode", "words"), [("bf16", "einsum"), ("nvfp4", "w uint32 (28672, 512)")]
-)
+@pytest.mark.parametrize(("mode", "words"), [("bf16", "XLA"), ("nvfp4", "w uint32 (28672, 512)")])
 def test_says_what_computes_the_products(mode, words):
-  assert words in example.explain(dataclasses.replace(example.Config(), mode=mode), batch=1)
+  assert words in example.explain(dataclasses.replace(decoder.Config(), mode=mode), batch=1)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +340,20 @@ class Hide:
     if name.partition(".")[0] == "tqdm": raise ImportError(name)
 sys.meta_path.insert(0, Hide())
 sys.argv = ["decode.py", "--tiny"]
+sys.path.insert(0, {str(PATH.parent)!r})
 runpy.run_path({str(PATH)!r}, run_name="__main__")
 """
   command = [sys.executable, "-c", code]
   done = subprocess.run(command, cwd=PATH.parents[1], capture_output=True, text=True, check=False)
   assert done.returncode == 1 and "tqdm" in done.stderr and "jaxqq[examples]" in done.stderr
+
+
+def test_readme_shows_what_is_kept():
+  """Of the results that are kept, the README has the tables that --show prints, and no others."""
+  names = ("h200_decode.json", "h200_decode_nnx.json")
+  paths = [ROOT / "jaxqq" / "bench" / "results" / name for name in names]
+  contents = [json.loads(path.read_text()) for path in paths if path.exists()]
+  printed = example.table(example.together(contents)["models"]) if contents else ""
+  section = (ROOT / "README.md").read_text().partition("\n## Decoding\n")[2].partition("\n## ")[0]
+  assert section
+  assert cells_of(section) == cells_of(printed)
