@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import decoder
@@ -39,23 +40,31 @@ Result = dict[str, Any]
 INSTALL = "pip install 'jaxqq[examples]' (from a checkout: pip install '.[examples]')."
 
 
+def compile_all(params: Any, cfg: Config, options: argparse.Namespace) -> list[tuple[Any, Any]]:
+  """`prefill` and `decode` for each batch; XLA compiles them at the same time."""
+  seq, steps = options.prompt, options.tokens
+  with ThreadPoolExecutor() as pool:
+    jobs = []
+    for batch in options.batches:
+      prompts = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+      prefill = decoder.prefill.lower(params, prompts, seq + steps, cfg)
+      prefill_job = pool.submit(prefill.compile)
+      cache, logits = prefill.out_info
+      token = jax.eval_shape(decoder.greedy, logits)
+      decode = decoder.decode.lower(params, cache, token, steps, cfg)
+      jobs.append((prefill_job, pool.submit(decode.compile)))
+    return [(prefill.result(), decode.result()) for prefill, decode in jobs]
+
+
 def time_batch(
-  params: Any, prompts: jax.Array, cfg: Config, options: argparse.Namespace, bar: Any
+  params: Any, prompts: jax.Array, programs: tuple[Any, Any], options: argparse.Namespace, bar: Any
 ) -> tuple[Result, np.ndarray]:
-  """Compiles, then generates some times: medians, and the logits (batch, vocab) after the prompts.
+  """Generates some times: medians, and the logits (batch, vocab) after the prompts.
 
   The first time, which loads the kernels, is not counted.
   """
-  (batch, seq), steps = prompts.shape, options.tokens
-  bar.set_postfix_str(f"compiling for batch {batch}")
-  begin = time.perf_counter()
-  lowered = decoder.prefill.lower(params, prompts, seq + steps, cfg)
-  cache, logits = lowered.out_info
-  token = jax.eval_shape(decoder.greedy, logits)
-  run_prefill = lowered.compile()
-  run_decode = decoder.decode.lower(params, cache, token, steps, cfg).compile()
-  compile_s = time.perf_counter() - begin
-  bar.update()
+  batch, steps = prompts.shape[0], options.tokens
+  run_prefill, run_decode = programs
   bar.set_postfix_str(f"generating at batch {batch}")
   prefill_s, decode_s = [], []
   for _ in range(1 + options.repeats):
@@ -70,7 +79,6 @@ def time_batch(
   step_s = statistics.median(decode_s[1:]) / steps
   return {
     "batch": batch,
-    "compile_s": compile_s,
     "prefill_ms": 1e3 * statistics.median(prefill_s[1:]),
     "step_ms": 1e3 * step_s,
     "step_ms_all": [1e3 * s / steps for s in decode_s[1:]],
@@ -84,11 +92,19 @@ def run(cfg: Config, options: argparse.Namespace) -> tuple[Result, np.ndarray]:
   """One model, made, timed and freed: its numbers, and its logits at the largest batch."""
   batches, sizes = options.batches, (max(options.batches), options.prompt)
   prompts = jax.random.randint(jax.random.key(options.seed + 1), sizes, 0, cfg.vocab, jnp.int32)
-  total = cfg.layers + len(batches) * (2 + options.repeats)
+  total = cfg.layers + 1 + len(batches) * (1 + options.repeats)
   with tqdm(total=total, desc=f"{cfg.mode:<5}", disable=None) as bar:
     bar.set_postfix_str("making weights")
     params = options.make(cfg, options.seed, bar.update)
-    timed = [time_batch(params, prompts[:batch], cfg, options, bar) for batch in batches]
+    bar.set_postfix_str("compiling")
+    begin = time.perf_counter()
+    programs = compile_all(params, cfg, options)
+    compile_s = time.perf_counter() - begin
+    bar.update()
+    timed = [
+      time_batch(params, prompts[:batch], of_batch, options, bar)
+      for batch, of_batch in zip(batches, programs, strict=True)
+    ]
   elements = cfg.layers * sum(n * k for n, k, _ in cfg.linears().values())
   result = {
     "name": cfg.mode + options.suffix,
@@ -96,6 +112,7 @@ def run(cfg: Config, options: argparse.Namespace) -> tuple[Result, np.ndarray]:
     "bytes": decoder.num_bytes(params),
     "linear_bytes": decoder.linear_bytes(params),
     "bf16_linear_bytes": 2 * (elements + cfg.vocab * cfg.hidden),
+    "compile_s": compile_s,
     "runs": [numbers for numbers, _ in timed],
   }
   for array in jax.tree.leaves(params):

@@ -65,6 +65,13 @@ def test_kept_results_come_back(results):
   assert report.read([kept, kept])[1] == rows * 2
 
 
+def test_results_of_decode_may_lie_beside(results, tmp_path):
+  rows, kept, _ = results
+  decode = tmp_path / "decode.json"
+  decode.write_text(json.dumps({"header": {}, "models": [{"name": "bf16"}]}))
+  assert report.read([kept, decode])[1] == rows
+
+
 def test_the_report_in_markdown(results, tmp_path, capsys):
   rows, kept, _ = results
   plot = tmp_path / "again.png"

@@ -265,6 +265,7 @@ def test_main(tmp_path, capsys):
   assert 0.01 < mxfp8["logits_error"] < nvfp4["logits_error"] < 0.5
   for model in content["models"]:
     (run,) = model["runs"]
+    assert model["compile_s"] > 0
     assert len(run["step_ms_all"]) == 2 and len(run["first_tokens"]) == 3
     assert run["tokens_per_s"] == pytest.approx(1e3 * 2 / run["step_ms"])
   first, second = rows_of(printed)[:4], rows_of(printed)[4:]

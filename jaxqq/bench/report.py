@@ -64,9 +64,13 @@ def write(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
 
 
 def read(paths: Sequence[pathlib.Path]) -> tuple[Header, list[Row]]:
-  """The rows of some files together, under the first one's header."""
+  """The rows of some files together, under the first one's header.
+
+  Files of examples/decode.py, which has tables of its own, may be among them: they have no rows.
+  """
   contents = [json.loads(path.read_text()) for path in paths]
-  return contents[0]["header"], [Row(**row) for content in contents for row in content["rows"]]
+  tables = [content["rows"] for content in contents if "models" not in content]
+  return contents[0]["header"], [Row(**row) for table in tables for row in table]
 
 
 # ---- text
