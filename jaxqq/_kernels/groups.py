@@ -9,6 +9,7 @@ thread and one or two shuffles, and needs no shared memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,15 @@ class TuningConfig:
 
 
 DEFAULT_CONFIG = TuningConfig()
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["first"], meta_fields=["rows"])
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """Some rows of an operand."""
+
+  first: Any  # int32 (first row, ...), known when the kernel runs
+  rows: int
 
 
 # How an array lies in registers.
@@ -106,19 +116,26 @@ def by_blocks(
   scalars: tuple[jax.Array, ...] = (),
   staging: jax.ShapeDtypeStruct | None = None,
   entries: int = 0,
+  window: Window | None = None,
 ) -> list[jax.Array]:
   """Runs body(slice, *refs) over the first axis of all operands; scalars, (1,), come behind them.
 
   out_types are those of one entry of the first axis. The last step starts early enough to be a
   whole one, and writes some of the same values again. staging is an entry in shared memory. The
-  results have at least so many entries; what goes beyond the operands' is not written.
+  results have at least so many entries; what goes beyond the operands' is not written. Of operands
+  with a window, whose rows have `entries` together, nothing else is seen.
   """
-  n = operands[0].shape[0]
-  operands = tuple(pad(a, 0, view.tile) for a in operands)
-  padded = operands[0].shape[0]
+  n = operands[0].shape[0] if window is None else entries
+  if window is None:
+    operands = tuple(pad(a, 0, view.tile) for a in operands)
+  padded = max(n, view.tile)
   block = view.tile * min(config.tiles_per_step, padded // view.tile)
 
   def kernel(*refs: Any) -> None:
+    if window is not None:
+      *whole, first_ref = refs[: len(operands) + 1]
+      seen = pl.ds(first_ref[0] * (n // window.rows), n)
+      refs = (*(a.at[seen] for a in whole), *refs[len(operands) + 1 :])
     start = jnp.minimum(lax.axis_index("step") * block, padded - block)
     body(pl.ds(start, block), *refs)
 
@@ -130,7 +147,8 @@ def by_blocks(
     ),
     scratch_types=(plgpu.SMEM((block, *staging.shape), staging.dtype),) if staging else (),
   )
-  return [out[: max(n, entries)] for out in run(*operands, *scalars)]
+  first = () if window is None else (window.first,)
+  return [out[: max(n, entries)] for out in run(*operands, *first, *scalars)]
 
 
 def load_gmem(ref: Any, layout: Any) -> jax.Array:

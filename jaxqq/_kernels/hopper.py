@@ -4,6 +4,7 @@
                              +--> matmul -------------> out      w quantized on the fly
     w --quantizer--> w_hat --+
     words, scales -----------+--> packed_matmul ------> out      w packed
+                             +--> slab_matmul --------> out      w packed, x of some thousand rows
                              +--> few_rows -----------> out      w packed, x of up to 64 rows
 
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
@@ -17,6 +18,7 @@ a shift of its codes can bridge is found while it is quantized: then the exact k
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -26,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from jaxqq._formats import FORMATS, Format
-from jaxqq._kernels import apart, expand, matmul, packed_matmul, tuning
+from jaxqq._kernels import apart, expand, matmul, packed_matmul, slabs, tuning
 from jaxqq._kernels import few_rows as few_rows_kernel
 from jaxqq._kernels.apart import apart_operand
 from jaxqq._kernels.codes_operand import codes_operand
@@ -47,7 +49,8 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
   """The product of exact 16 bit operands; `promote` adds their sums up in float32."""
   fmt, problem = FORMATS[mode], _folded(operands)
   dtype = jnp.bfloat16 if fmt.scale_is_power_of_two else jnp.float16
-  packed = problem.scales is not None
+  config = tiles(operands, fmt, out_dtype, promote)
+  packed = isinstance(config, packed_matmul.Config)
   problem = _padded_k(problem, matmul.step_k(dtype), fmt)
 
   def operand(a: jax.Array, global_scale: jax.Array | None) -> jax.Array:
@@ -60,7 +63,6 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
   of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
   expansion = expand.E4M3_EXACT if fmt.scale_is_power_of_two else expand.E2M1
   factors = _factors(of_x * np.float32(expansion.unit) if packed else of_x, of_w)
-  config = tiles(operands, fmt, out_dtype, promote)
   if packed:
     out = packed_matmul.packed_matmul(
       x,
@@ -69,6 +71,17 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
       factors,
       None,
       expansion=expansion,
+      out_dtype=out_dtype,
+      config=config,
+    )
+  elif problem.scales is not None:
+    out = slabs.slab_matmul(
+      x,
+      problem.w,
+      problem.scales,
+      factors,
+      None,
+      fmt=fmt,
       out_dtype=out_dtype,
       config=config,
     )
@@ -108,16 +121,12 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
     w_wild = jnp.any(counts & (downs > 8 * MAX_DOWN))
 
     def product() -> jax.Array:
-      return packed_matmul.packed_matmul(
-        x,
-        problem.w,
-        downs,
-        factors,
-        (x_exponents, w_exponents),
-        expansion=expand.E4M3,
-        out_dtype=out_dtype,
-        config=config,
-      )
+      if isinstance(config, packed_matmul.Config):
+        multiply = functools.partial(packed_matmul.packed_matmul, expansion=expand.E4M3)
+      else:
+        multiply = functools.partial(slabs.slab_matmul, fmt=fmt)
+      exponents = x_exponents, w_exponents
+      return multiply(x, problem.w, downs, factors, exponents, out_dtype=out_dtype, config=config)
 
   return lax.cond(
     x_wild | w_wild,

@@ -74,8 +74,13 @@ def matmul(
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
-) -> jax.Array:
-  """(b, m, n): the sums times both factors, or times 2**(exponents - 127) of rows and columns."""
+  columns_of: tuple[jax.Array, Any] | None = None,
+) -> Any:
+  """(b, m, n): the sums times both factors, or times 2**(exponents - 127) of rows and columns.
+
+  With `columns_of`, int32 (first, ...) and a reference to an `out_type_of` all columns, they are
+  written to its columns from `first` on, a multiple of block_n; the exponents are of all columns.
+  """
   batch, m, n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
   a_step = step_k(x.dtype)
   k_steps = x.shape[2] // a_step
@@ -83,7 +88,9 @@ def matmul(
   own_m = block_m // COMPUTE_WARPGROUPS  # rows of a compute warpgroup
 
   def kernel(x_g: Any, w_g: Any, factors_g: Any, *refs: Any) -> None:
-    *exponents_g, out_g, x_s, w_s, out_s, full, empty = refs
+    *rest, out_g, x_s, w_s, out_s, full, empty = refs
+    first_column = 0 if columns_of is None else pl.multiple_of(rest.pop()[0], block_n)
+    exponents_g = rest
     warpgroup = lax.axis_index("warpgroup")
     own_tiles, tile_of = grid.walk(batch, m, n)
 
@@ -174,7 +181,7 @@ def matmul(
       for i, part in enumerate(parts):
         rows = pl.ds(mi * block_m + warpgroup * own_m + i * STORE[0], STORE[0])
         for j in range(0, block_n, STORE[1]):
-          columns = pl.ds(ni * block_n + j, STORE[1])
+          columns = pl.ds(first_column + ni * block_n + j, STORE[1])
           piece = part[:, j : j + STORE[1]]
           if exponents_g:
             x_e, w_e = exponents_g
@@ -201,11 +208,10 @@ def matmul(
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   transforms = tile_transforms(a_step, x.dtype)
-  # No stored tile may lie past the end of an axis of one tile: the copy engine drops such an axis.
-  out_shape = (batch, max(rounded_up(m, 8), STORE[0]), rounded_up(n, block_n))
+  out_type = out_type_of(batch, m, n, out_dtype, config)
   run = plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+    out_type=out_type if columns_of is None else (),
     grid=(grid.num_ctas(batch, m, n),),
     grid_names=("cta",),
     num_threads=COMPUTE_WARPGROUPS + 1,
@@ -228,5 +234,16 @@ def matmul(
   operands = [padded(x, rounded_up(m, 8)), padded(w, rounded_up(n, 8)), factors]
   if exponents is not None:
     operands.append(padded(exponents[0], rounded_up(m, block_m)))
-    operands.append(padded(exponents[1], rounded_up(n, block_n)))
+    operands.append(padded(exponents[1], rounded_up(exponents[1].shape[1], block_n)))
+  if columns_of is not None:
+    return run(*operands, *columns_of)
   return run(*operands)[:, :m, :n]
+
+
+def out_type_of(batch: int, m: int, n: int, dtype: Any, config: Config) -> jax.ShapeDtypeStruct:
+  """What the kernel writes to: (b, m, n) and what the last tiles hold beyond.
+
+  No stored tile may lie past the end of an axis of one tile: the copy engine drops such an axis.
+  """
+  shape = (batch, max(rounded_up(m, 8), STORE[0]), rounded_up(n, config.block_n))
+  return jax.ShapeDtypeStruct(shape, dtype)

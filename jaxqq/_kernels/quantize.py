@@ -18,8 +18,6 @@ from jaxqq._formats import Format
 from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
-  as_bits,
-  as_float,
   codes_of,
   encoding_scale,
   power,
@@ -29,6 +27,7 @@ from jaxqq._kernels.groups import (
   DEFAULT_CONFIG,
   TuningConfig,
   View,
+  Window,
   by_blocks,
   load_elements,
   load_gmem,
@@ -37,9 +36,6 @@ from jaxqq._kernels.groups import (
   store_gmem,
 )
 from jaxqq._quantize import decoding_factor
-
-# Twice the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 of the eight e2m1 codes, four bits each.
-_E2M1_HALVES = np.uint32(0xC8643210)
 
 
 def quantize(
@@ -82,6 +78,7 @@ def dequantize(
   global_scale: jax.Array | None,
   dtype: np.dtype,
   config: TuningConfig = DEFAULT_CONFIG,
+  window: Window | None = None,
 ) -> jax.Array:
   """`jaxqq._quantize.dequantize_groups` of packed codes.
 
@@ -91,11 +88,12 @@ def dequantize(
     fmt: the format.
     global_scale: None, or a float32 scalar.
     dtype: float32, float16 or bfloat16.
+    window: which rows, None for all of them.
 
   Returns:
     dtype (rows, k).
   """
-  rows, words = packed.shape
+  rows = packed.shape[0] if window is None else window.rows
   view = _word_view(fmt)
   factor = () if global_scale is None else (decoding_factor(global_scale, fmt).reshape(1),)
   (out,) = by_blocks(
@@ -105,8 +103,10 @@ def dequantize(
     view,
     config,
     factor,
+    entries=rows * scales.shape[1],
+    window=window,
   )
-  return out.reshape(rows, words * fmt.codes_per_word)
+  return out.reshape(rows, packed.shape[1] * fmt.codes_per_word)
 
 
 def _word_view(fmt: Format) -> View:
@@ -151,7 +151,7 @@ def _decode_scales(byte: jax.Array, fmt: Format, factor: jax.Array | None) -> ja
 def _decode(codes: jax.Array, fmt: Format) -> jax.Array:
   if fmt.element == E4M3:
     return lax.bitcast_convert_type(codes.astype(jnp.uint8), E4M3).astype(jnp.float32)
-  halves = (jnp.full_like(codes, _E2M1_HALVES) >> ((codes & 7) << 2)) & 15
-  magnitudes = halves.astype(jnp.int32).astype(jnp.float32) * 0.5
-  sign = lax.bitcast_convert_type((codes >> 3) << 31, jnp.int32)
-  return as_float(as_bits(magnitudes) | sign)
+  # As float16, whose exponent field then ends where theirs does: 2**-14 of their value.
+  bits = ((codes & 7) << 9) | ((codes & 8) << 12)
+  halves = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+  return halves.astype(jnp.float32) * jnp.float32(2.0**14)

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxqq._kernels import matmul, packed_matmul
+from jaxqq._kernels.slabs import ROWS
 from jaxqq._kernels.tiles import NUM_SMS
 
 
@@ -42,11 +43,20 @@ _PACKED_E4M3 = (
   _Tile(packed_matmul.Config(64, 8), 0.61),
 )
 
+# From how many rows of x on packed w is expanded a slab at a time, by the bits of a code: fewer do
+# not pay for writing it.
+SLAB_MIN_ROWS = {4: 8192, 8: 2048}
+
 
 def config(
   packed_bits: int | None, batch: int, m: int, n: int, out_dtype: Any, promote: bool
 ) -> Any:
-  """The tiles that should take the least time; packed_bits are those of a code, None unpacked."""
+  """The tiles that should take the least time; packed_bits are those of a code, None unpacked.
+
+  Those of `matmul` for packed w are for slabs of it, expanded.
+  """
+  if packed_bits and batch == 1 and m >= SLAB_MIN_ROWS[packed_bits] and n % ROWS == 0:
+    packed_bits = None
   tiles = {None: _READY, 4: _PACKED_E2M1, 8: _PACKED_E4M3}[packed_bits]
 
   def time(tile: _Tile) -> float:

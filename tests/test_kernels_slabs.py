@@ -1,0 +1,127 @@
+"""Products of packed w expanded slab by slab: interpreted anywhere, and compiled with `-m gpu`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxqq._formats import FORMATS
+from tests import oracle
+
+if jax.__version_info__ < (0, 11):
+  pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from jaxqq._kernels import slabs
+from jaxqq._kernels import matmul as mm
+from tests.test_kernels_matmul import (
+  BF16,
+  E4M3,
+  F16,
+  F32,
+  FP8_SUMS,
+  assert_product,
+  dequantized,
+  downs_of,
+  e2m1_operand,
+  e4m3_operand,
+  lowered,
+  powers,
+)
+
+on_gpu = [
+  pytest.mark.gpu,
+  pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+
+C = mm.Config
+CASES = {
+  # mode, dtype of x, out, m, n, k, rows of a slab, config
+  "e2m1": ("nvfp4", F16, F32, 130, 384, 192, 128, C(128, 128, 3, store_slots=1)),
+  "e2m1, overlapping": ("nvfp4", F16, BF16, 70, 640, 64, 256, C(256, 128, 2)),
+  "e4m3": ("mxfp8", E4M3, BF16, 201, 384, 256, 256, C(128, 128, 3, promote=True)),
+  "e4m3, one slab": ("mxfp8", E4M3, F16, 65, 128, 384, 128, C(128, 128, 2, promote=True)),
+  "e4m3 exact": ("mxfp8", BF16, F32, 67, 256, 128, 128, C(128, 128, 2, store_slots=1)),
+}
+
+
+def interpreted(f, *args):
+  params = plgpu.InterpretGPUParams()
+  f = functools.partial(f, interpret=params)
+  with plgpu.force_gpu_interpret_mode(params):
+    return np.asarray(jax.jit(f)(*jax.tree.map(jnp.asarray, args)))
+
+
+def compiled(f, *args):
+  return np.asarray(jax.jit(f)(*jax.tree.map(jnp.asarray, args)))
+
+
+def check(run, name, monkeypatch):
+  mode, dtype, out_dtype, m, n, k, rows, config = CASES[name]
+  monkeypatch.setattr(slabs, "SLAB_BYTES", rows * k * np.dtype(dtype).itemsize)
+  assert slabs.slab_rows(n, k, dtype) == rows
+  rng = np.random.default_rng([m, n, k])
+  x = rng.standard_normal((1, m, k)).astype(dtype)
+  factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
+  exponents = None
+  if mode == "nvfp4":
+    codes, scales = e2m1_operand(rng, 1, n, k)
+    w_hat = dequantized(mode, codes, scales)
+  else:
+    codes, scales = e4m3_operand(rng, 1, n, k, 107, 127)
+    w_hat = dequantized(mode, codes, scales)
+  x_hat = x.astype(np.float64)
+  if dtype is E4M3:
+    w_exponents = np.max(scales, axis=-1, where=scales != 0xFF, initial=0).astype(np.int32)
+    exponents = rng.integers(120, 130, (1, m), dtype=np.int32), w_exponents
+    scales = downs_of(scales, w_exponents)
+    w_hat = lowered(codes, scales) * powers(w_exponents)[..., None]
+    x_hat = x_hat * powers(exponents[0])[..., None]
+  else:
+    x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
+  f = functools.partial(
+    slabs.slab_matmul, fmt=FORMATS[mode], out_dtype=np.dtype(out_dtype), config=config
+  )
+  out = run(f, x, oracle.pack(codes, mode), scales, factors, exponents)
+  assert out.shape == (1, m, n)
+  fp8_sums = run is compiled and dtype is E4M3
+  assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_slab_matmul(name, monkeypatch):
+  monkeypatch.setattr(slabs, "as_codes", slabs.as_codes_twin)
+  check(interpreted, name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in CASES])
+def test_slab_matmul_on_a_gpu(name, monkeypatch):
+  check(compiled, name, monkeypatch)
+
+
+def test_every_code_is_lowered_by_every_distance():
+  codes, kind = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(17), indexing="ij")
+  downs = np.array([*range(0, 121, 8), 0x7F, 0x80], np.uint8)[kind]
+  words = oracle.pack(np.repeat(codes[..., None], 4, axis=-1).reshape(256, -1), "mxfp8")
+  spread = downs.astype(np.uint32) * np.uint32(0x01010101)
+  out = np.asarray(slabs.lower(jnp.asarray(words), jnp.asarray(spread)))
+  out = out.view(np.uint8).reshape(256, 17, 4)
+  assert (out == out[..., :1]).all()
+  magnitude = np.maximum((codes & 0x7F).astype(int) - downs, 0)
+  nan = ((codes & 0x7F) == 0x7F) | (downs == 0x80)
+  want = np.where(nan, 0x7F, magnitude) | (codes & 0x80)
+  np.testing.assert_array_equal(out[..., 0], want)
+
+
+def test_slabs_are_whole_tiles_that_fit():
+  for n, k, dtype in ((8192, 8192, E4M3), (8192, 8192, F16), (57344, 8192, F16), (128, 32, F16)):
+    rows = slabs.slab_rows(n, k, dtype)
+    assert rows % slabs.ROWS == 0 and rows <= n
+    assert rows * k * np.dtype(dtype).itemsize <= slabs.SLAB_BYTES
+  assert slabs.slab_rows(8192, 8192, E4M3) == 4096
+  assert slabs.slab_rows(1024, 1 << 20, F16) == slabs.ROWS
