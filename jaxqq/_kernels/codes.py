@@ -58,6 +58,28 @@ def exponents_of(amax_bits: jax.Array, fmt: Format) -> jax.Array:
   return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, exponents)
 
 
+NO_EXTREMES = (0, _SIGN)  # those of nothing
+
+
+def extremes_of(values: jax.Array, bad: int) -> tuple[jax.Array, jax.Array]:
+  """What to take the maxima of, for the extremes of all values but 0 and those from `bad` on.
+
+  Args:
+    values: int32, none negative.
+    bad: e.g. the bits of an infinity.
+
+  Returns:
+    The values to keep, else 0; and what `lowest_of` makes the smallest of them again, if there
+    is any. The second costs one instruction: it has 0 last, and bad values behind good ones.
+  """
+  return jnp.where(values < bad, values, 0), _SIGN - values
+
+
+def lowest_of(maximum: jax.Array) -> jax.Array:
+  """The smallest of the values that count; where none does, 0 or a bad one."""
+  return _SIGN - maximum
+
+
 def inverse_power(exponents: jax.Array) -> jax.Array:
   """2**(127 - e), normal for all e up to 253, which is the most that a finite amax gets."""
   return as_float((254 - exponents) << 23)
