@@ -9,8 +9,10 @@ div.rn.f32 rounds to nearest.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -58,9 +60,6 @@ def exponents_of(amax_bits: jax.Array, fmt: Format) -> jax.Array:
   return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, exponents)
 
 
-NO_EXTREMES = (0, _SIGN)  # those of nothing
-
-
 def extremes_of(values: jax.Array, bad: int) -> tuple[jax.Array, jax.Array]:
   """What to take the maxima of, for the extremes of all values but 0 and those from `bad` on.
 
@@ -78,6 +77,14 @@ def extremes_of(values: jax.Array, bad: int) -> tuple[jax.Array, jax.Array]:
 def lowest_of(maximum: jax.Array) -> jax.Array:
   """The smallest of the values that count; where none does, 0 or a bad one."""
   return _SIGN - maximum
+
+
+def no_extremes(size: int, layout: Any) -> tuple[jax.Array, jax.Array]:
+  """The extremes of nothing, (size,) each, for a loop to begin with."""
+  highest, inverse_lowest = (
+    plgpu.layout_cast(jnp.full((size,), start, jnp.int32), layout) for start in (0, _SIGN)
+  )
+  return highest, inverse_lowest
 
 
 def inverse_power(exponents: jax.Array) -> jax.Array:

@@ -12,12 +12,11 @@ import math
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.codes import NO_EXTREMES, extremes_of, lowest_of
+from jaxqq._kernels.codes import extremes_of, lowest_of, no_extremes
 from jaxqq._kernels.groups import (
   TuningConfig,
   View,
@@ -95,10 +94,7 @@ def _kernel(
     downs = jnp.where(scales == _NAN, 0x80, downs)
     store_gmem(downs_ref.at[chunk(step)], downs.astype(jnp.uint8))
 
-  nothing = tuple(
-    plgpu.layout_cast(jnp.full((rows.size,), start, jnp.int32), view.reduced(1))
-    for start in NO_EXTREMES
-  )
+  nothing = no_extremes(rows.size, view.reduced(1))
   highest, inverse_lowest = lax.fori_loop(0, steps, find, nothing)
   store_gmem(exponents_ref.at[rows], highest)
   wild = highest - lowest_of(inverse_lowest) > MAX_DOWN
