@@ -18,7 +18,7 @@ if jax.__version_info__ < (0, 11):
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from jaxqq._kernels import groups, operands, transposed
+from jaxqq._kernels import amax, groups, operands, transposed
 from jaxqq._kernels import quantize as kernels
 
 CASES = ("nvfp4", "nvfp4 global", "mxfp8", "mxfp4")
@@ -177,6 +177,13 @@ def stage_in_slices(values, staging_ref):
 
 # In the interpreter.
 
+
+@pytest.fixture
+def twins(monkeypatch):
+  monkeypatch.setattr(operands, "thread_amax_bits", amax.thread_amax_bits_twin)
+  monkeypatch.setattr(transposed, "regrouped", transposed.regrouped_twin)
+
+
 DEFAULT = groups.TuningConfig()
 LOOPING = groups.TuningConfig(tiles_per_step=2, resident_bytes=0)
 
@@ -219,13 +226,13 @@ def test_exact_operand_dtypes(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("config", [DEFAULT, LOOPING], ids=["resident", "looping"])
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_fp8_operand(shape, config, dtype):
+def test_fp8_operand(shape, config, dtype, twins):
   a = groups_of_many_sizes(shape, dtype, spread=3)
   check_fp8(interpreted, a, fp8_configured(config))
 
 
 @pytest.mark.parametrize("deepest", [operands.MAX_SHIFT, operands.MAX_SHIFT + 1])
-def test_tame_and_wild_rows(deepest):
+def test_tame_and_wild_rows(deepest, twins):
   """One group at a known depth decides; zeros and NaN do not; a row may have nothing at all."""
   a = np.random.default_rng(3).uniform(1, 1.5, (6, 128)).astype(np.float32)
   a[0, 32:64] *= 2.0**-deepest
@@ -239,11 +246,6 @@ def test_tame_and_wild_rows(deepest):
   np.testing.assert_array_equal(out.wild, [wild, 0, 0, 0, 0, wild])
   np.testing.assert_array_equal(out.row_exponents[[3, 4]], 0)
   check_fp8(interpreted, a)
-
-
-@pytest.fixture
-def twins(monkeypatch):
-  monkeypatch.setattr(transposed, "regrouped", transposed.regrouped_twin)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -448,6 +450,9 @@ class TestOnGpu:
     values = np.where(np.isfinite(values.astype(np.float32)), values, 0).astype(values.dtype)
     shuffled = np.random.default_rng(0).permutation(values)
     check_quantize(compiled, case, np.stack([values, shuffled]))
+    if case == "mxfp8":
+      check_fp8(compiled, values.reshape(-1, 32))
+      check_fp8(compiled, shuffled.reshape(-1, 32))
 
   @pytest.mark.parametrize("exponent", [-110, -60, 0, 60, 127])
   def test_global_scales(self, exponent):

@@ -24,7 +24,7 @@ from jaxqq._kernels.groups import per_group
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SIGN = np.int32(-(2**31))
-_MAGNITUDE = 0x7FFFFFFF
+MAGNITUDE = 0x7FFFFFFF
 _ONE_BITS = 0x3F800000
 _EXPONENT_FIELD = 0x7F800000
 _FLOAT32_MAX = np.finfo(np.float32).max
@@ -45,7 +45,7 @@ class Scales:
 
 def amax_bits_of(a: jax.Array) -> jax.Array:
   """The bits of the largest magnitude of each group, NaN being the largest."""
-  bits = as_bits(a) & _MAGNITUDE
+  bits = as_bits(a) & MAGNITUDE
   return jnp.max(jnp.max(bits, axis=-1), axis=-1)
 
 
@@ -146,7 +146,7 @@ def _over_scale(enc: jax.Array, byte: jax.Array) -> jax.Array:
   sticky = (quotient * m != mantissa).astype(jnp.int32)
   bits = as_bits((quotient | sticky).astype(jnp.float32))
   # enc = mantissa * 2**(field - 156).
-  exponent = (bits >> 23) + ((as_bits(enc) & _MAGNITUDE) >> 23) - 146 - x
+  exponent = (bits >> 23) + ((as_bits(enc) & MAGNITUDE) >> 23) - 146 - x
   bits = (exponent << 23) | (bits & 0x7FFFFF)
   factor = jnp.where(exponent > 254, _FLOAT32_MAX, as_float(bits))
   return jnp.where(exponent < 1, jnp.float32(0), factor)

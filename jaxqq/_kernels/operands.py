@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from jaxqq import _rounding
 from jaxqq._formats import Format
+from jaxqq._kernels.amax import thread_amax_bits
 from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
@@ -216,7 +217,7 @@ def _fp8_kernel(
     return load_gmem(a_row.at[pl.ds(start, size)], view.layout)
 
   def find(a: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    amax_bits = amax_bits_of(a.astype(jnp.float32))
+    amax_bits = jnp.max(thread_amax_bits(a, view), axis=-1)
     return amax_bits, extremes_of(amax_bits, _rounding.INFINITY_BITS)
 
   def write_row(highest: jax.Array, inverse_lowest: jax.Array) -> jax.Array:
