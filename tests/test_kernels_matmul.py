@@ -327,17 +327,6 @@ def check_every_e4m3_exact(run):
 EVERY = {"e2m1": check_every_e2m1, "e4m3": check_every_e4m3, "e4m3_exact": check_every_e4m3_exact}
 
 
-def test_lowered():
-  """Every distance of two scales, 0 among them; NaN counts for none, alone too."""
-  scales = np.stack(np.meshgrid(np.arange(256), np.arange(256)), axis=-1).reshape(256, 256, 2)
-  scales = np.concatenate([scales, np.full_like(scales[..., :1], 0xFF)], axis=-1).astype(np.uint8)
-  downs, rows = map(np.asarray, expand.lowered(jnp.asarray(scales)))
-  want = np.max(scales.astype(int), axis=-1, where=scales != 0xFF, initial=0)
-  np.testing.assert_array_equal(rows, want)
-  np.testing.assert_array_equal(downs, downs_of(scales, want))
-  assert downs.dtype == np.uint8 and rows.dtype == np.int32
-
-
 @pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
 def test_every_code_and_scale(check):
   check(interpreted)

@@ -53,6 +53,20 @@ def test_odd_shapes(mode, shape, packed):
   check(x, w, mode, packed=packed)
 
 
+def check_dtype(mode, dtype, data, shape, precision, **how):
+  """The bounds of section 3: of all elements, and on Gaussian data of the norm."""
+  m, n, k = shape
+  rng = np.random.default_rng(11)
+  # Small, so that float16 holds the sums of outliers.
+  x = (data(rng, (m, k), "float32") / 64).astype(oracle.DTYPES[dtype])
+  w = (data(rng, (n, k), "float32") / 64).astype(oracle.DTYPES[dtype])
+  out, exact = check(x, w, mode, precision=precision, **how)
+  if data is oracle.random:
+    loose = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 1.5e-3}[dtype]
+    norm_bound = 4e-4 if dtype == "float16" and precision is HIGHEST else loose
+    assert oracle.relative_error(out, exact) <= norm_bound
+
+
 @pytest.mark.parametrize("precision", [None, HIGHEST])
 @pytest.mark.parametrize("data", [oracle.random, oracle.with_outliers])
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -63,35 +77,59 @@ def test_odd_shapes(mode, shape, packed):
   + [("nvfp4", "global"), ("nvfp4", "packed global")],
 )
 def test_dtypes(mode, how, dtype, k, data, precision):
-  rng = np.random.default_rng(11)
-  # Small, so that float16 holds the sums of outliers.
-  x = (data(rng, (133, k), "float32") / 64).astype(oracle.DTYPES[dtype])
-  w = (data(rng, (265, k), "float32") / 64).astype(oracle.DTYPES[dtype])
-  out, exact = check(
-    x, w, mode, packed="packed" in how, global_scale="global" in how, precision=precision
-  )
-  if data is oracle.random:
-    loose = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 1.5e-3}[dtype]
-    norm_bound = 4e-4 if dtype == "float16" and precision is HIGHEST else loose
-    assert oracle.relative_error(out, exact) <= norm_bound
+  how = {"packed": "packed" in how, "global_scale": "global" in how}
+  check_dtype(mode, dtype, data, (133, 265, k), precision, **how)
+
+
+HARD = ("positive", "far apart", "outliers in x", "positive outliers")
+
+
+def hard_data(data, m, n, k):
+  """What costs fp8 sums the most: one sign, groups far apart, few large products."""
+  rng = np.random.default_rng(k)
+  x, w = rng.standard_normal((m, k)), rng.standard_normal((n, k))
+  if "positive" in data:
+    x, w = np.abs(x), np.abs(w)
+  if "outliers" in data:
+    x[:, ::64] *= 200
+  if data == "far apart":
+    powers = np.linspace(-60, 60, k // 32).round().repeat(32)
+    x, w = x * 2.0**powers, w * 2.0**-powers
+  bfloat16 = oracle.DTYPES["bfloat16"]
+  return x.astype(bfloat16), w.astype(bfloat16)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("data", ["positive", "far apart", "outliers in x"])
+@pytest.mark.parametrize("data", HARD)
 @pytest.mark.parametrize("k", [2048, 4096, 8192])
 def test_hard_data_in_fp8(data, k, packed):
-  """What costs fp8 sums the most: one sign, groups far apart, few large products."""
-  rng = np.random.default_rng(k)
-  x, w = rng.standard_normal((130, k)), rng.standard_normal((200, k))
-  if data == "positive":
-    x, w = np.abs(x), np.abs(w)
-  elif data == "far apart":
-    powers = np.linspace(-60, 60, k // 32).round().repeat(32)
-    x, w = x * 2.0**powers, w * 2.0**-powers
-  else:
-    x[:, ::64] *= 200
-  bfloat16 = oracle.DTYPES["bfloat16"]
-  check(x.astype(bfloat16), w.astype(bfloat16), "mxfp8", packed=packed)
+  check(*hard_data(data, 130, 200, k), "mxfp8", packed=packed)
+
+
+# Few rows of x against packed w have kernels of their own: up to 8, and up to 64.
+FEW = (1, 3, 16, 40)
+
+
+@pytest.mark.parametrize("m", FEW)
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_hard_data_of_few_rows(mode, m):
+  for data in HARD:
+    x, w = hard_data(data, m, 201, 8192)
+    args, kwargs, *_ = operands(x, w, mode, packed=True)
+    assert "streams packed w" in jaxqq.explain(*args, **kwargs)
+    check(x, w, mode, packed=True)
+
+
+@pytest.mark.parametrize("m", FEW)
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize(
+  ("mode", "global_scale"), [("nvfp4", False), ("nvfp4", True), ("mxfp8", False)]
+)
+def test_dtypes_of_few_rows(mode, global_scale, dtype, m):
+  for data, precision in itertools.product((oracle.random, oracle.with_outliers), (None, HIGHEST)):
+    check_dtype(
+      mode, dtype, data, (m, 265, 8192), precision, packed=True, global_scale=global_scale
+    )
 
 
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
@@ -107,14 +145,18 @@ def test_batches(mode, x_batch, w_batch, packed, k):
   check(x, w, mode, packed=packed)
 
 
+@pytest.mark.parametrize("m", [*FEW, 70])
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_bad_numbers_poison_rows_and_columns(mode):
+def test_bad_numbers_poison_rows_and_columns(mode, m):
   rng = np.random.default_rng(4)
-  for k in (128, 4096):
-    x, w = oracle.random(rng, (70, k), "bfloat16"), oracle.random(rng, (90, k), "bfloat16")
-    x[3, 5], x[60, k - 1], w[7, 9] = np.nan, np.inf, -np.inf
-    bad = np.zeros((70, 90), bool)
-    bad[[3, 60]], bad[:, 7] = True, True
+  for k in (128, 4096, 8192):
+    x, w = oracle.random(rng, (m, k), "bfloat16"), oracle.random(rng, (91, k), "bfloat16")
+    w[7, 9] = -np.inf
+    bad = np.zeros((m, 91), bool)
+    bad[:, 7] = True
+    if m > 1:  # or no row is left
+      x[m // 3, 5], x[m - 1, k - 1] = np.nan, np.inf
+      bad[[m // 3, m - 1]] = True
     for args in ((w,), jaxqq.quantize(w, mode=mode)):
       out = np.asarray(jaxqq.qqmm(x, *args, mode=mode), np.float32)
       np.testing.assert_array_equal(np.isnan(out), bad)

@@ -9,8 +9,10 @@ div.rn.f32 rounds to nearest.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -22,7 +24,7 @@ from jaxqq._kernels.groups import per_group
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SIGN = np.int32(-(2**31))
-_MAGNITUDE = 0x7FFFFFFF
+MAGNITUDE = 0x7FFFFFFF
 _ONE_BITS = 0x3F800000
 _EXPONENT_FIELD = 0x7F800000
 _FLOAT32_MAX = np.finfo(np.float32).max
@@ -43,7 +45,7 @@ class Scales:
 
 def amax_bits_of(a: jax.Array) -> jax.Array:
   """The bits of the largest magnitude of each group, NaN being the largest."""
-  bits = as_bits(a) & _MAGNITUDE
+  bits = as_bits(a) & MAGNITUDE
   return jnp.max(jnp.max(bits, axis=-1), axis=-1)
 
 
@@ -56,6 +58,33 @@ def exponents_of(amax_bits: jax.Array, fmt: Format) -> jax.Array:
   max_mantissa, max_exponent = max_bits & 0x7FFFFF, (max_bits >> 23) - 127
   exponents = ((amax_bits + (0x7FFFFF - max_mantissa)) >> 23) - max_exponent
   return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, exponents)
+
+
+def extremes_of(values: jax.Array, bad: int) -> tuple[jax.Array, jax.Array]:
+  """What to take the maxima of, for the extremes of all values but 0 and those from `bad` on.
+
+  Args:
+    values: int32, none negative.
+    bad: e.g. the bits of an infinity.
+
+  Returns:
+    The values to keep, else 0; and what `lowest_of` makes the smallest of them again, if there
+    is any. The second costs one instruction: it has 0 last, and bad values behind good ones.
+  """
+  return jnp.where(values < bad, values, 0), _SIGN - values
+
+
+def lowest_of(maximum: jax.Array) -> jax.Array:
+  """The smallest of the values that count; where none does, 0 or a bad one."""
+  return _SIGN - maximum
+
+
+def no_extremes(size: int, layout: Any) -> tuple[jax.Array, jax.Array]:
+  """The extremes of nothing, (size,) each, for a loop to begin with."""
+  highest, inverse_lowest = (
+    plgpu.layout_cast(jnp.full((size,), start, jnp.int32), layout) for start in (0, _SIGN)
+  )
+  return highest, inverse_lowest
 
 
 def inverse_power(exponents: jax.Array) -> jax.Array:
@@ -117,7 +146,7 @@ def _over_scale(enc: jax.Array, byte: jax.Array) -> jax.Array:
   sticky = (quotient * m != mantissa).astype(jnp.int32)
   bits = as_bits((quotient | sticky).astype(jnp.float32))
   # enc = mantissa * 2**(field - 156).
-  exponent = (bits >> 23) + ((as_bits(enc) & _MAGNITUDE) >> 23) - 146 - x
+  exponent = (bits >> 23) + ((as_bits(enc) & MAGNITUDE) >> 23) - 146 - x
   bits = (exponent << 23) | (bits & 0x7FFFFF)
   factor = jnp.where(exponent > 254, _FLOAT32_MAX, as_float(bits))
   return jnp.where(exponent < 1, jnp.float32(0), factor)

@@ -21,7 +21,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -153,22 +152,6 @@ def factors(scales: Any, expansion: Expansion) -> tuple[Any, ...]:
     bits = jnp.where(s == 0xFF, 0x7FC00000, bits)
     return (lax.bitcast_convert_type(bits, jnp.float32),)
   return (scales,)
-
-
-def lowered(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """mxfp8 scales (..., groups) as `E4M3` takes them: how far to lower codes, and to what.
-
-  Returns:
-    downs: uint8 (..., groups), 8 * (row exponent - scale); 0x7F, which leaves nothing, where that
-      is above 15 * 8; 0x80 under a NaN scale.
-    row_exponents: int32 (...), the largest scale of a row that is not NaN.
-  """
-  wide = scales.astype(jnp.int32)
-  nan = wide == 0xFF
-  row_exponents = jnp.max(jnp.where(nan, 0, wide), axis=-1)
-  distance = row_exponents[..., None] - wide
-  downs = jnp.where(distance > 15, 0x7F, 8 * distance)
-  return jnp.where(nan, 0x80, downs).astype(jnp.uint8), row_exponents
 
 
 # Codes

@@ -33,6 +33,7 @@ from jaxqq._kernels import few_rows as few_rows_kernel
 from jaxqq._kernels.apart import apart_operand
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.groups import TuningConfig
+from jaxqq._kernels.lowered_scales import lowered_scales
 from jaxqq._kernels.operands import exact_operand, fp8_operand
 from jaxqq._quantize import decoding_factor
 from jaxqq._reference import Operands
@@ -40,9 +41,6 @@ from jaxqq._reference import Operands
 # Below, sums of few groups of unequal size exceed the bound in fp8: measured 1.04 of it at 2048 and
 # 0.88 at 4096, with an outlier of 200 times in every 64 of x's channels.
 FP8_MIN_K = 4096
-# How far a group's scale may lie below the largest of its row of packed w, in powers of two: their
-# codes lose what leaves e4m3's normal range.
-MAX_DOWN = 9
 
 
 def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:
@@ -100,11 +98,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
 
   def operand(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     out = fp8_operand(a.reshape(-1, a.shape[-1]), fmt)
-    return (
-      out.codes.reshape(a.shape),
-      out.row_exponents.reshape(a.shape[:-1]),
-      jnp.any(out.wild > 0),
-    )
+    return out.codes.reshape(a.shape), out.row_exponents.reshape(a.shape[:-1]), out.wild
 
   x, x_exponents, x_wild = operand(problem.x)
   if problem.scales is None:
@@ -115,10 +109,9 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
         x, w, factors, (x_exponents, w_exponents), out_dtype=out_dtype, config=config
       )
   else:
-    downs, w_exponents = expand.lowered(problem.scales)
-    # A scale of 0 is that of zeros, or of numbers too small to count.
-    counts = (problem.scales != 0) & (problem.scales != fmt.scale_nan)
-    w_wild = jnp.any(counts & (downs > 8 * MAX_DOWN))
+    scales = problem.scales
+    downs, w_exponents, w_wild = lowered_scales(scales.reshape(-1, scales.shape[-1]))
+    downs, w_exponents = downs.reshape(scales.shape), w_exponents.reshape(scales.shape[:-1])
 
     def product() -> jax.Array:
       if isinstance(config, packed_matmul.Config):
@@ -129,7 +122,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
       return multiply(x, problem.w, downs, factors, exponents, out_dtype=out_dtype, config=config)
 
   return lax.cond(
-    x_wild | w_wild,
+    jnp.any(jnp.concatenate([x_wild, w_wild]) > 0),
     lambda: exact(operands, mode, out_dtype, promote=False),
     lambda: _unfolded(product(), operands),
   )

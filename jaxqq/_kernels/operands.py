@@ -21,12 +21,16 @@ from jax.experimental import pallas as pl
 
 from jaxqq import _rounding
 from jaxqq._formats import Format
+from jaxqq._kernels.amax import thread_amax_bits
 from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
   encoding_scale,
   exponents_of,
+  extremes_of,
   inverse_power,
+  lowest_of,
+  no_extremes,
   scales_of,
   values_of,
 )
@@ -42,12 +46,15 @@ from jaxqq._kernels.groups import (
   make_kernel,
   pad,
   per_group,
-  store_gmem,
 )
 
 # How far `fp8_operand` shifts a group's codes down to the largest exponent of its row. The shift
 # is made in float16, exactly: e4m3's 2**-9 becomes 2**-22 at the most, of multiples of 2**-24.
 MAX_SHIFT = 13
+
+# Elements that a thread of `fp8_operand` holds side by side, 16 bytes of codes: two threads share a
+# group, and compute its factors twice. With four, that was a third of all instructions.
+_FP8_VECTOR = 16
 
 _MATRIX = (8, 8)  # how the 64 elements lie that `interleave` permutes among themselves
 _BLOCK = math.prod(_MATRIX)
@@ -55,20 +62,18 @@ _BLOCK = math.prod(_MATRIX)
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["codes", "row_exponents", "group_exponents", "wild"],
+  data_fields=["codes", "row_exponents", "wild"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Operand:
-  """An operand for fp8 tensor cores. `wild` rows need `group_exponents`, tame ones do not.
+  """An operand for fp8 tensor cores, unless a row is `wild`: its codes mean nothing.
 
-  x_hat = codes * 2**(row_exponents - 127) in a tame row, but for what the shift rounded away,
-  and codes * 2**(group_exponents - 127), exactly, in a wild one.
+  x_hat = codes * 2**(row_exponents - 127), but for what the shift rounded away.
   """
 
   codes: Any  # float8_e4m3fn (rows, k)
   row_exponents: Any  # int32 (rows,)
-  group_exponents: Any  # uint8 (rows, k / group_size); 0 for groups of zeros or with a NaN
   wild: Any  # int32 (rows,), 0 or 1
 
 
@@ -135,23 +140,19 @@ def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG
   check_fp8(fmt)
   rows, k = a.shape
   groups = k // fmt.group_size
-  view = View(fmt.group_size // VECTOR, VECTOR)
+  view = View(fmt.group_size // _FP8_VECTOR, _FP8_VECTOR)
   grouped = pad(a.reshape(rows, groups, *view.minor), 1, view.tile)
-  padded = grouped.shape[1]
   run = make_kernel(
     functools.partial(_fp8_kernel, fmt=fmt, view=view, config=config),
     grid=(rows,),
     out_type=(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
       jax.ShapeDtypeStruct((rows,), jnp.int32),
-      jax.ShapeDtypeStruct((rows, padded), jnp.uint8),
       jax.ShapeDtypeStruct((rows,), jnp.int32),
     ),
   )
-  codes, row_exponents, group_exponents, wild = run(grouped)
-  return Fp8Operand(
-    codes[:, :groups].reshape(rows, k), row_exponents, group_exponents[:, :groups], wild
-  )
+  codes, row_exponents, wild = run(grouped)
+  return Fp8Operand(codes[:, :groups].reshape(rows, k), row_exponents, wild)
 
 
 def check_fp8(fmt: Format) -> None:
@@ -200,7 +201,6 @@ def _fp8_kernel(
   a_ref: Any,  # (rows, groups, lanes, vector)
   codes_ref: Any,  # the same
   row_exponents_ref: Any,  # (rows,)
-  group_exponents_ref: Any,  # (rows, groups)
   wild_ref: Any,  # (rows,)
   *,
   fmt: Format,
@@ -210,38 +210,39 @@ def _fp8_kernel(
   """One row: a sweep for its exponents, and one that writes its codes."""
   row = lax.axis_index("step")
   a_row, codes_row = a_ref.at[row], codes_ref.at[row]
-  group_exponents_row = group_exponents_ref.at[row]
   groups = a_ref.shape[1]
   row_bytes = math.prod(a_ref.shape[1:]) * a_ref.dtype.itemsize
 
   def load(start: Any, size: int) -> jax.Array:
     return load_gmem(a_row.at[pl.ds(start, size)], view.layout)
 
-  def write_row(top: jax.Array, depth: jax.Array) -> jax.Array:
-    # Where no group counts, both are 0.
-    wild = (top + depth - 255 > MAX_SHIFT).astype(jnp.int32)
-    row_exponents_ref[row] = top
-    wild_ref[row] = wild
-    return wild
+  def find(a: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    amax_bits = jnp.max(thread_amax_bits(a, view), axis=-1)
+    return amax_bits, extremes_of(amax_bits, _rounding.INFINITY_BITS)
 
-  def write(start: Any, a: jax.Array, exponents: jax.Array, top: Any, wild: Any) -> None:
-    here = pl.ds(start, a.shape[0])
-    codes_row[here] = shifted_codes(a.astype(jnp.float32), exponents, top, wild, fmt)
-    exponents = jnp.where(exponents == fmt.scale_nan, 0, exponents)
-    store_gmem(group_exponents_row.at[here], exponents.astype(jnp.uint8))
+  def write_row(highest: jax.Array, inverse_lowest: jax.Array) -> jax.Array:
+    top = exponents_of(highest, fmt)
+    row_exponents_ref[row] = top
+    bottom = exponents_of(lowest_of(inverse_lowest), fmt)
+    wild_ref[row] = (top - bottom > MAX_SHIFT).astype(jnp.int32)
+    return top
+
+  def write(start: Any, a: jax.Array, amax_bits: jax.Array, top: jax.Array) -> None:
+    codes = shifted_codes(a.astype(jnp.float32), amax_bits, top, fmt)
+    codes_row[pl.ds(start, a.shape[0])] = codes
 
   if row_bytes <= config.resident_bytes:
     chunks = _whole_and_rest(groups, view.tile)
     loaded = [load(start, size) for start, size in chunks]
-    found = [find_exponents(a, fmt) for a in loaded]
-    extremes = [extremes_of(*each) for each in found]
-    top, depth = (
-      functools.reduce(jnp.maximum, [jnp.max(a) for a in each])
-      for each in zip(*extremes, strict=True)
+    amax_bits, extremes = zip(*map(find, loaded), strict=True)
+    top = write_row(
+      *(
+        functools.reduce(jnp.maximum, [jnp.max(a) for a in each])
+        for each in zip(*extremes, strict=True)
+      )
     )
-    wild = write_row(top, depth)
-    for (start, _), a, (exponents, _) in zip(chunks, loaded, found, strict=True):
-      write(start, a, exponents, top, wild)
+    for (start, _), a, bits in zip(chunks, loaded, amax_bits, strict=True):
+      write(start, a, bits, top)
     return
 
   size = view.tile * min(config.tiles_per_step, groups // view.tile)
@@ -250,17 +251,18 @@ def _fp8_kernel(
   def start_of(step: jax.Array) -> jax.Array:
     return jnp.minimum(step * size, groups - size)
 
-  def find(step: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    top, depth = extremes_of(*find_exponents(load(start_of(step), size), fmt))
-    return jnp.maximum(so_far[0], top), jnp.maximum(so_far[1], depth)
+  def find_step(
+    step: jax.Array, so_far: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    _, (highest, inverse_lowest) = find(load(start_of(step), size))
+    return jnp.maximum(so_far[0], highest), jnp.maximum(so_far[1], inverse_lowest)
 
-  nothing = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), view.reduced(1))
-  top, depth = map(jnp.max, lax.fori_loop(0, steps, find, (nothing, nothing)))
-  wild = write_row(top, depth)
+  nothing = no_extremes(size, view.reduced(1))
+  top = write_row(*map(jnp.max, lax.fori_loop(0, steps, find_step, nothing)))
 
   def write_step(step: jax.Array, _: None) -> None:
     a = load(start_of(step), size)
-    write(start_of(step), a, find_exponents(a, fmt)[0], top, wild)
+    write(start_of(step), a, find(a)[0], top)
 
   lax.fori_loop(0, steps, write_step, None)
 
@@ -271,27 +273,14 @@ def _whole_and_rest(groups: int, tile: int) -> list[tuple[int, int]]:
   return [(0, whole)] + ([(groups - tile, tile)] if groups > whole else [])
 
 
-def find_exponents(a: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-  """e_g, or the NaN scale, and whether the group counts: it holds a number that is not 0."""
-  amax_bits = amax_bits_of(a.astype(jnp.float32))
+def shifted_codes(a: jax.Array, amax_bits: jax.Array, top: jax.Array, fmt: Format) -> jax.Array:
+  """e4m3 codes on the row's exponent `top`, at most MAX_SHIFT above those of its groups."""
+  exponents = exponents_of(amax_bits, fmt)
   finite = amax_bits < _rounding.INFINITY_BITS
-  exponents = jnp.where(finite, exponents_of(amax_bits, fmt), fmt.scale_nan)
-  return exponents, (amax_bits > 0) & finite
-
-
-def extremes_of(exponents: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """e_g and 255 - e_g of the groups that count, 0 for the others: their maxima are wanted."""
-  return jnp.where(counts, exponents, 0), jnp.where(counts, 255 - exponents, 0)
-
-
-def shifted_codes(
-  a: jax.Array, exponents: jax.Array, top: jax.Array, wild: jax.Array, fmt: Format
-) -> jax.Array:
-  """e4m3 codes on the row's exponent `top`, or on their groups' own in a wild row."""
-  nan = exponents == fmt.scale_nan
-  factor = jnp.where(nan, jnp.float32(np.nan), inverse_power(exponents))
+  factor = jnp.where(finite, inverse_power(exponents), jnp.float32(np.nan))
   codes = (a * per_group(factor, a)).astype(E4M3)
-  # float16 holds every code times 2**-MAX_SHIFT, and converts from and to e4m3 in pairs.
-  shift = jnp.clip(top - exponents, 0, MAX_SHIFT) * (1 - wild)
-  power = lax.bitcast_convert_type(((15 - shift) << 10).astype(jnp.int16), jnp.float16)
+  # float16 holds every code times 2**-MAX_SHIFT, and converts from and to e4m3 in pairs. 15 is its
+  # bias. Of NaN codes the power may be anything; of zeros it must be finite.
+  power_bits = jnp.maximum(exponents - (top - 15), 15 - MAX_SHIFT) << 10
+  power = lax.bitcast_convert_type(power_bits.astype(jnp.int16), jnp.float16)
   return (codes.astype(jnp.float16) * per_group(power, a)).astype(E4M3)

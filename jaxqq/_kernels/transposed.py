@@ -28,12 +28,16 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
+from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
   codes_of,
   encoding_scale,
+  exponents_of,
+  extremes_of,
+  lowest_of,
   scales_of,
   values_of,
 )
@@ -53,8 +57,6 @@ from jaxqq._kernels.operands import (
   Fp8Operand,
   check_dtype,
   check_fp8,
-  extremes_of,
-  find_exponents,
   shifted_codes,
 )
 from jaxqq._kernels.tiles import tile_transforms
@@ -124,30 +126,27 @@ def quantize_transpose(
 def fp8_operand_of_transpose(a: jax.Array, fmt: Format) -> Fp8Operand:
   """`fp8_operand` of the transpose of `a`, which is read twice: (k, rows).
 
-  One kernel finds the exponents of the groups, and the extremes of each row within each tile. A
-  second one, knowing the rows, writes the codes.
+  One kernel finds the extremes of each row's exponents within each tile. A second one, knowing
+  the rows, writes the codes.
   """
   check_fp8(fmt)
   k, rows = a.shape
-  groups = k // fmt.group_size
   (found,) = _by_tiles(
-    functools.partial(_exponents_kernel, fmt=fmt),
+    functools.partial(_extremes_kernel, fmt=fmt),
     a,
     (),
-    direct=_unsigned(2 + TILE_K // fmt.group_size),
+    direct=_unsigned(2),
   )
-  found = _bytes_of(found)  # (rows, tiles, groups in a tile and 2)
-  top, depth = (jnp.max(found[:, :, i], axis=1).astype(jnp.int32) for i in (-2, -1))
+  found = _bytes_of(found)  # (rows, tiles, 2)
+  top, depth = (jnp.max(found[:, :, i], axis=1).astype(jnp.int32) for i in (0, 1))
   wild = (top + depth - 255 > MAX_SHIFT).astype(jnp.int32)
-  exponents = found[:, :, :-2].reshape(found.shape[0], -1)[:rows, :groups]
-  exponents = jnp.where(exponents == fmt.scale_nan, 0, exponents).astype(jnp.uint8)
   (codes,) = _by_tiles(
     functools.partial(_fp8_kernel, fmt=fmt),
     a,
-    (top, wild),
+    (top,),
     staged=jax.ShapeDtypeStruct((TILE_K,), E4M3),
   )
-  return Fp8Operand(codes[:rows, :k], top[:rows], exponents, wild[:rows])
+  return Fp8Operand(codes[:rows, :k], top[:rows], wild[:rows])
 
 
 # Launching.
@@ -331,15 +330,15 @@ def _quantize_kernel(numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: 
   store_gmem(scales_ref.at[here, tile], _joined(scales.byte).astype(scales_ref.dtype))
 
 
-def _exponents_kernel(
+def _extremes_kernel(
   numbers: jax.Array, tile: Any, here: Any, found_ref: Any, *, fmt: Format
 ) -> None:
-  """Bytes: of each group its exponent, and of the groups that count both extremes."""
+  """Bytes, of the groups that count: the largest exponent, and 255 - the smallest; else 0."""
   a, _ = _grouped(numbers, *_group_shape(fmt))
-  exponents, counts = find_exponents(a, fmt)
-  top, depth = (jnp.max(each, axis=-1) for each in extremes_of(exponents, counts))
-  groups = exponents.shape[1]
-  joined = _joined(exponents) | (top << (8 * groups)) | (depth << (8 * groups + 8))
+  found = extremes_of(amax_bits_of(a), _rounding.INFINITY_BITS)
+  highest, inverse_lowest = (jnp.max(each, axis=-1) for each in found)
+  depth = jnp.where(highest > 0, 255 - exponents_of(lowest_of(inverse_lowest), fmt), 0)
+  joined = exponents_of(highest, fmt) | (depth << 8)
   store_gmem(found_ref.at[here, tile], joined.astype(found_ref.dtype))
 
 
@@ -348,17 +347,13 @@ def _fp8_kernel(
   tile: Any,
   here: Any,
   top_ref: Any,
-  wild_ref: Any,
   staging_ref: Any,
   *,
   fmt: Format,
 ) -> None:
   del tile
   a, layout = _grouped(numbers, *_group_shape(fmt))
-  exponents, _ = find_exponents(a, fmt)
-  top, wild = (
-    per_group(load_gmem(ref.at[here], layout.reduce((1, 2, 3))), exponents)
-    for ref in (top_ref, wild_ref)
-  )
-  codes = shifted_codes(a, exponents, top, wild, fmt)
+  amax_bits = amax_bits_of(a)
+  top = load_gmem(top_ref.at[here], layout.reduce((1, 2, 3)))
+  codes = shifted_codes(a, amax_bits, per_group(top, amax_bits), fmt)
   staging_ref[...] = regrouped(codes, layout, (TILE_ROWS, TILE_K), _staged_layout(TILE_K, VECTOR))

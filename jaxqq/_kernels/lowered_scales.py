@@ -1,0 +1,102 @@
+"""The scales of packed w as the fp8 product takes them: how far to lower codes, and to what.
+
+A row's bytes lie in up to 16 lanes of a warp, 16 in each where rows start at multiples of 16 bytes:
+a warpgroup has several rows, and their maxima take a few shuffles. Rows are walked along twice; the
+second time their bytes are in the cache next to the cores.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.codes import extremes_of, lowest_of, no_extremes
+from jaxqq._kernels.groups import (
+  TuningConfig,
+  View,
+  by_blocks,
+  load_gmem,
+  per_group,
+  store_gmem,
+)
+
+# How far a group's scale may lie below the largest of its row, in powers of two: its codes lose
+# what leaves e4m3's normal range.
+MAX_DOWN = 9
+
+_NAN = 0xFF
+_VECTOR = 16  # bytes that a thread loads at once
+_LANES = 16  # that a row has at most
+_VECTORS = 4  # of 16 bytes, that a thread has of a row at once
+_CONFIG = TuningConfig(tiles_per_step=2)
+
+
+def lowered_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """mxfp8 scales as `expand.E4M3` takes them, and whether that is close enough.
+
+  Args:
+    scales: uint8 (rows, groups), of 32 groups or more; fast where they are a multiple of 16.
+
+  Returns:
+    downs: uint8 (rows, groups), 8 * (row exponent - scale); 0x7F, which leaves nothing, where that
+      is above 15 * 8; 0x80 under a NaN scale.
+    row_exponents: int32 (rows,), the largest scale of a row that is not NaN.
+    wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it. One of 0 does not count:
+      it is that of zeros, or of numbers too small to matter.
+  """
+  rows, groups = scales.shape
+  vector = math.gcd(groups, _VECTOR)
+  vectors = groups // vector
+  view = View(min(_LANES, 1 << (vectors.bit_length() - 1)), vector)
+  downs, row_exponents, wild = by_blocks(
+    functools.partial(_kernel, view=view),
+    (scales.reshape(rows, vectors, vector),),
+    (
+      jax.ShapeDtypeStruct((vectors, vector), jnp.uint8),
+      jax.ShapeDtypeStruct((), jnp.int32),
+      jax.ShapeDtypeStruct((), jnp.int32),
+    ),
+    view,
+    _CONFIG,
+  )
+  return downs.reshape(rows, groups), row_exponents, wild
+
+
+def _kernel(
+  rows: Any, scales_ref: Any, downs_ref: Any, exponents_ref: Any, wild_ref: Any, *, view: View
+) -> None:
+  lanes, _ = view.minor
+  vectors = scales_ref.shape[1]
+  size = lanes * min(_VECTORS, vectors // lanes)
+  steps = pl.cdiv(vectors, size)
+
+  def chunk(step: Any) -> tuple[Any, Any]:
+    return rows, pl.ds(jnp.minimum(step * size, vectors - size), size)
+
+  def load(step: Any) -> jax.Array:
+    return load_gmem(scales_ref.at[chunk(step)], view.layout).astype(jnp.int32)
+
+  def find(step: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    found = (jnp.max(jnp.max(a, axis=-1), axis=-1) for a in extremes_of(load(step), _NAN))
+    highest, inverse_lowest = map(jnp.maximum, so_far, found)
+    return highest, inverse_lowest
+
+  def write(step: Any, _: None) -> None:
+    scales = load(step)
+    distance = per_group(highest, scales) - scales
+    downs = jnp.where(distance > 15, 0x7F, distance << 3)
+    downs = jnp.where(scales == _NAN, 0x80, downs)
+    store_gmem(downs_ref.at[chunk(step)], downs.astype(jnp.uint8))
+
+  nothing = no_extremes(rows.size, view.reduced(1))
+  highest, inverse_lowest = lax.fori_loop(0, steps, find, nothing)
+  store_gmem(exponents_ref.at[rows], highest)
+  wild = highest - lowest_of(inverse_lowest) > MAX_DOWN
+  store_gmem(wild_ref.at[rows], wild.astype(jnp.int32))
+  lax.fori_loop(0, steps, write, None)

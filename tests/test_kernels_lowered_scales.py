@@ -1,0 +1,84 @@
+"""The kernel that lowers packed w's scales: interpreted anywhere, compiled with `-m gpu`."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxqq._kernels.lowered_scales import MAX_DOWN, lowered_scales
+from tests.test_kernels_matmul import downs_of
+from tests.test_kernels_quantize import compiled, interpreted, lower, on_gpu
+
+# (rows, groups): of one row, of rows that end within a step, of one vector a lane and of several,
+# at multiples of 16, 8 and 4 bytes, and rows that take several steps.
+SHAPES = ((1, 128), (40, 256), (130, 32), (21, 600), (9, 260), (5, 1796))
+GPU_SHAPES = (*SHAPES, (8192, 256), (1000, 448), (77, 1792), (4099, 132), (3, 9000))
+LOWERED = ((8192, 256), (128256, 128), (33, 1796))
+
+
+def check(run, scales):
+  downs, rows, wild = run(lowered_scales, scales)
+  counts = (scales != 0) & (scales != 0xFF)
+  want = np.max(scales.astype(int), axis=-1, where=counts, initial=0)
+  lowest = np.min(scales.astype(int), axis=-1, where=counts, initial=255)
+  np.testing.assert_array_equal(rows, want)
+  np.testing.assert_array_equal(downs, downs_of(scales, want))
+  np.testing.assert_array_equal(wild, want - lowest > MAX_DOWN)
+  assert (downs.dtype, rows.dtype, wild.dtype) == (np.uint8, np.int32, np.int32)
+  return wild
+
+
+def check_every_distance(run):
+  """Of two scales: a row has 0 to its largest, with some that are NaN; then one of NaN alone."""
+  largest = np.arange(256)[:, None]
+  scales = np.minimum(np.arange(256), largest).astype(np.uint8)
+  scales[::3, 5] = 0xFF
+  check(run, scales)
+
+
+def check_every_step(run):
+  """One scale below the others, by little or by too much, wherever the kernel reads it last."""
+  places = np.arange(1796)[:: 1796 // 60]
+  scales = np.full((2, places.size, 1796), 100 + MAX_DOWN, np.uint8)
+  scales[:, np.arange(places.size), places] = [[100], [99]]
+  wild = check(run, scales.reshape(-1, 1796))
+  np.testing.assert_array_equal(wild, np.repeat([0, 1], places.size))
+
+
+def check_random(run, shape):
+  rng = np.random.default_rng(shape)
+  middle = rng.integers(0, 256, (shape[0], 1))
+  spread = rng.integers(0, 8, (shape[0], 1))
+  scales = np.clip(rng.integers(middle - spread, middle + spread + 1, shape), 0, 255)
+  scales[rng.random(shape) < 0.05] = 0xFF
+  scales[rng.random(shape) < 0.05] = 0
+  scales[0], scales[-1] = 0, 0xFF
+  check(run, scales.astype(np.uint8))
+
+
+@pytest.mark.parametrize("f", [check_every_distance, check_every_step])
+def test_distances(f):
+  f(interpreted)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random(shape):
+  check_random(interpreted, shape)
+
+
+@pytest.mark.parametrize("shape", LOWERED, ids=str)
+def test_lowers_for_cuda(shape):
+  lower(lowered_scales, jax.ShapeDtypeStruct(shape, np.uint8))
+
+
+class TestOnGpu:
+  pytestmark = on_gpu
+
+  @pytest.mark.parametrize("f", [check_every_distance, check_every_step])
+  def test_distances(self, f):
+    f(compiled)
+
+  def test_random(self):
+    for shape in GPU_SHAPES:
+      check_random(compiled, shape)
