@@ -72,8 +72,13 @@ def dequantized(mode, codes, scales):
 def downs_of(scales, exponents):
   """What comes off the magnitudes of codes: 8 for each power of two, all of it beyond 15."""
   distance = np.maximum(exponents[..., None] - scales.astype(int), 0)
-  down = np.where(distance > 15, 0x7F, 8 * distance)
-  return np.where(scales == 0xFF, 0x80, down).astype(np.uint8)
+  return np.where(distance > 15, 0x7F, 8 * distance).astype(np.uint8)
+
+
+def row_exponents(scales):
+  """The largest scale of each row, and what marks a row with a NaN."""
+  nan = (scales == 0xFF).any(axis=-1)
+  return np.where(nan, tiles.NAN_EXPONENT, np.max(scales.astype(int), axis=-1)).astype(np.int32)
 
 
 def lowered(codes, downs):
@@ -81,12 +86,13 @@ def lowered(codes, downs):
   downs = np.repeat(downs, 32, axis=-1).astype(int)
   magnitude = (codes & 0x7F).astype(int)
   out = np.maximum(magnitude - downs, 0) | (codes & 0x80)
-  nan = (magnitude == 0x7F) | (downs == 0x80)
-  return np.where(nan, 0x7F, out).astype(np.uint8).view(E4M3).astype(np.float64)
+  return np.where(magnitude == 0x7F, 0x7F, out).astype(np.uint8).view(E4M3).astype(np.float64)
 
 
 def powers(exponents):
-  return np.ldexp(1.0, np.asarray(exponents) - 127)
+  exponents = np.asarray(exponents)
+  nan = exponents == tiles.NAN_EXPONENT
+  return np.where(nan, np.nan, np.ldexp(1.0, np.where(nan, 127, exponents) - 127))
 
 
 def without_nan_codes(codes):
@@ -229,7 +235,7 @@ def check_packed(run, name):
     mode, x, passed = "mxfp8", (x * 64).astype(E4M3), factors
     # 2**119 and 2**-124: sums must not overflow after one of them.
     codes, scales = e4m3_operand(rng, bw, n, k, 227, 246)
-    rows = np.max(scales, axis=-1, where=scales != 0xFF, initial=0).astype(np.int32)
+    rows = row_exponents(scales)
     exponents = rng.integers(1, 4, (bx, m), dtype=np.int32), rows
     scales = downs_of(scales, rows)
     w_hat = lowered(codes, scales) * powers(rows)[..., None]
@@ -306,8 +312,8 @@ def check_every_e4m3(run):
   n, k = 168, 256
   codes, kind = every_e4m3(n, k, 16)
   rows = rng.integers(100, 140, n).astype(np.int32)
+  rows[3] = tiles.NAN_EXPONENT
   scales = (8 * kind).astype(np.uint8)
-  scales[3, 5] = 0x80
   out = times_identity(run, expand.E4M3, codes, scales, rows)
   assert_same_rows(out, lowered(codes, scales) * powers(rows)[:, None])
 
@@ -417,8 +423,9 @@ def check_twin(run, which, n, k):
     words = np.where(spared, without_nan_codes(codes), codes).view(np.uint32)
   if which == "e4m3":
     scales = (8 * rng.integers(0, 16, scales.shape)).astype(np.uint8)
-  if which != "e2m1":
-    scales[16, 3] = 0x80 if which == "e4m3" else 0xFF
+    rows[16] = tiles.NAN_EXPONENT
+  elif which == "e4m3_exact":
+    scales[16, 3] = 0xFF
   want = np.asarray(jax.jit(functools.partial(twins, expansion=expansion))(words, scales))
   want = want.astype(np.float64)
   if which == "e4m3":

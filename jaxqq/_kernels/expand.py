@@ -210,13 +210,17 @@ def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
 
 
 def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
-  """Register (b, half): a word of four codes, their exponents lowered as `lowered` says.
+  """Register (b, half): a word of four codes, their exponents lowered as `lowered_scales` says.
 
   Lowering an exponent field by d is subtracting 8 * d from the byte's magnitude. Where that
   borrows (the top bit, set before, tells) the code becomes zero; where it leaves an exponent
   field of 0, hidden bits are lost: either way less than 2**-6 of the row's largest power of two.
-  A NaN code is the one whose magnitude exceeds 0x7E; under a NaN scale all are made such.
+  A NaN code is the one whose magnitude exceeds 0x7E.
+
+  The two subtractions are multiplications by a -1 that the compiler cannot see through: all the
+  rest goes to the pipe of integers and logic, and that of multiplications has time.
   """
+  minus = word_asm("{ .reg .b32 t; mov.u32 t, %smid; shr.u32 t, t, 20; not.b32 $0, t; }")
   out = []
   for b in range(8):
     for half in range(2):
@@ -224,18 +228,17 @@ def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
       downs = vector.extract(factors[0].registers.flat[half], [], [0])
       group = b // 2  # 8 words each, of 4 a register
       down = word_asm(f"prmt.b32 $0, $1, $1, {hex(group * 0x1111)};", downs)
-      nan = word_asm(f"prmt.b32 $0, $1, $1, {hex(0x8888 + group * 0x1111)};", downs)
       asm = """{
         .reg .b32 set, t, kept, isnan;
-        lop3.b32 set, $1, $3, 0x80808080, 0xFE;
-        sub.u32 t, set, $2;
-        sub.u32 isnan, set, 0x7F7F7F7F;
+        or.b32 set, $1, 0x80808080;
+        mad.lo.u32 t, $2, $3, set;
+        mad.lo.u32 isnan, $3, 0x7F7F7F7F, set;
         prmt.b32 kept, t, t, 0xBA98;
         prmt.b32 isnan, isnan, isnan, 0xBA98;
         lop3.b32 t, t, kept, isnan, 0xEA;
         lop3.b32 $0, t, $1, 0x80808080, 0xD8;
       }"""
-      out.append(_asm_of(asm, [word, down, nan], "=r,r,r,r"))
+      out.append(_asm_of(asm, [word, down, minus], "=r,r,r,r"))
   return out
 
 
@@ -299,8 +302,7 @@ def twin(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
     downs = downs[..., None] & np.uint32(0xFF)
     magnitude = codes & np.uint32(0x7F)
     lowered = jnp.where(magnitude >= downs, magnitude - downs, np.uint32(0))
-    nan = (magnitude == 0x7F) | (downs >= 0x80)
-    bits = jnp.where(nan, np.uint32(0x7F), lowered) | (codes & np.uint32(0x80))
+    bits = jnp.where(magnitude == 0x7F, np.uint32(0x7F), lowered) | (codes & np.uint32(0x80))
     values = lax.bitcast_convert_type(bits.astype(jnp.uint8), jnp.float8_e4m3fn)
     return values.reshape(ROWS, expansion.step_k)
   if expansion.bits == 4:

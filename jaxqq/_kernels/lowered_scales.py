@@ -25,6 +25,7 @@ from jaxqq._kernels.groups import (
   per_group,
   store_gmem,
 )
+from jaxqq._kernels.tiles import NAN_EXPONENT
 
 # How far a group's scale may lie below the largest of its row, in powers of two: its codes lose
 # what leaves e4m3's normal range.
@@ -45,10 +46,10 @@ def lowered_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
   Returns:
     downs: uint8 (rows, groups), 8 * (row exponent - scale); 0x7F, which leaves nothing, where that
-      is above 15 * 8; 0x80 under a NaN scale.
-    row_exponents: int32 (rows,), the largest scale of a row that is not NaN.
+      is above 15 * 8; anything in a row with a NaN.
+    row_exponents: int32 (rows,), the largest scale of a row; NAN_EXPONENT where one is NaN.
     wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it. One of 0 does not count:
-      it is that of zeros, or of numbers too small to matter.
+      it is that of zeros, or of numbers too small to matter. 0 in a row with a NaN.
   """
   rows, groups = scales.shape
   vector = math.gcd(groups, _VECTOR)
@@ -83,7 +84,7 @@ def _kernel(
     return load_gmem(scales_ref.at[chunk(step)], view.layout).astype(jnp.int32)
 
   def find(step: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    found = (jnp.max(jnp.max(a, axis=-1), axis=-1) for a in extremes_of(load(step), _NAN))
+    found = (jnp.max(jnp.max(a, axis=-1), axis=-1) for a in extremes_of(load(step), _NAN + 1))
     highest, inverse_lowest = map(jnp.maximum, so_far, found)
     return highest, inverse_lowest
 
@@ -91,12 +92,12 @@ def _kernel(
     scales = load(step)
     distance = per_group(highest, scales) - scales
     downs = jnp.where(distance > 15, 0x7F, distance << 3)
-    downs = jnp.where(scales == _NAN, 0x80, downs)
     store_gmem(downs_ref.at[chunk(step)], downs.astype(jnp.uint8))
 
   nothing = no_extremes(rows.size, view.reduced(1))
   highest, inverse_lowest = lax.fori_loop(0, steps, find, nothing)
-  store_gmem(exponents_ref.at[rows], highest)
-  wild = highest - lowest_of(inverse_lowest) > MAX_DOWN
+  nan = highest == _NAN
+  store_gmem(exponents_ref.at[rows], jnp.where(nan, NAN_EXPONENT, highest))
+  wild = (highest - lowest_of(inverse_lowest) > MAX_DOWN) & (highest != _NAN)
   store_gmem(wild_ref.at[rows], wild.astype(jnp.int32))
   lax.fori_loop(0, steps, write, None)

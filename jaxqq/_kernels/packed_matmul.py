@@ -11,6 +11,8 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 - A compute warpgroup has 64 rows of w and all rows of the x_hat tile: out^T = w_hat x_hat^T. It
   expands the words of a step in its registers (`expand.py`), from where the tensor cores take
   them, while they work for the other warpgroup. No expanded w is ever written to memory.
+- Where a step takes two waits (`promote`, below), the warpgroups take turns: one begins its step
+  when the other has begun the last part of its own, so that one expands while the other waits.
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums: 128 rows
   of x_hat after the other, for want of registers.
@@ -66,7 +68,7 @@ class Config:
 def packed_matmul(
   x: jax.Array,  # (b or 1, m, k) of expansion.dtype, k a multiple of expansion.step_k
   words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
-  scales: jax.Array,  # uint8 (b or 1, n, k / group_size); for E4M3 the `expand.lowered` ones
+  scales: jax.Array,  # uint8 (b or 1, n, k / group_size); for E4M3 the `lowered_scales`
   factors: jax.Array,  # float32 (b or 1, 2)
   exponents: tuple[jax.Array, jax.Array] | None,  # int32 (b or 1, m) and (b or 1, n), for E4M3
   *,
@@ -83,6 +85,7 @@ def packed_matmul(
   block_m, stages = config.block_m, config.num_stages
   grid = config.grid
   part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
+  takes_turns = part_m < block_m
   x_transforms = tile_transforms(step_k, x.dtype)
   has_exponents = exponents is not None
   # Only 16 bit matrices can be transposed on their way to shared memory.
@@ -99,7 +102,8 @@ def packed_matmul(
     w_e: Any = rest.pop(0) if has_exponents else None
     out_g, x_s, words_s, out_s, *rest = rest
     a_s: Any = rest.pop(0) if interpret else None
-    x_full, words_full, empty = rest
+    x_full, words_full, empty, *rest = rest
+    turn: Any = rest.pop() if takes_turns else None
     warpgroup = lax.axis_index("warpgroup")
     own_tiles, tile_of = grid.walk(batch, m, n)
 
@@ -146,11 +150,20 @@ def packed_matmul(
       words = plgpu.load(words_s.at[slot, own_rows], layout=layout, optimized=False)
       return (expand.twin if interpret else expand.expand)(words, factors, expansion)
 
+    def pass_turn() -> None:
+      plgpu.barrier_arrive(turn.at[1 - warpgroup])
+
     def multiply(sums: Any, a: Any, slot: Any, part: int) -> Any:
       """(sums +) a x_hat^T."""
       b = x_s.at[slot, pl.ds(part * part_m, part_m)]
+      last = takes_turns and (part + 1) * part_m == block_m
       if not interpret:
-        return tensor_cores.finish(tensor_cores.begin(a, b, x_transforms, x.dtype, sums=sums))[0]
+        begun = tensor_cores.begin(a, b, x_transforms, x.dtype, sums=sums)
+        if last:
+          pass_turn()
+        return tensor_cores.finish(begun)[0]
+      if last:
+        pass_turn()
 
       def scope(acc: Any) -> Any:
         a_s[warpgroup] = a  # the interpreter has no left operand in registers
@@ -167,6 +180,8 @@ def packed_matmul(
       """The totals, in parts of part_m rows of x_hat, and a step's sums."""
       slot = lax.rem(step, jnp.int32(stages))
       plgpu.barrier_wait(x_full.at[slot])
+      if takes_turns:
+        plgpu.barrier_wait(turn.at[warpgroup])
       results = []
       for part, total in enumerate(totals):
         sums = multiply(None if config.promote else total, a, slot, part)
@@ -220,11 +235,16 @@ def packed_matmul(
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
       plgpu.set_max_registers(232, action="increase")
+      if takes_turns:
+        pl.when(warpgroup == 1)(pass_turn)  # the first is warpgroup 0's
 
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
         tile = tile_of(t)
         store(sums_of(t * k_steps, tile), tile)
+
+      if takes_turns:  # no barrier is left half way
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -248,6 +268,8 @@ def packed_matmul(
     plgpu.Barrier(num_barriers=stages),
     plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
   ]
+  if takes_turns:
+    scratch.append(plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS))
   run = plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct(

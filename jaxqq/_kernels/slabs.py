@@ -7,7 +7,7 @@ kernels take turns, and each number of w is expanded once:
 
 - A slab is written to memory and read again, but is small enough to stay in the L2 cache, and the
   next one takes its place: there is never more of expanded w than `SLAB_BYTES`.
-- Expanded, e4m3 codes stand under one power of two a row, and are lowered to it as `expand.lowered`
+- Expanded, e4m3 codes stand under one power of two a row, and are lowered to it as `lowered_scales`
   says; e2m1 codes, and e4m3 codes that must stay exact, become 16 bit floats (`dequantize`).
 - All slabs have the same size, so that the kernels are compiled once: the last one starts early
   enough to be a whole one, and some columns are computed twice.
@@ -53,7 +53,7 @@ _CODES = View(2, 16)
 def slab_matmul(
   x: jax.Array,  # (1, m, k) of float8_e4m3fn, float16 or bfloat16
   words: jax.Array,  # uint32 (1, n, k * bits / 32), n a multiple of ROWS
-  scales: jax.Array,  # uint8 (1, n, k / group_size); for e4m3 x the `expand.lowered` ones
+  scales: jax.Array,  # uint8 (1, n, k / group_size); for e4m3 x the `lowered_scales`
   factors: jax.Array,  # as `matmul` takes them
   exponents: tuple[jax.Array, jax.Array] | None,
   *,
@@ -116,7 +116,7 @@ def slab_rows(n: int, k: int, dtype: Any) -> int:
 
 def lowered_codes(
   words: jax.Array,  # uint32 (n, k / 4)
-  downs: jax.Array,  # uint8 (n, k / 32), of `expand.lowered`
+  downs: jax.Array,  # uint8 (n, k / 32), of `lowered_scales`
   window: Window,
 ) -> jax.Array:
   """float8_e4m3fn (rows, k): the codes lowered as the kernels for packed w lower them."""
@@ -139,13 +139,13 @@ def _lower_kernel(rows: Any, words_ref: Any, downs_ref: Any, out_ref: Any) -> No
 
 
 def lower(words: jax.Array, downs: jax.Array) -> jax.Array:
-  """Four codes a word, less `downs` in each byte: 0 where that borrows, NaN where either is.
+  """Four codes a word, less `downs` in each byte: 0 where that borrows, NaN where a code is.
 
   The top bit of each byte, set before, tells whether it borrowed; that of the magnitude and 1,
-  whether the code is NaN, and that of downs, whether the scale is.
+  whether the code is NaN.
   """
   t = (words | _SIGNS) - downs
-  nan = ((words & ~_SIGNS) + _BYTES) | downs
+  nan = (words & ~_SIGNS) + _BYTES
   magnitudes = (t & _spread(t)) | _spread(nan)
   return (magnitudes & ~_SIGNS) | (words & _SIGNS)
 
