@@ -244,6 +244,7 @@ def gradients(product):
   return lambda x, w, g: jax.vjp(product, x, w)[1](g)
 
 
+DENSE = (((1,), (0,)), ((), ()))
 M, N, K = 4096, 384, 1024
 # How many kernels read an operand of dw: an exact one, or two of fp8 and the exact one that may
 # run instead of both. dx sums over fewer numbers, in no fp8.
@@ -261,6 +262,26 @@ def test_no_transpose_in_the_quantized_backward(mode, scale):
   assert transposes(text) == []
   assert kernels_that_read(text, (N, K)) == 1
   assert [kernels_that_read(text, a) for a in ((M, N), (M, K))] == [OF_DW[mode]] * 2
+
+
+@kernels
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_transpose_of_a_kernel_of_flax(mode, backward):
+  """(k, n): in the product it is read down its columns, and its gradient comes out as it lies."""
+  dot_general = jaxqq.dot_general(mode, backward=backward)
+
+  def product(x, kernel):
+    return dot_general(x, kernel, DENSE)
+
+  text = lowered(product, (M, K), (K, N))
+  assert transposes(text) == []
+  assert kernels_that_read(text, (K, N)) == 1
+  if backward == "quantized":
+    text = lowered(gradients(product), (M, K), (K, N), (M, N))
+    assert transposes(text) == []
+    assert kernels_that_read(text, (K, N)) == 0
+    assert [kernels_that_read(text, a) for a in ((M, N), (M, K))] == [OF_DW[mode]] * 2
 
 
 @kernels
