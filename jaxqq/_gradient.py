@@ -152,26 +152,18 @@ def _transpose(
   *args: Any,
   operands: tuple[str, ...],
   wrt: str,
-  mode: str,
-  backward: str,
-  precision: lax.Precision | None,
   out_dtype: np.dtype,
+  **params: Any,
 ) -> list[Any]:
   """The cotangent of the operand that `qqmm_tangent` is linear in; None for the others."""
+  del out_dtype  # it is the cotangent's
   if _is_zero(cotangent):
     return [None for _ in operands]
   target = getattr(named(operands, args), wrt).aval
   known = [None if ad.is_undefined_primal(a) else a for a in args]
   pull: Callable[..., jax.Array] = functools.partial(
-    _pulled,
-    operands=operands,
-    target=target,
-    wrt=wrt,
-    mode=mode,
-    backward=backward,
-    precision=precision,
+    _pulled, operands=operands, target=target, wrt=wrt, **params
   )
-
   if target.sharding.mesh.explicit_axes:  # what is summed may be split, and how is not told twice
     pull = jax.sharding.auto_axes(pull, out_sharding=target.sharding)
   return [pull(cotangent, known) if ad.is_undefined_primal(a) else None for a in args]

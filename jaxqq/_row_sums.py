@@ -17,7 +17,13 @@ from jax import lax
 
 from jaxqq import _primitive
 from jaxqq._formats import Format
-from jaxqq._reference import Operands, dequantize_packed, matmul, times_global_scale
+from jaxqq._reference import (
+  Operands,
+  dequantize_packed,
+  matmul,
+  matrix_ndim,
+  times_global_scale,
+)
 
 
 def operands_of_gradient(
@@ -37,7 +43,7 @@ def operands_of_gradient(
   if wrt in transposed:
     pair.reverse()
   (x, scale_x, x_transposed), (w, scale_w, w_transposed) = pair
-  names = ("x",) * x_transposed + ("w",) * w_transposed
+  names = (*("x",) * x_transposed, *("w",) * w_transposed)
   return Operands(x, w, None, scale_x, scale_w, names)
 
 
@@ -58,10 +64,10 @@ def sum_over_rows(
     return (1,) * (ndim - len(sizes)) + sizes
 
   def is_joined(axis: int) -> bool:
-    for name, sizes in zip(operands.names, operands.batch_shapes, strict=True):
-      if aligned(sizes)[axis] != (1 if name.startswith("global_scale") else batch[axis]):
-        return False
-    return True
+    return all(
+      aligned(sizes)[axis] == (batch[axis] if matrix_ndim(name) else 1)
+      for name, sizes in zip(operands.names, operands.batch_shapes, strict=True)
+    )
 
   out_batch = aligned(shape[:-2])
   missing = [i for i in range(ndim) if out_batch[i] == 1 and batch[i] != 1]

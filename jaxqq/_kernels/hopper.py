@@ -6,6 +6,8 @@
     words, scales -----------+--> packed_matmul ------> out      w packed
                              +--> few_rows -----------> out      w packed, x of up to 64 rows
 
+One matrix whose contracted axis comes first is quantized down its columns, as it lies.
+
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
 cores' sums are short of bits; both errors shrink with k against the bound that a product must
