@@ -37,10 +37,16 @@ def as_x(lhs: jax.Array, axes: AxesOf) -> jax.Array:
   return _ordered(lhs, axes).reshape(*sizes(lhs, axes.batch), *m, k)
 
 
-def as_w(rhs: jax.Array, axes: AxesOf) -> jax.Array:
-  """(batch, n, k). Kernels of Flax come as (k, n): the one place that transposes them."""
+def as_w(rhs: jax.Array, axes: AxesOf) -> tuple[jax.Array, tuple[str, ...]]:
+  """(batch, n, k), or (batch, k, n) where it lies so, and what of it is `Operands.transposed`.
+
+  Kernels of Flax are (k, n), and nothing moves them.
+  """
   n, k = (math.prod(sizes(rhs, own)) for own in (axes.free, axes.contracting))
-  return _ordered(rhs, axes).reshape(*sizes(rhs, axes.batch), n, k)
+  batch = sizes(rhs, axes.batch)
+  if axes.free and (*axes.batch, *axes.contracting, *axes.free) == tuple(range(rhs.ndim)):
+    return rhs.reshape(*batch, k, n), ("w",)
+  return _ordered(rhs, axes).reshape(*batch, n, k), ()
 
 
 def _ordered(a: jax.Array, axes: AxesOf) -> jax.Array:

@@ -1,8 +1,8 @@
 """`lax.dot_general` and `jnp.einsum` of two operands, computed by `qqmm`.
 
 Any contraction is a batch of matrix products once its axes are in order: x is (batch, m, k) and
-w (batch, n, k), with k the contracted axes, flattened. `DotGeneral` does that for unquantized
-operands, as the layers of Flax call it, and its `packed` for a weight quantized before.
+w (batch, n, k) or (batch, k, n), with k the contracted axes, flattened. `DotGeneral` does that for
+unquantized operands, as the layers of Flax call it, and its `packed` for a weight quantized before.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ class DotGeneral:
     lhs, rhs = operand("lhs", lhs), operand("rhs", rhs)
     of_lhs, of_rhs = checked_axes(lhs, rhs, dimension_numbers)
     self._check_groups(lhs, of_lhs)
-    x, w = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
-    operands = Operands(x, w)
+    x, (w, transposed) = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
+    operands = Operands(x, w, transposed=transposed)
     if self.global_scale is not None:
       amaxes = amax_of_each_matrix(x, len(of_lhs.batch)), amax_of_each_matrix(w, w.ndim - 2)
-      operands = Operands(x, w, None, *amaxes)
+      operands = Operands(x, w, None, *amaxes, transposed)
     out_dtype = _out_dtype(lhs.dtype, rhs.dtype, preferred_element_type)
     out = self._product(operands, self.mode, precision, out_dtype)
     return placed(out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free)), out_sharding)

@@ -44,6 +44,7 @@ from jaxqq._reference import Operands, dequantize_packed, matmul, named, times_g
 from jaxqq._row_sums import (
   amax,
   dequantized_for,
+  operands_of_gradient,
   quantized_product,
   straight_through_product,
   sum_over_rows,
@@ -100,7 +101,7 @@ def _tangent_product(
   *args: jax.Array, operands: tuple[str, ...], mode: str, out_dtype: np.dtype, **_: Any
 ) -> jax.Array:
   """What `qqmm_tangent` computes: a product in which nothing is quantized on the fly."""
-  ops = named(operands, args)
+  ops = named(operands, args).untransposed()
   if ops.scales is None:
     out = matmul(ops.x, jnp.swapaxes(ops.w, -1, -2))
   else:
@@ -151,29 +152,28 @@ def _transpose(
   *args: Any,
   operands: tuple[str, ...],
   wrt: str,
-  mode: str,
-  backward: str,
-  precision: lax.Precision | None,
   out_dtype: np.dtype,
+  **params: Any,
 ) -> list[Any]:
   """The cotangent of the operand that `qqmm_tangent` is linear in; None for the others."""
+  del out_dtype  # it is the cotangent's
   if _is_zero(cotangent):
     return [None for _ in operands]
   target = getattr(named(operands, args), wrt).aval
-  known = {name: a for name, a in zip(operands, args, strict=True) if name != wrt}
+  known = [None if ad.is_undefined_primal(a) else a for a in args]
   pull: Callable[..., jax.Array] = functools.partial(
-    _pulled, target=target, wrt=wrt, mode=mode, backward=backward, precision=precision
+    _pulled, operands=operands, target=target, wrt=wrt, **params
   )
-
   if target.sharding.mesh.explicit_axes:  # what is summed may be split, and how is not told twice
     pull = jax.sharding.auto_axes(pull, out_sharding=target.sharding)
-  return [pull(cotangent, known) if name == wrt else None for name in operands]
+  return [pull(cotangent, known) if ad.is_undefined_primal(a) else None for a in args]
 
 
 def _pulled(
   cotangent: jax.Array,
-  known: dict[str, jax.Array],
+  known: list[jax.Array | None],  # all operands but the one that is asked for
   *,
+  operands: tuple[str, ...],
   target: jax.core.ShapedArray,
   wrt: str,
   mode: str,
@@ -181,21 +181,15 @@ def _pulled(
   precision: lax.Precision | None,
 ) -> jax.Array:
   """The cotangent of x or w, of that operand's shape and dtype."""
-  fmt = FORMATS[mode]
-  ops = Operands(**{"x": None, "w": None, **known})
+  fmt, ops = FORMATS[mode], named(operands, known)
+  others, global_scale, amax_g = ops.x, ops.global_scale_x, None
   if wrt == "x":
-    # dx[m, k] = sum_n g[m, n] w[n, k]
-    rows, others, global_scale = jnp.swapaxes(cotangent, -1, -2), ops.w, ops.global_scale_w
-  else:
-    # dw[n, k] = sum_m g[m, n] x[m, k]
-    rows, others, global_scale = cotangent, ops.x, ops.global_scale_x
-  if backward == "quantized" and ops.global_scale_x is not None:
+    others, global_scale = ops.w, ops.global_scale_w
+  if backward == "quantized" and global_scale is not None:
     shapes = ops.global_scale_x.shape, ops.global_scale_w.shape
     global_scale = jnp.broadcast_to(global_scale, lax.broadcast_shapes(*shapes))
+    amax_g = amax(cotangent, global_scale)
   if ops.scales is not None and target.shape[:-2] == cotangent.shape[:-2]:
-    amax_g = None
-    if backward == "quantized" and global_scale is not None:
-      amax_g = amax(cotangent, global_scale)
     at = Operands(cotangent, ops.w, ops.scales, amax_g, global_scale)
     return _pullback(at, mode, target.dtype, backward, precision)
   if backward == "quantized":
@@ -208,8 +202,10 @@ def _pulled(
     else:
       global_scale = None
     product = functools.partial(straight_through_product, fmt=fmt)
-  result = sum_over_rows(rows, others, global_scale, target.shape, product)
-  return result.astype(target.dtype)
+  summed = operands_of_gradient(
+    (cotangent, amax_g), (others, global_scale), wrt=wrt, transposed=ops.transposed
+  )
+  return sum_over_rows(summed, target.shape, product).astype(target.dtype)
 
 
 # dx through a packed w: dx[..., m, k] = sum_n g[..., m, n] * w[..., n, k], where x names g
@@ -251,9 +247,8 @@ def _pullback_lowering(
   def product(ops: Operands, out_dtype: np.dtype) -> jax.Array:
     if quantized:
       w = dequantize_packed(ops.w, ops.scales, fmt, ops.global_scale_w)
-      a, b = whole_groups(ops.x, fmt), whole_groups(jnp.swapaxes(w, -1, -2), fmt)
-      ready = Operands(a, b, None, ops.global_scale_x, ops.global_scale_w)
-      return _primitive.run(ready, mode, out_dtype, precision, platform)
+      ready = Operands(ops.x, w, None, ops.global_scale_x, ops.global_scale_w, ("w",))
+      return _primitive.run(whole_groups(ready, fmt), mode, out_dtype, precision, platform)
     out = matmul(ops.x, dequantized_for(ops.x.dtype, ops, fmt))
     out = times_global_scale(out, ops.global_scale_w, fmt)
     return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)

@@ -18,7 +18,7 @@ from jax.interpreters import batching, mlir, xla
 
 from jaxqq import _compat, _kernels
 from jaxqq._formats import FORMATS
-from jaxqq._reference import Operands, matrix_ndim, named
+from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, named
 from jaxqq._sharding import out_aval, over_explicit_axes, partitioned
 from jaxqq._split import Layout, forward
 
@@ -100,6 +100,7 @@ def lower_split(
 ) -> Any:
   """Lowers a product of one device to be split over those of the program."""
   (out,) = ctx.avals_out
+  label = "_".join((label, *(name for name in names if name.endswith(TRANSPOSED))))
   if 0 in (size for aval in (*ctx.avals_in, out) for size in aval.shape):
     split = None
   elif out.sharding.mesh.explicit_axes and out.sharding.mesh.size > 1:

@@ -20,13 +20,17 @@ from jaxqq._quantize import (
   unpack,
 )
 
+TRANSPOSED = "_transposed"  # ends the name of an operand that is
+_ARRAYS = ("x", "w", "scales", "global_scale_x", "global_scale_w")
+
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
   """What a product multiplies; the axes before the named ones are batch axes.
 
   Batch axes broadcast as in numpy: aligned from the right, each of size 1 or the common one.
-  A primitive takes the operands that are `present`, and their `names` as a parameter.
+  A primitive takes the operands that are `present`, and their `names` as a parameter: "x",
+  "w_transposed" are those of x and of a w whose contracted axis comes first.
   """
 
   x: Any  # (..., m, k)
@@ -34,14 +38,44 @@ class Operands:
   scales: Any = None  # (..., n, k / group_size)
   global_scale_x: Any = None  # (...)
   global_scale_w: Any = None  # (...)
+  # Which of "x" and "w" lie as (..., k, m), (..., k, n). None does beside scales.
+  transposed: tuple[str, ...] = ()
 
   @property
   def names(self) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+    return tuple(
+      name + TRANSPOSED if name in self.transposed else name
+      for name in _ARRAYS
+      if getattr(self, name) is not None
+    )
 
   @property
   def present(self) -> tuple[Any, ...]:
-    return tuple(getattr(self, name) for name in self.names)
+    return tuple(a for a in (getattr(self, name) for name in _ARRAYS) if a is not None)
+
+  def axes(self, name: str) -> tuple[int, int]:
+    """The axes of x or w: that of its rows, and the contracted one."""
+    return (-1, -2) if name in self.transposed else (-2, -1)
+
+  @property
+  def m(self) -> int:
+    return self.x.shape[self.axes("x")[0]]
+
+  @property
+  def n(self) -> int:
+    return self.w.shape[self.axes("w")[0]]
+
+  @property
+  def k(self) -> int:
+    return self.x.shape[self.axes("x")[1]]
+
+  def untransposed(self, names: Sequence[str] = ("x", "w")) -> Operands:
+    """The same, with those of `names` that are transposed put in order."""
+    swapped = {
+      name: jnp.swapaxes(getattr(self, name), -1, -2) for name in self.transposed if name in names
+    }
+    rest = tuple(name for name in self.transposed if name not in swapped)
+    return dataclasses.replace(self, **swapped, transposed=rest)
 
   @property
   def batch_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -58,7 +92,9 @@ class Operands:
 
 def named(names: Sequence[str], values: Sequence[Any]) -> Operands:
   """The operands of a primitive, by their names."""
-  return Operands(**dict(zip(names, values, strict=True)))
+  transposed = tuple(n.removesuffix(TRANSPOSED) for n in names if n.endswith(TRANSPOSED))
+  fields = (name.removesuffix(TRANSPOSED) for name in names)
+  return Operands(**dict(zip(fields, values, strict=True)), transposed=transposed)
 
 
 def matrix_ndim(name: str) -> int:
@@ -73,7 +109,7 @@ def product(operands: Operands, *, mode: str, out_dtype: np.dtype) -> jax.Array:
   alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, one factor after the other: the
   sum is large where alpha itself would underflow.
   """
-  fmt = FORMATS[mode]
+  fmt, operands = FORMATS[mode], operands.untransposed()
   x_hat = round_trip(operands.x, fmt, operands.global_scale_x)
   if operands.scales is None:
     w_hat = round_trip(operands.w, fmt, operands.global_scale_w)

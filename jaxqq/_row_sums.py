@@ -1,7 +1,12 @@
-"""The products that the backward pass is made of, both kinds: sums over rows of two matrices."""
+"""The products that the backward pass is made of, both kinds: sums over rows of two matrices.
+
+Most of them sum over an axis that comes first in what the forward pass multiplied. Operands are
+marked as `transposed` then, and not moved.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -12,79 +17,117 @@ from jax import lax
 
 from jaxqq import _primitive
 from jaxqq._formats import Format
-from jaxqq._reference import Operands, dequantize_packed, matmul, times_global_scale
+from jaxqq._reference import (
+  Operands,
+  dequantize_packed,
+  matmul,
+  matrix_ndim,
+  times_global_scale,
+)
+
+
+def operands_of_gradient(
+  g: tuple[jax.Array, jax.Array | None],  # the cotangent and its global scale
+  others: tuple[jax.Array, jax.Array | None],  # w or x, as the forward pass has it
+  *,
+  wrt: str,
+  transposed: tuple[str, ...],  # in the forward pass
+) -> Operands:
+  """What dx[m, k] = sum_n g[m, n] w[n, k] or dw[n, k] = sum_m g[m, n] x[m, k] multiplies.
+
+  In this order, or in the other one for the gradient of what is transposed, which is so too.
+  """
+  by = "x" if wrt == "w" else "w"
+  # What w and x came with last is now the rows, and what is summed over comes first.
+  pair = [(*g, wrt == "w"), (*others, by not in transposed)]
+  if wrt in transposed:
+    pair.reverse()
+  (x, scale_x, x_transposed), (w, scale_w, w_transposed) = pair
+  names = (*("x",) * x_transposed, *("w",) * w_transposed)
+  return Operands(x, w, None, scale_x, scale_w, names)
 
 
 def sum_over_rows(
-  a: jax.Array,  # (..., r, m)
-  b: jax.Array,  # (..., r, n)
-  global_scale: jax.Array | None,  # (...), of b
+  operands: Operands,  # not packed
   shape: tuple[int, ...],  # (..., m, n)
   product: Callable[..., jax.Array],
 ) -> jax.Array:
-  """sum_r a[..., r, m] * b[..., r, n], also over the batch axes that are missing from shape.
+  """sum_k x[..., m, k] * w[..., n, k], also over the batch axes that are missing from shape.
 
-  Such an axis joins the rows, unless global scales differ along it: a product has one global
-  scale a matrix, so those axes are summed after it.
+  Such an axis joins k, unless x or w lacks it, or global scales differ along it: a product has
+  one global scale a matrix. Those axes are summed after it.
   """
-  batch = a.shape[:-2]  # a is a cotangent, or its transpose, and has all of them
+  batch = operands.batch_shape
   ndim = len(batch)
-  b_batch, scale_batch, out_batch = (
-    (1,) * (ndim - len(own)) + tuple(own)
-    for own in (b.shape[:-2], () if global_scale is None else global_scale.shape, shape[:-2])
-  )
+
+  def aligned(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * (ndim - len(sizes)) + sizes
+
+  def is_joined(axis: int) -> bool:
+    return all(
+      aligned(sizes)[axis] == (batch[axis] if matrix_ndim(name) else 1)
+      for name, sizes in zip(operands.names, operands.batch_shapes, strict=True)
+    )
+
+  out_batch = aligned(shape[:-2])
   missing = [i for i in range(ndim) if out_batch[i] == 1 and batch[i] != 1]
-  joined = [i for i in missing if scale_batch[i] == 1 and b_batch[i] != 1]
+  joined = [i for i in missing if is_joined(i)]
   kept = [i for i in range(ndim) if i not in joined]
-  if global_scale is not None:
-    global_scale = global_scale.reshape([scale_batch[i] for i in kept])
+
+  def matrices(name: str) -> jax.Array:
+    a = getattr(operands, name)
+    a = a.reshape(*aligned(a.shape[:-2]), *a.shape[-2:])
+    return _joined(a, kept, joined, a.ndim + operands.axes(name)[1])
+
+  def scale(a: jax.Array | None) -> jax.Array | None:
+    return None if a is None else a.reshape([aligned(a.shape)[i] for i in kept])
+
   out = product(
-    _join_rows(a, kept, joined),
-    _join_rows(b.reshape(b_batch + b.shape[-2:]), kept, joined),
-    global_scale,
+    Operands(
+      matrices("x"),
+      matrices("w"),
+      None,
+      scale(operands.global_scale_x),
+      scale(operands.global_scale_w),
+      operands.transposed,
+    ),
     sums_follow=len(missing) > len(joined),
   )
   summed = tuple(kept.index(i) for i in missing if i in kept)
   return (jnp.sum(out, axis=summed) if summed else out).reshape(shape)
 
 
-def _join_rows(a: jax.Array, kept: list[int], joined: list[int]) -> jax.Array:
-  """(kept and joined batch axes, r, m) to (kept batch axes, joined * r, m)."""
+def _joined(a: jax.Array, kept: list[int], joined: list[int], contracted: int) -> jax.Array:
+  """The joined batch axes become one with the contracted axis. Nothing moves if that is first."""
   if not joined:
     return a
-  a = a.transpose(*kept, *joined, a.ndim - 2, a.ndim - 1)
-  rows = math.prod(a.shape[len(kept) : -1])
-  return a.reshape(*a.shape[: len(kept)], rows, a.shape[-1])
+  first, second = a.ndim - 2, a.ndim - 1
+  order = [*joined, first, second] if contracted == first else [first, *joined, second]
+  size = math.prod(a.shape[i] for i in (*joined, contracted))
+  matrix = (size, a.shape[second]) if contracted == first else (a.shape[first], size)
+  return a.transpose(*kept, *order).reshape(*(a.shape[i] for i in kept), *matrix)
 
 
-def straight_through_product(
-  a: jax.Array, b: jax.Array, global_scale: jax.Array | None, *, sums_follow: bool, fmt: Format
-) -> jax.Array:
-  """a^T b in float32; a global scale is that of b, dequantized without it."""
+def straight_through_product(operands: Operands, *, sums_follow: bool, fmt: Format) -> jax.Array:
+  """x w^T in float32; a global scale is that of an operand that was dequantized without it."""
   del sums_follow
-  return times_global_scale(matmul(jnp.swapaxes(a, -1, -2), b), global_scale, fmt)
+  ordered = operands.untransposed()
+  out = matmul(ordered.x, jnp.swapaxes(ordered.w, -1, -2))
+  out = times_global_scale(out, ordered.global_scale_x, fmt)
+  return times_global_scale(out, ordered.global_scale_w, fmt)
 
 
 def quantized_product(
-  a: jax.Array,
-  b: jax.Array,
-  global_scale: jax.Array | None,
+  operands: Operands,
   *,
   sums_follow: bool,
   fmt: Format,
   precision: lax.Precision | None,
   dtype: np.dtype,
 ) -> jax.Array:
-  """qqmm(a^T, b^T), both quantized along the rows they are summed over."""
-  amax_a = None if global_scale is None else amax(a, global_scale)
+  """qqmm(x, w), both quantized along the axis they are summed over."""
   return _primitive.qqmm(
-    Operands(
-      whole_groups(jnp.swapaxes(a, -1, -2), fmt),
-      whole_groups(jnp.swapaxes(b, -1, -2), fmt),
-      None,
-      amax_a,
-      global_scale,
-    ),
+    whole_groups(operands, fmt),
     mode=fmt.mode,
     out_dtype=np.dtype(jnp.float32) if sums_follow else dtype,
     backward="quantized",
@@ -101,10 +144,17 @@ def amax(a: jax.Array, global_scale: jax.Array) -> jax.Array:
   return jnp.max(magnitude, axis=axes, initial=0, keepdims=True).squeeze((-1, -2))
 
 
-def whole_groups(a: jax.Array, fmt: Format) -> jax.Array:
-  """Zeros up to a multiple of the group size along the last axis."""
-  missing = -a.shape[-1] % fmt.group_size
-  return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]) if missing else a
+def whole_groups(operands: Operands, fmt: Format) -> Operands:
+  """Zeros up to a multiple of the group size along k."""
+  missing = -operands.k % fmt.group_size
+
+  def padded(name: str) -> jax.Array:
+    a = getattr(operands, name)
+    widths = [(0, 0)] * a.ndim
+    widths[operands.axes(name)[1]] = (0, missing)
+    return jnp.pad(a, widths)
+
+  return dataclasses.replace(operands, x=padded("x"), w=padded("w")) if missing else operands
 
 
 def dequantized_for(dtype: np.dtype, ops: Operands, fmt: Format) -> jax.Array:

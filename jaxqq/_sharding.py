@@ -50,14 +50,14 @@ def out_aval(operands: Operands, layout: Layout, dtype: np.dtype) -> jax.core.Sh
   """
   x, w = operands.x, operands.w
   letters = layout.out
-  column = layout.operands["w"].index(letters[1]) - 2
+  row, column = map(layout.axis, operands.names, letters)
   # Packed, an axis of w is shorter than that of what it stands for.
   size = w.shape[column]
   if operands.scales is not None and letters[1] in layout.units:
     size = operands.scales.shape[column] * layout.unit(letters[1])
-  shape = (*operands.batch_shape, x.shape[-2], size)
+  shape = (*operands.batch_shape, x.shape[row], size)
   mesh_of = w if x.sharding.mesh.empty else x
-  spec = _explicit_spec(operands, layout, column)
+  spec = _explicit_spec(operands, layout, row, column)
   return jax.core.ShapedArray(
     shape,
     dtype,
@@ -66,7 +66,7 @@ def out_aval(operands: Operands, layout: Layout, dtype: np.dtype) -> jax.core.Sh
   )
 
 
-def _explicit_spec(operands: Operands, layout: Layout, column: int) -> PartitionSpec:
+def _explicit_spec(operands: Operands, layout: Layout, row: int, column: int) -> PartitionSpec:
   """As `jnp.einsum` would give it; what is ambiguous there is refused in a sentence."""
   x, w = operands.x, operands.w
   ndim = len(operands.batch_shape)
@@ -80,14 +80,14 @@ def _explicit_spec(operands: Operands, layout: Layout, column: int) -> Partition
           f"another ({_types(x, w)}); reshard one of them with jax.sharding.reshard."
         )
       batch[at] = batch[at] or own
-  contracted = layout.operands["w"].index(layout.contracted) - 2
-  if x.sharding.spec[-1] is not None and w.sharding.spec[contracted] is not None:
+  of_x, of_w = (layout.axis(name, layout.contracted) for name in operands.names[:2])
+  if x.sharding.spec[of_x] is not None and w.sharding.spec[of_w] is not None:
     raise ShardingTypeError(
       f"qqmm: x and w are both split along {layout.contracted.upper()}, which is summed over, so "
       f"that it is ambiguous how the output should be split ({_types(x, w)}); wrap the call as "
       "jax.sharding.auto_axes(jaxqq.qqmm, out_sharding=...), or reshard one of them."
     )
-  spec = PartitionSpec(*batch, x.sharding.spec[-2], w.sharding.spec[column])
+  spec = PartitionSpec(*batch, x.sharding.spec[row], w.sharding.spec[column])
   used = [axis for axes in dims_of_spec(tuple(spec)) for axis in axes]
   if len(used) != len(set(used)):
     raise ShardingTypeError(
@@ -206,7 +206,8 @@ def _rule(names: tuple[str, ...], args: Any, result: Any, layout: Layout) -> Sdy
   shapes = [tuple(a.shape) for a in args]
   out_shape = tuple(result.shape)
   num_batch = len(out_shape) - 2
-  sizes = {layout.contracted: shapes[0][-1], layout.out[0]: out_shape[-2]}
+  contracted = layout.axis(names[0], layout.contracted)
+  sizes = {layout.contracted: shapes[0][contracted], layout.out[0]: out_shape[-2]}
   sizes[layout.out[1]] = out_shape[-1]
   # An axis that is no multiple of its unit is one unit.
   num_units = {

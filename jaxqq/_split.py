@@ -24,14 +24,14 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxqq._formats import Format
-from jaxqq._reference import Operands, matrix_ndim, named
+from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, named
 
 Axes = tuple[str, ...]  # mesh axes that one axis of an array is split over
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The last two axes of every array of a product, by letters."""
+  """The last two axes of every array of a product, by letters; arrays by their names."""
 
   operands: Mapping[str, str]
   out: str
@@ -41,10 +41,15 @@ class Layout:
   def unit(self, letter: str) -> int:
     return self.units.get(letter, 1)
 
+  def axis(self, name: str, letter: str) -> int:
+    """That of an operand, counted from the last one, which is -1."""
+    return self.operands[name].index(letter) - 2
+
 
 def forward(fmt: Format | None) -> Layout:
   """out[m, n] = sum_k x[m, k] * w[n, k], in groups along k; without a format, in none."""
   letters = {"x": "mk", "w": "nk", "scales": "nk"}
+  letters |= {name + TRANSPOSED: letters[name][::-1] for name in ("x", "w")}
   return Layout(letters, "mn", "k", {"k": fmt.group_size} if fmt else {})
 
 
@@ -140,13 +145,12 @@ def split_of(
     axes if fits(axes, size, unit) else ()
     for axes, size, unit in zip(out_dims, out_shape, units, strict=True)
   ]
-  of_x, of_w = (
-    dims_of(a.sharding, len(a.shape))[layout.operands[name].index(layout.contracted) - 2]
-    for name, a in (("x", operands.x), ("w", operands.w))
-  )
+  axis_of_x, axis_of_w = (layout.axis(name, layout.contracted) for name in operands.names[:2])
+  of_x = dims_of(operands.x.sharding, len(operands.x.shape))[axis_of_x]
+  of_w = dims_of(operands.w.sharding, len(operands.w.shape))[axis_of_w]
   contracted = () if of_x and of_w and of_x != of_w else of_x or of_w
   unit = layout.unit(layout.contracted)
-  cuts_group = bool(contracted) and not fits(contracted, operands.x.shape[-1], unit)
+  cuts_group = bool(contracted) and not fits(contracted, operands.x.shape[axis_of_x], unit)
   if cuts_group:
     contracted = ()
   taken = {axis for axes in out for axis in axes}
@@ -181,7 +185,7 @@ def described(operands: Operands, fmt: Format) -> tuple[Operands, bool, list[str
     ],
   )
   layout = forward(fmt)
-  out_shape = (*operands.batch_shape, operands.x.shape[-2], operands.w.shape[-2])
+  out_shape = (*operands.batch_shape, operands.m, operands.n)
   split = split_of(typed, layout, propagated(typed, layout), out_shape, shape)
   parts = []
   for a, spec in zip(
@@ -227,9 +231,9 @@ def propagated(operands: Operands, layout: Layout) -> list[Axes]:
     for axis, axes in enumerate(dims_of(a.sharding, len(a.shape))[: len(shape)]):
       at = axis + ndim - len(shape)
       dims[at] = dims[at] or axes
-  for name, letter in zip(("x", "w"), layout.out, strict=True):
-    a = getattr(operands, name)
-    dims.append(dims_of(a.sharding, len(a.shape))[layout.operands[name].index(letter) - 2])
+  matrices = zip(operands.names, (operands.x, operands.w), layout.out, strict=False)
+  for name, a, letter in matrices:
+    dims.append(dims_of(a.sharding, len(a.shape))[layout.axis(name, letter)])
   taken: set[str] = set()
   for axis, axes in enumerate(dims):
     dims[axis] = axes if taken.isdisjoint(axes) else ()

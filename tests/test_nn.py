@@ -78,9 +78,11 @@ def test_gradients_are_those_of_qqmm(backward):
     return jnp.sum(jnp.sin(y + bias[None, None]))
 
   grads = nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(X))))(layer)
-  np.testing.assert_array_equal(grads["kernel"][...], jax.grad(loss, 1)(X, kernel))
+  of_x, of_kernel = jax.grad(loss, (0, 1))(X, kernel)
+  # The order of sums is another.
+  assert oracle.relative_error(grads["kernel"][...], of_kernel) <= 1e-6
   dx = jax.grad(lambda x: jnp.sum(jnp.sin(layer(x))))(X)
-  np.testing.assert_array_equal(dx, jax.grad(loss)(X, kernel))
+  assert oracle.relative_error(dx, of_x) <= 1e-6
 
 
 @pytest.mark.usefixtures("quick_compiles")

@@ -186,7 +186,7 @@ def test_gradients_are_those_of_qqmm():
   def theirs(kernel):
     return jnp.sum(jnp.sin(jaxqq.qqmm(X, kernel.T, backward="quantized")))
 
-  np.testing.assert_array_equal(jax.grad(ours)(kernel), jax.grad(theirs)(kernel))
+  assert oracle.relative_error(jax.grad(ours)(kernel), jax.grad(theirs)(kernel)) <= 1e-6
 
 
 def test_without_a_run_only_what_is_plain_is_converted():

@@ -83,7 +83,7 @@ def _refusal_of_fp8(problem: Problem) -> str | None:
     return refusal
   from jaxqq._kernels.hopper import FP8_MIN_K
 
-  fmt, k = FORMATS[problem.mode], problem.operands.x.shape[-1]
+  fmt, k = FORMATS[problem.mode], problem.operands.k
   if fmt.element != ml_dtypes.float8_e4m3fn:
     return f"{problem.mode} has no e4m3 elements to feed fp8 tensor cores with"
   if _wants_exact_sums(problem):
@@ -106,7 +106,7 @@ def _refusal_of_few_rows(problem: Problem) -> str | None:
   rows = rows_of_a_matrix(problem.operands)
   if rows > MAX_ROWS:
     return f"{rows} rows of x meet a matrix w, and it is for at most {MAX_ROWS}"
-  k, chunk_k = problem.operands.x.shape[-1], chunk_of(problem.operands, fmt).k
+  k, chunk_k = problem.operands.k, chunk_of(problem.operands, fmt).k
   if k % chunk_k:
     return f"k = {k} is no multiple of {chunk_k}, which its loads are made of"
   if fmt.scale_is_power_of_two:

@@ -7,6 +7,8 @@
                              +--> slab_matmul --------> out      w packed, x of some thousand rows
                              +--> few_rows -----------> out      w packed, x of up to 64 rows
 
+One matrix whose contracted axis comes first is quantized down its columns, as it lies.
+
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
 cores' sums are short of bits; both errors shrink with k against the bound that a product must
@@ -35,6 +37,7 @@ from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.groups import TuningConfig
 from jaxqq._kernels.lowered_scales import lowered_scales
 from jaxqq._kernels.operands import exact_operand, fp8_operand
+from jaxqq._kernels.transposed import exact_operand_of_transpose, fp8_operand_of_transpose
 from jaxqq._quantize import decoding_factor
 from jaxqq._reference import Operands
 
@@ -51,13 +54,14 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
   packed = isinstance(config, packed_matmul.Config)
   problem = _padded_k(problem, matmul.step_k(dtype), fmt)
 
-  def operand(a: jax.Array, global_scale: jax.Array | None) -> jax.Array:
-    out = exact_operand(
-      a.reshape(-1, a.shape[-1]), fmt, _scalar(global_scale), dtype=dtype, interleave=packed
-    )
-    return out.reshape(a.shape)
+  def operand(name: str, global_scale: jax.Array | None) -> jax.Array:
+    a = getattr(problem, name)
+    of = exact_operand_of_transpose if name in problem.transposed else exact_operand
+    matrix, scale = a.reshape(-1, a.shape[-1]), _scalar(global_scale)
+    out = of(matrix, fmt, scale, dtype=dtype, interleave=packed)
+    return out.reshape(a.shape[0], -1, problem.k)
 
-  x = operand(problem.x, problem.global_scale_x)
+  x = operand("x", problem.global_scale_x)
   of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
   expansion = expand.E4M3_EXACT if fmt.scale_is_power_of_two else expand.E2M1
   factors = _factors(of_x * np.float32(expansion.unit) if packed else of_x, of_w)
@@ -84,7 +88,7 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
       config=config,
     )
   else:
-    w = operand(problem.w, problem.global_scale_w)
+    w = operand("w", problem.global_scale_w)
     out = matmul.matmul(x, w, factors, None, out_dtype=out_dtype, config=config)
   return _unfolded(out, operands)
 
@@ -96,13 +100,19 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
   config = tiles(operands, fmt, out_dtype, promote=True)
   factors = _factors()
 
-  def operand(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    out = fp8_operand(a.reshape(-1, a.shape[-1]), fmt)
-    return out.codes.reshape(a.shape), out.row_exponents.reshape(a.shape[:-1]), out.wild
+  def operand(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    a = getattr(problem, name)
+    of = fp8_operand_of_transpose if name in problem.transposed else fp8_operand
+    out = of(a.reshape(-1, a.shape[-1]), fmt)
+    return (
+      out.codes.reshape(a.shape[0], -1, problem.k),
+      out.row_exponents.reshape(a.shape[0], -1),
+      out.wild,
+    )
 
-  x, x_exponents, x_wild = operand(problem.x)
+  x, x_exponents, x_wild = operand("x")
   if problem.scales is None:
-    w, w_exponents, w_wild = operand(problem.w)
+    w, w_exponents, w_wild = operand("w")
 
     def product() -> jax.Array:
       return matmul.matmul(
@@ -209,7 +219,7 @@ def _shared_w(operands: Operands) -> bool:
 
 def tiles(operands: Operands, fmt: Format, out_dtype: np.dtype, promote: bool) -> Any:
   """The tiles of the product's kernel, by the sizes that it sees."""
-  m, n = operands.x.shape[-2], operands.w.shape[-2]
+  m, n = operands.m, operands.n
   batch = math.prod(operands.batch_shape)
   if _shared_w(operands):
     batch, m = 1, batch * m
@@ -263,7 +273,13 @@ def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> few_rows_
 
 
 def _folded(operands: Operands) -> Operands:
-  """Every operand with one batch axis, of size 1 where it is shared; scales as bytes."""
+  """Every operand with one batch axis, of size 1 where it is shared; scales as bytes.
+
+  One matrix alone stays transposed, for the quantizers of columns; several are put in order.
+  """
+  operands = operands.untransposed(
+    [n for n in operands.transposed if math.prod(getattr(operands, n).shape[:-2]) > 1]
+  )
   batch_shape, one = operands.batch_shape, _shared_w(operands)
 
   def matrices(a: Any, fold_rows: bool) -> Any:
@@ -286,28 +302,32 @@ def _folded(operands: Operands) -> Operands:
     scales,
     operands.global_scale_x,
     operands.global_scale_w,
+    operands.transposed,
   )
 
 
 def _unfolded(out: jax.Array, operands: Operands) -> jax.Array:
-  m, n = operands.x.shape[-2], operands.w.shape[-2]
-  return out.reshape(*operands.batch_shape, m, n)
+  return out.reshape(*operands.batch_shape, operands.m, operands.n)
 
 
 def _padded_k(problem: Operands, step_k: int, fmt: Format) -> Operands:
   """Zeros to whole steps of k: a copy, but only where k is no multiple of 64 or 128."""
-  missing = -problem.x.shape[-1] % step_k
+  missing = -problem.k % step_k
   if not missing:
     return problem
 
-  def pad(a: Any, by: int) -> Any:
-    return jnp.pad(a, ((0, 0), (0, 0), (0, by)))
+  def pad(a: Any, by: int, axis: int = -1) -> Any:
+    widths = [(0, 0)] * 3
+    widths[axis] = (0, by)
+    return jnp.pad(a, widths)
 
   packed = problem.scales is not None
+  (_, of_x), (_, of_w) = problem.axes("x"), problem.axes("w")
   return Operands(
-    pad(problem.x, missing),
-    pad(problem.w, missing // fmt.codes_per_word if packed else missing),
+    pad(problem.x, missing, of_x),
+    pad(problem.w, missing // fmt.codes_per_word if packed else missing, of_w),
     pad(problem.scales, missing // fmt.group_size) if packed else None,
     problem.global_scale_x,
     problem.global_scale_w,
+    problem.transposed,
   )

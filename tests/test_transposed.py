@@ -1,0 +1,311 @@
+"""Operands whose contracted axis comes first: the same product, and no copy in order."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxqq
+from jaxqq import _primitive
+from jaxqq._reference import Operands
+from tests import oracle
+from tests.test_gradient import quantized_product, vjp
+from tests.test_product import amax
+from tests.test_sharding import CLOSE, GRADIENTS_CLOSE, MOVED, QUICK, SPLITS, collectives, mesh
+from tests.test_transforms import BACKWARDS, MODES, data
+
+SOME = (("x",), ("w",), ("x", "w"))
+EACH = pytest.mark.parametrize("transposed", SOME, ids="".join)
+kernels = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
+)
+
+
+def qqmm(x, w, *scales, transposed, mode="mxfp8", backward="straight_through"):
+  """The product of operands that lie as `transposed` says."""
+  return _primitive.qqmm(
+    Operands(x, w, None, *(scales or (None, None)), transposed),
+    mode=mode,
+    out_dtype=np.dtype(x.dtype),
+    backward=backward,
+    precision=None,
+  )
+
+
+def lay(transposed, x, w):
+  return tuple(
+    jnp.swapaxes(a, -1, -2) if name in transposed else jnp.asarray(a)
+    for name, a in (("x", x), ("w", w))
+  )
+
+
+def of_rows(transposed, **params):
+  """The same as a function of x (..., m, k) and w (..., n, k)."""
+  return lambda x, w, *s: qqmm(*lay(transposed, x, w), *s, transposed=transposed, **params)
+
+
+@EACH
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("x_batch", "w_batch"), [((), ()), ((2, 3), (3,)), ((), (4,))], ids=str)
+def test_product(x_batch, w_batch, mode, transposed):
+  x, w = data((*x_batch, 33, 96), (*w_batch, 40, 96))
+  out = np.asarray(of_rows(transposed, mode=mode)(x, w))
+  hats = (oracle.round_trip(np.asarray(a), mode) for a in (x, w))
+  oracle.assert_within_bound(out, *oracle.product(*hats))
+
+
+@EACH
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients(mode, backward, transposed):
+  """With global scales in nvfp4; m and n are no whole groups."""
+  x, w, g = map(np.asarray, data((33, 96), (40, 96), (33, 40)))
+  scales = (amax(x), amax(w)) if mode == "nvfp4" else ()
+  f = of_rows(transposed, mode=mode, backward=backward)
+  dx, dw = vjp(lambda x, w: f(x, w, *map(jnp.asarray, scales)), x, w, g=g)
+  wants = g.astype(np.float64) @ w, g.T.astype(np.float64) @ x
+  if backward == "quantized":
+    of_x, of_w, of_g = (*scales, amax(g)) if scales else (None,) * 3
+    wants = (
+      quantized_product(g, w.T, mode, of_g, of_w),
+      quantized_product(g.T, x.T, mode, of_g, of_x),
+    )
+  for grad, want in zip((dx, dw), wants, strict=True):
+    assert oracle.relative_error(grad, want) <= 1e-6
+
+
+@EACH
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize(
+  ("x_batch", "w_batch"), [((2, 3), ()), ((), (4,)), ((3,), (2, 1)), ((2, 3), (2, 3))], ids=str
+)
+def test_gradients_of_batches(x_batch, w_batch, backward, transposed):
+  batch = np.broadcast_shapes(x_batch, w_batch)
+  x, w, g = data((*x_batch, 32, 96), (*w_batch, 64, 96), (*batch, 32, 64))
+  got = vjp(of_rows(transposed, backward=backward), x, w, g=g)
+  want = vjp(functools.partial(jaxqq.qqmm, mode="mxfp8", backward=backward), x, w, g=g)
+  for a, b in zip(got, want, strict=True):
+    assert oracle.relative_error(a, b) <= 1e-6
+
+
+@EACH
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_transforms(backward, transposed):
+  """vmap, forward mode, and second derivatives of each kind."""
+  x, w, dx, dw = data((16, 64), (32, 64), (16, 64), (32, 64))
+  xs, ws = data((3, 16, 64), (32, 64, 3))
+
+  def results(product):
+    def loss(x, w):
+      return jnp.sum(jnp.sin(product(x, w)))
+
+    def dot(x, w):
+      gx, gw = jax.grad(loss, (0, 1))(x, w)
+      return jnp.vdot(gx, dx) + jnp.vdot(gw, dw)
+
+    yield jax.vmap(product, (0, None))(xs, w)
+    yield jax.vmap(product, (0, 2), 1)(xs, ws)
+    yield jax.jvp(product, (x, w), (dx, dw))[1]
+    yield from jax.jvp(jax.grad(loss, (0, 1)), (x, w), (dx, dw))[1]
+    if backward == BACKWARDS[0]:  # else the order of sums may turn a rounding
+      yield from jax.grad(dot, (0, 1))(x, w)
+
+  plain = functools.partial(jaxqq.qqmm, mode="mxfp8", backward=backward)
+  for got, want in zip(
+    results(of_rows(transposed, backward=backward)), results(plain), strict=True
+  ):
+    assert oracle.relative_error(got, want) <= 1e-6
+
+
+# Split over devices
+
+
+def placed(a, spec, is_transposed, on):
+  """`a`, or its transpose, with the axes of `a` split as spec says."""
+  spec = (*spec, None, None)[:2]
+  spec, a = (spec[::-1], a.T) if is_transposed else (spec, a)
+  return jax.device_put(a, NamedSharding(on, P(*spec)))
+
+
+@QUICK
+@EACH
+@pytest.mark.parametrize("split", MOVED)
+def test_split_as_if_in_order(split, transposed):
+  x, w = data((128, 256), (64, 256))
+  x_spec, w_spec, out_spec = SPLITS[split]
+  args = [
+    placed(a, spec, name in transposed, mesh())
+    for name, a, spec in (("x", x, x_spec), ("w", w, w_spec))
+  ]
+  options = {} if out_spec is None else {"out_shardings": NamedSharding(mesh(), out_spec)}
+  f = functools.partial(qqmm, transposed=transposed)
+  program = jax.jit(f, **options).lower(*args)
+  executable = program.compile()
+  np.testing.assert_allclose(executable(*args), jaxqq.qqmm(x, w, mode="mxfp8"), **CLOSE)
+  moved = MOVED[split]
+  assert collectives(executable) == (moved[False] if isinstance(moved, dict) else moved)
+  # The program's pointer to the rule may be that of another one: its name tells them apart.
+  name = "_".join(("qqmm_mxfp8_straight_through_default", *(f"{a}_transposed" for a in transposed)))
+  assert f"@{name}(" in program.as_text()
+
+
+@QUICK
+@EACH
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_split_gradients(backward, kind, transposed):
+  x, w, g = data((128, 256), (64, 256), (128, 64))
+
+  def gradients(x, w, g, transposed=transposed):
+    f = functools.partial(qqmm, transposed=transposed, backward=backward)
+    out, pull = jax.vjp(f, x, w)
+    return out, *pull(g)
+
+  want = gradients(x, w, g, transposed=())
+  want = want[0], *lay(transposed, *want[1:])
+  on = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+  for x_spec, w_spec in ((P("data"), P("tensor")), (P("data", "tensor"), P())):
+    args = (
+      placed(x, x_spec, "x" in transposed, on),
+      placed(w, w_spec, "w" in transposed, on),
+      placed(g, (x_spec[0], (*w_spec, None)[0]), False, on),
+    )
+    for a, b in zip(jax.jit(gradients)(*args), want, strict=True):
+      np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
+
+
+# The kernels
+
+
+@pytest.fixture
+def twins(monkeypatch):
+  """What stands in the interpreter for what it cannot run."""
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  from jaxqq._kernels import amax as amaxes
+  from jaxqq._kernels import matmul, operands, transposed
+
+  interpret = plgpu.InterpretGPUParams()
+  monkeypatch.setattr(matmul, "matmul", functools.partial(matmul.matmul, interpret=interpret))
+  monkeypatch.setattr(operands, "thread_amax_bits", amaxes.thread_amax_bits_twin)
+  monkeypatch.setattr(transposed, "regrouped", transposed.regrouped_twin)
+  with plgpu.force_gpu_interpret_mode(interpret):
+    yield
+
+
+@kernels
+@EACH
+@pytest.mark.parametrize(
+  ("x_batch", "w_batch"), [((), ()), ((2,), ()), ((), (2,)), ((1, 2), (2, 1))], ids=str
+)
+@pytest.mark.parametrize("which", ["exact nvfp4", "exact mxfp8", "fp8 mxfp8"])
+def test_kernels_in_the_interpreter(which, x_batch, w_batch, transposed, twins):
+  """k is no whole step of theirs."""
+  from jaxqq._kernels import hopper
+
+  name, mode = which.split()
+  run = functools.partial(hopper.exact, promote=False) if name == "exact" else hopper.fp8
+  x, w = (a.astype(jnp.bfloat16) for a in data((*x_batch, 40, 96), (*w_batch, 72, 96)))
+
+  @jax.jit
+  def f(x, w):
+    operands = Operands(x, w, transposed=transposed)
+    return run(operands, mode=mode, out_dtype=np.dtype(jnp.bfloat16))
+
+  hats = (oracle.round_trip(np.asarray(a), mode) for a in (x, w))
+  out = np.asarray(f(*lay(transposed, x, w)))
+  oracle.assert_within_bound(out, *oracle.product(*hats))
+
+
+def lowered(f, *shapes):
+  """The text of a program for CUDA."""
+  structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+  return jax.jit(f).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def transposes(text):
+  """The types of what is transposed."""
+  return re.findall(r"stablehlo\.transpose.* : \(tensor<([^>]*)>", text)
+
+
+def kernels_that_read(text, shape):
+  """How many have a matrix of that shape for their first operand."""
+  first = re.findall(r"custom_call @mosaic_gpu_v2\(.* : \(tensor<([^>]*)x\w+>", text)
+  return first.count("x".join(map(str, shape)))
+
+
+def gradients(product):
+  """x, w, g -> dx and dw, but not the product, which nothing uses then."""
+  return lambda x, w, g: jax.vjp(product, x, w)[1](g)
+
+
+DENSE = (((1,), (0,)), ((), ()))
+M, N, K = 4096, 384, 1024
+# How many kernels read an operand of dw: an exact one, or two of fp8 and the exact one that may
+# run instead of both. dx sums over fewer numbers, in no fp8.
+OF_DW = {"nvfp4": 1, "mxfp8": 3}
+
+
+@kernels
+@pytest.mark.parametrize(
+  ("mode", "scale"), [("nvfp4", None), ("nvfp4", jnp.float32(3)), ("mxfp8", None)], ids=str
+)
+def test_no_transpose_in_the_quantized_backward(mode, scale):
+  scales = {"global_scale_x": scale, "global_scale_w": scale}
+  f = gradients(functools.partial(jaxqq.qqmm, mode=mode, backward="quantized", **scales))
+  text = lowered(f, (M, K), (N, K), (M, N))
+  assert transposes(text) == []
+  assert kernels_that_read(text, (N, K)) == 1
+  assert [kernels_that_read(text, a) for a in ((M, N), (M, K))] == [OF_DW[mode]] * 2
+
+
+@kernels
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_transpose_of_a_kernel_of_flax(mode, backward):
+  """(k, n): in the product it is read down its columns, and its gradient comes out as it lies."""
+  dot_general = jaxqq.dot_general(mode, backward=backward)
+
+  def product(x, kernel):
+    return dot_general(x, kernel, DENSE)
+
+  text = lowered(product, (M, K), (K, N))
+  assert transposes(text) == []
+  assert kernels_that_read(text, (K, N)) == 1
+  if backward == "quantized":
+    text = lowered(gradients(product), (M, K), (K, N), (M, N))
+    assert transposes(text) == []
+    assert kernels_that_read(text, (K, N)) == 0
+    assert [kernels_that_read(text, a) for a in ((M, N), (M, K))] == [OF_DW[mode]] * 2
+
+
+@kernels
+@pytest.mark.parametrize("mode", MODES)
+def test_no_transpose_of_packed_w_in_the_quantized_backward(mode):
+  """It is dequantized, and then read down its columns."""
+  packed = jaxqq.quantize(jnp.ones((N, K)), mode=mode)
+
+  def dx(x, g):
+    return jax.vjp(lambda x: jaxqq.qqmm(x, *packed, mode=mode, backward="quantized"), x)[1](g)
+
+  text = lowered(dx, (M, K), (M, N))
+  assert transposes(text) == []
+  assert kernels_that_read(text, (N, K)) == 1
+
+
+@kernels
+def test_several_matrices_are_put_in_order():
+  """The quantizers of columns take one matrix, which rows of several x make up."""
+  f = gradients(functools.partial(jaxqq.qqmm, backward="quantized"))
+  text = lowered(f, (2, M, K), (2, N, K), (2, M, N))
+  matrices = (f"2x{rows}x{columns}xbf16" for rows, columns in ((N, K), (M, K), (M, N)))
+  assert sorted(transposes(text)) == sorted(matrices)
+  one = lowered(f, (2, M, K), (N, K), (2, M, N))
+  assert transposes(one) == []
