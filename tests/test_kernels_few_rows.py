@@ -86,13 +86,13 @@ def check_few_rows(run, name):
   columns = None
   batch = max(bx, bw)
   rng = np.random.default_rng([m, n, k])
-  factors = rng.uniform(0.1, 0.3, (batch, 2)).astype(F32)
+  factors = rng.uniform(0.1, 0.3, (2, 1)).astype(F32)
   x = rng.standard_normal((bx, m, k))
   x[:, 0] = np.abs(x[:, 0])
   if mode == "nvfp4":
     chunk, x, x_factors = fr.Chunk(256, 4, 16), x.astype(F16), None
     codes, scales = e2m1_operand(rng, bw, n, k)
-    passed = factors * np.array([E2M1.unit, 1], F32)
+    unit = E2M1.unit
     operand, x_hat = nothing_beyond(interleaved(x), m, np.nan), x.astype(np.float64)
   elif mode == "apart":
     mode, chunk = "nvfp4", fr.Chunk(256 if k % 512 else 512, 4, 16)
@@ -102,9 +102,9 @@ def check_few_rows(run, name):
     x_hat = oracle.values(x_codes, x_scales, mode)[None]
     operand, x_factors, columns = columns_of(x_codes, x_scales.view(E4M3).astype(F32))
     operand, x_factors = operand[None], x_factors.reshape(1, k // chunk.k, chunk.k // 256, -1)
-    passed = factors * np.array([apart.UNIT, 1], F32)
+    unit = apart.UNIT
   else:
-    chunk, x, passed = fr.Chunk(512, 8, 32), (x * 64).astype(E4M3), factors
+    chunk, x, unit = fr.Chunk(512, 8, 32), (x * 64).astype(E4M3), 1.0
     # On a GPU groups are summed up in 14 bits: there are some of every size in a sum.
     spread = 3 if run is compiled else 30
     codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
@@ -113,17 +113,23 @@ def check_few_rows(run, name):
     x_factors = np.moveaxis(nothing_beyond(x_factors, m, np.nan), 1, 2)
     x_factors = x_factors.reshape(bx, k // chunk.k, 16, -1)
     operand = nothing_beyond(x.view(np.uint32), m, 0x7F7F7F7F)
-  w_hat = oracle.values(codes, scales, mode) * factors[:, 1:, None]
+  w_hat = oracle.values(codes, scales, mode) * factors[1]
   f = functools.partial(
-    fr.few_rows, m=m, chunk=chunk, columns=columns, out_dtype=out_dtype, config=config
+    fr.few_rows,
+    m=m,
+    unit=unit,
+    chunk=chunk,
+    columns=columns,
+    out_dtype=out_dtype,
+    config=config,
   )
   # By position, as the runners pass them on.
   g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
-  out = run(g, operand, x_factors, oracle.pack(codes, mode), scales, passed)
+  out = run(g, operand, x_factors, oracle.pack(codes, mode), scales, tuple(factors))
   assert out.shape == (batch, m, n)
   fp8_sums = run is compiled and mode == "mxfp8"
   of_mag = FP8_SUMS if fp8_sums else 1.0
-  assert_product(out, x_hat * factors[:, :1, None], w_hat, out_dtype, of_mag=of_mag)
+  assert_product(out, x_hat * factors[0], w_hat, out_dtype, of_mag=of_mag)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -81,7 +81,7 @@ def test_dtypes(mode, how, dtype, k, data, precision):
   check_dtype(mode, dtype, data, (133, 265, k), precision, **how)
 
 
-HARD = ("positive", "far apart", "outliers in x", "positive outliers")
+HARD = ("positive", "far apart", "outliers in x")
 
 
 def hard_data(data, m, n, k):
@@ -104,6 +104,14 @@ def hard_data(data, m, n, k):
 @pytest.mark.parametrize("k", [2048, 4096, 8192])
 def test_hard_data_in_fp8(data, k, packed):
   check(*hard_data(data, 130, 200, k), "mxfp8", packed=packed)
+
+
+@pytest.mark.xfail(
+  strict=True, reason="README, How exact: fp8 sums lose more than the bound allows"
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_outliers_in_data_of_one_sign(packed):
+  check(*hard_data("positive outliers", 130, 200, 4096), "mxfp8", packed=packed)
 
 
 # Few rows of x against packed w have kernels of their own: up to 8, and up to 64.

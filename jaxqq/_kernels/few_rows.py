@@ -112,16 +112,17 @@ def few_rows(
   x_scales: jax.Array | None,  # of e4m3 numbers: float32 (b or 1, k / chunk.k, .., ..)
   words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
   scales: jax.Array,  # uint8 (b or 1, n, k / group_size)
-  factors: jax.Array,  # float32 (b or 1, 2)
+  factors: tuple[jax.Array, ...],  # float32 (1,)
   m: int,  # rows of x that count: what others hold reaches no result
   *,
   chunk: Chunk,
+  unit: float = 1.0,
   columns: apart.Columns | None = None,  # nvfp4: where x has them, `apart.apart_operand`
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
 ) -> jax.Array:
-  """(b, m, n): the sums times both factors. k is a multiple of chunk.k."""
+  """(b, m, n): the sums times the unit and all factors. k is a multiple of chunk.k."""
   n, held = words.shape[1], x.shape[1]
   k_steps = words.shape[2] // chunk.words
   batch = max(x.shape[0], words.shape[0])
@@ -132,7 +133,8 @@ def few_rows(
   words_transforms = tile_transforms(chunk.words, jnp.uint32)
 
   def kernel(*refs: Any) -> None:
-    x_g, words_g, scales_g, factors_g, *rest = refs
+    x_g, words_g, scales_g, *rest = refs
+    factors_g, rest = rest[: len(factors)], rest[len(factors) :]
     x_scales_g: Any = rest.pop(0) if x_scaled else None
     out_g, x_s, words_s, scales_s, sums_s, *rest = rest
     x_scales_s: Any = rest.pop(0) if x_scaled else None
@@ -281,8 +283,10 @@ def few_rows(
       plgpu.barrier_arrive(sums_empty)
       if columns is not None:
         sums = (apart.collapse_twin if interpret else apart.collapse)(sums, columns)
-      index = batch_of(factors_g, b)
-      out = (sums * factors_g[index, 0] * factors_g[index, 1]).astype(out_dtype)
+      out = sums * np.float32(unit)
+      for factor in factors_g:
+        out = out * factor[0]
+      out = out.astype(out_dtype)
       layout = plgpu.Layout.WGMMA if columns is None else apart.WORDS_LAYOUT
       store_columns(out, layout, out_g.at[b], ni * BLOCK_N, m, n, bool(interpret))
 
@@ -332,7 +336,7 @@ def few_rows(
     interpret=interpret,
     kernel_name="jaxqq_few_rows",
   )
-  operands = [x, padded(words, rounded_up(n, 8)), padded(scales, rounded_up(n, 8)), factors]
+  operands = [x, padded(words, rounded_up(n, 8)), padded(scales, rounded_up(n, 8)), *factors]
   if x_scales is not None:
     operands.append(x_scales)
   out = run(*operands)

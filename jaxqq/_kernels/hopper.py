@@ -143,12 +143,15 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
   fmt, problem = FORMATS[mode], _folded(operands)
   chunk, columns, held = few_rows_layout(operands, fmt)
   batch, m, k = problem.x.shape
-  of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
+  # As they come: XLA would have a kernel for each that makes something of them.
+  global_scales = (problem.global_scale_x, problem.global_scale_w)
+  factors = tuple(a.reshape(1) for a in global_scales if a is not None)
+  unit = fmt.largest_value ** -len(factors)
   x, x_scales = problem.x, None
   if columns is not None:
     x, x_scales = apart_operand(x[0], fmt, _scalar(problem.global_scale_x), columns)
     x_scales = x_scales.reshape(1, k // chunk.k, chunk.k // 256, -1)  # at most 256 in a row
-    of_x = of_x * np.float32(apart.UNIT)
+    unit *= apart.UNIT
   else:
     # The rows of one matrix need no zeros behind them, those of several do.
     x = x if batch == 1 else jnp.pad(x, ((0, 0), (0, held - m), (0, 0)))
@@ -168,15 +171,16 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
         rows=rows,
         config=config,
       )
-      of_x = of_x * np.float32(expand.E2M1.unit)
+      unit *= expand.E2M1.unit
   return _unfolded(
     few_rows_kernel.few_rows(
       x.reshape(batch, held, -1),
       x_scales,
       problem.w,
       problem.scales,
-      _factors(of_x, of_w),
+      factors,
       m,
+      unit=unit,
       chunk=chunk,
       columns=columns,
       out_dtype=out_dtype,

@@ -18,6 +18,8 @@ from jaxqq.bench.cases import FORMS, Case
 from jaxqq.bench.check import error_share
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, Run
 
+# Of kernels that a CUDA graph launches under a condition, CUPTI gives no times.
+_NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 L2_BYTES = 60 << 20  # of an H200, an H100 has 50 MB
 MAX_COPIES = 32  # what one program may unroll
 MAX_OUTPUT_BYTES = 4 << 30  # results that are alive at once
@@ -116,7 +118,7 @@ def chained(run: Run) -> Run:
   """
   once = jax.jit(run)  # traced and lowered once for all copies
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=_NO_GRAPHS)
   def call(copies: Sequence[tuple[jax.Array, ...]]) -> list[Any]:
     results: list[Any] = []
     for operands in copies:
