@@ -106,9 +106,7 @@ def test_hard_data_in_fp8(data, k, packed):
   check(*hard_data(data, 130, 200, k), "mxfp8", packed=packed)
 
 
-@pytest.mark.xfail(
-  strict=True, reason="README, How exact: fp8 sums lose more than the bound allows"
-)
+@pytest.mark.xfail(strict=True, reason="known: see Exactness in the README")
 @pytest.mark.parametrize("packed", [False, True])
 def test_outliers_in_data_of_one_sign(packed):
   check(*hard_data("positive outliers", 130, 200, 4096), "mxfp8", packed=packed)
