@@ -247,11 +247,11 @@ def plot(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
     panel.remove()
   for panel, kind in zip(panels, kinds, strict=False):
     for i, name in enumerate(names):
-      points = sorted(
-        (row.m, row.tflops)
-        for row in shown
-        if (row.mode, row.form) == kind and row.implementation == name
-      )
+      of_m: dict[int, float | None] = {}
+      for row in shown:
+        if (row.mode, row.form) == kind and row.implementation == name:
+          of_m.setdefault(row.m, row.tflops)  # as in the table, the first of several
+      points = sorted(of_m.items())
       if points:
         style = {"color": f"C{i}", "label": name, "linewidth": 2.2 if "jaxqq" in name else 1.2}
         panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
@@ -261,9 +261,9 @@ def plot(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
     panel.set_xticks(sizes, labels=[str(m) for m in sizes])
     panel.minorticks_off()
     panel.set_xlabel("M")
-    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small")
+  panels[0].set_ylim(bottom=0)
   panels[0].set_ylabel("TFLOP/s")
   n, k = shape or (0, 0)
   figure.suptitle(f"{header['device']}, N = {n}, K = {k}, {header['timing']}", fontsize="medium")
