@@ -88,6 +88,8 @@ class TestChoice:
     assert [
       f"block_m={block}" in text for block, text in zip((64, 128, 256), said, strict=True)
     ] == [True] * 3
+    assert ["a slab at a time" in text for text in said] == [False, False, True]
+    assert "a slab at a time" not in of(8192, 8192, 8192, "nvfp4", False)
 
   def test_few_rows_have_a_kernel_of_their_own(self):
     for mode in oracle.PRODUCT_MODES:

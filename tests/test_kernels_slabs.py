@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxqq
 from jaxqq._formats import FORMATS
 from tests import oracle
 
@@ -103,6 +104,20 @@ def test_slab_matmul(name, monkeypatch):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in CASES])
 def test_slab_matmul_on_a_gpu(name, monkeypatch):
   check(compiled, name, monkeypatch)
+
+
+@pytest.mark.parametrize(("mode", "m"), [("mxfp8", 2048), ("nvfp4", 8192)])
+def test_many_rows_get_slabs(mode, m):
+  """From so many rows on: one less is multiplied by the kernel that expands in registers."""
+  fmt = FORMATS[mode]
+  n, k = 8192, 8192
+  w = jax.ShapeDtypeStruct((n, k // fmt.codes_per_word), np.uint32)
+  scales = jax.ShapeDtypeStruct((n, k // fmt.group_size), np.uint8)
+  f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+  for rows, slab in ((m, True), (m - 1, False)):
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+    text = f.trace(x, w, scales).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("jaxqq_matmul" in text, "jaxqq_packed_matmul" in text) == (slab, not slab)
 
 
 def test_every_code_is_lowered_by_every_distance():

@@ -106,6 +106,18 @@ def test_hard_data_in_fp8(data, k, packed):
   check(*hard_data(data, 130, 200, k), "mxfp8", packed=packed)
 
 
+@pytest.mark.parametrize(
+  ("mode", "shape"), [("mxfp8", (2050, 384, 4096)), ("nvfp4", (8200, 256, 544))], ids=str
+)
+@pytest.mark.parametrize("precision", [None, HIGHEST])
+def test_thousands_of_rows(mode, shape, precision):
+  """From where packed w is expanded a slab at a time."""
+  m, n, k = shape
+  rng = np.random.default_rng(k)
+  x, w = oracle.random(rng, (m, k), "bfloat16"), oracle.random(rng, (n, k), "bfloat16")
+  check(x, w, mode, packed=True, precision=precision)
+
+
 @pytest.mark.xfail(strict=True, reason="known: see Exactness in the README")
 @pytest.mark.parametrize("packed", [False, True])
 def test_outliers_in_data_of_one_sign(packed):

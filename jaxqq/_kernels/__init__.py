@@ -145,8 +145,10 @@ def _run_exact(operands: Operands, problem: Problem) -> jax.Array:
 def _tiles(problem: Problem, promote: bool) -> str:
   from jaxqq._kernels import hopper
 
-  fmt = FORMATS[problem.mode]
-  return f"tiles {hopper.tiles(problem.operands, fmt, problem.out_dtype, promote)}"
+  operands, fmt = problem.operands, FORMATS[problem.mode]
+  config = hopper.tiles(operands, fmt, problem.out_dtype, promote)
+  slabs = operands.scales is not None and hopper.takes_slabs(config)
+  return f"tiles {config}" + (", packed w expanded a slab at a time" if slabs else "")
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -166,8 +168,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     name="hopper_fp8",
     summary=(
       "fp8 tensor cores: a kernel quantizes x (and w, unless packed) to e4m3 codes under one power "
-      "of two a row, another multiplies them (packed w expanded in its registers) and adds every "
-      "128 products in float32; if a row's groups lie too far apart for that, hopper_exact runs"
+      "of two a row, another multiplies them (packed w expanded in its registers, or before) and "
+      "adds every 128 products in float32; if a row's groups lie too far apart for that, "
+      "hopper_exact runs"
     ),
     platforms=("cuda",),
     refuses=_refusal_of_fp8,
@@ -178,7 +181,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     name="hopper_exact",
     summary=(
       "16 bit tensor cores on exact operands: a kernel quantizes x (and w, unless packed), another "
-      "multiplies them (packed w expanded in its registers)"
+      "multiplies them (packed w expanded in its registers, or before)"
     ),
     platforms=("cuda",),
     refuses=_refusal_of_hopper,

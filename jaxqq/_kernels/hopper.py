@@ -51,7 +51,7 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
   fmt, problem = FORMATS[mode], _folded(operands)
   dtype = jnp.bfloat16 if fmt.scale_is_power_of_two else jnp.float16
   config = tiles(operands, fmt, out_dtype, promote)
-  packed = isinstance(config, packed_matmul.Config)
+  packed = problem.scales is not None and not takes_slabs(config)
   problem = _padded_k(problem, matmul.step_k(dtype), fmt)
 
   def operand(name: str, global_scale: jax.Array | None) -> jax.Array:
@@ -124,10 +124,10 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
     downs, w_exponents = downs.reshape(scales.shape), w_exponents.reshape(scales.shape[:-1])
 
     def product() -> jax.Array:
-      if isinstance(config, packed_matmul.Config):
-        multiply = functools.partial(packed_matmul.packed_matmul, expansion=expand.E4M3)
-      else:
+      if takes_slabs(config):
         multiply = functools.partial(slabs.slab_matmul, fmt=fmt)
+      else:
+        multiply = functools.partial(packed_matmul.packed_matmul, expansion=expand.E4M3)
       exponents = x_exponents, w_exponents
       return multiply(x, problem.w, downs, factors, exponents, out_dtype=out_dtype, config=config)
 
@@ -229,6 +229,11 @@ def tiles(operands: Operands, fmt: Format, out_dtype: np.dtype, promote: bool) -
     batch, m = 1, batch * m
   packed_bits = None if operands.scales is None else fmt.bits
   return tuning.config(packed_bits, batch, m, n, out_dtype, promote)
+
+
+def takes_slabs(config: Any) -> bool:
+  """Whether tiles for packed w are those of slabs of it, expanded."""
+  return isinstance(config, matmul.Config)
 
 
 def rows_of_a_matrix(operands: Operands) -> int:
