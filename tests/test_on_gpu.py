@@ -141,7 +141,7 @@ def test_hard_data_of_few_rows(mode, m):
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
 @pytest.mark.parametrize("m", range(1, 65))
 def test_every_number_of_few_rows(m, mode):
-  """Of odd n; k in turn, an odd multiple of 32, which the kernel for many rows takes, among them."""
+  """Of odd n. An odd multiple of 32 is among the k: it gets the kernel for many rows."""
   k = (4096, 28672, 8192, 32 * 131)[m % 4]
   rng = np.random.default_rng(m)
   x, w = (oracle.with_outliers(rng, (size, k), "bfloat16") for size in (m, 77))
