@@ -66,7 +66,7 @@ def thread_amax_bits(a: jax.Array, view: View) -> jax.Array:
 
   @plgpu.inline_mgpu(
     arg_types=(view.layout,),
-    return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=layout),
+    return_type=plgpu.ShapeDtypeStruct(shape, np.dtype(np.int32), layout=layout),
   )
   def in_registers(ctx: Any, a: Any) -> Any:
     del ctx
