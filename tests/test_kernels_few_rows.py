@@ -58,6 +58,17 @@ CASES = {
 }
 
 
+# Clusters of CTAs, each with a part of k: the interpreter cannot read another CTA's shared memory.
+SPLIT_CASES = {
+  "nvfp4 in two": ("nvfp4", BF16, (1, 2), 17, 130, 2048, C(4, 4, split=2)),
+  "nvfp4 in four, promoted": ("nvfp4", F32, (2, 1), 9, 61, 4096, C(8, 4, True, split=4)),
+  "apart in two": ("apart", F32, (1, 1), 1, 133, 4096, C(8, 4, split=2)),
+  "apart in four, many tiles": ("apart", BF16, (1, 3), 5, 3000, 2048, C(4, 2, split=4)),
+  "mxfp8 in two, many tiles": ("mxfp8", F16, (2, 2), 3, 5000, 4096, C(4, 4, split=2)),
+  "mxfp8 in four": ("mxfp8", F32, (1, 1), 60, 67, 8192, C(2, 2, split=4)),
+}
+
+
 def nothing_beyond(x, m, nothing):
   """Rows from m on hold what must not be read."""
   held = fr.rows_held(m)
@@ -82,7 +93,7 @@ def columns_of(codes, scales):
 
 
 def check_few_rows(run, name):
-  mode, out_dtype, (bx, bw), m, n, k, config = CASES[name]
+  mode, out_dtype, (bx, bw), m, n, k, config = (CASES | SPLIT_CASES)[name]
   columns = None
   batch = max(bx, bw)
   rng = np.random.default_rng([m, n, k])
@@ -234,10 +245,25 @@ def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
   assert "CustomSPMDPartitioning" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize(("n", "k", "split"), [(2048, 8192, 4), (4096, 4096, 2), (8192, 8192, 1)])
+def test_few_rows_of_w_are_shared_by_clusters(mode, n, k, split):
+  """As many CTAs as multiprocessors can hold at once, each warpgroup with a chunk."""
+  fmt, spec = FORMATS[mode], jax.ShapeDtypeStruct
+  args = (
+    spec((1, k), jnp.bfloat16),
+    spec((n, k * fmt.bits // 32), jnp.uint32),
+    spec((n, k // fmt.group_size), jnp.uint8),
+  )
+  assert f"split={split})" in jaxqq.explain(*args, mode=mode, device="cuda")
+  traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
+  assert "jaxqq_few_rows" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 class TestOnGpu:
   pytestmark = on_gpu
 
-  @pytest.mark.parametrize("name", CASES)
+  @pytest.mark.parametrize("name", CASES | SPLIT_CASES)
   def test_few_rows(self, name):
     check_few_rows(compiled, name)
 

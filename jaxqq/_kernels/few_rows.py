@@ -16,6 +16,8 @@ A CTA has 64 rows of w at a time and all of k, in chunks that go round its compu
   mxfp8: an instruction's 32 elements of k are one group. Packed codes of both operands go to the
   tensor cores as they are, and each group's sums are multiplied by its two scales in float32.
 - Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
+- Where w has so few rows that half of the multiprocessors or more would idle, a cluster of CTAs
+  has 64 rows together, each a part of k, and adds up its sums (`cluster_sums.py`).
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels import apart, expand, tensor_cores
+from jaxqq._kernels import apart, cluster_sums, expand, tensor_cores
 from jaxqq._kernels.store_columns import store_columns
 from jaxqq._kernels.tiles import (
+  NUM_SMS,
   Grid,
   batch_of,
   compiler_params,
@@ -59,10 +62,11 @@ class Config:
   num_stages: int  # chunks in shared memory, a multiple of the warpgroups
   compute_warpgroups: int = 4
   promote: bool = False  # nvfp4: add to float32 sums after every step
+  split: int = 1  # CTAs that share a tile, each with a part of k
 
   @property
   def grid(self) -> Grid:
-    return Grid(MAX_ROWS, BLOCK_N, 1, 0)
+    return Grid(MAX_ROWS, BLOCK_N, 1, 0, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,9 @@ class Chunk:
     return self.k // self.group_size
 
 
-def config(chunk: Chunk, x_bytes: int, columns: int, promote: bool) -> Config:
+def config(
+  chunk: Chunk, x_bytes: int, columns: int, promote: bool, tiles: int, k_steps: int
+) -> Config:
   """As many warpgroups, then chunks in shared memory, as there is room for.
 
   Args:
@@ -90,15 +96,22 @@ def config(chunk: Chunk, x_bytes: int, columns: int, promote: bool) -> Config:
     x_bytes: what is loaded of x with it.
     columns: of the sums.
     promote: as in `Config`.
+    tiles: of 64 rows of w.
+    k_steps: chunks that k has.
   """
   stage = BLOCK_N * (4 * chunk.words + chunk.scales) + x_bytes
 
-  def stages(workers: int) -> int:
-    sums = (workers - 1) * BLOCK_N * columns * 4
+  def stages(workers: int, split: int) -> int:
+    sums = (workers - (split == 1)) * BLOCK_N * columns * 4
     return (_SHARED_MEMORY - sums) // stage // workers * workers
 
-  workers = next(w for w in (4, 2) if stages(w))
-  return Config(stages(workers), workers, promote)
+  workers = next(w for w in (4, 2) if stages(w, 1))
+  # Every warpgroup of every CTA gets a chunk.
+  splits = [
+    s for s in (4, 2) if tiles * s <= NUM_SMS and k_steps % s == 0 and k_steps >= s * workers
+  ]
+  split = next((s for s in splits if stages(workers, s)), 1)
+  return Config(stages(workers, split), workers, promote, split)
 
 
 def rows_held(m: int) -> int:
@@ -124,13 +137,16 @@ def few_rows(
 ) -> jax.Array:
   """(b, m, n): the sums times the unit and all factors. k is a multiple of chunk.k."""
   n, held = words.shape[1], x.shape[1]
-  k_steps = words.shape[2] // chunk.words
+  all_steps = words.shape[2] // chunk.words
+  k_steps = all_steps // config.split
   batch = max(x.shape[0], words.shape[0])
   workers, stages, grid = config.compute_warpgroups, config.num_stages, config.grid
+  split = config.split
   x_scaled = x_scales is not None
-  x_columns = x.shape[2] // k_steps
+  x_columns = x.shape[2] // all_steps
   x_transforms = tile_transforms(x_columns, x.dtype)
   words_transforms = tile_transforms(chunk.words, jnp.uint32)
+  sums_transforms = tile_transforms(held, jnp.float32)
 
   def kernel(*refs: Any) -> None:
     x_g, words_g, scales_g, *rest = refs
@@ -138,14 +154,18 @@ def few_rows(
     x_scales_g: Any = rest.pop(0) if x_scaled else None
     out_g, x_s, words_s, scales_s, sums_s, *rest = rest
     x_scales_s: Any = rest.pop(0) if x_scaled else None
+    part_s: Any = rest.pop(0) if split > 1 else None
+    parts: Any = rest.pop() if split > 1 else None
     full, empty, sums_full, sums_empty = rest
     warpgroup = lax.axis_index("warpgroup")
+    own_part = lax.axis_index(cluster_sums.AXIS) if split > 1 else 0
     own_tiles, tile_of = grid.walk(batch, m, n)
 
     # Memory
 
     def load(slot: Any, ki: Any, tile: Any) -> None:
       b, _, ni = tile
+      ki = ki + own_part * k_steps
       rows = pl.ds(ni * BLOCK_N, BLOCK_N)
 
       def copy(a_g: Any, rows: Any, columns: int, a_s: Any) -> None:
@@ -281,6 +301,13 @@ def few_rows(
       for i in range(workers - 1):
         sums += plgpu.load(sums_s.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
       plgpu.barrier_arrive(sums_empty)
+      if split > 1:
+        sums = cluster_sums.add_parts(sums, part_s, parts, split)
+        pl.when(own_part == 0)(lambda: store(sums, b, ni))
+      else:
+        store(sums, b, ni)
+
+    def store(sums: Any, b: Any, ni: Any) -> None:
       if columns is not None:
         sums = (apart.collapse_twin if interpret else apart.collapse)(sums, columns)
       out = sums * np.float32(unit)
@@ -308,27 +335,31 @@ def few_rows(
     plgpu.SMEM((stages, held, x_columns), x.dtype, transforms=x_transforms),
     plgpu.SMEM((stages, BLOCK_N, chunk.words), jnp.uint32, transforms=words_transforms),
     plgpu.SMEM((stages, BLOCK_N, chunk.scales), jnp.uint8),
-    plgpu.SMEM(
-      (workers - 1, BLOCK_N, held), jnp.float32, transforms=tile_transforms(held, jnp.float32)
-    ),
+    plgpu.SMEM((workers - 1, BLOCK_N, held), jnp.float32, transforms=sums_transforms),
   ]
   if x_scales is not None:
     rows, size = x_scales.shape[2:]
     # The copy engine writes to multiples of 128 bytes.
     size = max(size, 32 // rows)
     scratch.append(plgpu.SMEM((stages, rows, size), jnp.float32))
+  if split > 1:
+    scratch.append(plgpu.SMEM((BLOCK_N, held), jnp.float32, transforms=sums_transforms))
   scratch += [
     plgpu.Barrier(num_barriers=stages, num_arrivals=4 if x_scaled else 3),
     plgpu.Barrier(num_barriers=stages),
     plgpu.Barrier(num_arrivals=workers - 1),
     plgpu.Barrier(),
   ]
+  if split > 1:
+    scratch.append(cluster_sums.barrier())
   out_rows, out_columns = (max(m, held), rounded_up(n, BLOCK_N)) if interpret else (m, n)
   run = plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((batch, out_rows, out_columns), out_dtype),
     grid=(grid.num_ctas(batch, m, n),),
     grid_names=("cta",),
+    cluster=(split,) if split > 1 else (),
+    cluster_names=(cluster_sums.AXIS,) if split > 1 else (),
     num_threads=workers + 1,
     thread_name="warpgroup",
     compiler_params=compiler_params(),

@@ -278,7 +278,9 @@ def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> few_rows_
     x_bytes = held * (chunk.k + 4 * chunk.scales)
   else:
     x_bytes = held * chunk.k * 2
-  return few_rows_kernel.config(chunk, x_bytes, held, promote)
+  batch = 1 if _shared_w(operands) else math.prod(operands.batch_shape)
+  tiles = batch * -(-operands.n // few_rows_kernel.BLOCK_N)
+  return few_rows_kernel.config(chunk, x_bytes, held, promote, tiles, operands.k // chunk.k)
 
 
 def _folded(operands: Operands) -> Operands:

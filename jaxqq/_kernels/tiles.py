@@ -25,6 +25,7 @@ class Grid:
   block_n: int
   group_width: int
   minor: int  # the axis along which bands are cut; 0: m, 1: n
+  split: int = 1  # CTAs that share a tile
 
   def _tiles(self, m: int, n: int) -> tuple[int, int]:
     return pl.cdiv(m, self.block_m), pl.cdiv(n, self.block_n)
@@ -34,10 +35,14 @@ class Grid:
     return batch * m_tiles * n_tiles
 
   def num_ctas(self, batch: int, m: int, n: int) -> int:
-    return min(NUM_SMS, self.num_tiles(batch, m, n))
+    """Of those that share a tile, one counts."""
+    return min(NUM_SMS // self.split, self.num_tiles(batch, m, n))
 
   def walk(self, batch: int, m: int, n: int) -> tuple[Any, Callable[[Any], Any]]:
-    """Within a kernel: how many tiles this CTA has, and which its t-th is."""
+    """Within a kernel: how many tiles this CTA has, and which its t-th is.
+
+    Where CTAs share a tile, all of them walk the same way.
+    """
     num_ctas, cta = self.num_ctas(batch, m, n), lax.axis_index("cta")
     own_tiles = lax.div(self.num_tiles(batch, m, n) - cta + num_ctas - 1, jnp.int32(num_ctas))
     return own_tiles, lambda t: self.tile_of(cta + t * num_ctas, m, n)
