@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jax._src import dispatch
 
 # What JAX's own operations raise, without a public name.
 from jax._src.core import ShardingTypeError as ShardingTypeError
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 
 
 def needs_devices_to_lower(primitive: Primitive) -> None:
@@ -17,6 +20,24 @@ def needs_devices_to_lower(primitive: Primitive) -> None:
   primitives in this set.
   """
   dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def without_refs(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """`function`, its arrays that kernels write to in place made into values.
+
+  Wherever else JAX lowers a function it does that by itself, but `custom_partitioning` refuses it.
+  """
+
+  def of_values(*args: Any) -> jax.Array:
+    traced = jax.make_jaxpr(function)(*args)
+    if not traced.effects:
+      return function(*args)
+    from jax._src.state.discharge import discharge_state
+
+    (result,) = jaxpr_as_fun(discharge_state(traced))(*args)
+    return result
+
+  return of_values
 
 
 def cuda_compute_capability() -> str:

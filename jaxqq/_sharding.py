@@ -20,6 +20,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxqq import _compat
 from jaxqq._compat import ShardingTypeError
 from jaxqq._reference import Operands, matrix_ndim, named
 from jaxqq._split import Layout, dims_of, dims_of_spec, propagated, split_of, to_spec
@@ -169,7 +170,7 @@ def partitioned(
     def unmeshed(*values: jax.Array) -> jax.Array:
       """One device's part; a mesh that was set for the whole program has no place in it."""
       with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return part(*values)
+        return _compat.without_refs(part)(*values)
 
     return (
       mesh,

@@ -64,7 +64,7 @@ SPLIT_CASES = {
   "nvfp4 in four, promoted": ("nvfp4", F32, (2, 1), 9, 61, 4096, C(8, 4, True, split=4)),
   "apart in two": ("apart", F32, (1, 1), 1, 133, 4096, C(8, 4, split=2)),
   "apart in four, many tiles": ("apart", BF16, (1, 3), 5, 3000, 2048, C(4, 2, split=4)),
-  "mxfp8 in two, many tiles": ("mxfp8", F16, (2, 2), 3, 5000, 4096, C(4, 4, split=2)),
+  "mxfp8 in two, many tiles": ("mxfp8", BF16, (2, 2), 3, 5000, 4096, C(4, 4, split=2)),
   "mxfp8 in four": ("mxfp8", F32, (1, 1), 60, 67, 8192, C(2, 2, split=4)),
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxqq
+from jaxqq import _sharding
 from jaxqq._formats import FORMATS
 from tests import oracle
 
@@ -141,3 +142,43 @@ def test_slabs_are_whole_tiles_that_fit():
     assert rows * k * np.dtype(dtype).itemsize <= slabs.SLAB_BYTES
   assert slabs.slab_rows(8192, 8192, E4M3) == 4096
   assert slabs.slab_rows(1024, 1 << 20, F16) == slabs.ROWS
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("split", [("tensor", None), (None, "tensor")], ids=["n", "k"])
+def test_what_the_partitioner_gets_has_no_mutable_arrays(mode, split, monkeypatch):
+  """XLA asks for a device's part when it compiles, and JAX refuses one that has any."""
+  fmt, (m, n, k) = FORMATS[mode], (8192, 2048, 8192)
+  mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+  rules = {}
+
+  class Recorder(_sharding.custom_partitioning):
+    def def_partition(self, **callbacks):
+      rules.update(callbacks)
+      super().def_partition(**callbacks)
+
+  monkeypatch.setattr(_sharding, "custom_partitioning", Recorder)
+
+  def spec(shape, dtype, *axes):
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  args = (
+    spec((m, k), jnp.bfloat16, None, split[1]),
+    spec((n, k * fmt.bits // 32), jnp.uint32, *split),
+    spec((n, k // fmt.group_size), jnp.uint8, *split),
+  )
+  jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args).lower(lowering_platforms=("cuda",))
+  _, part, _, shardings = rules["partition"](mesh, args, spec((m, n), jnp.bfloat16, None, split[0]))
+  parts = [
+    jax.ShapeDtypeStruct(sharding.shard_shape(a.shape), a.dtype)
+    for a, sharding in zip(args, shardings, strict=True)
+  ]
+  traced = jax.make_jaxpr(part, axis_env=list(mesh.shape.items()))(*parts)
+  assert "jaxqq_matmul" in str(traced)  # slabs
+  effects = {type(effect).__name__ for effect in traced.effects}
+  assert effects <= {"NamedAxisEffect"}
+  if split[0]:
+    assert (
+      "jaxqq_matmul" in jax.jit(part).trace(*parts).lower(lowering_platforms=("cuda",)).as_text()
+    )
