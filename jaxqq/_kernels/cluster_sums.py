@@ -58,6 +58,7 @@ def _fence() -> None:
   def fence(ctx: Any) -> None:
     del ctx
     void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, [], "fence.acq_rel.cluster;", "", has_side_effects=True)
+    # Without the clobber, what is before and after could change places with it.
+    llvm.inline_asm(void, [], "fence.acq_rel.cluster;", "~{memory}", has_side_effects=True)
 
   fence()

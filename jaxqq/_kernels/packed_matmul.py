@@ -16,6 +16,8 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums: 128 rows
   of x_hat after the other, for want of registers.
+- Tried and slower: expanded w in shared memory, whether these warpgroups write it there or others
+  (one or two) do. The tensor cores then read both operands from there, and every step has a fence.
 - The epilogue multiplies by the global scales, or by the powers of two of rows and columns, in
   float32, and writes tiles transposed.
 """
