@@ -1,0 +1,51 @@
+"""The MLP on a mesh, on a CPU's forced devices, and that the README has what was kept."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from jaxqq.bench import mesh, report
+from jaxqq.bench.cases import MODES
+
+ROOT = pathlib.Path(__file__).parent.parent
+KEPT = ROOT / "jaxqq" / "bench" / "results"
+
+
+def test_one_device_and_two(tmp_path, capsys):
+  sizes = ["--rows", "3", "--hidden", "128", "--intermediate", "256", "--seconds", "0.01"]
+  file = tmp_path / "mesh.json"
+  results = mesh.main([*sizes, "--devices", "1", "2", "--json", str(file)])
+  names = (mesh.BFLOAT16, *MODES)
+  assert [(r.weights, r.devices) for r in results] == [(n, d) for n in names for d in (1, 2)]
+  for result in results:
+    assert 0 < result.us_min <= result.us
+    if result.devices == 1:
+      assert (result.collectives, result.off_by) == ({}, 0)
+    else:  # the parts of y are added up once, and nothing else moves
+      assert result.collectives == {"all-reduce": 1}
+      # By the rounding of y; and of the hidden layer, whose codes then may differ.
+      assert result.off_by < 2e-2
+  assert mesh.read(file)[1] == results
+  capsys.readouterr()
+  assert mesh.main(["--show", str(file)]) == results
+  assert mesh.markdown(results) in capsys.readouterr().out
+
+
+def test_more_devices_than_there_are_is_said(capsys):
+  with pytest.raises(SystemExit):
+    mesh.main(["--devices", "1000"])
+  assert "--devices: there are" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_tables_of_the_kept_results():
+  readme = (ROOT / "README.md").read_text()
+  assert mesh.markdown(mesh.read(KEPT / "h100_mesh.json")[1]) in readme
+  for files in (
+    ("h200.json", "h200_llama.json"),
+    ("h200_backward.json",),
+    ("h100_few_rows.json", "h100_few_rows_llama.json"),
+  ):
+    _, rows = report.read([KEPT / file for file in files])
+    assert report.goals_markdown(rows, with_goals=False) in readme, files
