@@ -8,8 +8,14 @@ from typing import Any
 import jax
 from jax._src import dispatch
 
+# The effect of arrays that kernels write to in place: no public name tells which functions have it.
+from jax._src.core import InternalMutableArrayEffect
+
 # What JAX's own operations raise, without a public name.
 from jax._src.core import ShardingTypeError as ShardingTypeError
+
+# Makes them values; nothing public does.
+from jax._src.state.discharge import discharge_state
 from jax.extend.core import Primitive, jaxpr_as_fun
 
 
@@ -30,11 +36,9 @@ def without_refs(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]
 
   def of_values(*args: Any) -> jax.Array:
     traced = jax.make_jaxpr(function)(*args)
-    if not traced.effects:
-      return function(*args)
-    from jax._src.state.discharge import discharge_state
-
-    (result,) = jaxpr_as_fun(discharge_state(traced))(*args)
+    if any(isinstance(effect, InternalMutableArrayEffect) for effect in traced.effects):
+      traced = discharge_state(traced)
+    (result,) = jaxpr_as_fun(traced)(*args)
     return result
 
   return of_values
