@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +12,12 @@ import pytest
 import jaxqq
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import apart, hopper
+from jaxqq._kernels import codes as kernel_codes
 from jaxqq._kernels import few_rows as fr
+from jaxqq._kernels import few_rows_config as frc
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.expand import E2M1
+from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._reference import Operands
 from tests import oracle
 from tests.test_kernels_matmul import (
@@ -35,10 +37,11 @@ from tests.test_kernels_matmul import (
   on_gpu,
   pytestmark,
 )
+from tests.test_kernels_quantize import interpreter
 
 __all__ = ["few_ctas", "no_races", "pytestmark"]  # fixtures, and which JAX has kernels
 
-C = fr.Config
+C = frc.Config
 CASES = {
   # mode, out, (b of x, b of w), m, n, k, config
   "nvfp4": ("nvfp4", BF16, (1, 1), 1, 133, 1024, C(4)),
@@ -71,7 +74,7 @@ SPLIT_CASES = {
 
 def nothing_beyond(x, m, nothing):
   """Rows from m on hold what must not be read."""
-  held = fr.rows_held(m)
+  held = frc.rows_held(m)
   out = np.full((x.shape[0], held, *x.shape[2:]), nothing, x.dtype)
   out[:, :m] = x
   return out
@@ -101,12 +104,12 @@ def check_few_rows(run, name):
   x = rng.standard_normal((bx, m, k))
   x[:, 0] = np.abs(x[:, 0])
   if mode == "nvfp4":
-    chunk, x, x_factors = fr.Chunk(256, 4, 16), x.astype(F16), None
+    chunk, x, x_factors = frc.Chunk(256, 4, 16), x.astype(F16), None
     codes, scales = e2m1_operand(rng, bw, n, k)
     unit = E2M1.unit
     operand, x_hat = nothing_beyond(interleaved(x), m, np.nan), x.astype(np.float64)
   elif mode == "apart":
-    mode, chunk = "nvfp4", fr.Chunk(256 if k % 512 else 512, 4, 16)
+    mode, chunk = "nvfp4", frc.Chunk(256 if k % 512 else 512, 4, 16)
     codes, scales = e2m1_operand(rng, bw, n, k)
     x_codes, x_scales = e2m1_operand(rng, 1, m + 1, k)  # which has a NaN in its last row
     x_codes, x_scales = x_codes[0, :m], x_scales[0, :m]
@@ -115,7 +118,7 @@ def check_few_rows(run, name):
     operand, x_factors = operand[None], x_factors.reshape(1, k // chunk.k, chunk.k // 256, -1)
     unit = apart.UNIT
   else:
-    chunk, x, unit = fr.Chunk(512, 8, 32), (x * 64).astype(E4M3), 1.0
+    chunk, x, unit = frc.Chunk(512, 8, 32), (x * 64).astype(E4M3), 1.0
     # On a GPU groups are summed up in 14 bits: there are some of every size in a sum.
     spread = 3 if run is compiled else 30
     codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
@@ -143,9 +146,78 @@ def check_few_rows(run, name):
   assert_product(out, x_hat * factors[0], w_hat, out_dtype, of_mag=of_mag)
 
 
+UNQUANTIZED_CASES = {
+  # mode, x and out, (b of x, b of w), m, n, k, global scales, config
+  "nvfp4, 1 row": ("nvfp4", BF16, (1, 1), 1, 133, 1024, False, C(4)),
+  "nvfp4, 1 row, in float32": ("nvfp4", F32, (1, 2), 1, 70, 1024, True, C(4, 2, promote=True)),
+  "nvfp4, 2 rows": ("nvfp4", F16, (1, 1), 2, 65, 2560, True, C(4)),
+  "nvfp4, 3 rows": ("nvfp4", BF16, (1, 1), 3, 64, 1536, False, C(4, 2)),
+  "nvfp4, 4 rows": ("nvfp4", F32, (1, 1), 4, 200, 1024, True, C(4, promote=True)),
+  "nvfp4, 5 rows": ("nvfp4", BF16, (1, 1), 5, 61, 1024, False, C(2, 2)),
+  "nvfp4, 8 rows": ("nvfp4", F16, (1, 1), 8, 64, 1536, True, C(4)),
+  "mxfp8, 1 row": ("mxfp8", BF16, (1, 1), 1, 133, 2560, False, C(4)),
+  "mxfp8, 3 rows, x shared": ("mxfp8", BF16, (1, 3), 3, 66, 1024, False, C(2, 2)),
+  "mxfp8, 4 rows": ("mxfp8", BF16, (2, 2), 4, 61, 1536, False, C(4)),
+  "mxfp8, 7 rows": ("mxfp8", BF16, (2, 2), 7, 200, 1536, False, C(2, 2)),
+}
+UNQUANTIZED_SPLIT_CASES = {
+  "nvfp4, 1 row, in four": ("nvfp4", BF16, (1, 1), 1, 133, 8192, True, C(8, 4, split=4)),
+  "mxfp8, 5 rows, in two": ("mxfp8", BF16, (1, 1), 5, 300, 4096, False, C(4, 4, split=2)),
+}
+
+
+def check_unquantized(run, name):
+  """x is quantized by the kernel: groups of zeros, of numbers too small, and of many sizes."""
+  mode, dtype, (bx, bw), m, n, k, scaled, config = (UNQUANTIZED_CASES | UNQUANTIZED_SPLIT_CASES)[
+    name
+  ]
+  fmt, group = FORMATS[mode], oracle.MODES[mode].group
+  rng = np.random.default_rng([m, n, k])
+  # The interpreter has the sums of fp8 in float32; on a GPU they keep 14 bits of the largest.
+  spread = 3 if run is compiled else 8
+  sizes = np.ldexp(0.02, rng.integers(-spread, spread, (bx, m, k // group)))
+  x = rng.standard_normal((bx, m, k)) * np.repeat(sizes, group, axis=-1)
+  x[0, -1, :64] = 0
+  x[0, 0, 64:96] *= 2.0**-20
+  x = x.astype(dtype)
+  amax = np.max(np.abs(x.astype(F32))) if scaled else None
+  x_hat = oracle.round_trip(x, mode, amax)
+  if mode == "nvfp4":
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    columns = apart.Columns.of(m)
+    held, unit = columns.count, apart.UNIT
+  else:
+    codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
+    columns, held, unit = None, frc.rows_held(m), 1.0
+  factors = (np.array([amax], F32), np.array([0.3], F32)) if scaled else ()
+  w_hat = oracle.values(codes, scales, mode) * (factors[1] if scaled else 1)
+  if scaled:
+    unit /= 2688
+  f = functools.partial(
+    fr.few_rows,
+    m=m,
+    unit=unit,
+    chunk=frc.Chunk(512, fmt.bits, fmt.group_size),
+    columns=columns,
+    quantized=QuantizedRows(m, fmt, columns, held),
+    out_dtype=dtype,
+    config=config,
+  )
+  g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
+  out = run(g, x, None, oracle.pack(codes, mode), scales, factors)
+  fp8_sums = run is compiled and mode == "mxfp8"
+  assert_product(out, x_hat, w_hat, dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_few_rows(name, few_ctas, no_races):
   check_few_rows(interpreted, name)
+
+
+@pytest.mark.parametrize("name", UNQUANTIZED_CASES)
+def test_rows_quantized_in_the_kernel(name, few_ctas, no_races, monkeypatch):
+  monkeypatch.setattr(kernel_codes, "quotient", kernel_codes.quotient_twin)
+  check_unquantized(interpreted, name)
 
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
@@ -189,7 +261,7 @@ def check_codes_operand(run, m, k, dtype):
   a[0, :32] = 0
   a[-1, 64] = np.nan
   packed, scales = oracle.quantize(np.asarray(a, F32), "mxfp8")
-  held = fr.rows_held(m)
+  held = frc.rows_held(m)
   words, factors = run(functools.partial(codes_operand, fmt=FORMATS["mxfp8"], rows=held), a)
   np.testing.assert_array_equal(words[:m], packed)
   # An interpreter on a CPU, and float32 itself, have 2**-127 as a subnormal or as 0.
@@ -198,7 +270,7 @@ def check_codes_operand(run, m, k, dtype):
 
 
 def interpreted_mode(f, *args):
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+  with interpreter():
     return jax.tree.map(np.asarray, f(*map(jnp.asarray, args)))
 
 
@@ -266,6 +338,10 @@ class TestOnGpu:
   @pytest.mark.parametrize("name", CASES | SPLIT_CASES)
   def test_few_rows(self, name):
     check_few_rows(compiled, name)
+
+  @pytest.mark.parametrize("name", UNQUANTIZED_CASES | UNQUANTIZED_SPLIT_CASES)
+  def test_rows_quantized_in_the_kernel(self, name):
+    check_unquantized(compiled, name)
 
   @pytest.mark.parametrize("name", OPERANDS)
   def test_operands(self, name):

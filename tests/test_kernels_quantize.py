@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ if jax.__version_info__ < (0, 11):
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from jaxqq._kernels import amax, groups, operands, transposed
+from jaxqq._kernels import amax, codes, groups, operands, transposed
 from jaxqq._kernels import quantize as kernels
 
 CASES = ("nvfp4", "nvfp4 global", "mxfp8", "mxfp4")
@@ -37,8 +39,15 @@ on_gpu = [
 
 
 def interpreted(f, *args):
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+  with interpreter():
     return jax.tree.map(np.asarray, jax.jit(f)(*args))
+
+
+@contextlib.contextmanager
+def interpreter():
+  divided = mock.patch.object(codes, "quotient", codes.quotient_twin)
+  with divided, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    yield
 
 
 def compiled(f, *args):

@@ -97,7 +97,7 @@ def _refusal_of_few_rows(problem: Problem) -> str | None:
   refusal = _refusal_of_hopper(problem)
   if refusal is not None:
     return refusal
-  from jaxqq._kernels.few_rows import MAX_ROWS
+  from jaxqq._kernels.few_rows_config import MAX_ROWS
   from jaxqq._kernels.hopper import chunk_of, rows_of_a_matrix
 
   fmt = FORMATS[problem.mode]

@@ -34,7 +34,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._formats import Format
-from jaxqq._kernels.codes import E4M3, amax_bits_of, codes_of, encoding_scale, scales_of
+from jaxqq._kernels.codes import E4M3, amax_bits_of, codes_of, scalars_of, scales_of
 from jaxqq._kernels.expand import constant, layout_of, word_asm
 from jaxqq._kernels.groups import View, load_gmem, make_kernel, per_group, positions, store_gmem
 from jaxqq._kernels.tensor_cores import ROWS, packed_array
@@ -97,7 +97,7 @@ def apart_operand(
       jax.ShapeDtypeStruct((blocks, columns.rows, 2), jnp.float32),
     ),
   )
-  words, scales = run(a.reshape(m, blocks, *view.minor), *encoding_scale(fmt, global_scale))
+  words, scales = run(a.reshape(m, blocks, *view.minor), *scalars_of(global_scale))
   return words.reshape(columns.count, k // 4), scales.reshape(blocks, 2 * columns.rows)
 
 
@@ -108,17 +108,17 @@ def _operand_kernel(
   view: View,
   columns: Columns,
 ) -> None:
-  *enc_ref, words_ref, scales_ref = refs
+  *global_scale, words_ref, scales_ref = refs
   blocks = a_ref.shape[1]
   steps, step = pl.cdiv(blocks, view.tile), lax.axis_index("step")
   row = lax.div(step, jnp.int32(steps))
   start = jnp.minimum(lax.rem(step, jnp.int32(steps)) * view.tile, blocks - view.tile)
   here = pl.ds(start, view.tile)
   a = load_gmem(a_ref.at[row, here], view.layout).astype(jnp.float32)
-  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
   store_gmem(scales_ref.at[here, row], scales.scale)
   codes = jnp.where(per_group(scales.blank, a), 0, codes_of(a, scales, fmt))
-  numbers = ((codes & 8) << 4) | ((codes & 7) << 2)
+  numbers = numbers_of_codes(codes)
   place = positions(a.shape, view.layout)
   numbers = numbers << ((place >> 1) << 3)
 
@@ -135,6 +135,11 @@ def _operand_kernel(
         column = 2 * columns.rows * own_class + 2 * row + own_group
         own_words = lax.bitcast_convert_type(jnp.where(own, words, 0), jnp.uint32)
         store_gmem(words_ref.at[column, here, h], own_words)
+
+
+def numbers_of_codes(codes: Any) -> Any:
+  """e2m1 codes as e4m3 codes of 2**-6 their value."""
+  return ((codes & 8) << 4) | ((codes & 7) << 2)
 
 
 # w

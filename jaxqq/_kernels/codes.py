@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from jaxqq import _rounding
 from jaxqq._formats import Format
@@ -97,7 +100,8 @@ def power(exponents: jax.Array) -> jax.Array:
   return as_float(jnp.maximum(exponents << 23, 0x00400000))
 
 
-def scales_of(amax_bits: jax.Array, fmt: Format, enc: jax.Array | None) -> Scales:
+def scales_of(amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None) -> Scales:
+  enc = None if global_scale is None else _encoding_scale(global_scale, fmt)
   nan = amax_bits >= _rounding.INFINITY_BITS
   if fmt.scale_is_power_of_two:
     byte = exponents_of(amax_bits, fmt)
@@ -189,13 +193,38 @@ def values_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
   return as_float(as_bits(rounded) | (as_bits(a) & sign)) * scale
 
 
-def encoding_scale(fmt: Format, global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
-  """enc = 2688 / global_scale, (1,), or NaN where that is no amax; nothing without one."""
-  if global_scale is None:
-    return ()
-  enc = _rounding.divide(jnp.float32(fmt.largest_value), global_scale)
+def scalars_of(global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
+  """What a kernel is given for a global scale: (1,), or nothing without one."""
+  return () if global_scale is None else (jnp.asarray(global_scale, jnp.float32).reshape(1),)
+
+
+def _encoding_scale(global_scale: jax.Array, fmt: Format) -> jax.Array:
+  """enc = 2688 / global_scale; NaN where that is no amax."""
+  enc = jnp.minimum(quotient(fmt.largest_value, jnp.abs(global_scale)), _FLOAT32_MAX)
   is_amax = (global_scale >= 0) & (global_scale <= _FLOAT32_MAX)
-  return (jnp.where(is_amax, enc, jnp.float32(np.nan)).reshape(1),)
+  return jnp.where(is_amax, enc, jnp.float32(np.nan))
+
+
+def quotient(dividend: float, divisor: jax.Array) -> jax.Array:
+  """dividend / divisor to nearest, of scalars. The interpreter cannot run it: see its twin."""
+  splat = plgpu.Layout.WG_SPLAT
+
+  @plgpu.inline_mgpu(
+    arg_types=(splat,),
+    return_type=plgpu.ShapeDtypeStruct((), np.dtype(np.float32), layout=splat),
+  )
+  def divide(ctx: Any, divisor: Any) -> Any:
+    del ctx
+    bits = int(np.float32(dividend).view(np.int32))
+    asm = f"div.rn.f32 $0, 0f{bits:08X}, $1;"
+    result = llvm.inline_asm(ir.F32Type.get(), [divisor.registers.flat[0]], asm, "=f,f")
+    return mgpu.FragmentedArray.splat(result, ())
+
+  return divide(divisor)
+
+
+def quotient_twin(dividend: float, divisor: jax.Array) -> jax.Array:
+  return _rounding.divide(jnp.float32(dividend), divisor)
 
 
 def as_bits(a: jax.Array) -> jax.Array:

@@ -8,7 +8,9 @@ A CTA has 64 rows of w at a time and all of k, in chunks that go round its compu
     warpgroup 2, ...
 
 - The memory warpgroup has the copy engine (TMA) keep all of shared memory full: packed words and
-  scales of w, and of x_hat what belongs to them, in one chunk.
+  scales of w, and of x_hat what belongs to them, in one chunk. Where x has so few rows that its
+  quantization is little work, a compute warpgroup does that itself, while it waits for its chunk
+  of w (`quantized_rows.py`).
 - A compute warpgroup multiplies its chunks: out^T = w_hat x_hat^T, 64 rows of w by all of x_hat.
   nvfp4, up to 8 rows: codes go to the fp8 tensor cores, two groups an instruction, which columns
   of x_hat keep apart, and each group's exact sum is multiplied by its two scales (`apart.py`).
@@ -22,7 +24,6 @@ A CTA has 64 rows of w at a time and all of k, in chunks that go round its compu
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -33,10 +34,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels import apart, cluster_sums, expand, tensor_cores
+from jaxqq._kernels.few_rows_config import BLOCK_N, Chunk, Config
+from jaxqq._kernels.quantized_rows import CHUNK_K, QuantizedRows
 from jaxqq._kernels.store_columns import store_columns
 from jaxqq._kernels.tiles import (
-  NUM_SMS,
-  Grid,
   batch_of,
   compiler_params,
   keep_full,
@@ -45,82 +46,16 @@ from jaxqq._kernels.tiles import (
   tile_transforms,
 )
 
-BLOCK_N = tensor_cores.ROWS
-MAX_ROWS = 64
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 _STEP_WORDS = tensor_cores.STEP // 4
 _GROUPS = tensor_cores.STEP // 32  # of mxfp8 in a step
 # A thread of a compute warpgroup, by how many there are: what the memory warpgroup leaves.
 _REGISTERS = {2: 232, 4: 104}
-_SHARED_MEMORY = 226 * 1024  # bytes, of 227 KiB: barriers need some
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """The tiles of one launch."""
-
-  num_stages: int  # chunks in shared memory, a multiple of the warpgroups
-  compute_warpgroups: int = 4
-  promote: bool = False  # nvfp4: add to float32 sums after every step
-  split: int = 1  # CTAs that share a tile, each with a part of k
-
-  @property
-  def grid(self) -> Grid:
-    return Grid(MAX_ROWS, BLOCK_N, 1, 0, self.split)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-  """What is loaded of a row of w at once: words, and 16 bytes of scales or more."""
-
-  k: int
-  bits: int  # of a code
-  group_size: int
-
-  @property
-  def words(self) -> int:
-    return self.k * self.bits // 32
-
-  @property
-  def scales(self) -> int:
-    return self.k // self.group_size
-
-
-def config(
-  chunk: Chunk, x_bytes: int, columns: int, promote: bool, tiles: int, k_steps: int
-) -> Config:
-  """As many warpgroups, then chunks in shared memory, as there is room for.
-
-  Args:
-    chunk: what is loaded of w at once.
-    x_bytes: what is loaded of x with it.
-    columns: of the sums.
-    promote: as in `Config`.
-    tiles: of 64 rows of w.
-    k_steps: chunks that k has.
-  """
-  stage = BLOCK_N * (4 * chunk.words + chunk.scales) + x_bytes
-
-  def stages(workers: int, split: int) -> int:
-    sums = (workers - (split == 1)) * BLOCK_N * columns * 4
-    return (_SHARED_MEMORY - sums) // stage // workers * workers
-
-  workers = next(w for w in (4, 2) if stages(w, 1))
-  # Every warpgroup of every CTA gets a chunk.
-  splits = [
-    s for s in (4, 2) if tiles * s <= NUM_SMS and k_steps % s == 0 and k_steps >= s * workers
-  ]
-  split = next((s for s in splits if stages(workers, s)), 1)
-  return Config(stages(workers, split), workers, promote, split)
-
-
-def rows_held(m: int) -> int:
-  """How many rows of x_hat the kernel loads: the copy engine moves 8 at a time."""
-  return max(8, pl.next_power_of_2(m))
 
 
 def few_rows(
-  # (b or 1, rows or columns, k) of float16, or (.., .., k / 4) of four e4m3 numbers in a uint32
+  # (b or 1, rows or columns, k) of float16, or (.., .., k / 4) of four e4m3 numbers in a uint32; or
+  # (b or 1, m, k) to be quantized here
   x: jax.Array,
   x_scales: jax.Array | None,  # of e4m3 numbers: float32 (b or 1, k / chunk.k, .., ..)
   words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
@@ -131,31 +66,33 @@ def few_rows(
   chunk: Chunk,
   unit: float = 1.0,
   columns: apart.Columns | None = None,  # nvfp4: where x has them, `apart.apart_operand`
+  quantized: QuantizedRows | None = None,  # what is to become of x; the first factor belongs to it
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
 ) -> jax.Array:
   """(b, m, n): the sums times the unit and all factors. k is a multiple of chunk.k."""
-  n, held = words.shape[1], x.shape[1]
+  n = words.shape[1]
+  held = quantized.held if quantized else x.shape[1]
   all_steps = words.shape[2] // chunk.words
   k_steps = all_steps // config.split
   batch = max(x.shape[0], words.shape[0])
   workers, stages, grid = config.compute_warpgroups, config.num_stages, config.grid
   split = config.split
-  x_scaled = x_scales is not None
-  x_columns = x.shape[2] // all_steps
-  x_transforms = tile_transforms(x_columns, x.dtype)
+  x_scaled = x_scales is not None or quantized is not None
+  x_dtype: Any = jnp.uint32 if quantized else x.dtype
+  x_columns = CHUNK_K // 4 if quantized else x.shape[2] // all_steps
+  x_transforms = tile_transforms(x_columns, x_dtype)
   words_transforms = tile_transforms(chunk.words, jnp.uint32)
   sums_transforms = tile_transforms(held, jnp.float32)
 
   def kernel(*refs: Any) -> None:
     x_g, words_g, scales_g, *rest = refs
     factors_g, rest = rest[: len(factors)], rest[len(factors) :]
-    x_scales_g: Any = rest.pop(0) if x_scaled else None
+    x_scales_g: Any = rest.pop(0) if x_scales is not None else None
     out_g, x_s, words_s, scales_s, sums_s, *rest = rest
     x_scales_s: Any = rest.pop(0) if x_scaled else None
     part_s: Any = rest.pop(0) if split > 1 else None
-    parts: Any = rest.pop() if split > 1 else None
     full, empty, sums_full, sums_empty = rest
     warpgroup = lax.axis_index("warpgroup")
     own_part = lax.axis_index(cluster_sums.AXIS) if split > 1 else 0
@@ -174,8 +111,9 @@ def few_rows(
 
       copy(words_g, rows, chunk.words, words_s)
       copy(scales_g, rows, chunk.scales, scales_s)
-      copy(x_g, pl.ds(0, held), x_columns, x_s)
-      if x_scaled:
+      if not quantized:
+        copy(x_g, pl.ds(0, held), x_columns, x_s)
+      if x_scales is not None:
         place = x_scales_g.at[batch_of(x_scales_g, b), ki]
         size = pl.ds(0, x_scales_g.shape[3])
         plgpu.copy_gmem_to_smem(place, x_scales_s.at[slot, :, size], full.at[slot])
@@ -263,20 +201,36 @@ def few_rows(
     if columns is not None:
       add = add_apart
 
-    def own_sums(first: Any) -> Any:
+    def quantize_x(slot: Any, ki: Any, t: Any) -> None:
+      assert quantized is not None
+      b = tile_of(t)[0] if x.shape[0] > 1 else 0
+      quantized.write(
+        x_g.at[b],
+        ki + own_part * k_steps,
+        x_s.at[slot],
+        x_scales_s.at[slot],
+        factors_g[0][0] if factors else None,
+        bool(interpret),
+      )
+
+    def own_sums(t: Any) -> Any:
       """What a warpgroup's chunks of a tile add up to.
 
       Chunks go round without regard to tiles: a place in shared memory, of which there are a
       multiple of the warpgroups, always belongs to the same one, which sees all its barrier's
       phases.
       """
+      first = t * k_steps
       own_first = lax.rem(
         warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
       )
       count = lax.div(k_steps - own_first + workers - 1, jnp.int32(workers))
 
       def add_chunk(i: Any, sums: Any) -> Any:
-        slot = lax.rem(first + own_first + i * workers, jnp.int32(stages))
+        ki = own_first + i * workers
+        slot = lax.rem(first + ki, jnp.int32(stages))
+        if quantized:
+          quantize_x(slot, ki, t)
         plgpu.barrier_wait(full.at[slot])
         sums = add(sums, slot)
         if interpret:  # it has no rule that loads are over once their values are used
@@ -295,19 +249,18 @@ def few_rows(
       sums_s[warpgroup - 1] = sums
       plgpu.barrier_arrive(sums_full)
 
-    def add_up_and_store(sums: Any, t: Any) -> None:
-      b, _, ni = tile_of(t)
+    def add_up(sums: Any, t: Any) -> None:
       plgpu.barrier_wait(sums_full)
       for i in range(workers - 1):
         sums += plgpu.load(sums_s.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
       plgpu.barrier_arrive(sums_empty)
       if split > 1:
-        sums = cluster_sums.add_parts(sums, part_s, parts, split)
-        pl.when(own_part == 0)(lambda: store(sums, b, ni))
+        part_s[...] = sums
       else:
-        store(sums, b, ni)
+        store(sums, t)
 
-    def store(sums: Any, b: Any, ni: Any) -> None:
+    def store(sums: Any, t: Any) -> None:
+      b, _, ni = tile_of(t)
       if columns is not None:
         sums = (apart.collapse_twin if interpret else apart.collapse)(sums, columns)
       out = sums * np.float32(unit)
@@ -320,23 +273,37 @@ def few_rows(
     @pl.when(warpgroup < workers)
     def _compute() -> None:
       plgpu.set_max_registers(_REGISTERS[workers], action="increase")
+      if quantized:
+        for i in range(0, stages, workers):
+          quantized.clear(x_s.at[warpgroup + i], bool(interpret))
 
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
-        sums = own_sums(t * k_steps)
-        lax.cond(warpgroup == 0, add_up_and_store, hand_over, sums, t)
+        sums = own_sums(t)
+        lax.cond(warpgroup == 0, add_up, hand_over, sums, t)
 
       # No barrier is left half way.
       @pl.when(warpgroup > 0)
       def _drain() -> None:
         plgpu.barrier_wait(sums_empty)
 
+    if split > 1:  # and so a cluster has one tile
+      cluster_sums.meet()
+
+      @pl.when((warpgroup == 0) & (own_part == 0))
+      def _total() -> None:
+        store(cluster_sums.total(part_s, split), 0)
+
+      cluster_sums.meet()
+
   scratch: list[Any] = [
-    plgpu.SMEM((stages, held, x_columns), x.dtype, transforms=x_transforms),
+    plgpu.SMEM((stages, held, x_columns), x_dtype, transforms=x_transforms),
     plgpu.SMEM((stages, BLOCK_N, chunk.words), jnp.uint32, transforms=words_transforms),
     plgpu.SMEM((stages, BLOCK_N, chunk.scales), jnp.uint8),
     plgpu.SMEM((workers - 1, BLOCK_N, held), jnp.float32, transforms=sums_transforms),
   ]
+  if quantized:
+    scratch.append(plgpu.SMEM((stages, *quantized.scales_shape), jnp.float32))
   if x_scales is not None:
     rows, size = x_scales.shape[2:]
     # The copy engine writes to multiples of 128 bytes.
@@ -345,13 +312,11 @@ def few_rows(
   if split > 1:
     scratch.append(plgpu.SMEM((BLOCK_N, held), jnp.float32, transforms=sums_transforms))
   scratch += [
-    plgpu.Barrier(num_barriers=stages, num_arrivals=4 if x_scaled else 3),
+    plgpu.Barrier(num_barriers=stages, num_arrivals=2 + (not quantized) + (x_scales is not None)),
     plgpu.Barrier(num_barriers=stages),
     plgpu.Barrier(num_arrivals=workers - 1),
     plgpu.Barrier(),
   ]
-  if split > 1:
-    scratch.append(cluster_sums.barrier())
   out_rows, out_columns = (max(m, held), rounded_up(n, BLOCK_N)) if interpret else (m, n)
   run = plgpu.kernel(
     kernel,
@@ -367,7 +332,12 @@ def few_rows(
     interpret=interpret,
     kernel_name="jaxqq_few_rows",
   )
-  operands = [x, padded(words, rounded_up(n, 8)), padded(scales, rounded_up(n, 8)), *factors]
+  operands = [
+    quantized.operand(x) if quantized else x,
+    padded(words, rounded_up(n, 8)),
+    padded(scales, rounded_up(n, 8)),
+    *factors,
+  ]
   if x_scales is not None:
     operands.append(x_scales)
   out = run(*operands)

@@ -67,11 +67,14 @@ class View:
 
   @property
   def layout(self) -> Any:
-    rank = 1 + len(self.minor)
-    tiling = plgpu.Tiling(((self.tile, *self.minor), (self.tile // WARPS, *self.minor)))
-    sizes = (self.tile // WARPS, *self.minor[:-1])
-    lane_dims = tuple(i - rank for i, size in enumerate(sizes) if size > 1)
-    return plgpu.Layout.TILED(tiling, warp_dims=(-2 * rank,), lane_dims=lane_dims, vector_dim=-1)
+    whole, of_warp = (self.tile, *self.minor), (self.tile // WARPS, *self.minor)
+    lane_dims = tuple(i - len(of_warp) for i, size in enumerate(of_warp[:-1]) if size > 1)
+    # Where a warp has one entry, JAX takes no second tile.
+    tiles = (whole, of_warp) if of_warp[0] > 1 else (whole,)
+    warp_dim = -len(tiles) * len(whole)
+    return plgpu.Layout.TILED(
+      plgpu.Tiling(tiles), warp_dims=(warp_dim,), lane_dims=lane_dims, vector_dim=-1
+    )
 
   def reduced(self, ndim: int) -> Any:
     """The layout of what is left of such an array when only its first axes are."""

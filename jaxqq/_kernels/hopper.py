@@ -30,13 +30,15 @@ import numpy as np
 from jax import lax
 
 from jaxqq._formats import FORMATS, Format
-from jaxqq._kernels import apart, expand, matmul, packed_matmul, slabs, tuning
+from jaxqq._kernels import apart, expand, matmul, packed_matmul, quantized_rows, slabs, tuning
 from jaxqq._kernels import few_rows as few_rows_kernel
+from jaxqq._kernels import few_rows_config as few_rows_tiles
 from jaxqq._kernels.apart import apart_operand
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.groups import TuningConfig
 from jaxqq._kernels.lowered_scales import lowered_scales
 from jaxqq._kernels.operands import exact_operand, fp8_operand
+from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._kernels.transposed import exact_operand_of_transpose, fp8_operand_of_transpose
 from jaxqq._quantize import decoding_factor
 from jaxqq._reference import Operands
@@ -142,52 +144,65 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
   """The product of few rows of x and packed w."""
   fmt, problem = FORMATS[mode], _folded(operands)
   chunk, columns, held = few_rows_layout(operands, fmt)
-  batch, m, k = problem.x.shape
+  m = problem.x.shape[1]
   # As they come: XLA would have a kernel for each that makes something of them.
   global_scales = (problem.global_scale_x, problem.global_scale_w)
   factors = tuple(a.reshape(1) for a in global_scales if a is not None)
   unit = fmt.largest_value ** -len(factors)
-  x, x_scales = problem.x, None
+  x, x_scales, quantized = problem.x, None, few_rows_quantized(operands, fmt)
+  if quantized is None:
+    x, x_scales = _few_rows_operand(problem, fmt, chunk, columns, held)
   if columns is not None:
-    x, x_scales = apart_operand(x[0], fmt, _scalar(problem.global_scale_x), columns)
-    x_scales = x_scales.reshape(1, k // chunk.k, chunk.k // 256, -1)  # at most 256 in a row
     unit *= apart.UNIT
-  else:
-    # The rows of one matrix need no zeros behind them, those of several do.
-    x = x if batch == 1 else jnp.pad(x, ((0, 0), (0, held - m), (0, 0)))
-    x, rows = x.reshape(-1, k), batch * held
-    if fmt.scale_is_power_of_two:
-      x, x_scales = codes_operand(x, fmt, rows)
-      x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, held), 0, 1)
-      x_scales = x_scales.reshape(batch, k // chunk.k, -1, held)
-    else:
-      config = TuningConfig(tiles_per_step=1)
-      x = exact_operand(
-        x,
-        fmt,
-        _scalar(problem.global_scale_x),
-        dtype=jnp.float16,
-        interleave=True,
-        rows=rows,
-        config=config,
-      )
-      unit *= expand.E2M1.unit
-  return _unfolded(
-    few_rows_kernel.few_rows(
-      x.reshape(batch, held, -1),
-      x_scales,
-      problem.w,
-      problem.scales,
-      factors,
-      m,
-      unit=unit,
-      chunk=chunk,
-      columns=columns,
-      out_dtype=out_dtype,
-      config=few_rows_config(operands, fmt, promote),
-    ),
-    operands,
+  elif not fmt.scale_is_power_of_two:
+    unit *= expand.E2M1.unit
+  out = few_rows_kernel.few_rows(
+    x,
+    x_scales,
+    problem.w,
+    problem.scales,
+    factors,
+    m,
+    unit=unit,
+    chunk=chunk,
+    columns=columns,
+    quantized=quantized,
+    out_dtype=out_dtype,
+    config=few_rows_config(operands, fmt, promote),
   )
+  return _unfolded(out, operands)
+
+
+def _few_rows_operand(
+  problem: Operands,
+  fmt: Format,
+  chunk: few_rows_tiles.Chunk,
+  columns: apart.Columns | None,
+  held: int,
+) -> tuple[jax.Array, jax.Array | None]:
+  """x as the kernel for few rows takes it, quantized by one of its own, and its scales."""
+  batch, m, k = problem.x.shape
+  global_scale = _scalar(problem.global_scale_x)
+  if columns is not None:
+    x, x_scales = apart_operand(problem.x[0], fmt, global_scale, columns)
+    return x[None], x_scales.reshape(1, k // chunk.k, chunk.k // 256, -1)  # at most 256 in a row
+  # The rows of one matrix need no zeros behind them, those of several do.
+  x = problem.x if batch == 1 else jnp.pad(problem.x, ((0, 0), (0, held - m), (0, 0)))
+  x, rows = x.reshape(-1, k), batch * held
+  if fmt.scale_is_power_of_two:
+    x, x_scales = codes_operand(x, fmt, rows)
+    x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, held), 0, 1)
+    return x.reshape(batch, held, -1), x_scales.reshape(batch, k // chunk.k, -1, held)
+  out = exact_operand(
+    x,
+    fmt,
+    global_scale,
+    dtype=jnp.float16,
+    interleave=True,
+    rows=rows,
+    config=TuningConfig(tiles_per_step=1),
+  )
+  return out.reshape(batch, held, -1), None
 
 
 def _factor(global_scale: jax.Array | None, fmt: Format) -> Any:
@@ -242,24 +257,34 @@ def rows_of_a_matrix(operands: Operands) -> int:
   return m * math.prod(operands.batch_shape) if _shared_w(operands) else m
 
 
-def chunk_of(operands: Operands, fmt: Format) -> few_rows_kernel.Chunk:
+def chunk_of(operands: Operands, fmt: Format) -> few_rows_tiles.Chunk:
   """What the kernel for few rows loads of w at once: k is a multiple of chunk.k."""
   if fmt.scale_is_power_of_two:
     k = 512
   else:
     k = 512 if _apart(operands) and operands.x.shape[-1] % 512 == 0 else 256
-  return few_rows_kernel.Chunk(k, fmt.bits, fmt.group_size)
+  return few_rows_tiles.Chunk(k, fmt.bits, fmt.group_size)
 
 
 def few_rows_layout(
   operands: Operands, fmt: Format
-) -> tuple[few_rows_kernel.Chunk, apart.Columns | None, int]:
+) -> tuple[few_rows_tiles.Chunk, apart.Columns | None, int]:
   """What the kernel for few rows loads of w at once, x's columns, and how many rows or columns."""
   rows, chunk = rows_of_a_matrix(operands), chunk_of(operands, fmt)
   if not fmt.scale_is_power_of_two and _apart(operands):
     columns = apart.Columns.of(rows)
     return chunk, columns, columns.count
-  return chunk, None, few_rows_kernel.rows_held(rows)
+  return chunk, None, few_rows_tiles.rows_held(rows)
+
+
+def few_rows_quantized(operands: Operands, fmt: Format) -> QuantizedRows | None:
+  """What becomes of x where the kernel for few rows quantizes it itself."""
+  chunk, columns, held = few_rows_layout(operands, fmt)
+  rows = rows_of_a_matrix(operands)
+  expanded = columns is None and not fmt.scale_is_power_of_two
+  if expanded or rows > quantized_rows.MAX_ROWS[fmt.bits] or chunk.k != quantized_rows.CHUNK_K:
+    return None
+  return QuantizedRows(rows, fmt, columns, held)
 
 
 def _apart(operands: Operands) -> bool:
@@ -269,7 +294,7 @@ def _apart(operands: Operands) -> bool:
   return one_matrix and few and operands.x.shape[-1] >= apart.MIN_K
 
 
-def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> few_rows_kernel.Config:
+def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> few_rows_tiles.Config:
   """The tiles of the kernel for few rows, by the sizes that it sees."""
   chunk, columns, held = few_rows_layout(operands, fmt)
   if columns is not None:
@@ -279,8 +304,8 @@ def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> few_rows_
   else:
     x_bytes = held * chunk.k * 2
   batch = 1 if _shared_w(operands) else math.prod(operands.batch_shape)
-  tiles = batch * -(-operands.n // few_rows_kernel.BLOCK_N)
-  return few_rows_kernel.config(chunk, x_bytes, held, promote, tiles, operands.k // chunk.k)
+  tiles = batch * -(-operands.n // few_rows_tiles.BLOCK_N)
+  return few_rows_tiles.config(chunk, x_bytes, held, promote, tiles, operands.k // chunk.k)
 
 
 def _folded(operands: Operands) -> Operands:

@@ -25,12 +25,12 @@ from jaxqq._kernels.amax import thread_amax_bits
 from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
-  encoding_scale,
   exponents_of,
   extremes_of,
   inverse_power,
   lowest_of,
   no_extremes,
+  scalars_of,
   scales_of,
   values_of,
 )
@@ -118,7 +118,7 @@ def exact_operand(
     (jax.ShapeDtypeStruct(_MATRIX if interleave else view.minor, dtype),),
     view,
     config,
-    encoding_scale(fmt, global_scale),
+    scalars_of(global_scale),
     staging=jax.ShapeDtypeStruct(_MATRIX, dtype) if interleave else None,
     entries=rows * k // entry,
   )
@@ -170,9 +170,9 @@ def check_dtype(dtype: Any, fmt: Format) -> None:
 
 
 def _exact_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
-  *enc_ref, out_ref = refs
+  *global_scale, out_ref = refs
   a = load_elements(a_ref, rows, view)
-  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
   out_ref[rows] = values_of(a, scales, fmt).astype(out_ref.dtype)
 
 
@@ -182,9 +182,9 @@ def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: Vi
   The blocks go to shared memory as they are and come back through ldmatrix, which transposes
   8 by 8 matrices of 16 bits: a warp then holds a block, and a thread two neighbours of a row.
   """
-  *enc_ref, out_ref, staging_ref = refs
+  *global_scale, out_ref, staging_ref = refs
   a = load_elements(a_ref, rows, view)
-  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
   _stage(values_of(a, scales, fmt).astype(staging_ref.dtype), staging_ref)
   plgpu.commit_smem()
   tiling = plgpu.Tiling(((WARPS, *_MATRIX), (2,)))

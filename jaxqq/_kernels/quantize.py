@@ -19,8 +19,8 @@ from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
   codes_of,
-  encoding_scale,
   power,
+  scalars_of,
   scales_of,
 )
 from jaxqq._kernels.groups import (
@@ -66,7 +66,7 @@ def quantize(
     ),
     view,
     config,
-    encoding_scale(fmt, global_scale),
+    scalars_of(global_scale),
   )
   return packed.reshape(rows, k // fmt.codes_per_word), scales.reshape(rows, k // fmt.group_size)
 
@@ -115,9 +115,9 @@ def _word_view(fmt: Format) -> View:
 
 
 def _quantize_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
-  *enc_ref, packed_ref, scales_ref = refs
+  *global_scale, packed_ref, scales_ref = refs
   a = load_elements(a_ref, rows, view)
-  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)
   words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)

@@ -35,14 +35,12 @@ class Grid:
     return batch * m_tiles * n_tiles
 
   def num_ctas(self, batch: int, m: int, n: int) -> int:
-    """Of those that share a tile, one counts."""
-    return min(NUM_SMS // self.split, self.num_tiles(batch, m, n))
+    """Of those that share a tile, which is the only one that they have, one counts."""
+    num_tiles = self.num_tiles(batch, m, n)
+    return num_tiles if self.split > 1 else min(NUM_SMS, num_tiles)
 
   def walk(self, batch: int, m: int, n: int) -> tuple[Any, Callable[[Any], Any]]:
-    """Within a kernel: how many tiles this CTA has, and which its t-th is.
-
-    Where CTAs share a tile, all of them walk the same way.
-    """
+    """Within a kernel: how many tiles this CTA has, and which its t-th is."""
     num_ctas, cta = self.num_ctas(batch, m, n), lax.axis_index("cta")
     own_tiles = lax.div(self.num_tiles(batch, m, n) - cta + num_ctas - 1, jnp.int32(num_ctas))
     return own_tiles, lambda t: self.tile_of(cta + t * num_ctas, m, n)

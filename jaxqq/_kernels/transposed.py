@@ -34,10 +34,10 @@ from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
   codes_of,
-  encoding_scale,
   exponents_of,
   extremes_of,
   lowest_of,
+  scalars_of,
   scales_of,
   values_of,
 )
@@ -91,7 +91,7 @@ def exact_operand_of_transpose(
   (out,) = _by_tiles(
     functools.partial(_exact_kernel, fmt=fmt, interleave=interleave),
     a,
-    encoding_scale(fmt, global_scale),
+    scalars_of(global_scale),
     staged=jax.ShapeDtypeStruct((TILE_K,), dtype),
   )
   return out[:rows, :k]
@@ -115,7 +115,7 @@ def quantize_transpose(
   packed, scales = _by_tiles(
     functools.partial(_quantize_kernel, fmt=fmt),
     a,
-    encoding_scale(fmt, global_scale),
+    scalars_of(global_scale),
     staged=jax.ShapeDtypeStruct((TILE_K // fmt.codes_per_word,), jnp.uint32),
     direct=_unsigned(TILE_K // fmt.group_size),
   )
@@ -307,19 +307,19 @@ def _exact_kernel(
   numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format, interleave: bool
 ) -> None:
   del tile, here
-  *enc_ref, staging_ref = refs
+  *global_scale, staging_ref = refs
   a, layout = _grouped(numbers, *_group_shape(fmt))
-  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
   target = _staged_layout(TILE_K, VECTOR)
   values = regrouped(values_of(a, scales, fmt), layout, (TILE_ROWS, TILE_K), target, interleave)
   staging_ref[...] = values.astype(staging_ref.dtype)
 
 
 def _quantize_kernel(numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format) -> None:
-  *enc_ref, scales_ref, staging_ref = refs
+  *global_scale, scales_ref, staging_ref = refs
   words_a_group = fmt.group_size // fmt.codes_per_word
   a, layout = _grouped(numbers, TILE_K // fmt.group_size, words_a_group, fmt.codes_per_word)
-  scales = scales_of(amax_bits_of(a), fmt, enc_ref[0][0] if enc_ref else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, layout) * fmt.bits)
   words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)
