@@ -1,15 +1,30 @@
-"""The kernel that lowers packed w's scales: interpreted anywhere, compiled with `-m gpu`."""
+"""The kernels that lower packed w's scales: interpreted anywhere, compiled with `-m gpu`."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import numpy as np
 import pytest
 
+from jaxqq._kernels import operands
 from jaxqq._kernels.lowered_scales import MAX_DOWN, lowered_scales
+from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
 from jaxqq._kernels.tiles import NAN_EXPONENT
 from tests.test_kernels_matmul import downs_of
-from tests.test_kernels_quantize import compiled, interpreted, lower, on_gpu
+from tests.test_kernels_quantize import (
+  MX,
+  check_fp8,
+  compiled,
+  groups_of_many_sizes,
+  interpreted,
+  lower,
+  on_gpu,
+  twins,
+)
+
+__all__ = ["twins"]  # a fixture
 
 # (rows, groups): of one row, of rows that end within a step, of one vector a lane and of several,
 # at multiples of 16, 8 and 4 bytes, and rows that take several steps.
@@ -47,7 +62,7 @@ def check_every_step(run):
   np.testing.assert_array_equal(wild, np.repeat([0, 1], places.size))
 
 
-def check_random(run, shape):
+def random_scales(shape):
   rng = np.random.default_rng(shape)
   middle = rng.integers(0, 256, (shape[0], 1))
   spread = rng.integers(0, 8, (shape[0], 1))
@@ -55,7 +70,22 @@ def check_random(run, shape):
   scales[rng.random(shape) < 1 / shape[1]] = 0xFF
   scales[rng.random(shape) < 0.05] = 0
   scales[0], scales[-1] = 0, 0xFF
-  check(run, scales.astype(np.uint8))
+  return scales.astype(np.uint8)
+
+
+def check_random(run, shape):
+  check(run, random_scales(shape))
+
+
+def check_with_x(run, x_shape, scales_shape):
+  """One launch does what two do."""
+  x, scales = groups_of_many_sizes(x_shape, "bfloat16"), random_scales(scales_shape)
+  f = functools.partial(packed_fp8_operands, fmt=MX)
+  codes, x_exponents, downs, w_exponents, wild = run(lambda *args: f(*args), x, scales)
+  of_x, of_w = wild[: x_shape[0]], wild[x_shape[0] :]
+  assert not of_w[scales_shape[0] :].any()
+  check_fp8(lambda *_: operands.Fp8Operand(codes, x_exponents, of_x), x)
+  check(lambda *_: (downs, w_exponents, of_w[: scales_shape[0]]), scales)
 
 
 @pytest.mark.parametrize("f", [check_every_distance, check_every_step])
@@ -66,6 +96,11 @@ def test_distances(f):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_random(shape):
   check_random(interpreted, shape)
+
+
+@pytest.mark.parametrize("shapes", [((5, 4160), (1, 128)), ((1, 2048), (21, 600))], ids=str)
+def test_with_x(shapes, twins):
+  check_with_x(interpreted, *shapes)
 
 
 @pytest.mark.parametrize("shape", LOWERED, ids=str)
@@ -83,3 +118,7 @@ class TestOnGpu:
   def test_random(self):
     for shape in GPU_SHAPES:
       check_random(compiled, shape)
+
+  @pytest.mark.parametrize("x_shape", [(33, 4096), (1000, 28672)])
+  def test_with_x(self, x_shape):
+    check_with_x(compiled, x_shape, (4099, 256))

@@ -38,6 +38,7 @@ from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.groups import TuningConfig
 from jaxqq._kernels.lowered_scales import lowered_scales
 from jaxqq._kernels.operands import exact_operand, fp8_operand
+from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
 from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._kernels.transposed import exact_operand_of_transpose, fp8_operand_of_transpose
 from jaxqq._quantize import decoding_factor
@@ -112,18 +113,27 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
       out.wild,
     )
 
-  x, x_exponents, x_wild = operand("x")
   if problem.scales is None:
+    x, x_exponents, x_wild = operand("x")
     w, w_exponents, w_wild = operand("w")
+    wild = jnp.concatenate([x_wild, w_wild])
 
     def product() -> jax.Array:
       return matmul.matmul(
         x, w, factors, (x_exponents, w_exponents), out_dtype=out_dtype, config=config
       )
   else:
-    scales = problem.scales
-    downs, w_exponents, w_wild = lowered_scales(scales.reshape(-1, scales.shape[-1]))
-    downs, w_exponents = downs.reshape(scales.shape), w_exponents.reshape(scales.shape[:-1])
+    scales = problem.scales.reshape(-1, problem.scales.shape[-1])
+    if "x" in problem.transposed:
+      x, x_exponents, x_wild = operand("x")
+      downs, w_exponents, w_wild = lowered_scales(scales)
+      wild = jnp.concatenate([x_wild, w_wild])
+    else:
+      matrix = problem.x.reshape(-1, problem.k)
+      x, x_exponents, downs, w_exponents, wild = packed_fp8_operands(matrix, scales, fmt)
+      x, x_exponents = x.reshape(problem.x.shape), x_exponents.reshape(problem.x.shape[:-1])
+    downs = downs.reshape(problem.scales.shape)
+    w_exponents = w_exponents.reshape(problem.scales.shape[:-1])
 
     def product() -> jax.Array:
       if takes_slabs(config):
@@ -134,7 +144,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
       return multiply(x, problem.w, downs, factors, exponents, out_dtype=out_dtype, config=config)
 
   return lax.cond(
-    jnp.any(jnp.concatenate([x_wild, w_wild]) > 0),
+    jnp.any(wild > 0),
     lambda: exact(operands, mode, out_dtype, promote=False),
     lambda: _unfolded(product(), operands),
   )
@@ -262,7 +272,9 @@ def chunk_of(operands: Operands, fmt: Format) -> few_rows_tiles.Chunk:
   if fmt.scale_is_power_of_two:
     k = 512
   else:
-    k = 512 if _apart(operands) and operands.x.shape[-1] % 512 == 0 else 256
+    # With 16 rows 17.4 us on an H100, in smaller chunks 18.0; with 32 rows 19.5 and 19.1.
+    few = _apart(operands) or rows_of_a_matrix(operands) <= 16
+    k = 512 if few and operands.k % 512 == 0 else 256
   return few_rows_tiles.Chunk(k, fmt.bits, fmt.group_size)
 
 

@@ -35,7 +35,7 @@ _NAN = 0xFF
 _VECTOR = 16  # bytes that a thread loads at once
 _LANES = 16  # that a row has at most
 _VECTORS = 4  # of 16 bytes, that a thread has of a row at once
-_CONFIG = TuningConfig(tiles_per_step=2)
+CONFIG = TuningConfig(tiles_per_step=2)
 
 
 def lowered_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -51,25 +51,31 @@ def lowered_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it. One of 0 does not count:
       it is that of zeros, or of numbers too small to matter. 0 in a row with a NaN.
   """
-  rows, groups = scales.shape
-  vector = math.gcd(groups, _VECTOR)
-  vectors = groups // vector
-  view = View(min(_LANES, 1 << (vectors.bit_length() - 1)), vector)
+  vectors, view = scale_vectors(scales)
   downs, row_exponents, wild = by_blocks(
-    functools.partial(_kernel, view=view),
-    (scales.reshape(rows, vectors, vector),),
+    functools.partial(lower_rows, view=view),
+    (vectors,),
     (
-      jax.ShapeDtypeStruct((vectors, vector), jnp.uint8),
+      jax.ShapeDtypeStruct(vectors.shape[1:], jnp.uint8),
       jax.ShapeDtypeStruct((), jnp.int32),
       jax.ShapeDtypeStruct((), jnp.int32),
     ),
     view,
-    _CONFIG,
+    CONFIG,
   )
-  return downs.reshape(rows, groups), row_exponents, wild
+  return downs.reshape(scales.shape), row_exponents, wild
 
 
-def _kernel(
+def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:
+  """Rows (rows, groups) as `lower_rows` takes them, (rows, vectors, vector)."""
+  rows, groups = scales.shape
+  vector = math.gcd(groups, _VECTOR)
+  vectors = groups // vector
+  view = View(min(_LANES, 1 << (vectors.bit_length() - 1)), vector)
+  return scales.reshape(rows, vectors, vector), view
+
+
+def lower_rows(
   rows: Any, scales_ref: Any, downs_ref: Any, exponents_ref: Any, wild_ref: Any, *, view: View
 ) -> None:
   lanes, _ = view.minor

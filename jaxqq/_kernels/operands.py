@@ -138,12 +138,14 @@ def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG
     fmt: a format of e4m3 elements and power of two scales.
   """
   check_fp8(fmt)
-  rows, k = a.shape
-  groups = k // fmt.group_size
-  view = View(fmt.group_size // _FP8_VECTOR, _FP8_VECTOR)
-  grouped = pad(a.reshape(rows, groups, *view.minor), 1, view.tile)
+  grouped, view = fp8_groups(a, fmt)
+  rows = a.shape[0]
+
+  def kernel(*refs: Any) -> None:
+    fp8_row(lax.axis_index("step"), *refs, fmt=fmt, view=view, config=config)
+
   run = make_kernel(
-    functools.partial(_fp8_kernel, fmt=fmt, view=view, config=config),
+    kernel,
     grid=(rows,),
     out_type=(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
@@ -152,7 +154,18 @@ def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG
     ),
   )
   codes, row_exponents, wild = run(grouped)
-  return Fp8Operand(codes[:, :groups].reshape(rows, k), row_exponents, wild)
+  return Fp8Operand(fp8_codes(codes, a.shape), row_exponents, wild)
+
+
+def fp8_groups(a: jax.Array, fmt: Format) -> tuple[jax.Array, View]:
+  """Rows (rows, k) as `fp8_row` takes them, (rows, groups, lanes, vector), zeros behind."""
+  view = View(fmt.group_size // _FP8_VECTOR, _FP8_VECTOR)
+  return pad(a.reshape(a.shape[0], -1, *view.minor), 1, view.tile), view
+
+
+def fp8_codes(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """What `fp8_row` wrote, in the shape of the rows."""
+  return codes.reshape(shape[0], -1)[:, : shape[1]]
 
 
 def check_fp8(fmt: Format) -> None:
@@ -197,7 +210,8 @@ def _stage(values: jax.Array, staging_ref: Any) -> None:
   staging_ref.reshape(values.shape)[...] = values
 
 
-def _fp8_kernel(
+def fp8_row(
+  row: Any,
   a_ref: Any,  # (rows, groups, lanes, vector)
   codes_ref: Any,  # the same
   row_exponents_ref: Any,  # (rows,)
@@ -208,7 +222,6 @@ def _fp8_kernel(
   config: TuningConfig,
 ) -> None:
   """One row: a sweep for its exponents, and one that writes its codes."""
-  row = lax.axis_index("step")
   a_row, codes_row = a_ref.at[row], codes_ref.at[row]
   groups = a_ref.shape[1]
   row_bytes = math.prod(a_ref.shape[1:]) * a_ref.dtype.itemsize
