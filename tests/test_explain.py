@@ -93,15 +93,16 @@ class TestChoice:
 
   def test_few_rows_have_a_kernel_of_their_own(self):
     for mode in oracle.PRODUCT_MODES:
-      assert "streams packed w" in of(64, 512, 4096, mode, True)
+      assert "a kernel streams w" in of(64, 512, 4096, mode, True)
       assert "num_stages=" in of(64, 512, 4096, mode, True)
+      assert "numbers quantized in registers" in of(64, 512, 768, mode, False)
     for text, reason in (
       (of(65, 512, 4096, "nvfp4", True), "65 rows of x meet a matrix w"),
-      (of(8, 512, 4096, "nvfp4", False), "w is not packed"),
+      (of(8, 512, 4096, "nvfp4", False, jnp.float32), "w is not packed but float32"),
       (of(8, 512, 2048, "mxfp8", True), "k = 2048 is below 4096"),
       (of(8, 512, 4096, "mxfp8", True, jnp.float32), "float32 output"),
     ):
-      assert "streams packed w" not in text
+      assert "a kernel streams w" not in text
       assert f"hopper_few_rows: {reason}" in text
 
   def test_a_vector_is_one_row(self):
@@ -137,7 +138,7 @@ class TestChoice:
 class TestSplit:
   """What one device gets is named, and why K is gathered."""
 
-  def said(self, x_spec, w_spec, k=512, packed=False, **kwargs):
+  def said(self, x_spec, w_spec, k=512, packed=False, m=16, **kwargs):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
     def of(shape, dtype, spec):
@@ -146,7 +147,7 @@ class TestSplit:
     args = [of((24, k), jnp.bfloat16, w_spec)]
     if packed:
       args = [of((24, k // 8), jnp.uint32, w_spec), of((24, k // 16), jnp.uint8, w_spec)]
-    return jaxqq.explain(of((16, k), jnp.bfloat16, x_spec), *args, **kwargs)
+    return jaxqq.explain(of((m, k), jnp.bfloat16, x_spec), *args, **kwargs)
 
   @pytest.mark.parametrize("packed", [False, True])
   def test_parts(self, packed):
@@ -177,8 +178,8 @@ class TestSplit:
   def test_the_kernel_is_that_of_a_part(self):
     """Its k decides, but not that it is summed up in float32: the whole is rounded after that."""
     for k, kernel in ((8192, "fp8"), (4096, "16 bit")):
-      text = self.said(P(), P(None, "tensor"), k=k, mode="mxfp8", device="cuda")
+      text = self.said(P(), P(None, "tensor"), k=k, m=128, mode="mxfp8", device="cuda")
       assert f"computed by {kernel} tensor cores" in text
     assert "k = 2048 is below 4096" in text
-    text = self.said(P(), P("tensor"), k=4096, mode="mxfp8", device="cuda")
+    text = self.said(P(), P("tensor"), k=4096, m=128, mode="mxfp8", device="cuda")
     assert "computed by fp8 tensor cores" in text

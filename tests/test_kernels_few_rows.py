@@ -11,7 +11,7 @@ import pytest
 
 import jaxqq
 from jaxqq._formats import FORMATS
-from jaxqq._kernels import apart, hopper
+from jaxqq._kernels import apart, hopper, quantized_tile
 from jaxqq._kernels import codes as kernel_codes
 from jaxqq._kernels import few_rows as fr
 from jaxqq._kernels import few_rows_config as frc
@@ -209,6 +209,69 @@ def check_unquantized(run, name):
   assert_product(out, x_hat, w_hat, dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
 
 
+UNPACKED_CASES = {
+  # mode, w, out, (b of x, b of w), m, n, k, global scales, config
+  "nvfp4": ("nvfp4", BF16, BF16, (1, 1), 1, 133, 512, False, C(4)),
+  "nvfp4, scaled": ("nvfp4", F16, F32, (1, 2), 9, 65, 768, True, C(4, promote=True)),
+  "mxfp8": ("mxfp8", BF16, BF16, (1, 1), 3, 133, 768, False, C(2, 2)),
+  "mxfp8, promoted": ("mxfp8", F16, F32, (2, 1), 17, 64, 512, False, C(2, 2, promote=True)),
+}
+UNPACKED_SPLIT_CASES = {
+  "nvfp4, in four": ("nvfp4", BF16, BF16, (1, 1), 5, 300, 8192, True, C(4, 4, split=4)),
+  "mxfp8, in two": ("mxfp8", BF16, F32, (1, 1), 64, 200, 4096, False, C(2, 2, True, split=2)),
+}
+
+
+def check_unpacked(run, name):
+  """w is quantized by the kernel: groups of zeros, of many sizes, of tiny numbers, with a NaN."""
+  mode, w_dtype, dtype, (bx, bw), m, n, k, scaled, config = (UNPACKED_CASES | UNPACKED_SPLIT_CASES)[
+    name
+  ]
+  fmt, group = FORMATS[mode], oracle.MODES[mode].group
+  rng = np.random.default_rng([m, n, k])
+  sizes = np.ldexp(0.02, rng.integers(-6, 7, (bw, n, k // group)))
+  w = rng.standard_normal((bw, n, k)) * np.repeat(sizes, group, axis=-1)
+  w[:, ::7] = np.round(w[:, ::7] * 512) / 512  # ties, and zeros of both signs
+  w[0, -1, :64] = 0
+  w[0, 0, 64:96] *= 2.0**-20
+  w = w.astype(w_dtype)
+  amax = np.max(np.abs(w.astype(F32))) if scaled else None
+  w[-1, n // 2, 77] = np.nan
+  w_hat = oracle.round_trip(w, mode, amax)
+  operand = quantized_tile.operand_dtype(fmt)
+  x = rng.standard_normal((bx, m, k)).astype(operand)
+  factors = (np.array([0.3], F32), np.array([amax], F32)) if scaled else ()
+  f = functools.partial(
+    fr.few_rows,
+    m=m,
+    unit=1 / 2688 if scaled else 1.0,
+    chunk=frc.Chunk(256, 16, None),
+    quantized_w=fmt,
+    out_dtype=dtype,
+    config=config,
+  )
+  g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
+  out = run(g, nothing_beyond(interleaved(x), m, np.nan), None, w, None, factors)
+  x = x.astype(np.float64) * (factors[0] if scaled else 1)
+  assert_product(out, x, w_hat, dtype)
+
+
+@pytest.mark.parametrize("name", UNPACKED_CASES)
+def test_w_quantized_in_the_kernel(name, few_ctas, no_races, monkeypatch):
+  monkeypatch.setattr(kernel_codes, "quotient", kernel_codes.quotient_twin)
+  check_unpacked(interpreted, name)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize(("m", "w_dtype", "k"), [(1, "bfloat16", 8192), (40, "float16", 768)])
+def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
+  spec = jax.ShapeDtypeStruct
+  args = spec((m, k), jnp.float32), spec((1000, k), w_dtype)
+  assert "unquantized numbers quantized" in jaxqq.explain(*args, mode=mode, device="cuda")
+  traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
+  assert "jaxqq_few_rows" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_few_rows(name, few_ctas, no_races):
   check_few_rows(interpreted, name)
@@ -312,7 +375,7 @@ def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
     spec((n, k // fmt.group_size), jnp.uint8, *of_w),
   )
   text = jaxqq.explain(*args, mode=mode, device="cuda")
-  assert "streams packed w" in text, text
+  assert "a kernel streams w" in text, text
   traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
   assert "CustomSPMDPartitioning" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -342,6 +405,10 @@ class TestOnGpu:
   @pytest.mark.parametrize("name", UNQUANTIZED_CASES | UNQUANTIZED_SPLIT_CASES)
   def test_rows_quantized_in_the_kernel(self, name):
     check_unquantized(compiled, name)
+
+  @pytest.mark.parametrize("name", UNPACKED_CASES | UNPACKED_SPLIT_CASES)
+  def test_w_quantized_in_the_kernel(self, name):
+    check_unpacked(compiled, name)
 
   @pytest.mark.parametrize("name", OPERANDS)
   def test_operands(self, name):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxqq._kernels import operands
-from jaxqq._kernels.lowered_scales import MAX_DOWN, lowered_scales
+from jaxqq._kernels.lowered_scales import MAX_DOWN
 from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
 from jaxqq._kernels.tiles import NAN_EXPONENT
 from tests.test_kernels_matmul import downs_of
@@ -31,6 +31,13 @@ __all__ = ["twins"]  # a fixture
 SHAPES = ((1, 128), (40, 256), (130, 32), (21, 600), (9, 260), (5, 1796))
 GPU_SHAPES = (*SHAPES, (8192, 256), (1000, 448), (77, 1792), (4099, 132), (3, 9000))
 LOWERED = ((8192, 256), (128256, 128), (33, 1796))
+
+
+def lowered_scales(scales):
+  """Beside a row of x: downs, row exponents, wild."""
+  x = np.zeros((1, 2048), np.float32)
+  _, _, downs, exponents, wild = packed_fp8_operands(x, scales, MX)
+  return downs, exponents, wild[1 : 1 + scales.shape[0]]
 
 
 def check(run, scales):

@@ -101,15 +101,18 @@ def _refusal_of_few_rows(problem: Problem) -> str | None:
   from jaxqq._kernels.hopper import chunk_of, rows_of_a_matrix
 
   fmt = FORMATS[problem.mode]
-  if problem.operands.scales is None:
-    return "w is not packed, and it is the reading of packed w that few rows wait for"
+  packed = problem.operands.scales is not None
+  if not packed and problem.operands.transposed:
+    return "w is not packed, and an operand's contracted axis comes first"
+  if not packed and np.dtype(problem.operands.w.dtype).itemsize != 2:
+    return f"w is not packed but {problem.operands.w.dtype}, and it quantizes 16 bit floats"
   rows = rows_of_a_matrix(problem.operands)
   if rows > MAX_ROWS:
     return f"{rows} rows of x meet a matrix w, and it is for at most {MAX_ROWS}"
   k, chunk_k = problem.operands.k, chunk_of(problem.operands, fmt).k
   if k % chunk_k:
     return f"k = {k} is no multiple of {chunk_k}, which its loads are made of"
-  if fmt.scale_is_power_of_two:
+  if packed and fmt.scale_is_power_of_two:
     return _refusal_of_fp8(problem)
   return None
 
@@ -155,9 +158,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
   Implementation(
     name="hopper_few_rows",
     summary=(
-      "a kernel quantizes x, another streams packed w through the tensor cores: in fp8 (mxfp8, and "
-      "nvfp4 of up to 8 rows), where each group's sum is scaled in float32, or expanded to float16 "
-      "in registers"
+      "a kernel streams w through the tensor cores: packed codes in fp8 (mxfp8, and nvfp4 of up to "
+      "8 rows), where each group's sum is scaled in float32, or expanded to float16 in registers; "
+      "unquantized numbers quantized in registers. Beside packed w it quantizes x itself (a row of "
+      "nvfp4, eight of mxfp8), else another kernel does"
     ),
     platforms=("cuda",),
     refuses=_refusal_of_few_rows,

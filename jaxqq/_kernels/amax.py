@@ -21,21 +21,22 @@ from jaxqq._kernels.codes import MAGNITUDE, as_bits
 from jaxqq._kernels.expand import word_asm
 from jaxqq._kernels.groups import View
 
-# Of two pairs, magnitude by magnitude, the larger, or NaN; its sign is of no use.
+# By MLIR's names of types. Of two pairs, magnitude by magnitude, the larger, or NaN; its sign is of
+# no use.
 _LARGER = {
-  jnp.dtype(jnp.bfloat16): "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;",
-  jnp.dtype(jnp.float16): "max.NaN.xorsign.abs.f16x2 $0, $1, $2;",
+  "bf16": "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;",
+  "f16": "max.NaN.xorsign.abs.f16x2 $0, $1, $2;",
 }
 # Of a pair, the larger magnitude as float32.
 _LARGEST = {
-  jnp.dtype(jnp.bfloat16): """{
+  "bf16": """{
     .reg .b32 low, high;
     shl.b32 low, $1, 16;
     and.b32 low, low, 0x7FFFFFFF;
     and.b32 high, $1, 0x7FFF0000;
     max.s32 $0, low, high;
   }""",
-  jnp.dtype(jnp.float16): """{
+  "f16": """{
     .reg .b16 low, high;
     .reg .b32 bits;
     .reg .f32 largest;
@@ -59,9 +60,8 @@ def thread_amax_bits(a: jax.Array, view: View) -> jax.Array:
   Returns:
     int32 (n, lanes).
   """
-  if a.dtype not in _LARGER:
+  if a.dtype.itemsize != 2:
     return thread_amax_bits_twin(a, view)
-  larger, largest = _LARGER[a.dtype], _LARGEST[a.dtype]
   shape, layout = a.shape[:-1], view.reduced(a.ndim - 1)
 
   @plgpu.inline_mgpu(
@@ -70,17 +70,25 @@ def thread_amax_bits(a: jax.Array, view: View) -> jax.Array:
   )
   def in_registers(ctx: Any, a: Any) -> Any:
     del ctx
-    i32 = ir.IntegerType.get_signless(32)
-    count, one = view.minor[-1] // 2, ir.VectorType.get((1,), i32)
+    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
     out = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
     for i, register in enumerate(a.registers.flat):
-      pairs = vector.bitcast(ir.VectorType.get((count,), i32), register)
-      words = [vector.extract(pairs, [], [j]) for j in range(count)]
-      bits = word_asm(largest, functools.reduce(functools.partial(word_asm, larger), words))
-      out.flat[i] = vector.broadcast(one, bits)
+      out.flat[i] = vector.broadcast(one, largest_bits([register], a.mlir_dtype))
     return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=True)
 
   return in_registers(a)
+
+
+def largest_bits(registers: list[Any], dtype: Any) -> Any:
+  """The bits, as float32, of the largest magnitude in vectors of 16 bit floats."""
+  i32 = ir.IntegerType.get_signless(32)
+  words = []
+  for register in registers:
+    count = ir.VectorType(register.type).shape[0] // 2
+    pairs = vector.bitcast(ir.VectorType.get((count,), i32), register)
+    words += [vector.extract(pairs, [], [j]) for j in range(count)]
+  larger = functools.partial(word_asm, _LARGER[str(dtype)])
+  return word_asm(_LARGEST[str(dtype)], functools.reduce(larger, words))
 
 
 def thread_amax_bits_twin(a: jax.Array, view: View) -> jax.Array:

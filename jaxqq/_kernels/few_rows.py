@@ -1,4 +1,4 @@
-"""out = x_hat w_hat^T for up to 64 rows of x_hat, from packed w that is read once.
+"""out = x_hat w_hat^T for up to 64 rows of x_hat, from w that is read once.
 
 A CTA has 64 rows of w at a time and all of k, in chunks that go round its compute warpgroups:
 
@@ -17,6 +17,7 @@ A CTA has 64 rows of w at a time and all of k, in chunks that go round its compu
   nvfp4, more: codes are expanded in registers to exact float16 (`expand.py`), and so is x_hat.
   mxfp8: an instruction's 32 elements of k are one group. Packed codes of both operands go to the
   tensor cores as they are, and each group's sums are multiplied by its two scales in float32.
+  w unquantized: quantized in registers, to exact 16 bit floats (`quantized_tile.py`).
 - Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
 - Where w has so few rows that half of the multiprocessors or more would idle, a cluster of CTAs
   has 64 rows together, each a part of k, and adds up its sums (`cluster_sums.py`).
@@ -33,7 +34,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels import apart, cluster_sums, expand, tensor_cores
+from jaxqq._formats import Format
+from jaxqq._kernels import apart, cluster_sums, expand, quantized_tile, tensor_cores
 from jaxqq._kernels.few_rows_config import BLOCK_N, Chunk, Config
 from jaxqq._kernels.quantized_rows import CHUNK_K, QuantizedRows
 from jaxqq._kernels.store_columns import store_columns
@@ -58,15 +60,17 @@ def few_rows(
   # (b or 1, m, k) to be quantized here
   x: jax.Array,
   x_scales: jax.Array | None,  # of e4m3 numbers: float32 (b or 1, k / chunk.k, .., ..)
-  words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
-  scales: jax.Array,  # uint8 (b or 1, n, k / group_size)
+  words: jax.Array,  # uint32 (b or 1, n, k * bits / 32); or (b or 1, n, k) of 16 bit floats
+  scales: jax.Array | None,  # uint8 (b or 1, n, k / group_size); or None
   factors: tuple[jax.Array, ...],  # float32 (1,)
   m: int,  # rows of x that count: what others hold reaches no result
   *,
   chunk: Chunk,
   unit: float = 1.0,
   columns: apart.Columns | None = None,  # nvfp4: where x has them, `apart.apart_operand`
-  quantized: QuantizedRows | None = None,  # what is to become of x; the first factor belongs to it
+  # What is to become of x, or of w, whose global scales are then the first and second factor.
+  quantized: QuantizedRows | None = None,
+  quantized_w: Format | None = None,
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
@@ -74,7 +78,8 @@ def few_rows(
   """(b, m, n): the sums times the unit and all factors. k is a multiple of chunk.k."""
   n = words.shape[1]
   held = quantized.held if quantized else x.shape[1]
-  all_steps = words.shape[2] // chunk.words
+  w_columns = chunk.k if quantized_w else chunk.words
+  all_steps = words.shape[2] // w_columns
   k_steps = all_steps // config.split
   batch = max(x.shape[0], words.shape[0])
   workers, stages, grid = config.compute_warpgroups, config.num_stages, config.grid
@@ -83,14 +88,18 @@ def few_rows(
   x_dtype: Any = jnp.uint32 if quantized else x.dtype
   x_columns = CHUNK_K // 4 if quantized else x.shape[2] // all_steps
   x_transforms = tile_transforms(x_columns, x_dtype)
-  words_transforms = tile_transforms(chunk.words, jnp.uint32)
+  words_transforms = tile_transforms(w_columns, words.dtype)
   sums_transforms = tile_transforms(held, jnp.float32)
 
+  num_loads = 1 + (scales is not None) + (not quantized) + (x_scales is not None)
+
   def kernel(*refs: Any) -> None:
-    x_g, words_g, scales_g, *rest = refs
+    x_g, words_g, *rest = refs
+    scales_g: Any = None if scales is None else rest.pop(0)
     factors_g, rest = rest[: len(factors)], rest[len(factors) :]
     x_scales_g: Any = rest.pop(0) if x_scales is not None else None
-    out_g, x_s, words_s, scales_s, sums_s, *rest = rest
+    out_g, x_s, words_s, sums_s, *rest = rest
+    scales_s: Any = None if scales is None else rest.pop(0)
     x_scales_s: Any = rest.pop(0) if x_scaled else None
     part_s: Any = rest.pop(0) if split > 1 else None
     full, empty, sums_full, sums_empty = rest
@@ -109,8 +118,9 @@ def few_rows(
         place = a_g.at[batch_of(a_g, b), rows, pl.ds(ki * columns, columns)]
         plgpu.copy_gmem_to_smem(place, a_s.at[slot], full.at[slot])
 
-      copy(words_g, rows, chunk.words, words_s)
-      copy(scales_g, rows, chunk.scales, scales_s)
+      copy(words_g, rows, w_columns, words_s)
+      if scales is not None:
+        copy(scales_g, rows, chunk.scales, scales_s)
       if not quantized:
         copy(x_g, pl.ds(0, held), x_columns, x_s)
       if x_scales is not None:
@@ -126,22 +136,35 @@ def few_rows(
 
     def add_expanded(sums: Any, slot: Any) -> Any:
       """sums + a chunk's product, its codes expanded in registers."""
-      steps = chunk.words // expand.E2M1.words
       words = plgpu.load(words_s.at[slot], layout=expand.E2M1.words_layout, optimized=False)
       all_scales = expand.load_scales(scales_s.at[slot], expand.E2M1, bool(interpret))
-      for step in range(steps):
+      for step in range(chunk.words // expand.E2M1.words):
         its = slice(step * expand.E2M1.words, (step + 1) * expand.E2M1.words)
         groups = slice(step * expand.E2M1.groups, (step + 1) * expand.E2M1.groups)
         factor = expand.factors(all_scales[:, groups], expand.E2M1)
-        b = x_s.at[slot, :, pl.ds(step * expand.E2M1.step_k, expand.E2M1.step_k)]
-        if interpret:
-          sums += _product(expand.twin(words[:, its], factor, expand.E2M1), b[...])
-          continue
-        a = expand.expand(words[:, its], factor, expand.E2M1)
-        before = None if config.promote else sums
-        (done,) = tensor_cores.finish(tensor_cores.begin(a, b, x_transforms, x.dtype, sums=before))
-        sums = sums + done if config.promote else done
+        of_w = expand.twin if interpret else expand.expand
+        sums = add_step(sums, of_w(words[:, its], factor, expand.E2M1), slot, step)
       return sums
+
+    def add_quantized(sums: Any, slot: Any) -> Any:
+      """sums + a chunk's product, its numbers quantized in registers."""
+      assert quantized_w is not None
+      global_scale = factors_g[1][0] if factors else None
+      for step in range(chunk.k // quantized_tile.STEP_K):
+        columns = pl.ds(step * quantized_tile.STEP_K, quantized_tile.STEP_K)
+        numbers = words_s.at[slot, :, columns]
+        a = quantized_tile.quantized_tile(numbers, quantized_w, global_scale, bool(interpret))
+        sums = add_step(sums, a, slot, step)
+      return sums
+
+    def add_step(sums: Any, a: Any, slot: Any, step: int) -> Any:
+      """sums + the product of 64 of k in 16 bits."""
+      b = x_s.at[slot, :, pl.ds(step * a.shape[1], a.shape[1])]
+      if interpret:
+        return sums + _product(a, b[...])
+      before = None if config.promote else sums
+      (done,) = tensor_cores.finish(tensor_cores.begin(a, b, x_transforms, x_dtype, sums=before))
+      return sums + done if config.promote else done
 
     def add_scaled_groups(sums: Any, slot: Any) -> Any:
       """sums + a chunk's product of mxfp8, groups scaled after they are summed up."""
@@ -197,7 +220,7 @@ def few_rows(
           sums += product * of_w(two_words, part, columns)
       return sums
 
-    add = add_scaled_groups if x_scaled else add_expanded
+    add = add_scaled_groups if x_scaled else add_quantized if quantized_w else add_expanded
     if columns is not None:
       add = add_apart
 
@@ -298,10 +321,11 @@ def few_rows(
 
   scratch: list[Any] = [
     plgpu.SMEM((stages, held, x_columns), x_dtype, transforms=x_transforms),
-    plgpu.SMEM((stages, BLOCK_N, chunk.words), jnp.uint32, transforms=words_transforms),
-    plgpu.SMEM((stages, BLOCK_N, chunk.scales), jnp.uint8),
+    plgpu.SMEM((stages, BLOCK_N, w_columns), words.dtype, transforms=words_transforms),
     plgpu.SMEM((workers - 1, BLOCK_N, held), jnp.float32, transforms=sums_transforms),
   ]
+  if scales is not None:
+    scratch.append(plgpu.SMEM((stages, BLOCK_N, chunk.scales), jnp.uint8))
   if quantized:
     scratch.append(plgpu.SMEM((stages, *quantized.scales_shape), jnp.float32))
   if x_scales is not None:
@@ -312,7 +336,7 @@ def few_rows(
   if split > 1:
     scratch.append(plgpu.SMEM((BLOCK_N, held), jnp.float32, transforms=sums_transforms))
   scratch += [
-    plgpu.Barrier(num_barriers=stages, num_arrivals=2 + (not quantized) + (x_scales is not None)),
+    plgpu.Barrier(num_barriers=stages, num_arrivals=num_loads),
     plgpu.Barrier(num_barriers=stages),
     plgpu.Barrier(num_arrivals=workers - 1),
     plgpu.Barrier(),
@@ -334,8 +358,7 @@ def few_rows(
   )
   operands = [
     quantized.operand(x) if quantized else x,
-    padded(words, rounded_up(n, 8)),
-    padded(scales, rounded_up(n, 8)),
+    *(padded(a, rounded_up(n, 8)) for a in (words, scales) if a is not None),
     *factors,
   ]
   if x_scales is not None:

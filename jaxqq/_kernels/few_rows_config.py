@@ -30,11 +30,11 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """What is loaded of a row of w at once: words, and 16 bytes of scales or more."""
+  """What is loaded of a row of w at once: words, and 16 bytes of scales or more; or numbers."""
 
   k: int
-  bits: int  # of a code
-  group_size: int
+  bits: int  # of a code, or of a number
+  group_size: int | None  # None of unquantized w
 
   @property
   def words(self) -> int:
@@ -42,13 +42,13 @@ class Chunk:
 
   @property
   def scales(self) -> int:
-    return self.k // self.group_size
+    return 0 if self.group_size is None else self.k // self.group_size
 
 
 def config(
   chunk: Chunk, x_bytes: int, columns: int, promote: bool, tiles: int, k_steps: int
 ) -> Config:
-  """As many warpgroups, then chunks in shared memory, as there is room for.
+  """As many CTAs a tile as find a multiprocessor, then warpgroups, then chunks, as there is room.
 
   Args:
     chunk: what is loaded of w at once.
@@ -64,12 +64,14 @@ def config(
     sums = (workers - (split == 1)) * BLOCK_N * columns * 4
     return (_SHARED_MEMORY - sums) // stage // workers * workers
 
-  workers = next(w for w in (4, 2) if stages(w, 1))
-  # Every warpgroup of every CTA gets a chunk.
-  splits = [
-    s for s in (4, 2) if tiles * s <= NUM_SMS and k_steps % s == 0 and k_steps >= s * workers
-  ]
-  split = next((s for s in splits if stages(workers, s)), 1)
+  def is_possible(workers: int, split: int) -> bool:
+    if split == 1:
+      return stages(workers, 1) > 0
+    # Every warpgroup of every CTA gets a chunk.
+    shared = tiles * split <= NUM_SMS and k_steps % split == 0 and k_steps >= split * workers
+    return shared and stages(workers, split) > 0
+
+  split, workers = next((s, w) for s in (4, 2, 1) for w in (4, 2) if is_possible(w, s))
   return Config(stages(workers, split), workers, promote, split)
 
 

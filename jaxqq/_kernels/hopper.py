@@ -6,6 +6,7 @@
     words, scales -----------+--> packed_matmul ------> out      w packed
                              +--> slab_matmul --------> out      w packed, x of some thousand rows
                              +--> few_rows -----------> out      w packed, x of up to 64 rows
+    w -----------------------+--> few_rows -----------> out      w in 16 bits, x of up to 64 rows
 
 One matrix whose contracted axis comes first is quantized down its columns, as it lies.
 
@@ -30,13 +31,21 @@ import numpy as np
 from jax import lax
 
 from jaxqq._formats import FORMATS, Format
-from jaxqq._kernels import apart, expand, matmul, packed_matmul, quantized_rows, slabs, tuning
+from jaxqq._kernels import (
+  apart,
+  expand,
+  matmul,
+  packed_matmul,
+  quantized_rows,
+  quantized_tile,
+  slabs,
+  tuning,
+)
 from jaxqq._kernels import few_rows as few_rows_kernel
 from jaxqq._kernels import few_rows_config as few_rows_tiles
 from jaxqq._kernels.apart import apart_operand
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.groups import TuningConfig
-from jaxqq._kernels.lowered_scales import lowered_scales
 from jaxqq._kernels.operands import exact_operand, fp8_operand
 from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
 from jaxqq._kernels.quantized_rows import QuantizedRows
@@ -124,14 +133,9 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
       )
   else:
     scales = problem.scales.reshape(-1, problem.scales.shape[-1])
-    if "x" in problem.transposed:
-      x, x_exponents, x_wild = operand("x")
-      downs, w_exponents, w_wild = lowered_scales(scales)
-      wild = jnp.concatenate([x_wild, w_wild])
-    else:
-      matrix = problem.x.reshape(-1, problem.k)
-      x, x_exponents, downs, w_exponents, wild = packed_fp8_operands(matrix, scales, fmt)
-      x, x_exponents = x.reshape(problem.x.shape), x_exponents.reshape(problem.x.shape[:-1])
+    matrix = problem.x.reshape(-1, problem.k)
+    x, x_exponents, downs, w_exponents, wild = packed_fp8_operands(matrix, scales, fmt)
+    x, x_exponents = x.reshape(problem.x.shape), x_exponents.reshape(problem.x.shape[:-1])
     downs = downs.reshape(problem.scales.shape)
     w_exponents = w_exponents.reshape(problem.scales.shape[:-1])
 
@@ -164,7 +168,7 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
     x, x_scales = _few_rows_operand(problem, fmt, chunk, columns, held)
   if columns is not None:
     unit *= apart.UNIT
-  elif not fmt.scale_is_power_of_two:
+  elif problem.scales is not None and not fmt.scale_is_power_of_two:
     unit *= expand.E2M1.unit
   out = few_rows_kernel.few_rows(
     x,
@@ -177,6 +181,7 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
     chunk=chunk,
     columns=columns,
     quantized=quantized,
+    quantized_w=fmt if problem.scales is None else None,
     out_dtype=out_dtype,
     config=few_rows_config(operands, fmt, promote),
   )
@@ -199,7 +204,7 @@ def _few_rows_operand(
   # The rows of one matrix need no zeros behind them, those of several do.
   x = problem.x if batch == 1 else jnp.pad(problem.x, ((0, 0), (0, held - m), (0, 0)))
   x, rows = x.reshape(-1, k), batch * held
-  if fmt.scale_is_power_of_two:
+  if problem.scales is not None and fmt.scale_is_power_of_two:
     x, x_scales = codes_operand(x, fmt, rows)
     x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, held), 0, 1)
     return x.reshape(batch, held, -1), x_scales.reshape(batch, k // chunk.k, -1, held)
@@ -207,7 +212,7 @@ def _few_rows_operand(
     x,
     fmt,
     global_scale,
-    dtype=jnp.float16,
+    dtype=quantized_tile.operand_dtype(fmt),
     interleave=True,
     rows=rows,
     config=TuningConfig(tiles_per_step=1),
@@ -269,11 +274,15 @@ def rows_of_a_matrix(operands: Operands) -> int:
 
 def chunk_of(operands: Operands, fmt: Format) -> few_rows_tiles.Chunk:
   """What the kernel for few rows loads of w at once: k is a multiple of chunk.k."""
+  if operands.scales is None:
+    # Smaller where x takes as much shared memory as w, or two warpgroups would have to do.
+    k = 256 if rows_of_a_matrix(operands) <= 32 else 128
+    return few_rows_tiles.Chunk(k, 8 * np.dtype(operands.w.dtype).itemsize, None)
   if fmt.scale_is_power_of_two:
     k = 512
   else:
     # With 16 rows 17.4 us on an H100, in smaller chunks 18.0; with 32 rows 19.5 and 19.1.
-    few = _apart(operands) or rows_of_a_matrix(operands) <= 16
+    few = _apart(operands, fmt) or rows_of_a_matrix(operands) <= 16
     k = 512 if few and operands.k % 512 == 0 else 256
   return few_rows_tiles.Chunk(k, fmt.bits, fmt.group_size)
 
@@ -283,7 +292,7 @@ def few_rows_layout(
 ) -> tuple[few_rows_tiles.Chunk, apart.Columns | None, int]:
   """What the kernel for few rows loads of w at once, x's columns, and how many rows or columns."""
   rows, chunk = rows_of_a_matrix(operands), chunk_of(operands, fmt)
-  if not fmt.scale_is_power_of_two and _apart(operands):
+  if _apart(operands, fmt):
     columns = apart.Columns.of(rows)
     return chunk, columns, columns.count
   return chunk, None, few_rows_tiles.rows_held(rows)
@@ -293,14 +302,17 @@ def few_rows_quantized(operands: Operands, fmt: Format) -> QuantizedRows | None:
   """What becomes of x where the kernel for few rows quantizes it itself."""
   chunk, columns, held = few_rows_layout(operands, fmt)
   rows = rows_of_a_matrix(operands)
-  expanded = columns is None and not fmt.scale_is_power_of_two
-  if expanded or rows > quantized_rows.MAX_ROWS[fmt.bits] or chunk.k != quantized_rows.CHUNK_K:
+  if operands.scales is None or (columns is None and not fmt.scale_is_power_of_two):
+    return None
+  if rows > quantized_rows.MAX_ROWS[fmt.bits] or chunk.k != quantized_rows.CHUNK_K:
     return None
   return QuantizedRows(rows, fmt, columns, held)
 
 
-def _apart(operands: Operands) -> bool:
+def _apart(operands: Operands, fmt: Format) -> bool:
   """Whether x, of one matrix, has few enough rows that nvfp4's groups get columns of their own."""
+  if operands.scales is None or fmt.scale_is_power_of_two:
+    return False
   one_matrix = _shared_w(operands) or math.prod(operands.x.shape[:-2]) == 1
   few = rows_of_a_matrix(operands) <= apart.MAX_ROWS
   return one_matrix and few and operands.x.shape[-1] >= apart.MIN_K
@@ -311,7 +323,7 @@ def few_rows_config(operands: Operands, fmt: Format, promote: bool) -> few_rows_
   chunk, columns, held = few_rows_layout(operands, fmt)
   if columns is not None:
     x_bytes = held * chunk.k + 4 * max(32, chunk.scales * columns.rows)
-  elif fmt.scale_is_power_of_two:
+  elif operands.scales is not None and fmt.scale_is_power_of_two:
     x_bytes = held * (chunk.k + 4 * chunk.scales)
   else:
     x_bytes = held * chunk.k * 2

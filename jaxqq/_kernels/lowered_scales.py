@@ -1,13 +1,13 @@
 """The scales of packed w as the fp8 product takes them: how far to lower codes, and to what.
 
-A row's bytes lie in up to 16 lanes of a warp, 16 in each where rows start at multiples of 16 bytes:
-a warpgroup has several rows, and their maxima take a few shuffles. Rows are walked along twice; the
-second time their bytes are in the cache next to the cores.
+`packed_fp8_operands.py` launches it. A row's bytes lie in up to 16 lanes of a warp, 16 in each if
+rows start at multiples of 16 bytes: a warpgroup has several rows, and their maxima take a few
+shuffles. Rows are walked along twice; the second time their bytes are in the cache next to the
+cores.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -17,14 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.codes import extremes_of, lowest_of, no_extremes
-from jaxqq._kernels.groups import (
-  TuningConfig,
-  View,
-  by_blocks,
-  load_gmem,
-  per_group,
-  store_gmem,
-)
+from jaxqq._kernels.groups import TuningConfig, View, load_gmem, per_group, store_gmem
 from jaxqq._kernels.tiles import NAN_EXPONENT
 
 # How far a group's scale may lie below the largest of its row, in powers of two: its codes lose
@@ -38,34 +31,6 @@ _VECTORS = 4  # of 16 bytes, that a thread has of a row at once
 CONFIG = TuningConfig(tiles_per_step=2)
 
 
-def lowered_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """mxfp8 scales as `expand.E4M3` takes them, and whether that is close enough.
-
-  Args:
-    scales: uint8 (rows, groups), of 32 groups or more; fast where they are a multiple of 16.
-
-  Returns:
-    downs: uint8 (rows, groups), 8 * (row exponent - scale); 0x7F, which leaves nothing, where that
-      is above 15 * 8; anything in a row with a NaN.
-    row_exponents: int32 (rows,), the largest scale of a row; NAN_EXPONENT where one is NaN.
-    wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it. One of 0 does not count:
-      it is that of zeros, or of numbers too small to matter. 0 in a row with a NaN.
-  """
-  vectors, view = scale_vectors(scales)
-  downs, row_exponents, wild = by_blocks(
-    functools.partial(lower_rows, view=view),
-    (vectors,),
-    (
-      jax.ShapeDtypeStruct(vectors.shape[1:], jnp.uint8),
-      jax.ShapeDtypeStruct((), jnp.int32),
-      jax.ShapeDtypeStruct((), jnp.int32),
-    ),
-    view,
-    CONFIG,
-  )
-  return downs.reshape(scales.shape), row_exponents, wild
-
-
 def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:
   """Rows (rows, groups) as `lower_rows` takes them, (rows, vectors, vector)."""
   rows, groups = scales.shape
@@ -76,8 +41,23 @@ def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:
 
 
 def lower_rows(
-  rows: Any, scales_ref: Any, downs_ref: Any, exponents_ref: Any, wild_ref: Any, *, view: View
+  rows: Any,
+  scales_ref: Any,  # uint8 (rows, vectors, vector), of 32 groups or more; fast from 16 in a vector
+  downs_ref: Any,
+  exponents_ref: Any,
+  wild_ref: Any,
+  *,
+  view: View,
 ) -> None:
+  """mxfp8 scales as `expand.E4M3` takes them, and whether that is close enough.
+
+  Writes:
+    downs: uint8 as the scales, 8 * (row exponent - scale); 0x7F, which leaves nothing, where that
+      is above 15 * 8; anything in a row with a NaN.
+    exponents: int32 (rows,), the largest scale of a row; NAN_EXPONENT where one is NaN.
+    wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it. One of 0 does not count:
+      it is that of zeros, or of numbers too small to matter. 0 in a row with a NaN.
+  """
   lanes, _ = view.minor
   vectors = scales_ref.shape[1]
   size = lanes * min(_VECTORS, vectors // lanes)

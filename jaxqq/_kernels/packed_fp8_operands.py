@@ -26,7 +26,7 @@ from jaxqq._kernels.operands import check_fp8, fp8_codes, fp8_groups, fp8_row
 def packed_fp8_operands(
   x: jax.Array, scales: jax.Array, fmt: Format
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-  """`fp8_operand` of x and `lowered_scales` of w's scales.
+  """`fp8_operand` of x, and w's scales lowered.
 
   Args:
     x: float32, float16 or bfloat16, (m, k).
@@ -36,7 +36,7 @@ def packed_fp8_operands(
   Returns:
     codes: float8_e4m3fn (m, k).
     row_exponents: int32 (m,), of x.
-    downs: uint8 (n, groups).
+    downs: uint8 (n, groups), as `lower_rows` writes them.
     row_exponents: int32 (n,), of w.
     wild: int32 (m + n or more,), of x and w.
   """

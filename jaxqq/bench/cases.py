@@ -113,7 +113,7 @@ SUITES = {
     (256, 1024, 4096, 8192),
     ((8192,) * 2,),
   ),
-  "few-rows": Suite("decoding", ("packed",), (1, 8, 16, 32, 64), ((8192,) * 2,)),
+  "few-rows": Suite("decoding", ("packed", "on the fly"), (1, 8, 16, 32, 64), ((8192,) * 2,)),
   "few-rows-llama": Suite("decoding, layers of Llama 3", ("packed",), (1, 8, 64), LLAMA),
   "llama": Suite("layers of Llama 3 8B and 70B", ("packed", "on the fly"), (1024, 4096), LLAMA),
   "quantize": Suite(
