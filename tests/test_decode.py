@@ -351,10 +351,8 @@ runpy.run_path({str(PATH)!r}, run_name="__main__")
 
 def test_readme_shows_what_is_kept():
   """Of the results that are kept, the README has the tables that --show prints, and no others."""
-  names = ("h200_decode.json", "h200_decode_nnx.json")
-  paths = [ROOT / "jaxqq" / "bench" / "results" / name for name in names]
-  contents = [json.loads(path.read_text()) for path in paths if path.exists()]
-  printed = example.table(example.together(contents)["models"]) if contents else ""
+  path = ROOT / "jaxqq" / "bench" / "results" / "h100_decode.json"
+  printed = example.table(json.loads(path.read_text())["models"])
   section = (ROOT / "README.md").read_text().partition("\n## Decoding\n")[2].partition("\n## ")[0]
   assert section
   assert cells_of(section) == cells_of(printed)

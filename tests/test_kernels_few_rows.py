@@ -381,7 +381,9 @@ def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
 
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize(("n", "k", "split"), [(2048, 8192, 4), (4096, 4096, 2), (8192, 8192, 1)])
+@pytest.mark.parametrize(
+  ("n", "k", "split"), [(91, 4096, 4), (2048, 8192, 4), (4096, 4096, 2), (8192, 8192, 1)]
+)
 def test_few_rows_of_w_are_shared_by_clusters(mode, n, k, split):
   """As many CTAs as multiprocessors can hold at once, each warpgroup with a chunk."""
   fmt, spec = FORMATS[mode], jax.ShapeDtypeStruct

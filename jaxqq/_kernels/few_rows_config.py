@@ -11,7 +11,7 @@ from jaxqq._kernels.tiles import NUM_SMS, Grid
 
 BLOCK_N = tensor_cores.ROWS
 MAX_ROWS = 64
-_SHARED_MEMORY = 226 * 1024  # bytes, of 227 KiB: barriers need some
+_SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _rounded_pair(a: Any, b: Any, factor: Any, scale: Any, fmt: Format) -> Any:
     mov.b32 bits, {largest};
     min.{kind} pair, pair, bits;
     prmt.b32 signs, $1, $2, 0x7632;
-    lop3.b32 pair, pair, signs, 0x80008000, 0xEA;
+    lop3.b32 pair, pair, signs, 0x80008000, 0xF8;
     mul.rn.{kind} $0, pair, $4;
   }}"""
   return _asm(asm, [a, b, factor, scale], "=r,r,r,f,r")

@@ -258,7 +258,7 @@ def plot(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
     panel.set_title(" ".join(kind))
     sizes = sorted({row.m for row in shown})
     panel.set_xscale("log")
-    panel.set_xticks(sizes, labels=[str(m) for m in sizes])
+    panel.set_xticks(sizes, labels=[str(m) for m in sizes], rotation=45)
     panel.minorticks_off()
     panel.set_xlabel("M")
     panel.grid(alpha=0.3)
