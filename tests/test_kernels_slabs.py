@@ -146,9 +146,18 @@ def test_slabs_are_whole_tiles_that_fit():
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 @pytest.mark.parametrize("split", [("tensor", None), (None, "tensor")], ids=["n", "k"])
-def test_what_the_partitioner_gets_has_no_mutable_arrays(mode, split, monkeypatch):
-  """XLA asks for a device's part when it compiles, and JAX refuses one that has any."""
-  fmt, (m, n, k) = FORMATS[mode], (8192, 2048, 8192)
+@pytest.mark.parametrize(
+  ("m", "packed", "kernel"),
+  [
+    (1, True, "jaxqq_few_rows"),
+    (8, False, "jaxqq_few_rows"),
+    (1024, True, "jaxqq_packed_matmul"),
+    (8192, True, "jaxqq_matmul"),  # in slabs
+  ],
+)
+def test_what_the_partitioner_gets(mode, split, m, packed, kernel, monkeypatch):
+  """XLA asks for a device's part when it compiles, and JAX refuses one with mutable arrays."""
+  fmt, (n, k) = FORMATS[mode], (2048, 8192)
   mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
   rules = {}
 
@@ -163,10 +172,13 @@ def test_what_the_partitioner_gets_has_no_mutable_arrays(mode, split, monkeypatc
     sharding = jax.sharding.NamedSharding(mesh, jax.P(*axes))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  args = (
-    spec((m, k), jnp.bfloat16, None, split[1]),
+  of_w = (
     spec((n, k * fmt.bits // 32), jnp.uint32, *split),
     spec((n, k // fmt.group_size), jnp.uint8, *split),
+  )
+  args = (
+    spec((m, k), jnp.bfloat16, None, split[1]),
+    *(of_w if packed else (spec((n, k), jnp.bfloat16, *split),)),
   )
   jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args).lower(lowering_platforms=("cuda",))
   _, part, _, shardings = rules["partition"](mesh, args, spec((m, n), jnp.bfloat16, None, split[0]))
@@ -175,10 +187,9 @@ def test_what_the_partitioner_gets_has_no_mutable_arrays(mode, split, monkeypatc
     for a, sharding in zip(args, shardings, strict=True)
   ]
   traced = jax.make_jaxpr(part, axis_env=list(mesh.shape.items()))(*parts)
-  assert "jaxqq_matmul" in str(traced)  # slabs
+  assert kernel in str(traced)
   effects = {type(effect).__name__ for effect in traced.effects}
   assert effects <= {"NamedAxisEffect"}
   if split[0]:
-    assert (
-      "jaxqq_matmul" in jax.jit(part).trace(*parts).lower(lowering_platforms=("cuda",)).as_text()
-    )
+    lowered = jax.jit(part).trace(*parts).lower(lowering_platforms=("cuda",))
+    assert kernel in lowered.as_text()
