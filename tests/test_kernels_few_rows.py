@@ -151,10 +151,6 @@ UNQUANTIZED_CASES = {
   "nvfp4, 1 row": ("nvfp4", BF16, (1, 1), 1, 133, 1024, False, C(4)),
   "nvfp4, 1 row, in float32": ("nvfp4", F32, (1, 2), 1, 70, 1024, True, C(4, 2, promote=True)),
   "nvfp4, 2 rows": ("nvfp4", F16, (1, 1), 2, 65, 2560, True, C(4)),
-  "nvfp4, 3 rows": ("nvfp4", BF16, (1, 1), 3, 64, 1536, False, C(4, 2)),
-  "nvfp4, 4 rows": ("nvfp4", F32, (1, 1), 4, 200, 1024, True, C(4, promote=True)),
-  "nvfp4, 5 rows": ("nvfp4", BF16, (1, 1), 5, 61, 1024, False, C(2, 2)),
-  "nvfp4, 8 rows": ("nvfp4", F16, (1, 1), 8, 64, 1536, True, C(4)),
   "mxfp8, 1 row": ("mxfp8", BF16, (1, 1), 1, 133, 2560, False, C(4)),
   "mxfp8, 3 rows, x shared": ("mxfp8", BF16, (1, 3), 3, 66, 1024, False, C(2, 2)),
   "mxfp8, 4 rows": ("mxfp8", BF16, (2, 2), 4, 61, 1536, False, C(4)),
@@ -199,7 +195,7 @@ def check_unquantized(run, name):
     unit=unit,
     chunk=frc.Chunk(512, fmt.bits, fmt.group_size),
     columns=columns,
-    quantized=QuantizedRows(m, fmt, columns, held),
+    quantized_x=QuantizedRows(m, fmt, columns, held),
     out_dtype=dtype,
     config=config,
   )
@@ -213,7 +209,7 @@ UNPACKED_CASES = {
   # mode, w, out, (b of x, b of w), m, n, k, global scales, config
   "nvfp4": ("nvfp4", BF16, BF16, (1, 1), 1, 133, 512, False, C(4)),
   "nvfp4, scaled": ("nvfp4", F16, F32, (1, 2), 9, 65, 768, True, C(4, promote=True)),
-  "mxfp8": ("mxfp8", BF16, BF16, (1, 1), 3, 133, 768, False, C(2, 2)),
+  "mxfp8 in small chunks": ("mxfp8", BF16, BF16, (1, 1), 3, 133, 640, False, C(2, 2)),
   "mxfp8, promoted": ("mxfp8", F16, F32, (2, 1), 17, 64, 512, False, C(2, 2, promote=True)),
 }
 UNPACKED_SPLIT_CASES = {
@@ -245,7 +241,7 @@ def check_unpacked(run, name):
     fr.few_rows,
     m=m,
     unit=1 / 2688 if scaled else 1.0,
-    chunk=frc.Chunk(256, 16, None),
+    chunk=frc.Chunk(128 if k % 256 else 256, 16, None),
     quantized_w=fmt,
     out_dtype=dtype,
     config=config,
@@ -254,6 +250,41 @@ def check_unpacked(run, name):
   out = run(g, nothing_beyond(interleaved(x), m, np.nan), None, w, None, factors)
   x = x.astype(np.float64) * (factors[0] if scaled else 1)
   assert_product(out, x, w_hat, dtype)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
+def test_a_global_scale_that_is_no_amax_gives_nan(bad):
+  rng = np.random.default_rng(0)
+  codes, scales = e2m1_operand(rng, 1, 64, 512)
+  x = interleaved(rng.standard_normal((1, 8, 512)).astype(F16))
+  f = functools.partial(fr.few_rows, m=8, chunk=frc.Chunk(256, 4, 16), out_dtype=F32, config=C(4))
+  g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
+  factors = tuple(np.array([scale], F32) for scale in (2.0, bad))
+  out = interpreted(g, x, None, oracle.pack(codes, "nvfp4"), scales, factors)
+  assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize(
+  ("mode", "m", "k", "kernels"),
+  [
+    ("nvfp4", 1, 8192, 1),
+    ("nvfp4", 2, 8192, 2),
+    ("nvfp4", 1, 1280, 2),
+    ("mxfp8", 8, 8192, 1),
+    ("mxfp8", 9, 8192, 2),
+  ],
+)
+def test_how_many_kernels_a_product_is(mode, m, k, kernels):
+  """With global scales, for which there is none of their own."""
+  spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
+  w = spec((512, k * fmt.bits // 32), jnp.uint32), spec((512, k // fmt.group_size), jnp.uint8)
+  scale = spec((), jnp.float32)
+  scales = {"global_scale_x": scale, "global_scale_w": scale} if mode == "nvfp4" else {}
+  product = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+  traced = product.trace(spec((m, k), jnp.bfloat16), *w, **scales)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("stablehlo.custom_call @mosaic") == kernels
+  assert "stablehlo.divide" not in text and "stablehlo.select" not in text
 
 
 @pytest.mark.parametrize("name", UNPACKED_CASES)
@@ -375,7 +406,7 @@ def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
     spec((n, k // fmt.group_size), jnp.uint8, *of_w),
   )
   text = jaxqq.explain(*args, mode=mode, device="cuda")
-  assert "a kernel streams w" in text, text
+  assert "a kernel that streams w" in text, text
   traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
   assert "CustomSPMDPartitioning" in traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -124,18 +124,19 @@ def test_outliers_in_data_of_one_sign(packed):
   check(*hard_data("positive outliers", 130, 200, 4096), "mxfp8", packed=packed)
 
 
-# Few rows of x against packed w have kernels of their own: up to 8, and up to 64.
+# Few rows of x have kernels of their own, and there are three of packed w: one row, 8, up to 64.
 FEW = (1, 3, 16, 40)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("m", FEW)
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_hard_data_of_few_rows(mode, m):
+def test_hard_data_of_few_rows(mode, m, packed):
   for data in HARD:
     x, w = hard_data(data, m, 201, 8192)
-    args, kwargs, *_ = operands(x, w, mode, packed=True)
-    assert "a kernel streams w" in jaxqq.explain(*args, **kwargs)
-    check(x, w, mode, packed=True)
+    args, kwargs, *_ = operands(x, w, mode, packed=packed)
+    assert "a kernel that streams w" in jaxqq.explain(*args, **kwargs)
+    check(x, w, mode, packed=packed)
 
 
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
@@ -148,15 +149,16 @@ def test_every_number_of_few_rows(m, mode):
   check(x, w, mode, packed=True)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("m", FEW)
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize(
   ("mode", "global_scale"), [("nvfp4", False), ("nvfp4", True), ("mxfp8", False)]
 )
-def test_dtypes_of_few_rows(mode, global_scale, dtype, m):
+def test_dtypes_of_few_rows(mode, global_scale, dtype, m, packed):
   for data, precision in itertools.product((oracle.random, oracle.with_outliers), (None, HIGHEST)):
     check_dtype(
-      mode, dtype, data, (m, 265, 8192), precision, packed=True, global_scale=global_scale
+      mode, dtype, data, (m, 265, 8192), precision, packed=packed, global_scale=global_scale
     )
 
 

@@ -158,10 +158,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
   Implementation(
     name="hopper_few_rows",
     summary=(
-      "a kernel streams w through the tensor cores: packed codes in fp8 (mxfp8, and nvfp4 of up to "
-      "8 rows), where each group's sum is scaled in float32, or expanded to float16 in registers; "
-      "unquantized numbers quantized in registers. Beside packed w it quantizes x itself (a row of "
-      "nvfp4, eight of mxfp8), else another kernel does"
+      "a kernel that streams w through the tensor cores: packed codes in fp8 (mxfp8, and nvfp4 of "
+      "up to 8 rows), where each group's sum is scaled in float32, or expanded to float16 in "
+      "registers; unquantized numbers quantized in registers. Beside packed w it quantizes x "
+      "itself (a row of nvfp4, eight of mxfp8), else another kernel does"
     ),
     platforms=("cuda",),
     refuses=_refusal_of_few_rows,

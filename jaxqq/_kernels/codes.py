@@ -201,8 +201,16 @@ def scalars_of(global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
 def _encoding_scale(global_scale: jax.Array, fmt: Format) -> jax.Array:
   """enc = 2688 / global_scale; NaN where that is no amax."""
   enc = jnp.minimum(quotient(fmt.largest_value, jnp.abs(global_scale)), _FLOAT32_MAX)
-  is_amax = (global_scale >= 0) & (global_scale <= _FLOAT32_MAX)
-  return jnp.where(is_amax, enc, jnp.float32(np.nan))
+  return jnp.where(_is_amax(global_scale), enc, jnp.float32(np.nan))
+
+
+def amax_or_nan(global_scale: jax.Array) -> jax.Array:
+  """A global scale, or NaN where that is no amax: negative, infinite or NaN."""
+  return jnp.where(_is_amax(global_scale), global_scale, jnp.float32(np.nan))
+
+
+def _is_amax(global_scale: jax.Array) -> jax.Array:
+  return (global_scale >= 0) & (global_scale <= _FLOAT32_MAX)
 
 
 def quotient(dividend: float, divisor: jax.Array) -> jax.Array:

@@ -210,7 +210,7 @@ def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
 
 
 def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
-  """Register (b, half): a word of four codes, their exponents lowered as `lowered_scales` says.
+  """Register (b, half): a word of four codes, their exponents lowered as `lower_rows` says.
 
   Lowering an exponent field by d is subtracting 8 * d from the byte's magnitude. Where that
   borrows (the top bit, set before, tells) the code becomes zero; where it leaves an exponent

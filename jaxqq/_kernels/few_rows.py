@@ -8,9 +8,9 @@ A CTA has 64 rows of w at a time and all of k, in chunks that go round its compu
     warpgroup 2, ...
 
 - The memory warpgroup has the copy engine (TMA) keep all of shared memory full: packed words and
-  scales of w, and of x_hat what belongs to them, in one chunk. Where x has so few rows that its
-  quantization is little work, a compute warpgroup does that itself, while it waits for its chunk
-  of w (`quantized_rows.py`).
+  scales of w, or its numbers, and of x_hat what belongs to them, in one chunk. Where x meets packed
+  w with so few rows that their quantization is little work, a compute warpgroup does that itself,
+  while it waits for its chunk of w (`quantized_rows.py`).
 - A compute warpgroup multiplies its chunks: out^T = w_hat x_hat^T, 64 rows of w by all of x_hat.
   nvfp4, up to 8 rows: codes go to the fp8 tensor cores, two groups an instruction, which columns
   of x_hat keep apart, and each group's exact sum is multiplied by its two scales (`apart.py`).
@@ -36,6 +36,7 @@ from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
 from jaxqq._kernels import apart, cluster_sums, expand, quantized_tile, tensor_cores
+from jaxqq._kernels.codes import amax_or_nan
 from jaxqq._kernels.few_rows_config import BLOCK_N, Chunk, Config
 from jaxqq._kernels.quantized_rows import CHUNK_K, QuantizedRows
 from jaxqq._kernels.store_columns import store_columns
@@ -56,49 +57,49 @@ _REGISTERS = {2: 232, 4: 104}
 
 
 def few_rows(
-  # (b or 1, rows or columns, k) of float16, or (.., .., k / 4) of four e4m3 numbers in a uint32; or
-  # (b or 1, m, k) to be quantized here
+  # (b or 1, rows or columns, k) of 16 bit floats, or (.., .., k / 4) of four e4m3 numbers in a
+  # uint32; or (b or 1, m, k) to be quantized here
   x: jax.Array,
   x_scales: jax.Array | None,  # of e4m3 numbers: float32 (b or 1, k / chunk.k, .., ..)
-  words: jax.Array,  # uint32 (b or 1, n, k * bits / 32); or (b or 1, n, k) of 16 bit floats
+  w: jax.Array,  # uint32 (b or 1, n, k * bits / 32); or (b or 1, n, k) of 16 bit floats
   scales: jax.Array | None,  # uint8 (b or 1, n, k / group_size); or None
-  factors: tuple[jax.Array, ...],  # float32 (1,)
+  factors: tuple[jax.Array, ...],  # float32 (1,), each the amax of a tensor
   m: int,  # rows of x that count: what others hold reaches no result
   *,
   chunk: Chunk,
   unit: float = 1.0,
   columns: apart.Columns | None = None,  # nvfp4: where x has them, `apart.apart_operand`
   # What is to become of x, or of w, whose global scales are then the first and second factor.
-  quantized: QuantizedRows | None = None,
+  quantized_x: QuantizedRows | None = None,
   quantized_w: Format | None = None,
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
 ) -> jax.Array:
   """(b, m, n): the sums times the unit and all factors. k is a multiple of chunk.k."""
-  n = words.shape[1]
-  held = quantized.held if quantized else x.shape[1]
+  n = w.shape[1]
+  held = quantized_x.held if quantized_x else x.shape[1]
   w_columns = chunk.k if quantized_w else chunk.words
-  all_steps = words.shape[2] // w_columns
+  all_steps = w.shape[2] // w_columns
   k_steps = all_steps // config.split
-  batch = max(x.shape[0], words.shape[0])
+  batch = max(x.shape[0], w.shape[0])
   workers, stages, grid = config.compute_warpgroups, config.num_stages, config.grid
   split = config.split
-  x_scaled = x_scales is not None or quantized is not None
-  x_dtype: Any = jnp.uint32 if quantized else x.dtype
-  x_columns = CHUNK_K // 4 if quantized else x.shape[2] // all_steps
+  x_scaled = x_scales is not None or quantized_x is not None
+  x_dtype: Any = jnp.uint32 if quantized_x else x.dtype
+  x_columns = CHUNK_K // 4 if quantized_x else x.shape[2] // all_steps
   x_transforms = tile_transforms(x_columns, x_dtype)
-  words_transforms = tile_transforms(w_columns, words.dtype)
+  w_transforms = tile_transforms(w_columns, w.dtype)
   sums_transforms = tile_transforms(held, jnp.float32)
 
-  num_loads = 1 + (scales is not None) + (not quantized) + (x_scales is not None)
+  num_loads = 1 + (scales is not None) + (not quantized_x) + (x_scales is not None)
 
   def kernel(*refs: Any) -> None:
-    x_g, words_g, *rest = refs
+    x_g, w_g, *rest = refs
     scales_g: Any = None if scales is None else rest.pop(0)
     factors_g, rest = rest[: len(factors)], rest[len(factors) :]
     x_scales_g: Any = rest.pop(0) if x_scales is not None else None
-    out_g, x_s, words_s, sums_s, *rest = rest
+    out_g, x_s, w_s, sums_s, *rest = rest
     scales_s: Any = None if scales is None else rest.pop(0)
     x_scales_s: Any = rest.pop(0) if x_scaled else None
     part_s: Any = rest.pop(0) if split > 1 else None
@@ -118,10 +119,10 @@ def few_rows(
         place = a_g.at[batch_of(a_g, b), rows, pl.ds(ki * columns, columns)]
         plgpu.copy_gmem_to_smem(place, a_s.at[slot], full.at[slot])
 
-      copy(words_g, rows, w_columns, words_s)
+      copy(w_g, rows, w_columns, w_s)
       if scales is not None:
         copy(scales_g, rows, chunk.scales, scales_s)
-      if not quantized:
+      if not quantized_x:
         copy(x_g, pl.ds(0, held), x_columns, x_s)
       if x_scales is not None:
         place = x_scales_g.at[batch_of(x_scales_g, b), ki]
@@ -136,7 +137,7 @@ def few_rows(
 
     def add_expanded(sums: Any, slot: Any) -> Any:
       """sums + a chunk's product, its codes expanded in registers."""
-      words = plgpu.load(words_s.at[slot], layout=expand.E2M1.words_layout, optimized=False)
+      words = plgpu.load(w_s.at[slot], layout=expand.E2M1.words_layout, optimized=False)
       all_scales = expand.load_scales(scales_s.at[slot], expand.E2M1, bool(interpret))
       for step in range(chunk.words // expand.E2M1.words):
         its = slice(step * expand.E2M1.words, (step + 1) * expand.E2M1.words)
@@ -152,7 +153,7 @@ def few_rows(
       global_scale = factors_g[1][0] if factors else None
       for step in range(chunk.k // quantized_tile.STEP_K):
         columns = pl.ds(step * quantized_tile.STEP_K, quantized_tile.STEP_K)
-        numbers = words_s.at[slot, :, columns]
+        numbers = w_s.at[slot, :, columns]
         a = quantized_tile.quantized_tile(numbers, quantized_w, global_scale, bool(interpret))
         sums = add_step(sums, a, slot, step)
       return sums
@@ -171,11 +172,11 @@ def few_rows(
       row_words = expand.scale_words(scales_s.at[slot], bool(interpret))
       for step, words_of_step in enumerate(row_words):
         columns = pl.ds(step * _STEP_WORDS, _STEP_WORDS)
-        a, b = words_s.at[slot, :, columns], x_s.at[slot, :, columns]
+        a, b = w_s.at[slot, :, columns], x_s.at[slot, :, columns]
         if interpret:
           products = _products_of_groups(a[...], b[...])
         else:
-          begun = tensor_cores.begin(a, b, words_transforms, E4M3, parts=_GROUPS)
+          begun = tensor_cores.begin(a, b, w_transforms, E4M3, parts=_GROUPS)
           products = tensor_cores.finish(begun)
         for i, product in enumerate(products):
           of_rows = _power_of_two((words_of_step >> np.uint32(8 * i)) & np.uint32(0xFF))
@@ -201,7 +202,7 @@ def few_rows(
         first = step * apart.STEP_WORDS
         tile, within = divmod(first, _STEP_WORDS)
         if within == 0:
-          ref = words_s.at[slot, :, pl.ds(tile * _STEP_WORDS, _STEP_WORDS)]
+          ref = w_s.at[slot, :, pl.ds(tile * _STEP_WORDS, _STEP_WORDS)]
           words = plgpu.load(ref, layout=apart.WORDS_LAYOUT, optimized=False)
         its = words[:, within : within + apart.STEP_WORDS]
         b = x_s.at[slot, :, pl.ds(step * _STEP_WORDS, _STEP_WORDS)]
@@ -225,9 +226,9 @@ def few_rows(
       add = add_apart
 
     def quantize_x(slot: Any, ki: Any, t: Any) -> None:
-      assert quantized is not None
+      assert quantized_x is not None
       b = tile_of(t)[0] if x.shape[0] > 1 else 0
-      quantized.write(
+      quantized_x.write(
         x_g.at[b],
         ki + own_part * k_steps,
         x_s.at[slot],
@@ -252,7 +253,7 @@ def few_rows(
       def add_chunk(i: Any, sums: Any) -> Any:
         ki = own_first + i * workers
         slot = lax.rem(first + ki, jnp.int32(stages))
-        if quantized:
+        if quantized_x:
           quantize_x(slot, ki, t)
         plgpu.barrier_wait(full.at[slot])
         sums = add(sums, slot)
@@ -288,7 +289,7 @@ def few_rows(
         sums = (apart.collapse_twin if interpret else apart.collapse)(sums, columns)
       out = sums * np.float32(unit)
       for factor in factors_g:
-        out = out * factor[0]
+        out = out * amax_or_nan(factor[0])
       out = out.astype(out_dtype)
       layout = plgpu.Layout.WGMMA if columns is None else apart.WORDS_LAYOUT
       store_columns(out, layout, out_g.at[b], ni * BLOCK_N, m, n, bool(interpret))
@@ -296,9 +297,9 @@ def few_rows(
     @pl.when(warpgroup < workers)
     def _compute() -> None:
       plgpu.set_max_registers(_REGISTERS[workers], action="increase")
-      if quantized:
+      if quantized_x:
         for i in range(0, stages, workers):
-          quantized.clear(x_s.at[warpgroup + i], bool(interpret))
+          quantized_x.clear(x_s.at[warpgroup + i], bool(interpret))
 
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
@@ -321,13 +322,13 @@ def few_rows(
 
   scratch: list[Any] = [
     plgpu.SMEM((stages, held, x_columns), x_dtype, transforms=x_transforms),
-    plgpu.SMEM((stages, BLOCK_N, w_columns), words.dtype, transforms=words_transforms),
+    plgpu.SMEM((stages, BLOCK_N, w_columns), w.dtype, transforms=w_transforms),
     plgpu.SMEM((workers - 1, BLOCK_N, held), jnp.float32, transforms=sums_transforms),
   ]
   if scales is not None:
     scratch.append(plgpu.SMEM((stages, BLOCK_N, chunk.scales), jnp.uint8))
-  if quantized:
-    scratch.append(plgpu.SMEM((stages, *quantized.scales_shape), jnp.float32))
+  if quantized_x:
+    scratch.append(plgpu.SMEM((stages, *quantized_x.scales_shape), jnp.float32))
   if x_scales is not None:
     rows, size = x_scales.shape[2:]
     # The copy engine writes to multiples of 128 bytes.
@@ -357,8 +358,8 @@ def few_rows(
     kernel_name="jaxqq_few_rows",
   )
   operands = [
-    quantized.operand(x) if quantized else x,
-    *(padded(a, rounded_up(n, 8)) for a in (words, scales) if a is not None),
+    quantized_x.operand(x) if quantized_x else x,
+    *(padded(a, rounded_up(n, 8)) for a in (w, scales) if a is not None),
     *factors,
   ]
   if x_scales is not None:

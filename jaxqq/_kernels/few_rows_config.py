@@ -20,7 +20,7 @@ class Config:
 
   num_stages: int  # chunks in shared memory, a multiple of the warpgroups
   compute_warpgroups: int = 4
-  promote: bool = False  # nvfp4: add to float32 sums after every step
+  promote: bool = False  # 16 bit operands: add to float32 sums after every step
   split: int = 1  # CTAs that share a tile, each with a part of k
 
   @property

@@ -7,6 +7,7 @@
                              +--> slab_matmul --------> out      w packed, x of some thousand rows
                              +--> few_rows -----------> out      w packed, x of up to 64 rows
     w -----------------------+--> few_rows -----------> out      w in 16 bits, x of up to 64 rows
+    x, words, scales --------+--> few_rows -----------> out      w packed, x of one row (mxfp8: 8)
 
 One matrix whose contracted axis comes first is quantized down its columns, as it lies.
 
@@ -155,7 +156,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
 
 
 def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:
-  """The product of few rows of x and packed w."""
+  """The product of few rows of x and w, packed or in 16 bits."""
   fmt, problem = FORMATS[mode], _folded(operands)
   chunk, columns, held = few_rows_layout(operands, fmt)
   m = problem.x.shape[1]
@@ -180,7 +181,7 @@ def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) 
     unit=unit,
     chunk=chunk,
     columns=columns,
-    quantized=quantized,
+    quantized_x=quantized,
     quantized_w=fmt if problem.scales is None else None,
     out_dtype=out_dtype,
     config=few_rows_config(operands, fmt, promote),
@@ -276,7 +277,7 @@ def chunk_of(operands: Operands, fmt: Format) -> few_rows_tiles.Chunk:
   """What the kernel for few rows loads of w at once: k is a multiple of chunk.k."""
   if operands.scales is None:
     # Smaller where x takes as much shared memory as w, or two warpgroups would have to do.
-    k = 256 if rows_of_a_matrix(operands) <= 32 else 128
+    k = 256 if rows_of_a_matrix(operands) <= 32 and operands.k % 256 == 0 else 128
     return few_rows_tiles.Chunk(k, 8 * np.dtype(operands.w.dtype).itemsize, None)
   if fmt.scale_is_power_of_two:
     k = 512
@@ -304,7 +305,7 @@ def few_rows_quantized(operands: Operands, fmt: Format) -> QuantizedRows | None:
   rows = rows_of_a_matrix(operands)
   if operands.scales is None or (columns is None and not fmt.scale_is_power_of_two):
     return None
-  if rows > quantized_rows.MAX_ROWS[fmt.bits] or chunk.k != quantized_rows.CHUNK_K:
+  if rows > quantized_rows.max_rows(columns) or chunk.k != quantized_rows.CHUNK_K:
     return None
   return QuantizedRows(rows, fmt, columns, held)
 

@@ -1,7 +1,7 @@
 """Both operands of the fp8 product with packed w, in one launch: x quantized, w's scales lowered.
 
-    CTA 0 .. m - 1   a row of x          `operands.fp8_row`
-    CTA m ..         16 rows of scales   `lowered_scales.lower_rows`
+    CTA 0 .. m - 1   a row of x            `operands.fp8_row`
+    CTA m ..         some rows of scales   `lowered_scales.lower_rows`
 
 Each alone is over in a few microseconds, which a launch costs too. What is wild of both is in one
 array, for one reduction.

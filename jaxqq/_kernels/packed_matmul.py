@@ -70,7 +70,7 @@ class Config:
 def packed_matmul(
   x: jax.Array,  # (b or 1, m, k) of expansion.dtype, k a multiple of expansion.step_k
   words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
-  scales: jax.Array,  # uint8 (b or 1, n, k / group_size); for E4M3 the `lowered_scales`
+  scales: jax.Array,  # uint8 (b or 1, n, k / group_size); for E4M3 as `lower_rows` leaves them
   factors: jax.Array,  # float32 (b or 1, 2)
   exponents: tuple[jax.Array, jax.Array] | None,  # int32 (b or 1, m) and (b or 1, n), for E4M3
   *,

@@ -36,13 +36,19 @@ from jaxqq._kernels.groups import WARP, WARPS, View, load_gmem, per_group, posit
 from jaxqq._kernels.tiles import tile_transforms
 
 CHUNK_K = 512
-# By the bits of a code; with more rows w waits for x. On an H100, 8192 x 8192, in microseconds, in
-# brackets where another kernel quantizes x before: nvfp4 17.1 (17.8) with 1 row, 18.1 (17.9) with
-# 2, 23.1 (18.8) with 8; mxfp8 25.2 (27.1) with 1, 25.6 (27.4) with 8, 28.7 (28.2) with 16.
-MAX_ROWS = {4: 1, 8: 8}
 _ROW_BYTES = 128  # of a swizzled tile in shared memory, which has 8 rows
 _TILES = CHUNK_K // _ROW_BYTES  # that a row crosses
 _PART = 16  # bytes that a swizzle moves together
+
+
+def max_rows(columns: apart.Columns | None) -> int:
+  """With more rows, w waits for x.
+
+  On an H100, 8192 x 8192, in microseconds, in brackets where another kernel quantizes x before:
+  nvfp4 17.1 (17.8) with 1 row, 18.1 (17.9) with 2, 23.1 (18.8) with 8; mxfp8 25.2 (27.1) with 1,
+  25.6 (27.4) with 8, 28.7 (28.2) with 16.
+  """
+  return 8 if columns is None else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +99,7 @@ class QuantizedRows:
       return
     each = WARPS * WARP * _PART
 
-    transforms = tile_transforms(x_s.shape[-1], x_s.dtype)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=None)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_transforms(x_s)),), return_type=None)
     def clear(ctx: Any, x_s: Any) -> None:
       del ctx
       thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
@@ -154,16 +158,16 @@ class QuantizedRows:
     if self.columns is None:
       words = [_packed(codes, place >> 2 == i, place & 3) for i in range(elements // 4)]
       byte = group * self.fmt.group_size + before
-      _store(words, _offset(row, byte), layout, x_s)
+      _store(words, _offset(row, byte), layout, x_s, _transforms(x_s))
     else:
       numbers, column = apart.numbers_of_codes(codes), self._column(row, group)
       for h in range(2):  # a thread has two of a word's four numbers
         words = [_packed(numbers, (place & 1) == 1 - h, place >> 1)]
         byte = (group >> 1) * 32 + h * 16 + (group & 1) * 8 + (before >> 1)
-        _store(words, _offset(column, byte), layout, x_s, bits=16)
+        _store(words, _offset(column, byte), layout, x_s, _transforms(x_s), bits=16)
     row, group = self._row_and_group(scales.scale.shape, first)
     layout = self.view.reduced(2)
-    _store([scales.scale], self._scale_index(row, group) * 4, layout, scales_s)
+    _store([scales.scale], self._scale_index(row, group) * 4, layout, scales_s, ())
 
   def _column(self, row: Any, group: Any) -> Any:
     """Which column of x_hat has a group, where groups are kept apart."""
@@ -220,9 +224,19 @@ def _offset(row: Any, byte: Any) -> Any:
 # On MLIR values
 
 
-def _store(words: list[jax.Array], offset: Any, layout: Any, ref: Any, bits: int = 32) -> None:
+def _transforms(x_s: Any) -> tuple[Any, ...]:
+  return tile_transforms(x_s.shape[-1], x_s.dtype)
+
+
+def _store(
+  words: list[jax.Array],
+  offset: Any,
+  layout: Any,
+  ref: Any,
+  transforms: tuple[Any, ...],
+  bits: int = 32,
+) -> None:
   """Each thread's words, or the low halves of them, so many bytes into shared memory."""
-  transforms = tile_transforms(ref.shape[-1], ref.dtype) if ref.dtype == np.uint32 else ()
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(transforms), *[layout] * (1 + len(words))), return_type=None
