@@ -11,12 +11,13 @@ import pytest
 
 import jaxqq
 from jaxqq._formats import FORMATS
-from jaxqq._kernels import apart, hopper, quantized_tile
+from jaxqq._kernels import apart, hopper
 from jaxqq._kernels import codes as kernel_codes
 from jaxqq._kernels import few_rows as fr
 from jaxqq._kernels import few_rows_config as frc
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.expand import E2M1
+from jaxqq._kernels.operands import exact_dtype
 from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._reference import Operands
 from tests import oracle
@@ -234,7 +235,7 @@ def check_unpacked(run, name):
   amax = np.max(np.abs(w.astype(F32))) if scaled else None
   w[-1, n // 2, 77] = np.nan
   w_hat = oracle.round_trip(w, mode, amax)
-  operand = quantized_tile.operand_dtype(fmt)
+  operand = exact_dtype(fmt)
   x = rng.standard_normal((bx, m, k)).astype(operand)
   factors = (np.array([0.3], F32), np.array([amax], F32)) if scaled else ()
   f = functools.partial(

@@ -37,7 +37,7 @@ from jaxqq._formats import Format
 from jaxqq._kernels.codes import E4M3, amax_bits_of, codes_of, scalars_of, scales_of
 from jaxqq._kernels.expand import constant, layout_of, word_asm
 from jaxqq._kernels.groups import View, load_gmem, make_kernel, per_group, positions, store_gmem
-from jaxqq._kernels.tensor_cores import ROWS, packed_array
+from jaxqq._kernels.tensor_cores import ROWS, operand_array, packed_array
 
 # With 16 rows there are too many sums for the registers: 32 us on an H200 (8192 x 8192) where
 # codes expanded to float16 take 19 us for 32 rows.
@@ -172,10 +172,7 @@ def expand(words: Any) -> Any:
         for h in range(2)
       )
       registers[4 * block + half], registers[4 * block + 2 + half] = odd, even
-    vector_type = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(E4M3))
-    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-    registers = [vector.bitcast(vector_type, vector.broadcast(one, r)) for r in registers]
-    return packed_array(registers, (ROWS, 128), plgpu.Layout.WGMMA_8BIT)
+    return operand_array(registers, 128, E4M3, plgpu.Layout.WGMMA_8BIT)
 
   return in_registers(words)
 

@@ -25,11 +25,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from jaxqq._kernels.tensor_cores import ROWS, packed_array
+from jaxqq._kernels.tensor_cores import ROWS, operand_array, packed_array
 
 
 def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
@@ -174,13 +173,7 @@ def expand(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
   )
   def in_registers(ctx: Any, words: Any, *factors: Any) -> Any:
     del ctx
-    out_type = mgpu.utils.dtype_to_ir_type(expansion.dtype)
-    vector_type = ir.VectorType.get((4 // expansion.dtype.itemsize,), out_type)
-    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-    registers = [
-      vector.bitcast(vector_type, vector.broadcast(one, r)) for r in body(words, factors)
-    ]
-    return packed_array(registers, shape, expansion.layout)
+    return operand_array(body(words, factors), shape[1], expansion.dtype, expansion.layout)
 
   return in_registers(words, *factors)
 
@@ -238,7 +231,7 @@ def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
         lop3.b32 t, t, kept, isnan, 0xEA;
         lop3.b32 $0, t, $1, 0x80808080, 0xD8;
       }"""
-      out.append(_asm_of(asm, [word, down, minus], "=r,r,r,r"))
+      out.append(asm_of(asm, [word, down, minus], "=r,r,r,r"))
   return out
 
 
@@ -265,16 +258,17 @@ def _expand_e4m3_exactly(words: Any, factors: Any) -> list[Any]:
         mul.rn.f32 fb, fb, $3;
         cvt.rn.bf16x2.f32 $0, fb, fa;
       }""".replace("SELECTOR", hex(i % 4 | (4 + i % 4) << 4))
-      registers.append(_asm_of(asm, [w[i // 4], w[2 + i // 4], factor], "=r,r,r,f"))
+      registers.append(asm_of(asm, [w[i // 4], w[2 + i // 4], factor], "=r,r,r,f"))
     halves.append(registers)
   return [halves[half][i] for i in range(8) for half in range(2)]
 
 
 def word_asm(instruction: str, *operands: Any) -> Any:
-  return _asm_of(instruction, list(operands), ",".join(["=r"] + ["r"] * len(operands)))
+  return asm_of(instruction, list(operands), ",".join(["=r"] + ["r"] * len(operands)))
 
 
-def _asm_of(asm: str, operands: list[Any], constraints: str) -> Any:
+def asm_of(asm: str, operands: list[Any], constraints: str) -> Any:
+  """The 32 bit result of inline assembly."""
   return llvm.inline_asm(ir.IntegerType.get_signless(32), operands, asm, constraints)
 
 

@@ -38,7 +38,6 @@ from jaxqq._kernels import (
   matmul,
   packed_matmul,
   quantized_rows,
-  quantized_tile,
   slabs,
   tuning,
 )
@@ -47,7 +46,7 @@ from jaxqq._kernels import few_rows_config as few_rows_tiles
 from jaxqq._kernels.apart import apart_operand
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.groups import TuningConfig
-from jaxqq._kernels.operands import exact_operand, fp8_operand
+from jaxqq._kernels.operands import exact_dtype, exact_operand, fp8_operand
 from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
 from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._kernels.transposed import exact_operand_of_transpose, fp8_operand_of_transpose
@@ -62,7 +61,7 @@ FP8_MIN_K = 4096
 def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:
   """The product of exact 16 bit operands; `promote` adds their sums up in float32."""
   fmt, problem = FORMATS[mode], _folded(operands)
-  dtype = jnp.bfloat16 if fmt.scale_is_power_of_two else jnp.float16
+  dtype = exact_dtype(fmt)
   config = tiles(operands, fmt, out_dtype, promote)
   packed = problem.scales is not None and not takes_slabs(config)
   problem = _padded_k(problem, matmul.step_k(dtype), fmt)
@@ -213,7 +212,7 @@ def _few_rows_operand(
     x,
     fmt,
     global_scale,
-    dtype=quantized_tile.operand_dtype(fmt),
+    dtype=exact_dtype(fmt),
     interleave=True,
     rows=rows,
     config=TuningConfig(tiles_per_step=1),

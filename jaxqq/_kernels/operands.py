@@ -175,6 +175,11 @@ def check_fp8(fmt: Format) -> None:
     )
 
 
+def exact_dtype(fmt: Format) -> Any:
+  """The 16 bit floats that hold code * scale exactly."""
+  return jnp.dtype(jnp.bfloat16 if fmt.scale_is_power_of_two else jnp.float16)
+
+
 def check_dtype(dtype: Any, fmt: Format) -> None:
   if fmt.scale_is_power_of_two and jnp.dtype(dtype) == jnp.float16:
     raise NotImplementedError(

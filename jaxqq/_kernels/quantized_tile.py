@@ -21,13 +21,14 @@ import ml_dtypes
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from jaxqq._formats import Format
 from jaxqq._kernels.amax import largest_bits
 from jaxqq._kernels.codes import amax_bits_of, scales_of, values_of
-from jaxqq._kernels.expand import layout_of, word_asm
-from jaxqq._kernels.tensor_cores import ROWS, packed_array
+from jaxqq._kernels.expand import asm_of, layout_of, word_asm
+from jaxqq._kernels.operands import exact_dtype
+from jaxqq._kernels.tensor_cores import ROWS, operand_array
 
 STEP_K = 64
 _THREAD_K = 16  # neighbours that a thread has of a row
@@ -39,10 +40,6 @@ _NUMBERS = plgpu.Layout.TILED(
   lane_dims=(-4, -3),
   vector_dim=-1,
 )
-
-
-def operand_dtype(fmt: Format) -> Any:
-  return jnp.dtype(jnp.bfloat16 if fmt.scale_is_power_of_two else jnp.float16)
 
 
 def quantized_tile(ref: Any, fmt: Format, global_scale: Any, interpret: bool) -> Any:
@@ -85,7 +82,7 @@ def _amax_bits(a: Any, fmt: Format) -> Any:
 
 
 def _operand(a: Any, factor: Any, scale: Any, fmt: Format) -> Any:
-  dtype, layout = operand_dtype(fmt), _groups_layout(fmt)
+  dtype, layout = exact_dtype(fmt), _groups_layout(fmt)
 
   @plgpu.inline_mgpu(
     arg_types=(_NUMBERS, layout, layout),
@@ -105,11 +102,8 @@ def _operand(a: Any, factor: Any, scale: Any, fmt: Format) -> Any:
       of_group = own_factor, _in_both_halves(own_scale, fmt), fmt
       pairs = zip(numbers[:_VECTOR], numbers[_VECTOR:], strict=True)
       halves.append([_rounded_pair(*pair, *of_group) for pair in pairs])
-    pair_type = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
-    one = ir.VectorType.get((1,), i32)
     words = [halves[half][i] for i in range(_VECTOR) for half in range(2)]
-    registers = [vector.bitcast(pair_type, vector.broadcast(one, word)) for word in words]
-    return packed_array(registers, (ROWS, STEP_K), plgpu.Layout.WGMMA)
+    return operand_array(words, STEP_K, dtype, plgpu.Layout.WGMMA)
 
   return round_all(a, factor, scale)
 
@@ -138,7 +132,7 @@ def _rounded_pair(a: Any, b: Any, factor: Any, scale: Any, fmt: Format) -> Any:
     for i in (1, 2)
   )
   kind = _pair_kind(fmt)
-  largest = int(np.array(fmt.element_max, operand_dtype(fmt)).view(np.uint16)) * 0x10001
+  largest = int(np.array(fmt.element_max, exact_dtype(fmt)).view(np.uint16)) * 0x10001
   asm = f"""{{
     .reg .b32 bits, pair, signs;
     .reg .f32 shifter, value1, value2;{rounded}
@@ -149,19 +143,15 @@ def _rounded_pair(a: Any, b: Any, factor: Any, scale: Any, fmt: Format) -> Any:
     lop3.b32 pair, pair, signs, 0x80008000, 0xF8;
     mul.rn.{kind} $0, pair, $4;
   }}"""
-  return _asm(asm, [a, b, factor, scale], "=r,r,r,f,r")
+  return asm_of(asm, [a, b, factor, scale], "=r,r,r,f,r")
 
 
 def _in_both_halves(value: Any, fmt: Format) -> Any:
-  return _asm(f"cvt.rn.{_pair_kind(fmt)}.f32 $0, $1, $1;", [value], "=r,f")
+  return asm_of(f"cvt.rn.{_pair_kind(fmt)}.f32 $0, $1, $1;", [value], "=r,f")
 
 
 def _pair_kind(fmt: Format) -> str:
-  return {"float16": "f16x2", "bfloat16": "bf16x2"}[operand_dtype(fmt).name]
-
-
-def _asm(asm: str, operands: list[Any], constraints: str) -> Any:
-  return llvm.inline_asm(ir.IntegerType.get_signless(32), operands, asm, constraints)
+  return {"float16": "f16x2", "bfloat16": "bf16x2"}[exact_dtype(fmt).name]
 
 
 def _twin(a: Any, fmt: Format, global_scale: Any) -> Any:
@@ -169,4 +159,4 @@ def _twin(a: Any, fmt: Format, global_scale: Any) -> Any:
   groups = a.astype(jnp.float32).reshape(ROWS, STEP_K // fmt.group_size, 2, -1)
   scales = scales_of(amax_bits_of(groups), fmt, global_scale)
   values = values_of(groups, scales, fmt).reshape(ROWS, 8, 8).swapaxes(1, 2)
-  return values.reshape(ROWS, STEP_K).astype(operand_dtype(fmt))
+  return values.reshape(ROWS, STEP_K).astype(exact_dtype(fmt))

@@ -152,6 +152,15 @@ def packed_array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> A
   return mgpu.FragmentedArray(_registers=out, _layout=target, _is_signed=signed)
 
 
+def operand_array(words: list[Any], columns: int, dtype: Any, layout: Any) -> Any:
+  """A thread's 32 bit registers as its part of a left operand, (64, columns)."""
+  element = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+  vector_type = ir.VectorType.get((4 // jnp.dtype(dtype).itemsize,), element)
+  one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+  registers = [vector.bitcast(vector_type, vector.broadcast(one, word)) for word in words]
+  return packed_array(registers, (ROWS, columns), layout)
+
+
 def _as_arrays(sums: list[Any], n: int) -> list[Any]:
   """The registers of one or more (64, n), one after the other."""
   pair = ir.VectorType.get((2,), ir.F32Type.get())
