@@ -12,13 +12,10 @@ import pytest
 import jaxqq
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import apart, hopper
-from jaxqq._kernels import codes as kernel_codes
 from jaxqq._kernels import few_rows as fr
 from jaxqq._kernels import few_rows_config as frc
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.expand import E2M1
-from jaxqq._kernels.operands import exact_dtype
-from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._reference import Operands
 from tests import oracle
 from tests.test_kernels_matmul import (
@@ -147,172 +144,9 @@ def check_few_rows(run, name):
   assert_product(out, x_hat * factors[0], w_hat, out_dtype, of_mag=of_mag)
 
 
-UNQUANTIZED_CASES = {
-  # mode, x and out, (b of x, b of w), m, n, k, global scales, config
-  "nvfp4, 1 row": ("nvfp4", BF16, (1, 1), 1, 133, 1024, False, C(4)),
-  "nvfp4, 1 row, in float32": ("nvfp4", F32, (1, 2), 1, 70, 1024, True, C(4, 2, promote=True)),
-  "nvfp4, 2 rows": ("nvfp4", F16, (1, 1), 2, 65, 2560, True, C(4)),
-  "mxfp8, 1 row": ("mxfp8", BF16, (1, 1), 1, 133, 2560, False, C(4)),
-  "mxfp8, 3 rows, x shared": ("mxfp8", BF16, (1, 3), 3, 66, 1024, False, C(2, 2)),
-  "mxfp8, 4 rows": ("mxfp8", BF16, (2, 2), 4, 61, 1536, False, C(4)),
-  "mxfp8, 7 rows": ("mxfp8", BF16, (2, 2), 7, 200, 1536, False, C(2, 2)),
-}
-UNQUANTIZED_SPLIT_CASES = {
-  "nvfp4, 1 row, in four": ("nvfp4", BF16, (1, 1), 1, 133, 8192, True, C(8, 4, split=4)),
-  "mxfp8, 5 rows, in two": ("mxfp8", BF16, (1, 1), 5, 300, 4096, False, C(4, 4, split=2)),
-}
-
-
-def check_unquantized(run, name):
-  """x is quantized by the kernel: groups of zeros, of numbers too small, and of many sizes."""
-  mode, dtype, (bx, bw), m, n, k, scaled, config = (UNQUANTIZED_CASES | UNQUANTIZED_SPLIT_CASES)[
-    name
-  ]
-  fmt, group = FORMATS[mode], oracle.MODES[mode].group
-  rng = np.random.default_rng([m, n, k])
-  # The interpreter has the sums of fp8 in float32; on a GPU they keep 14 bits of the largest.
-  spread = 3 if run is compiled else 8
-  sizes = np.ldexp(0.02, rng.integers(-spread, spread, (bx, m, k // group)))
-  x = rng.standard_normal((bx, m, k)) * np.repeat(sizes, group, axis=-1)
-  x[0, -1, :64] = 0
-  x[0, 0, 64:96] *= 2.0**-20
-  x = x.astype(dtype)
-  amax = np.max(np.abs(x.astype(F32))) if scaled else None
-  x_hat = oracle.round_trip(x, mode, amax)
-  if mode == "nvfp4":
-    codes, scales = e2m1_operand(rng, bw, n, k)
-    columns = apart.Columns.of(m)
-    held, unit = columns.count, apart.UNIT
-  else:
-    codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
-    columns, held, unit = None, frc.rows_held(m), 1.0
-  factors = (np.array([amax], F32), np.array([0.3], F32)) if scaled else ()
-  w_hat = oracle.values(codes, scales, mode) * (factors[1] if scaled else 1)
-  if scaled:
-    unit /= 2688
-  f = functools.partial(
-    fr.few_rows,
-    m=m,
-    unit=unit,
-    chunk=frc.Chunk(512, fmt.bits, fmt.group_size),
-    columns=columns,
-    quantized_x=QuantizedRows(m, fmt, columns, held),
-    out_dtype=dtype,
-    config=config,
-  )
-  g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
-  out = run(g, x, None, oracle.pack(codes, mode), scales, factors)
-  fp8_sums = run is compiled and mode == "mxfp8"
-  assert_product(out, x_hat, w_hat, dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
-
-
-UNPACKED_CASES = {
-  # mode, w, out, (b of x, b of w), m, n, k, global scales, config
-  "nvfp4": ("nvfp4", BF16, BF16, (1, 1), 1, 133, 512, False, C(4)),
-  "nvfp4, scaled": ("nvfp4", F16, F32, (1, 2), 9, 65, 768, True, C(4, promote=True)),
-  "mxfp8 in small chunks": ("mxfp8", BF16, BF16, (1, 1), 3, 133, 640, False, C(2, 2)),
-  "mxfp8, promoted": ("mxfp8", F16, F32, (2, 1), 17, 64, 512, False, C(2, 2, promote=True)),
-}
-UNPACKED_SPLIT_CASES = {
-  "nvfp4, in four": ("nvfp4", BF16, BF16, (1, 1), 5, 300, 8192, True, C(4, 4, split=4)),
-  "mxfp8, in two": ("mxfp8", BF16, F32, (1, 1), 64, 200, 4096, False, C(2, 2, True, split=2)),
-}
-
-
-def check_unpacked(run, name):
-  """w is quantized by the kernel: groups of zeros, of many sizes, of tiny numbers, with a NaN."""
-  mode, w_dtype, dtype, (bx, bw), m, n, k, scaled, config = (UNPACKED_CASES | UNPACKED_SPLIT_CASES)[
-    name
-  ]
-  fmt, group = FORMATS[mode], oracle.MODES[mode].group
-  rng = np.random.default_rng([m, n, k])
-  sizes = np.ldexp(0.02, rng.integers(-6, 7, (bw, n, k // group)))
-  w = rng.standard_normal((bw, n, k)) * np.repeat(sizes, group, axis=-1)
-  w[:, ::7] = np.round(w[:, ::7] * 512) / 512  # ties, and zeros of both signs
-  w[0, -1, :64] = 0
-  w[0, 0, 64:96] *= 2.0**-20
-  w = w.astype(w_dtype)
-  amax = np.max(np.abs(w.astype(F32))) if scaled else None
-  w[-1, n // 2, 77] = np.nan
-  w_hat = oracle.round_trip(w, mode, amax)
-  operand = exact_dtype(fmt)
-  x = rng.standard_normal((bx, m, k)).astype(operand)
-  factors = (np.array([0.3], F32), np.array([amax], F32)) if scaled else ()
-  f = functools.partial(
-    fr.few_rows,
-    m=m,
-    unit=1 / 2688 if scaled else 1.0,
-    chunk=frc.Chunk(128 if k % 256 else 256, 16, None),
-    quantized_w=fmt,
-    out_dtype=dtype,
-    config=config,
-  )
-  g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
-  out = run(g, nothing_beyond(interleaved(x), m, np.nan), None, w, None, factors)
-  x = x.astype(np.float64) * (factors[0] if scaled else 1)
-  assert_product(out, x, w_hat, dtype)
-
-
-@pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
-def test_a_global_scale_that_is_no_amax_gives_nan(bad):
-  rng = np.random.default_rng(0)
-  codes, scales = e2m1_operand(rng, 1, 64, 512)
-  x = interleaved(rng.standard_normal((1, 8, 512)).astype(F16))
-  f = functools.partial(fr.few_rows, m=8, chunk=frc.Chunk(256, 4, 16), out_dtype=F32, config=C(4))
-  g = lambda *args, **kwargs: f(*args, **kwargs)  # noqa: E731
-  factors = tuple(np.array([scale], F32) for scale in (2.0, bad))
-  out = interpreted(g, x, None, oracle.pack(codes, "nvfp4"), scales, factors)
-  assert np.isnan(out).all()
-
-
-@pytest.mark.parametrize(
-  ("mode", "m", "k", "kernels"),
-  [
-    ("nvfp4", 1, 8192, 1),
-    ("nvfp4", 2, 8192, 2),
-    ("nvfp4", 1, 1280, 2),
-    ("mxfp8", 8, 8192, 1),
-    ("mxfp8", 9, 8192, 2),
-  ],
-)
-def test_how_many_kernels_a_product_is(mode, m, k, kernels):
-  """With global scales, for which there is none of their own."""
-  spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
-  w = spec((512, k * fmt.bits // 32), jnp.uint32), spec((512, k // fmt.group_size), jnp.uint8)
-  scale = spec((), jnp.float32)
-  scales = {"global_scale_x": scale, "global_scale_w": scale} if mode == "nvfp4" else {}
-  product = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
-  traced = product.trace(spec((m, k), jnp.bfloat16), *w, **scales)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("stablehlo.custom_call @mosaic") == kernels
-  assert "stablehlo.divide" not in text and "stablehlo.select" not in text
-
-
-@pytest.mark.parametrize("name", UNPACKED_CASES)
-def test_w_quantized_in_the_kernel(name, few_ctas, no_races, monkeypatch):
-  monkeypatch.setattr(kernel_codes, "quotient", kernel_codes.quotient_twin)
-  check_unpacked(interpreted, name)
-
-
-@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize(("m", "w_dtype", "k"), [(1, "bfloat16", 8192), (40, "float16", 768)])
-def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
-  spec = jax.ShapeDtypeStruct
-  args = spec((m, k), jnp.float32), spec((1000, k), w_dtype)
-  assert "unquantized numbers quantized" in jaxqq.explain(*args, mode=mode, device="cuda")
-  traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
-  assert "jaxqq_few_rows" in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_few_rows(name, few_ctas, no_races):
   check_few_rows(interpreted, name)
-
-
-@pytest.mark.parametrize("name", UNQUANTIZED_CASES)
-def test_rows_quantized_in_the_kernel(name, few_ctas, no_races, monkeypatch):
-  monkeypatch.setattr(kernel_codes, "quotient", kernel_codes.quotient_twin)
-  check_unquantized(interpreted, name)
 
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
@@ -435,14 +269,6 @@ class TestOnGpu:
   @pytest.mark.parametrize("name", CASES | SPLIT_CASES)
   def test_few_rows(self, name):
     check_few_rows(compiled, name)
-
-  @pytest.mark.parametrize("name", UNQUANTIZED_CASES | UNQUANTIZED_SPLIT_CASES)
-  def test_rows_quantized_in_the_kernel(self, name):
-    check_unquantized(compiled, name)
-
-  @pytest.mark.parametrize("name", UNPACKED_CASES | UNPACKED_SPLIT_CASES)
-  def test_w_quantized_in_the_kernel(self, name):
-    check_unpacked(compiled, name)
 
   @pytest.mark.parametrize("name", OPERANDS)
   def test_operands(self, name):
