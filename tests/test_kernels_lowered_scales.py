@@ -11,8 +11,7 @@ import pytest
 from jaxqq._kernels import operands
 from jaxqq._kernels.lowered_scales import MAX_DOWN
 from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
-from jaxqq._kernels.tiles import NAN_EXPONENT
-from tests.test_kernels_matmul import downs_of
+from tests.test_kernels_matmul import downs_of, powers
 from tests.test_kernels_quantize import (
   MX,
   check_fp8,
@@ -34,10 +33,10 @@ LOWERED = ((8192, 256), (128256, 128), (33, 1796))
 
 
 def lowered_scales(scales):
-  """Beside a row of x: downs, row exponents, wild."""
+  """Beside a row of x: downs, row scales, wild."""
   x = np.zeros((1, 2048), np.float32)
-  _, _, downs, exponents, wild = packed_fp8_operands(x, scales, MX)
-  return downs, exponents, wild[1 : 1 + scales.shape[0]]
+  _, _, downs, row_scales, wild = packed_fp8_operands(x, scales, MX)
+  return downs, row_scales, wild[1 : 1 + scales.shape[0]]
 
 
 def check(run, scales):
@@ -45,10 +44,11 @@ def check(run, scales):
   nan = (scales == 0xFF).any(axis=-1)
   want = np.max(scales.astype(int), axis=-1)
   lowest = np.min(scales.astype(int), axis=-1, where=scales != 0, initial=255)
-  np.testing.assert_array_equal(rows, np.where(nan, NAN_EXPONENT, want))
+  np.testing.assert_array_equal(rows, powers(want))
   np.testing.assert_array_equal(downs[~nan], downs_of(scales, want)[~nan])
-  np.testing.assert_array_equal(wild, (want - lowest > MAX_DOWN) & ~nan)
-  assert (downs.dtype, rows.dtype, wild.dtype) == (np.uint8, np.int32, np.int32)
+  beyond = (want > 0) & (abs(want - 127) > 80)
+  np.testing.assert_array_equal(wild, ((want - lowest > MAX_DOWN) | beyond) & ~nan)
+  assert (downs.dtype, rows.dtype, wild.dtype) == (np.uint8, np.float32, np.int32)
   return wild
 
 
@@ -88,11 +88,11 @@ def check_with_x(run, x_shape, scales_shape):
   """One launch does what two do."""
   x, scales = groups_of_many_sizes(x_shape, "bfloat16"), random_scales(scales_shape)
   f = functools.partial(packed_fp8_operands, fmt=MX)
-  codes, x_exponents, downs, w_exponents, wild = run(lambda *args: f(*args), x, scales)
+  codes, x_scales, downs, w_scales, wild = run(lambda *args: f(*args), x, scales)
   of_x, of_w = wild[: x_shape[0]], wild[x_shape[0] :]
   assert not of_w[scales_shape[0] :].any()
-  check_fp8(lambda *_: operands.Fp8Operand(codes, x_exponents, of_x), x)
-  check(lambda *_: (downs, w_exponents, of_w[: scales_shape[0]]), scales)
+  check_fp8(lambda *_: operands.Fp8Operand(codes, x_scales, of_x), x)
+  check(lambda *_: (downs, w_scales, of_w[: scales_shape[0]]), scales)
 
 
 @pytest.mark.parametrize("f", [check_every_distance, check_every_step])

@@ -75,10 +75,9 @@ def downs_of(scales, exponents):
   return np.where(distance > 15, 0x7F, 8 * distance).astype(np.uint8)
 
 
-def row_exponents(scales):
-  """The largest scale of each row, and what marks a row with a NaN."""
-  nan = (scales == 0xFF).any(axis=-1)
-  return np.where(nan, tiles.NAN_EXPONENT, np.max(scales.astype(int), axis=-1)).astype(np.int32)
+def largest_scales(scales):
+  """The largest byte of each row; 0xFF in one with a NaN."""
+  return np.max(scales.astype(int), axis=-1)
 
 
 def lowered(codes, downs):
@@ -90,9 +89,9 @@ def lowered(codes, downs):
 
 
 def powers(exponents):
-  exponents = np.asarray(exponents)
-  nan = exponents == tiles.NAN_EXPONENT
-  return np.where(nan, np.nan, np.ldexp(1.0, np.where(nan, 127, exponents) - 127))
+  """float32 2**(e - 127), NaN for 0xFF."""
+  nan = exponents == 0xFF
+  return np.where(nan, np.nan, np.ldexp(1.0, np.where(nan, 127, exponents) - 127)).astype(F32)
 
 
 def without_nan_codes(codes):
@@ -119,15 +118,15 @@ FP8_SUMS = 33 * 2.0 ** (18 - 13)
 # matmul
 
 C = mm.Config
-# Powers of two of the operands' size, of rows and of columns. Their product with a sum is a
-# float32, but it may be one only after both, and no float32 need hold the product of the two.
+# Powers of two of the operands' size, and their rows' scales, up to what `codes.is_beyond` allows.
+# No float32 need hold the product of two scales.
 WIDE = (4, (-60, 0, 60), (-50, 0, 50))
 HIGH = (-5, (64, 65), (63, 64))
 LOW = (6, (-50, -40), (-62, -60))
-OPPOSITE = (4, (118, 119), (-126, -125))
+OPPOSITE = (4, (79, 80), (-80, -79))
 
 MATMULS = {
-  # dtype, out, (b of x, b of w), m, n, k, config, exponents
+  # dtype, out, (b of x, b of w), m, n, k, config, row scales
   "f16": (F16, F32, (1, 1), 201, 133, 192, C(256, 128, 3, store_slots=1), None),
   "f16 promoted": (F16, F32, (1, 1), 300, 70, 320, C(256, 64, 2, promote=True), None),
   "f16 to f16, x shared": (F16, F16, (1, 3), 33, 67, 64, C(128, 64, 4), None),
@@ -143,27 +142,27 @@ MATMULS = {
 
 
 def check_matmul(run, name):
-  dtype, out_dtype, batches, m, n, k, config, exponents = MATMULS[name]
+  dtype, out_dtype, batches, m, n, k, config, sizes = MATMULS[name]
   rng = np.random.default_rng([m, n, k])
   x, w = (rng.standard_normal((b, size, k)) for b, size in zip(batches, (m, n), strict=True))
-  size, *powers_of_two = exponents or (0,)
+  size, *exponents = sizes or (0,)
   x, w = (np.ldexp(a, size).astype(dtype) for a in (x, w))
   batch = max(batches)
   factors = rng.uniform(0.1, 2, (batch, 2)).astype(F32)
   x_hat, w_hat = x.astype(np.float64), w.astype(np.float64)
-  chosen = None
-  if exponents is None:
+  row_scales = None
+  if sizes is None:
     x_hat = x_hat * factors[:, :1, None]
     w_hat = w_hat * factors[:, 1:, None]
   else:
-    chosen = tuple(
-      rng.choice(np.array(e, np.int32) + np.int32(127), a.shape[:2])
-      for e, a in zip(powers_of_two, (x, w), strict=True)
+    row_scales = tuple(
+      powers(rng.choice(np.array(e), a.shape[:2]) + 127)
+      for e, a in zip(exponents, (x, w), strict=True)
     )
-    x_hat, w_hat = x_hat * powers(chosen[0])[..., None], w_hat * powers(chosen[1])[..., None]
+    x_hat, w_hat = (a * s[..., None] for a, s in zip((x_hat, w_hat), row_scales, strict=True))
 
   f = functools.partial(mm.matmul, out_dtype=out_dtype, config=config)
-  out = run(f, x, w, factors, chosen)
+  out = run(f, x, w, factors, row_scales)
   assert out.shape == (batch, m, n)
   fp8_sums = run is compiled and dtype is E4M3
   assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
@@ -223,7 +222,7 @@ def check_packed(run, name):
   x = rng.standard_normal((bx, m, k))
   x[:, 0] = np.abs(x[:, 0])
   factors = rng.uniform(0.1, 0.3, (batch, 2)).astype(F32)
-  exponents = None
+  row_scales = None
   if which == "e2m1":
     mode, x = "nvfp4", x.astype(F16)
     codes, scales = e2m1_operand(rng, bw, n, k)
@@ -234,22 +233,22 @@ def check_packed(run, name):
     codes, scales = e4m3_operand(rng, bw, n, k, 107, 127)
     w_hat = dequantized(mode, codes, scales)
   else:
-    mode, x, passed = "mxfp8", (x * 64).astype(E4M3), factors
-    # 2**119 and 2**-124: sums must not overflow after one of them.
-    codes, scales = e4m3_operand(rng, bw, n, k, 227, 246)
-    rows = row_exponents(scales)
-    exponents = rng.integers(1, 4, (bx, m), dtype=np.int32), rows
+    mode, x, passed = "mxfp8", x.astype(E4M3), factors
+    # Up to 2**80 and 2**-80.
+    codes, scales = e4m3_operand(rng, bw, n, k, 188, 207)
+    rows = largest_scales(scales)
+    row_scales = powers(rng.integers(47, 50, (bx, m))), powers(rows)
     scales = downs_of(scales, rows)
-    w_hat = lowered(codes, scales) * powers(rows)[..., None]
+    w_hat = lowered(codes, scales) * row_scales[1][..., None]
   x_hat = x.astype(np.float64)
-  if exponents is None:
+  if row_scales is None:
     x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
     x = interleaved(x)
   else:
-    x_hat = x_hat * powers(exponents[0])[..., None]
+    x_hat = x_hat * row_scales[0][..., None]
 
   f = functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=out_dtype, config=config)
-  out = run(f, x, oracle.pack(codes, mode), scales, passed, exponents)
+  out = run(f, x, oracle.pack(codes, mode), scales, passed, row_scales)
   assert out.shape == (batch, m, n)
   fp8_sums = run is compiled and which == "e4m3"
   assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
@@ -265,19 +264,19 @@ def test_packed_matmul(name, few_ctas, no_races):
 CONFIG = P(64, 3, store_slots=1)
 
 
-def times_identity(run, expansion, codes, scales, row_exponents):
+def times_identity(run, expansion, codes, scales, of_w):
   """w_hat (n, k) as the kernel expands it."""
   mode = "nvfp4" if expansion.bits == 4 else "mxfp8"
   k = codes.shape[1]
   x = np.eye(k).astype(expansion.dtype)[None]
-  exponents = None
-  if row_exponents is None:
+  row_scales = None
+  if of_w is None:
     x = interleaved(x)
   else:
-    exponents = np.full((1, k), 127, np.int32), row_exponents[None]
+    row_scales = np.ones((1, k), F32), of_w[None]
   f = functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=F32, config=CONFIG)
   factors = np.array([[expansion.unit, 1]], F32)
-  return run(f, x, oracle.pack(codes, mode)[None], scales[None], factors, exponents)[0].T
+  return run(f, x, oracle.pack(codes, mode)[None], scales[None], factors, row_scales)[0].T
 
 
 def assert_same_rows(out, want):
@@ -313,11 +312,11 @@ def check_every_e4m3(run):
   rng = np.random.default_rng(0)
   n, k = 168, 256
   codes, kind = every_e4m3(n, k, 16)
-  rows = rng.integers(100, 140, n).astype(np.int32)
-  rows[3] = tiles.NAN_EXPONENT
+  rows = powers(rng.integers(100, 140, n))
+  rows[3] = np.nan
   scales = (8 * kind).astype(np.uint8)
   out = times_identity(run, expand.E4M3, codes, scales, rows)
-  assert_same_rows(out, lowered(codes, scales) * powers(rows)[:, None])
+  assert_same_rows(out, lowered(codes, scales) * rows[:, None])
 
 
 def check_every_e4m3_exact(run):
@@ -361,14 +360,14 @@ def test_matmul_lowers_for_cuda(shape):
   struct = jax.ShapeDtypeStruct
   for dtype, out_dtype in ((F16, BF16), (BF16, F32), (E4M3, F16)):
     config = tuning.config(None, batch, m, n, out_dtype, promote)
-    exponents = struct((1, m), np.int32), struct((batch, n), np.int32)
+    row_scales = struct((1, m), F32), struct((batch, n), F32)
     assert_lowers(
       functools.partial(mm.matmul, out_dtype=out_dtype, config=config),
       "jaxqq_matmul",
       struct((1, m, k), dtype),
       struct((batch, n, k), dtype),
       struct((1, 2), F32),
-      exponents if dtype is E4M3 else None,
+      row_scales if dtype is E4M3 else None,
     )
 
 
@@ -378,7 +377,7 @@ def test_packed_matmul_lowers_for_cuda(shape):
   struct = jax.ShapeDtypeStruct
   for (which, expansion), out_dtype in zip(EXPANSIONS.items(), (F32, BF16, F16), strict=True):
     config = tuning.config(expansion.bits, batch, m, n, out_dtype, promote)
-    exponents = struct((1, m), np.int32), struct((batch, n), np.int32)
+    row_scales = struct((1, m), F32), struct((batch, n), F32)
     assert_lowers(
       functools.partial(pm.packed_matmul, expansion=expansion, out_dtype=out_dtype, config=config),
       "jaxqq_packed_matmul",
@@ -386,7 +385,7 @@ def test_packed_matmul_lowers_for_cuda(shape):
       struct((batch, n, k * expansion.bits // 32), np.uint32),
       struct((batch, n, k // expansion.group_size), np.uint8),
       struct((1, 2), F32),
-      exponents if which == "e4m3" else None,
+      row_scales if which == "e4m3" else None,
     )
 
 
@@ -416,7 +415,7 @@ def check_twin(run, which, n, k):
   words = rng.integers(0, 2**32, (n, k * expansion.bits // 32), dtype=np.uint32)
   largest = 0xFF if which == "e2m1" else 245  # bfloat16 holds the largest code times that
   scales = rng.integers(0, largest + 1, (n, k // expansion.group_size)).astype(np.uint8)
-  rows = rng.integers(20, 246, n).astype(np.int32)
+  rows = powers(rng.integers(47, 208, n))
   spared = np.arange(n)[:, None] % 8 != 0
   if which == "e2m1":
     scales = np.where(spared, without_nan_codes(scales), scales)
@@ -425,14 +424,14 @@ def check_twin(run, which, n, k):
     words = np.where(spared, without_nan_codes(codes), codes).view(np.uint32)
   if which == "e4m3":
     scales = (8 * rng.integers(0, 16, scales.shape)).astype(np.uint8)
-    rows[16] = tiles.NAN_EXPONENT
+    rows[16] = np.nan
   elif which == "e4m3_exact":
     scales[16, 3] = 0xFF
   want = np.asarray(jax.jit(functools.partial(twins, expansion=expansion))(words, scales))
   want = want.astype(np.float64)
   if which == "e4m3":
-    want = want * powers(rows)[:, None]
-    passed = np.full((1, k), 127, np.int32), rows[None]
+    want = want * rows[:, None]
+    passed = np.ones((1, k), F32), rows[None]
   else:
     passed = None
   config = P(256, 4, store_slots=1)

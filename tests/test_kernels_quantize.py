@@ -139,23 +139,23 @@ def check_exact(run, case, a, dtype="bfloat16", exact_operand=operands.exact_ope
 
 
 def shifted_codes(a):
-  """Section 2's mxfp8 codes, then rebased row by row: codes, E and wild, by numpy."""
+  """Section 2's mxfp8 codes, then rebased row by row: codes, 2**(E - 127), wild, by numpy."""
   codes, scales = oracle.quantize_codes(a, "mxfp8")
   amax = np.abs(a.astype(np.float32)).reshape(*scales.shape, 32).max(axis=-1)
   counts = (amax > 0) & np.isfinite(amax)
   top = np.max(scales.astype(np.int64), axis=1, where=counts, initial=0)
   shift = np.where(counts, top[:, None] - scales, 0)
-  wild = shift.max(axis=1) > operands.MAX_SHIFT
+  wild = (shift.max(axis=1) > operands.MAX_SHIFT) | (top > 0) & (abs(top - 127) > 80)
   values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
   values = values * np.exp2(-shift).repeat(32, axis=1)
   values = np.where((scales == 255).repeat(32, axis=1), np.nan, values)
-  return values.astype(ml_dtypes.float8_e4m3fn), top, wild
+  return values.astype(ml_dtypes.float8_e4m3fn), np.exp2(top - 127.0).astype(np.float32), wild
 
 
 def check_fp8(run, a, fp8_operand=operands.fp8_operand):
   out = run(lambda a: fp8_operand(a, MX), a)
-  codes, top, wild = shifted_codes(a)
-  np.testing.assert_array_equal(out.row_exponents, top)
+  codes, row_scales, wild = shifted_codes(a)
+  np.testing.assert_array_equal(out.row_scales, row_scales)
   np.testing.assert_array_equal(out.wild, wild)
   assert codes.dtype == out.codes.dtype and codes.shape == out.codes.shape
   codes, out_codes = codes[~wild], out.codes[~wild]
@@ -254,8 +254,19 @@ def test_tame_and_wild_rows(deepest, twins):
   out = interpreted(lambda a: operands.fp8_operand(a, MX), a)
   wild = deepest > operands.MAX_SHIFT
   np.testing.assert_array_equal(out.wild, [wild, 0, 0, 0, 0, wild])
-  np.testing.assert_array_equal(out.row_exponents[[3, 4]], 0)
+  np.testing.assert_array_equal(out.row_scales[[3, 4]], np.float32(2.0**-127))
   check_fp8(interpreted, a)
+
+
+@pytest.mark.parametrize("f", ["rows", "columns"])
+def test_rows_beyond_what_a_row_scale_may_be(f, twins):
+  """amax / 448 rounded up, at both ends of the range and one beyond."""
+  exponents = np.array([-81, -80, 0, 80, 81])
+  a = np.full((5, 2048), 448, np.float32) * np.exp2(exponents, dtype=np.float32)[:, None]
+  f = {"rows": operands.fp8_operand, "columns": FP8_T}[f]
+  out = interpreted(lambda a: f(a, MX), a)
+  np.testing.assert_array_equal(out.wild, [1, 0, 0, 0, 1])
+  np.testing.assert_array_equal(out.row_scales, np.exp2(exponents, dtype=np.float32))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -32,9 +32,9 @@ from tests.test_kernels_matmul import (
   downs_of,
   e2m1_operand,
   e4m3_operand,
+  largest_scales,
   lowered,
   powers,
-  row_exponents,
 )
 
 on_gpu = [
@@ -71,7 +71,7 @@ def check(run, name, monkeypatch):
   rng = np.random.default_rng([m, n, k])
   x = rng.standard_normal((1, m, k)).astype(dtype)
   factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
-  exponents = None
+  row_scales = None
   if mode == "nvfp4":
     codes, scales = e2m1_operand(rng, 1, n, k)
     w_hat = dequantized(mode, codes, scales)
@@ -80,17 +80,17 @@ def check(run, name, monkeypatch):
     w_hat = dequantized(mode, codes, scales)
   x_hat = x.astype(np.float64)
   if dtype is E4M3:
-    w_exponents = row_exponents(scales)
-    exponents = rng.integers(120, 130, (1, m), dtype=np.int32), w_exponents
-    scales = downs_of(scales, w_exponents)
-    w_hat = lowered(codes, scales) * powers(w_exponents)[..., None]
-    x_hat = x_hat * powers(exponents[0])[..., None]
+    largest = largest_scales(scales)
+    row_scales = powers(rng.integers(120, 130, (1, m))), powers(largest)
+    scales = downs_of(scales, largest)
+    x_hat, w_hat = x_hat * row_scales[0][..., None], lowered(codes, scales)
+    w_hat = w_hat * row_scales[1][..., None]
   else:
     x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
   f = functools.partial(
     slabs.slab_matmul, fmt=FORMATS[mode], out_dtype=np.dtype(out_dtype), config=config
   )
-  out = run(f, x, oracle.pack(codes, mode), scales, factors, exponents)
+  out = run(f, x, oracle.pack(codes, mode), scales, factors, row_scales)
   assert out.shape == (1, m, n)
   fp8_sums = run is compiled and dtype is E4M3
   assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)

@@ -100,6 +100,16 @@ def power(exponents: jax.Array) -> jax.Array:
   return as_float(jnp.maximum(exponents << 23, 0x00400000))
 
 
+# A row of fp8 codes has one scale, 2**(e - 127), that lies within 2**+-80: then sums of products of
+# codes, multiples of 2**-18 and below 2**48, lose nothing by the first of two scales.
+_LEAST_EXPONENT, _LARGEST_EXPONENT = 127 - 80, 127 + 80
+
+
+def is_beyond(exponents: jax.Array) -> jax.Array:
+  """Whether a row's exponent leaves that range. 0 does not count: it is that of zeros."""
+  return ((exponents < _LEAST_EXPONENT) & (exponents > 0)) | (exponents > _LARGEST_EXPONENT)
+
+
 def scales_of(amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None) -> Scales:
   enc = None if global_scale is None else _encoding_scale(global_scale, fmt)
   nan = amax_bits >= _rounding.INFINITY_BITS

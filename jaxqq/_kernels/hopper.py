@@ -17,7 +17,8 @@ cores' sums are short of bits; both errors shrink with k against the bound that 
 keep (README). At k >= FP8_MIN_K random data, outlier channels and numbers of one sign were measured
 within it; x that is zero nearly everywhere may leave it, and so do outliers in data of one sign
 (1.4 times the bound with 200 in every 64). A row whose groups lie further apart than
-a shift of its codes can bridge is found while it is quantized: then the exact kernel runs instead.
+a shift of its codes can bridge, or beyond 2**+-80, is found while it is quantized: then the exact
+kernel runs instead.
 """
 
 from __future__ import annotations
@@ -118,34 +119,33 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
     out = of(a.reshape(-1, a.shape[-1]), fmt)
     return (
       out.codes.reshape(a.shape[0], -1, problem.k),
-      out.row_exponents.reshape(a.shape[0], -1),
+      out.row_scales.reshape(a.shape[0], -1),
       out.wild,
     )
 
   if problem.scales is None:
-    x, x_exponents, x_wild = operand("x")
-    w, w_exponents, w_wild = operand("w")
+    x, x_scales, x_wild = operand("x")
+    w, w_scales, w_wild = operand("w")
     wild = jnp.concatenate([x_wild, w_wild])
 
     def product() -> jax.Array:
-      return matmul.matmul(
-        x, w, factors, (x_exponents, w_exponents), out_dtype=out_dtype, config=config
-      )
+      row_scales = x_scales, w_scales
+      return matmul.matmul(x, w, factors, row_scales, out_dtype=out_dtype, config=config)
   else:
     scales = problem.scales.reshape(-1, problem.scales.shape[-1])
     matrix = problem.x.reshape(-1, problem.k)
-    x, x_exponents, downs, w_exponents, wild = packed_fp8_operands(matrix, scales, fmt)
-    x, x_exponents = x.reshape(problem.x.shape), x_exponents.reshape(problem.x.shape[:-1])
+    x, x_scales, downs, w_scales, wild = packed_fp8_operands(matrix, scales, fmt)
+    x, x_scales = x.reshape(problem.x.shape), x_scales.reshape(problem.x.shape[:-1])
     downs = downs.reshape(problem.scales.shape)
-    w_exponents = w_exponents.reshape(problem.scales.shape[:-1])
+    w_scales = w_scales.reshape(problem.scales.shape[:-1])
 
     def product() -> jax.Array:
       if takes_slabs(config):
         multiply = functools.partial(slabs.slab_matmul, fmt=fmt)
       else:
         multiply = functools.partial(packed_matmul.packed_matmul, expansion=expand.E4M3)
-      exponents = x_exponents, w_exponents
-      return multiply(x, problem.w, downs, factors, exponents, out_dtype=out_dtype, config=config)
+      row_scales = x_scales, w_scales
+      return multiply(x, problem.w, downs, factors, row_scales, out_dtype=out_dtype, config=config)
 
   return lax.cond(
     jnp.any(wild > 0),

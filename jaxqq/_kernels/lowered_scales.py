@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.codes import extremes_of, lowest_of, no_extremes
+from jaxqq._kernels.codes import extremes_of, is_beyond, lowest_of, no_extremes, power
 from jaxqq._kernels.groups import TuningConfig, View, load_gmem, per_group, store_gmem
-from jaxqq._kernels.tiles import NAN_EXPONENT
 
 # How far a group's scale may lie below the largest of its row, in powers of two: its codes lose
 # what leaves e4m3's normal range.
@@ -44,7 +44,7 @@ def lower_rows(
   rows: Any,
   scales_ref: Any,  # uint8 (rows, vectors, vector), of 32 groups or more; fast from 16 in a vector
   downs_ref: Any,
-  exponents_ref: Any,
+  row_scales_ref: Any,
   wild_ref: Any,
   *,
   view: View,
@@ -52,11 +52,12 @@ def lower_rows(
   """mxfp8 scales as `expand.E4M3` takes them, and whether that is close enough.
 
   Writes:
-    downs: uint8 as the scales, 8 * (row exponent - scale); 0x7F, which leaves nothing, where that
-      is above 15 * 8; anything in a row with a NaN.
-    exponents: int32 (rows,), the largest scale of a row; NAN_EXPONENT where one is NaN.
-    wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it. One of 0 does not count:
-      it is that of zeros, or of numbers too small to matter. 0 in a row with a NaN.
+    downs: uint8 as the scales, 8 * (largest byte of the row - byte); 0x7F, which leaves nothing,
+      where that is above 15 * 8; anything in a row with a NaN.
+    row_scales: float32 (rows,), the largest scale of a row; NaN where one is NaN.
+    wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it, or where it is beyond
+      what `codes.is_beyond` allows. A byte of 0 does not count: it is that of zeros, or of numbers
+      too small to matter. 0 in a row with a NaN.
   """
   lanes, _ = view.minor
   vectors = scales_ref.shape[1]
@@ -83,7 +84,8 @@ def lower_rows(
   nothing = no_extremes(rows.size, view.reduced(1))
   highest, inverse_lowest = lax.fori_loop(0, steps, find, nothing)
   nan = highest == _NAN
-  store_gmem(exponents_ref.at[rows], jnp.where(nan, NAN_EXPONENT, highest))
-  wild = (highest - lowest_of(inverse_lowest) > MAX_DOWN) & (highest != _NAN)
+  store_gmem(row_scales_ref.at[rows], jnp.where(nan, jnp.float32(np.nan), power(highest)))
+  wild = (highest - lowest_of(inverse_lowest) > MAX_DOWN) | is_beyond(highest)
+  wild = wild & (highest != _NAN)
   store_gmem(wild_ref.at[rows], wild.astype(jnp.int32))
   lax.fori_loop(0, steps, write, None)

@@ -12,7 +12,7 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums: 64 rows
   after the other, for want of registers.
-- The epilogue multiplies by the global scales, or by the powers of two of rows and columns.
+- The epilogue multiplies by the global scales, or by the scales of both operands' rows.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from jaxqq._kernels.tiles import (
   keep_full,
   padded,
   rounded_up,
+  scaled,
   tile_transforms,
-  times_powers_of_two,
 )
 
 WGMMA_ROWS = 64  # of x_hat: what one instruction multiplies
@@ -69,17 +69,17 @@ def matmul(
   x: jax.Array,  # (b or 1, m, k) of float16, bfloat16 or float8_e4m3fn; k a multiple of step_k
   w: jax.Array,  # (b or 1, n, k) of the same dtype
   factors: jax.Array,  # float32 (b or 1, 2)
-  exponents: tuple[jax.Array, jax.Array] | None,  # int32 (b or 1, m) and (b or 1, n), for fp8
+  row_scales: tuple[jax.Array, jax.Array] | None,  # float32 (b or 1, m), (b or 1, n), for fp8
   *,
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
   columns_of: tuple[jax.Array, Any] | None = None,
 ) -> Any:
-  """(b, m, n): the sums times both factors, or times 2**(exponents - 127) of rows and columns.
+  """(b, m, n): the sums times both factors, or times the scales of x's and of w's rows.
 
   With `columns_of`, int32 (first, ...) and a reference to an `out_type_of` all columns, they are
-  written to its columns from `first` on, a multiple of block_n; the exponents are of all columns.
+  written to its columns from `first` on, a multiple of block_n; w's row scales are those of all.
   """
   batch, m, n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
   a_step = step_k(x.dtype)
@@ -90,7 +90,7 @@ def matmul(
   def kernel(x_g: Any, w_g: Any, factors_g: Any, *refs: Any) -> None:
     *rest, out_g, x_s, w_s, out_s, full, empty = refs
     first_column = 0 if columns_of is None else pl.multiple_of(rest.pop()[0], block_n)
-    exponents_g = rest
+    row_scales_g = rest
     warpgroup = lax.axis_index("warpgroup")
     own_tiles, tile_of = grid.walk(batch, m, n)
 
@@ -183,10 +183,10 @@ def matmul(
         for j in range(0, block_n, STORE[1]):
           columns = pl.ds(first_column + ni * block_n + j, STORE[1])
           piece = part[:, j : j + STORE[1]]
-          if exponents_g:
-            x_e, w_e = exponents_g
-            piece = times_powers_of_two(
-              piece, x_e.at[batch_of(x_e, b), rows], w_e.at[batch_of(w_e, b), columns]
+          if row_scales_g:
+            of_x, of_w = row_scales_g
+            piece = scaled(
+              piece, of_x.at[batch_of(of_x, b), rows], of_w.at[batch_of(of_w, b), columns]
             )
           else:
             index = batch_of(factors_g, b)
@@ -232,9 +232,10 @@ def matmul(
     kernel_name="jaxqq_matmul",
   )
   operands = [padded(x, rounded_up(m, 8)), padded(w, rounded_up(n, 8)), factors]
-  if exponents is not None:
-    operands.append(padded(exponents[0], rounded_up(m, block_m)))
-    operands.append(padded(exponents[1], rounded_up(exponents[1].shape[1], block_n)))
+  if row_scales is not None:
+    of_x, of_w = row_scales
+    operands.append(padded(of_x, rounded_up(m, block_m)))
+    operands.append(padded(of_w, rounded_up(of_w.shape[1], block_n)))
   if columns_of is not None:
     return run(*operands, *columns_of)
   return run(*operands)[:, :m, :n]

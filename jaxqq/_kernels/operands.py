@@ -28,8 +28,10 @@ from jaxqq._kernels.codes import (
   exponents_of,
   extremes_of,
   inverse_power,
+  is_beyond,
   lowest_of,
   no_extremes,
+  power,
   scalars_of,
   scales_of,
   values_of,
@@ -62,18 +64,18 @@ _BLOCK = math.prod(_MATRIX)
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["codes", "row_exponents", "wild"],
+  data_fields=["codes", "row_scales", "wild"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Operand:
   """An operand for fp8 tensor cores, unless a row is `wild`: its codes mean nothing.
 
-  x_hat = codes * 2**(row_exponents - 127), but for what the shift rounded away.
+  x_hat = codes * row_scales, but for what the shift rounded away.
   """
 
   codes: Any  # float8_e4m3fn (rows, k)
-  row_exponents: Any  # int32 (rows,)
+  row_scales: Any  # float32 (rows,), powers of two
   wild: Any  # int32 (rows,), 0 or 1
 
 
@@ -131,7 +133,8 @@ def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG
   With e_g the groups' exponents (section 2 of the specification) and E their maximum in the
   row, a row whose groups all have E - e_g <= MAX_SHIFT has its codes shifted down by 2**(e_g -
   E), to nearest even: exact until a code leaves e4m3's normal range. Groups of zeros do not
-  count, nor do groups with a NaN or an infinity, whose codes are NaN.
+  count, nor do groups with a NaN or an infinity, whose codes are NaN. A row is wild as well where
+  E is beyond what `codes.is_beyond` allows.
 
   Args:
     a: float32, float16 or bfloat16, (rows, k).
@@ -149,12 +152,12 @@ def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG
     grid=(rows,),
     out_type=(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
-      jax.ShapeDtypeStruct((rows,), jnp.int32),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
       jax.ShapeDtypeStruct((rows,), jnp.int32),
     ),
   )
-  codes, row_exponents, wild = run(grouped)
-  return Fp8Operand(fp8_codes(codes, a.shape), row_exponents, wild)
+  codes, row_scales, wild = run(grouped)
+  return Fp8Operand(fp8_codes(codes, a.shape), row_scales, wild)
 
 
 def fp8_groups(a: jax.Array, fmt: Format) -> tuple[jax.Array, View]:
@@ -219,14 +222,14 @@ def fp8_row(
   row: Any,
   a_ref: Any,  # (rows, groups, lanes, vector)
   codes_ref: Any,  # the same
-  row_exponents_ref: Any,  # (rows,)
+  row_scales_ref: Any,  # (rows,)
   wild_ref: Any,  # (rows,)
   *,
   fmt: Format,
   view: View,
   config: TuningConfig,
 ) -> None:
-  """One row: a sweep for its exponents, and one that writes its codes."""
+  """One row: a sweep for its groups' exponents, and one that writes its codes."""
   a_row, codes_row = a_ref.at[row], codes_ref.at[row]
   groups = a_ref.shape[1]
   row_bytes = math.prod(a_ref.shape[1:]) * a_ref.dtype.itemsize
@@ -240,9 +243,9 @@ def fp8_row(
 
   def write_row(highest: jax.Array, inverse_lowest: jax.Array) -> jax.Array:
     top = exponents_of(highest, fmt)
-    row_exponents_ref[row] = top
+    row_scales_ref[pl.ds(row, 1)] = power(jnp.full((1,), top))
     bottom = exponents_of(lowest_of(inverse_lowest), fmt)
-    wild_ref[row] = (top - bottom > MAX_SHIFT).astype(jnp.int32)
+    wild_ref[row] = ((top - bottom > MAX_SHIFT) | is_beyond(top)).astype(jnp.int32)
     return top
 
   def write(start: Any, a: jax.Array, amax_bits: jax.Array, top: jax.Array) -> None:
@@ -299,6 +302,6 @@ def shifted_codes(a: jax.Array, amax_bits: jax.Array, top: jax.Array, fmt: Forma
   codes = (a * per_group(factor, a)).astype(E4M3)
   # float16 holds every code times 2**-MAX_SHIFT, and converts from and to e4m3 in pairs. 15 is its
   # bias. Of NaN codes the power may be anything; of zeros it must be finite.
-  power_bits = jnp.maximum(exponents - (top - 15), 15 - MAX_SHIFT) << 10
-  power = lax.bitcast_convert_type(power_bits.astype(jnp.int16), jnp.float16)
-  return (codes.astype(jnp.float16) * per_group(power, a)).astype(E4M3)
+  shift_bits = jnp.maximum(exponents - (top - 15), 15 - MAX_SHIFT) << 10
+  shift = lax.bitcast_convert_type(shift_bits.astype(jnp.int16), jnp.float16)
+  return (codes.astype(jnp.float16) * per_group(shift, a)).astype(E4M3)

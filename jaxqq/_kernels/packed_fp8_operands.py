@@ -35,9 +35,9 @@ def packed_fp8_operands(
 
   Returns:
     codes: float8_e4m3fn (m, k).
-    row_exponents: int32 (m,), of x.
+    row_scales: float32 (m,), of x.
     downs: uint8 (n, groups), as `lower_rows` writes them.
-    row_exponents: int32 (n,), of w.
+    row_scales: float32 (n,), of w.
     wild: int32 (m + n or more,), of x and w.
   """
   check_fp8(fmt)
@@ -52,23 +52,23 @@ def packed_fp8_operands(
     x_ref: Any,
     scales_ref: Any,
     codes_ref: Any,
-    x_exponents_ref: Any,
+    x_scales_ref: Any,
     downs_ref: Any,
-    w_exponents_ref: Any,
+    w_scales_ref: Any,
     wild_ref: Any,
   ) -> None:
     step = lax.axis_index("step")
 
     @pl.when(step < m)
     def _x() -> None:
-      of_x = (x_ref, codes_ref, x_exponents_ref, wild_ref)
+      of_x = (x_ref, codes_ref, x_scales_ref, wild_ref)
       fp8_row(step, *of_x, fmt=fmt, view=x_view, config=DEFAULT_CONFIG)
 
     @pl.when(step >= m)
     def _w() -> None:
       # The last step starts early enough to be a whole one.
       here = pl.ds(jnp.minimum((step - m) * block, rows - block), block)
-      of_w = (scales_ref, downs_ref, w_exponents_ref, wild_ref.at[pl.ds(m, rows)])
+      of_w = (scales_ref, downs_ref, w_scales_ref, wild_ref.at[pl.ds(m, rows)])
       lowered_scales.lower_rows(here, *of_w, view=w_view)
 
   run = make_kernel(
@@ -76,13 +76,13 @@ def packed_fp8_operands(
     grid=(m + pl.cdiv(rows, block),),
     out_type=(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
-      jax.ShapeDtypeStruct((m,), jnp.int32),
+      jax.ShapeDtypeStruct((m,), jnp.float32),
       jax.ShapeDtypeStruct(vectors.shape, jnp.uint8),
-      jax.ShapeDtypeStruct((rows,), jnp.int32),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
       jax.ShapeDtypeStruct((m + rows,), jnp.int32),
     ),
     kernel_name="jaxqq_packed_fp8_operands",
   )
-  codes, x_exponents, downs, w_exponents, wild = run(grouped, vectors)
+  codes, x_scales, downs, w_scales, wild = run(grouped, vectors)
   downs = downs[:n].reshape(scales.shape)
-  return fp8_codes(codes, x.shape), x_exponents, downs, w_exponents[:n], wild
+  return fp8_codes(codes, x.shape), x_scales, downs, w_scales[:n], wild

@@ -18,7 +18,7 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
   of x_hat after the other, for want of registers.
 - Tried and slower: expanded w in shared memory, whether these warpgroups write it there or others
   (one or two) do. The tensor cores then read both operands from there, and every step has a fence.
-- The epilogue multiplies by the global scales, or by the powers of two of rows and columns, in
+- The epilogue multiplies by the global scales, or by the scales of both operands' rows, in
   float32, and writes tiles transposed.
 """
 
@@ -42,8 +42,8 @@ from jaxqq._kernels.tiles import (
   keep_full,
   padded,
   rounded_up,
+  scaled,
   tile_transforms,
-  times_powers_of_two,
 )
 
 PROMOTED_ROWS = 128  # of x_hat: what the tensor cores sum up before it is added in float32
@@ -72,14 +72,14 @@ def packed_matmul(
   words: jax.Array,  # uint32 (b or 1, n, k * bits / 32)
   scales: jax.Array,  # uint8 (b or 1, n, k / group_size); for E4M3 as `lower_rows` leaves them
   factors: jax.Array,  # float32 (b or 1, 2)
-  exponents: tuple[jax.Array, jax.Array] | None,  # int32 (b or 1, m) and (b or 1, n), for E4M3
+  row_scales: tuple[jax.Array, jax.Array] | None,  # float32 (b or 1, m), (b or 1, n), for E4M3
   *,
   expansion: expand.Expansion,
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
 ) -> jax.Array:
-  """(b, m, n): the sums times both factors, or times 2**(exponents - 127) of rows and columns."""
+  """(b, m, n): the sums times both factors, or times the scales of x's and of w's rows."""
   m, n, k = x.shape[1], words.shape[1], x.shape[2]
   batch = max(x.shape[0], words.shape[0])
   step_k, step_words, groups = expansion.step_k, expansion.words, expansion.groups
@@ -89,7 +89,7 @@ def packed_matmul(
   part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
   takes_turns = part_m < block_m
   x_transforms = tile_transforms(step_k, x.dtype)
-  has_exponents = exponents is not None
+  has_row_scales = row_scales is not None
   # Only 16 bit matrices can be transposed on their way to shared memory.
   transposed = jnp.dtype(out_dtype).itemsize != 2
   # No stored tile may lie past the end of an axis of one tile: the copy engine drops such an axis.
@@ -100,8 +100,8 @@ def packed_matmul(
 
   def kernel(*refs: Any) -> None:
     x_g, words_g, scales_g, factors_g, *rest = refs
-    x_e: Any = rest.pop(0) if has_exponents else None
-    w_e: Any = rest.pop(0) if has_exponents else None
+    of_x: Any = rest.pop(0) if has_row_scales else None
+    of_w: Any = rest.pop(0) if has_row_scales else None
     out_g, x_s, words_s, out_s, *rest = rest
     a_s: Any = rest.pop(0) if interpret else None
     x_full, words_full, empty, *rest = rest
@@ -217,10 +217,8 @@ def packed_matmul(
         within = i * STORE % part_m
         part = parts[i * STORE // part_m][:, within : within + STORE]
         rows = pl.ds(mi * block_m + i * STORE, STORE)
-        if has_exponents:
-          part = times_powers_of_two(
-            part, w_e.at[batch_of(w_e, b), columns], x_e.at[batch_of(x_e, b), rows]
-          )
+        if has_row_scales:
+          part = scaled(part, of_w.at[batch_of(of_w, b), columns], of_x.at[batch_of(of_x, b), rows])
         else:
           index = batch_of(factors_g, b)
           part = part * factors_g[index, 0] * factors_g[index, 1]
@@ -289,7 +287,7 @@ def packed_matmul(
   rows, columns = rounded_up(m, block_m), rounded_up(n, BLOCK_N)
   operands = [padded(x, rounded_up(m, 8)), padded(words, rounded_up(n, 8)), padded(scales, columns)]
   operands.append(factors)
-  if exponents is not None:
-    operands += [padded(exponents[0], rows), padded(exponents[1], columns)]
+  if row_scales is not None:
+    operands += [padded(row_scales[0], rows), padded(row_scales[1], columns)]
   out = run(*operands)
   return (jnp.swapaxes(out, 1, 2) if transposed else out)[:, :m, :n]

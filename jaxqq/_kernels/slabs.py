@@ -7,8 +7,8 @@ kernels take turns, and each number of w is expanded once:
 
 - A slab is written to memory and read again, but is small enough to stay in the L2 cache, and the
   next one takes its place: there is never more of expanded w than `SLAB_BYTES`.
-- Expanded, e4m3 codes stand under one power of two a row, and are lowered to it as `lower_rows`
-  says; e2m1 codes, and e4m3 codes that must stay exact, become 16 bit floats (`dequantize`).
+- Expanded, e4m3 codes stand under one scale a row, and are lowered to it as `lower_rows` says;
+  e2m1 codes, and e4m3 codes that must stay exact, become 16 bit floats (`dequantize`).
 - All slabs have the same size, so that the kernels are compiled once: the last one starts early
   enough to be a whole one, and some columns are computed twice.
 """
@@ -55,7 +55,7 @@ def slab_matmul(
   words: jax.Array,  # uint32 (1, n, k * bits / 32), n a multiple of ROWS
   scales: jax.Array,  # uint8 (1, n, k / group_size); for e4m3 x as `lower_rows` has them
   factors: jax.Array,  # as `matmul` takes them
-  exponents: tuple[jax.Array, jax.Array] | None,
+  row_scales: tuple[jax.Array, jax.Array] | None,
   *,
   fmt: Format,
   out_dtype: Any,
@@ -75,7 +75,7 @@ def slab_matmul(
     out = _with_slab(
       out,
       Window(bounds, rows),
-      (x, words, scales, factors, exponents),
+      (x, words, scales, factors, row_scales),
       fmt=fmt,
       config=config,
       interpret=interpret,
@@ -89,7 +89,7 @@ def _with_slab(
   out: jax.Array, window: Window, operands: Any, *, fmt: Format, config: Any, interpret: Any
 ) -> jax.Array:
   """`out` with the columns of one slab."""
-  x, words, scales, factors, exponents = operands
+  x, words, scales, factors, row_scales = operands
   if x.dtype == E4M3:
     w = lowered_codes(words[0], scales[0], window)
   else:
@@ -99,7 +99,7 @@ def _with_slab(
     x,
     w[None],
     factors,
-    exponents,
+    row_scales,
     out_dtype=out.dtype,
     config=config,
     interpret=interpret,

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -109,27 +108,13 @@ def compiler_params() -> plgpu.CompilerParams:
   )
 
 
-NAN_EXPONENT = 512  # more than two exponents can add up to
-
-
-def times_powers_of_two(a: Any, row_exponents: Any, column_exponents: Any) -> Any:
-  """a times 2**(e - 127) of its rows and of its columns, whose exponents are in memory.
-
-  Where one of them is NAN_EXPONENT, NaN.
-  """
+def scaled(a: Any, row_scales: Any, column_scales: Any) -> Any:
+  """a times the scales of its rows, then of its columns, which are in memory."""
   layout = plgpu.Layout.WGMMA
-  rows = plgpu.load(row_exponents, layout=layout.reduce(1), optimized=False)
-  columns = plgpu.load(column_exponents, layout=layout.reduce(0), optimized=False)
-  rows = lax.broadcast_in_dim(rows, a.shape, (0,))
-  total = rows + lax.broadcast_in_dim(columns, a.shape, (1,))
-  # The sum of two biased exponents, halved: either half is the exponent of a normal number.
-  half = total >> 1
-  product = a * _power_of_two(half) * _power_of_two(total - half)
-  return jnp.where(total >= NAN_EXPONENT, jnp.float32(np.nan), product)
-
-
-def _power_of_two(exponent: Any) -> Any:
-  return lax.bitcast_convert_type(exponent << 23, jnp.float32)
+  rows = plgpu.load(row_scales, layout=layout.reduce(1), optimized=False)
+  columns = plgpu.load(column_scales, layout=layout.reduce(0), optimized=False)
+  a = a * lax.broadcast_in_dim(rows, a.shape, (0,))
+  return a * lax.broadcast_in_dim(columns, a.shape, (1,))
 
 
 def rounded_up(size: int, multiple: int) -> int:

@@ -36,7 +36,9 @@ from jaxqq._kernels.codes import (
   codes_of,
   exponents_of,
   extremes_of,
+  is_beyond,
   lowest_of,
+  power,
   scalars_of,
   scales_of,
   values_of,
@@ -139,14 +141,14 @@ def fp8_operand_of_transpose(a: jax.Array, fmt: Format) -> Fp8Operand:
   )
   found = _bytes_of(found)  # (rows, tiles, 2)
   top, depth = (jnp.max(found[:, :, i], axis=1).astype(jnp.int32) for i in (0, 1))
-  wild = (top + depth - 255 > MAX_SHIFT).astype(jnp.int32)
+  wild = ((top + depth - 255 > MAX_SHIFT) | is_beyond(top)).astype(jnp.int32)
   (codes,) = _by_tiles(
     functools.partial(_fp8_kernel, fmt=fmt),
     a,
     (top,),
     staged=jax.ShapeDtypeStruct((TILE_K,), E4M3),
   )
-  return Fp8Operand(codes[:rows, :k], top[:rows], wild[:rows])
+  return Fp8Operand(codes[:rows, :k], power(top[:rows]), wild[:rows])
 
 
 # Launching.
