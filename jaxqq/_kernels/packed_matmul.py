@@ -19,7 +19,8 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 - Tried and slower: expanded w in shared memory, whether these warpgroups write it there or others
   (one or two) do. The tensor cores then read both operands from there, and every step has a fence.
 - The epilogue multiplies by the global scales, or by the scales of both operands' rows, in
-  float32, and writes tiles transposed.
+  float32, and writes tiles transposed. The scales of x_hat's rows, 64 for every thread, come to
+  shared memory with the tile's first step; a thread has two rows of w.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from jaxqq._kernels.tiles import (
   batch_of,
   compiler_params,
   keep_full,
+  load_scales,
   padded,
   rounded_up,
   scaled,
+  scales_slots,
   tile_transforms,
 )
 
@@ -88,6 +91,7 @@ def packed_matmul(
   grid = config.grid
   part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
   takes_turns = part_m < block_m
+  slots = scales_slots(stages, k_steps)
   x_transforms = tile_transforms(step_k, x.dtype)
   has_row_scales = row_scales is not None
   # Only 16 bit matrices can be transposed on their way to shared memory.
@@ -103,6 +107,8 @@ def packed_matmul(
     of_x: Any = rest.pop(0) if has_row_scales else None
     of_w: Any = rest.pop(0) if has_row_scales else None
     out_g, x_s, words_s, out_s, *rest = rest
+    of_x_s: Any = rest.pop(0) if has_row_scales else None
+    of_x_full: Any = rest.pop(0) if has_row_scales else None
     a_s: Any = rest.pop(0) if interpret else None
     x_full, words_full, empty, *rest = rest
     turn: Any = rest.pop() if takes_turns else None
@@ -127,9 +133,16 @@ def packed_matmul(
         x_full.at[slot],
       )
 
+    def load_row_scales(t: Any, tile: Any) -> None:
+      b, mi, _ = tile
+      slot = lax.rem(t, jnp.int32(slots))
+      of_tile = of_x.at[batch_of(of_x, b), pl.ds(mi * block_m, block_m)]
+      plgpu.copy_gmem_to_smem(of_tile, of_x_s.at[slot], of_x_full.at[slot])
+
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _memory() -> None:
-      keep_full(load, empty, own_tiles, k_steps, tile_of)
+      loads = (load_row_scales,) if has_row_scales else ()
+      keep_full(load, empty, own_tiles, k_steps, tile_of, *loads)
 
     # Compute
 
@@ -138,7 +151,7 @@ def packed_matmul(
     def own_columns(ni: Any) -> Any:
       return pl.ds(ni * BLOCK_N + warpgroup * tensor_cores.ROWS, tensor_cores.ROWS)
 
-    def load_scales(ki: Any, tile: Any) -> Any:
+    def load_group_scales(ki: Any, tile: Any) -> Any:
       b, _, ni = tile
       ref = scales_g.at[batch_of(scales_g, b), own_columns(ni), pl.ds(ki * groups, groups)]
       return expand.load_scales(ref, expansion, bool(interpret))
@@ -192,33 +205,41 @@ def packed_matmul(
         results.append(total + sums if config.promote else sums)
       return tuple(results)
 
-    def sums_of(first: Any, tile: Any) -> list[Any]:
-      """A tile's sums over all steps, in parts."""
+    def sums_of(first: Any, tile: Any) -> tuple[list[Any], Any]:
+      """A tile's sums over all steps, in parts, and the scales of its rows of w."""
 
       def body(ki: Any, state: Any) -> Any:
         a, scales, totals = state
-        following = load_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
+        following = load_group_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
         totals = add_step(first + ki, a, totals)
         return expanded(first + ki + 1, scales), following, totals
 
       zeros = jnp.zeros((tensor_cores.ROWS, part_m), jnp.float32)
       totals = tuple(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(block_m // part_m))
-      a = expanded(first, load_scales(jnp.int32(0), tile))
-      scales = load_scales(jnp.int32(min(1, k_steps - 1)), tile)
+      a = expanded(first, load_group_scales(jnp.int32(0), tile))
+      scales = load_group_scales(jnp.int32(min(1, k_steps - 1)), tile)
       a, _, totals = lax.fori_loop(0, k_steps - 1, body, (a, scales, totals))
-      return list(add_step(first + k_steps - 1, a, totals))
+      of_own_w = None
+      if has_row_scales:  # here, so that they arrive while the last step is multiplied
+        b, _, ni = tile
+        of_own_w = load_scales(of_w.at[batch_of(of_w, b), own_columns(ni)], of_rows=True)
+      return list(add_step(first + k_steps - 1, a, totals)), of_own_w
 
-    def store(parts: list[Any], tile: Any) -> None:
+    def store(parts: list[Any], of_own_w: Any, t: Any, tile: Any) -> None:
       """Scales and writes a tile, 64 rows of x_hat after the other."""
       b, mi, ni = tile
       columns = own_columns(ni)
+      scales_slot = lax.rem(t, jnp.int32(slots))
+      if has_row_scales:
+        plgpu.barrier_wait(of_x_full.at[scales_slot])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       for i in range(block_m // STORE):
         within = i * STORE % part_m
         part = parts[i * STORE // part_m][:, within : within + STORE]
         rows = pl.ds(mi * block_m + i * STORE, STORE)
         if has_row_scales:
-          part = scaled(part, of_w.at[batch_of(of_w, b), columns], of_x.at[batch_of(of_x, b), rows])
+          of_x_rows = of_x_s.at[scales_slot, pl.ds(i * STORE, STORE)]
+          part = scaled(part, of_own_w, load_scales(of_x_rows, of_rows=False))
         else:
           index = batch_of(factors_g, b)
           part = part * factors_g[index, 0] * factors_g[index, 1]
@@ -241,7 +262,7 @@ def packed_matmul(
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
         tile = tile_of(t)
-        store(sums_of(t * k_steps, tile), tile)
+        store(*sums_of(t * k_steps, tile), t, tile)
 
       if takes_turns:  # no barrier is left half way
         pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
@@ -259,6 +280,8 @@ def packed_matmul(
       transforms=tile_transforms(tensor_cores.ROWS, out_dtype),
     ),
   ]
+  if has_row_scales:
+    scratch += [plgpu.SMEM((slots, block_m), jnp.float32), plgpu.Barrier(num_barriers=slots)]
   if interpret:
     scratch.append(
       plgpu.SMEM((COMPUTE_WARPGROUPS, tensor_cores.ROWS, step_k), x.dtype, transforms=x_transforms)

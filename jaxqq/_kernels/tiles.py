@@ -59,12 +59,14 @@ def keep_full(
   own_tiles: Any,
   k_steps: int,
   tile_of: Callable[[Any], Any],
+  load_scales: Callable[[Any, Any], None] | None = None,  # (t, tile), once a tile
 ) -> None:
   """What the memory warpgroup does: loads every step of every tile, once its place is free."""
   plgpu.set_max_registers(40, action="decrease")
   (stages,) = empty.shape
 
-  def load_when_free(step: Any, ki: Any, tile: Any) -> None:
+  def load_when_free(t: Any, ki: Any, tile: Any) -> None:
+    step = t * k_steps + ki
     slot = lax.rem(step, jnp.int32(stages))
 
     @pl.when(step >= stages)
@@ -72,11 +74,13 @@ def keep_full(
       plgpu.barrier_wait(empty.at[slot])
 
     load(slot, ki, tile)
+    if load_scales is not None:
+      pl.when(ki == 0)(lambda: load_scales(t, tile))
 
   @pl.loop(0, own_tiles)
   def _tile(t: Any) -> None:
     tile = tile_of(t)
-    pl.loop(0, k_steps)(lambda ki: load_when_free(t * k_steps + ki, ki, tile))
+    pl.loop(0, k_steps)(lambda ki: load_when_free(t, ki, tile))
 
   total = own_tiles * k_steps
 
@@ -108,13 +112,24 @@ def compiler_params() -> plgpu.CompilerParams:
   )
 
 
-def scaled(a: Any, row_scales: Any, column_scales: Any) -> Any:
-  """a times the scales of its rows, then of its columns, which are in memory."""
-  layout = plgpu.Layout.WGMMA
-  rows = plgpu.load(row_scales, layout=layout.reduce(1), optimized=False)
-  columns = plgpu.load(column_scales, layout=layout.reduce(0), optimized=False)
-  a = a * lax.broadcast_in_dim(rows, a.shape, (0,))
-  return a * lax.broadcast_in_dim(columns, a.shape, (1,))
+def scales_slots(stages: int, k_steps: int) -> int:
+  """Places for the column scales of tiles: the memory warpgroup is so many tiles ahead at most.
+
+  It has seen the last reader of what lay in a step's place, `stages` steps before.
+  """
+  return 1 + pl.cdiv(stages, k_steps)
+
+
+def load_scales(ref: Any, *, of_rows: bool) -> Any:
+  """Scales of a tile of sums, where the sums are."""
+  layout = plgpu.Layout.WGMMA.reduce(1 if of_rows else 0)
+  return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def scaled(a: Any, of_rows: Any, of_columns: Any) -> Any:
+  """a times the scales of its rows, then of its columns."""
+  a = a * lax.broadcast_in_dim(of_rows, a.shape, (0,))
+  return a * lax.broadcast_in_dim(of_columns, a.shape, (1,))
 
 
 def rounded_up(size: int, multiple: int) -> int:
