@@ -40,12 +40,18 @@ def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:
   return scales.reshape(rows, vectors, vector), view
 
 
+def rows_a_step(rows: int, view: View) -> int:
+  """How many rows `lower_rows` has, of so many in `scale_vectors`."""
+  return view.tile * min(CONFIG.tiles_per_step, rows // view.tile)
+
+
 def lower_rows(
   rows: Any,
   scales_ref: Any,  # uint8 (rows, vectors, vector), of 32 groups or more; fast from 16 in a vector
   downs_ref: Any,
   row_scales_ref: Any,
   wild_ref: Any,
+  step: Any,
   *,
   view: View,
 ) -> None:
@@ -55,37 +61,37 @@ def lower_rows(
     downs: uint8 as the scales, 8 * (largest byte of the row - byte); 0x7F, which leaves nothing,
       where that is above 15 * 8; anything in a row with a NaN.
     row_scales: float32 (rows,), the largest scale of a row; NaN where one is NaN.
-    wild: int32 (rows,), 1 where a scale lies more than MAX_DOWN below it, or where it is beyond
-      what `codes.is_beyond` allows. A byte of 0 does not count: it is that of zeros, or of numbers
-      too small to matter. 0 in a row with a NaN.
+    wild: int32 (steps,), at `step` 1 if in one of the rows a scale lies more than MAX_DOWN below
+      the largest, or that is beyond what `codes.is_beyond` allows. A byte of 0 does not count: it
+      is that of zeros, or of numbers too small to matter. Nor does a row with a NaN.
   """
   lanes, _ = view.minor
   vectors = scales_ref.shape[1]
   size = lanes * min(_VECTORS, vectors // lanes)
-  steps = pl.cdiv(vectors, size)
+  chunks = pl.cdiv(vectors, size)
 
-  def chunk(step: Any) -> tuple[Any, Any]:
-    return rows, pl.ds(jnp.minimum(step * size, vectors - size), size)
+  def chunk(i: Any) -> tuple[Any, Any]:
+    return rows, pl.ds(jnp.minimum(i * size, vectors - size), size)
 
-  def load(step: Any) -> jax.Array:
-    return load_gmem(scales_ref.at[chunk(step)], view.layout).astype(jnp.int32)
+  def load(i: Any) -> jax.Array:
+    return load_gmem(scales_ref.at[chunk(i)], view.layout).astype(jnp.int32)
 
-  def find(step: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    found = (jnp.max(jnp.max(a, axis=-1), axis=-1) for a in extremes_of(load(step), _NAN + 1))
+  def find(i: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    found = (jnp.max(jnp.max(a, axis=-1), axis=-1) for a in extremes_of(load(i), _NAN + 1))
     highest, inverse_lowest = map(jnp.maximum, so_far, found)
     return highest, inverse_lowest
 
-  def write(step: Any, _: None) -> None:
-    scales = load(step)
+  def write(i: Any, _: None) -> None:
+    scales = load(i)
     distance = per_group(highest, scales) - scales
     downs = jnp.where(distance > 15, 0x7F, distance << 3)
-    store_gmem(downs_ref.at[chunk(step)], downs.astype(jnp.uint8))
+    store_gmem(downs_ref.at[chunk(i)], downs.astype(jnp.uint8))
 
   nothing = no_extremes(rows.size, view.reduced(1))
-  highest, inverse_lowest = lax.fori_loop(0, steps, find, nothing)
+  highest, inverse_lowest = lax.fori_loop(0, chunks, find, nothing)
   nan = highest == _NAN
   store_gmem(row_scales_ref.at[rows], jnp.where(nan, jnp.float32(np.nan), power(highest)))
   wild = (highest - lowest_of(inverse_lowest) > MAX_DOWN) | is_beyond(highest)
   wild = wild & (highest != _NAN)
-  store_gmem(wild_ref.at[rows], wild.astype(jnp.int32))
-  lax.fori_loop(0, steps, write, None)
+  wild_ref[step] = jnp.max(wild.astype(jnp.int32))
+  lax.fori_loop(0, chunks, write, None)

@@ -4,7 +4,7 @@
     CTA m ..         some rows of scales   `lowered_scales.lower_rows`
 
 Each alone is over in a few microseconds, which a launch costs too. What is wild of both is in one
-array, for one reduction.
+array, a number for each CTA: up to about two thousand XLA compares and reduces in one kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def packed_fp8_operands(
     row_scales: float32 (m,), of x.
     downs: uint8 (n, groups), as `lower_rows` writes them.
     row_scales: float32 (n,), of w.
-    wild: int32 (m + n or more,), of x and w.
+    wild: int32 (m + steps,), of a row of x or `rows_a_step` rows of w each.
   """
   check_fp8(fmt)
   m, n = x.shape[0], scales.shape[0]
@@ -46,7 +46,8 @@ def packed_fp8_operands(
   vectors, w_view = lowered_scales.scale_vectors(scales)
   vectors = pad(vectors, 0, w_view.tile)
   rows = vectors.shape[0]
-  block = w_view.tile * min(lowered_scales.CONFIG.tiles_per_step, rows // w_view.tile)
+  block = lowered_scales.rows_a_step(rows, w_view)
+  steps = m + pl.cdiv(rows, block)
 
   def kernel(
     x_ref: Any,
@@ -68,18 +69,18 @@ def packed_fp8_operands(
     def _w() -> None:
       # The last step starts early enough to be a whole one.
       here = pl.ds(jnp.minimum((step - m) * block, rows - block), block)
-      of_w = (scales_ref, downs_ref, w_scales_ref, wild_ref.at[pl.ds(m, rows)])
-      lowered_scales.lower_rows(here, *of_w, view=w_view)
+      of_w = (scales_ref, downs_ref, w_scales_ref, wild_ref)
+      lowered_scales.lower_rows(here, *of_w, step, view=w_view)
 
   run = make_kernel(
     kernel,
-    grid=(m + pl.cdiv(rows, block),),
+    grid=(steps,),
     out_type=(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
       jax.ShapeDtypeStruct((m,), jnp.float32),
       jax.ShapeDtypeStruct(vectors.shape, jnp.uint8),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
-      jax.ShapeDtypeStruct((m + rows,), jnp.int32),
+      jax.ShapeDtypeStruct((steps,), jnp.int32),
     ),
     kernel_name="jaxqq_packed_fp8_operands",
   )
