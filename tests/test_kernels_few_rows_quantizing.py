@@ -133,7 +133,7 @@ def check_unpacked(run, name):
     fr.few_rows,
     m=m,
     unit=1 / 2688 if scaled else 1.0,
-    chunk=frc.Chunk(128 if k % 256 else 256, 16, None),
+    chunk=frc.Chunk(128, 16, None),
     quantized_w=fmt,
     out_dtype=dtype,
     config=config,

@@ -115,7 +115,9 @@ def _operand_kernel(
   start = jnp.minimum(lax.rem(step, jnp.int32(steps)) * view.tile, blocks - view.tile)
   here = pl.ds(start, view.tile)
   a = load_gmem(a_ref.at[row, here], view.layout).astype(jnp.float32)
-  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
+  scales = scales_of(
+    amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, a_ref.dtype
+  )
   store_gmem(scales_ref.at[here, row], scales.scale)
   codes = jnp.where(per_group(scales.blank, a), 0, codes_of(a, scales, fmt))
   numbers = numbers_of_codes(codes)

@@ -110,7 +110,10 @@ def is_beyond(exponents: jax.Array) -> jax.Array:
   return ((exponents < _LEAST_EXPONENT) & (exponents > 0)) | (exponents > _LARGEST_EXPONENT)
 
 
-def scales_of(amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None) -> Scales:
+def scales_of(
+  amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None, dtype: Any
+) -> Scales:
+  """Of groups with these amax, whose elements came as `dtype`."""
   enc = None if global_scale is None else _encoding_scale(global_scale, fmt)
   nan = amax_bits >= _rounding.INFINITY_BITS
   if fmt.scale_is_power_of_two:
@@ -119,22 +122,29 @@ def scales_of(amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None)
   else:
     if enc is not None:
       nan = nan | (jnp.full(nan.shape, enc, jnp.float32) != enc)
-    rounded = _float_scales(amax_bits, fmt, enc)
+    ideal = _sixth(amax_bits, dtype, enc)
+    largest = np.float32(ml_dtypes.finfo(fmt.scale).max)
+    rounded = jnp.minimum(ideal, largest).astype(fmt.scale)
     scale = rounded.astype(jnp.float32)
     byte = lax.bitcast_convert_type(rounded, jnp.uint8).astype(jnp.int32)
-    factor = _over_scale(jnp.full(scale.shape, jnp.float32(1) if enc is None else enc), byte)
+    factor = _over_scale(enc, scale)
     blank = nan | (byte == 0)
   return Scales(
     factor, jnp.where(nan, jnp.float32(np.nan), scale), jnp.where(nan, fmt.scale_nan, byte), blank
   )
 
 
-def _float_scales(amax_bits: jax.Array, fmt: Format, enc: jax.Array | None) -> jax.Array:
-  """e4m3(amax / 6 * enc), amax / 6 rounded to float32 and zero below its normal range.
+def _sixth(amax_bits: jax.Array, dtype: Any, enc: jax.Array | None) -> jax.Array:
+  """amax / 6 * enc before it is rounded to e4m3; amax / 6 is zero below float32's normal range.
 
-  The mantissa is divided by 3 in integers, with enough bits and a sticky one that converting
-  the quotient to float32 rounds it as the division would; the rest is its exponent.
+  Of 16 bit numbers, with nothing to multiply by, a product will do: it is 2**-25 too large before
+  it is rounded. Where amax is six times a number between two e4m3 numbers, a tie, that is a quarter
+  to half of its last bit, so the tie stays; any other amax is 2**-10 from there. Else the mantissa
+  is divided by 3 in integers, with enough bits and a sticky one that converting the quotient to
+  float32 rounds it as the division would; the rest is its exponent.
   """
+  if enc is None and jnp.dtype(dtype).itemsize == 2:
+    return as_float(amax_bits) * np.float32(1 / 6)
   mantissa = ((amax_bits & 0x7FFFFF) | 0x800000) << 7
   quotient = lax.div(mantissa, jnp.full_like(mantissa, 3))
   sticky = (quotient * 3 != mantissa).astype(jnp.int32)
@@ -142,28 +152,25 @@ def _float_scales(amax_bits: jax.Array, fmt: Format, enc: jax.Array | None) -> j
   bits = as_bits((quotient | sticky).astype(jnp.float32))
   bits = bits + ((amax_bits & _EXPONENT_FIELD) - (158 << 23))
   ideal = as_float(jnp.where(bits < 0x00800000, 0, bits))
-  if enc is not None:
-    ideal = ideal * enc
-  return jnp.minimum(ideal, np.float32(ml_dtypes.finfo(fmt.scale).max)).astype(fmt.scale)
+  return ideal if enc is None else ideal * enc
 
 
-def _over_scale(enc: jax.Array, byte: jax.Array) -> jax.Array:
-  """enc / scale, rounded to nearest: divisions of floats are approximate here.
+def _over_scale(enc: jax.Array | None, scale: jax.Array) -> jax.Array:
+  """enc / scale, or 1 / scale, rounded to nearest: divisions of floats are approximate here.
 
-  A scale is m * 2**(x - 10) with m of four bits, so an integer division of the mantissas has
-  enough bits for the hardware to round the quotient, with a sticky bit, as it converts it.
+  An e4m3 scale is eight to fifteen eighths times a power of two: eight quotients are all there are.
   """
-  m = jnp.where(byte < 8, jnp.maximum(byte, 1), (byte & 7) | 8)
-  x = jnp.maximum(byte >> 3, 1)
-  mantissa = ((as_bits(enc) & 0x7FFFFF) | 0x800000) << 6
-  quotient = lax.div(mantissa, m)
-  sticky = (quotient * m != mantissa).astype(jnp.int32)
-  bits = as_bits((quotient | sticky).astype(jnp.float32))
-  # enc = mantissa * 2**(field - 156).
-  exponent = (bits >> 23) + ((as_bits(enc) & MAGNITUDE) >> 23) - 146 - x
-  bits = (exponent << 23) | (bits & 0x7FFFFF)
-  factor = jnp.where(exponent > 254, _FLOAT32_MAX, as_float(bits))
-  return jnp.where(exponent < 1, jnp.float32(0), factor)
+  eighths = [np.float32(i / 8) for i in range(8, 16)]
+  if enc is None:
+    quotients: list[Any] = [np.float32(1) / eighth for eighth in eighths]
+  else:
+    quotients = [enc, *(quotient(enc, jnp.float32(eighth)) for eighth in eighths[1:])]
+  bits = as_bits(scale)
+  for i in range(3):
+    odd = (bits & (1 << (20 + i))) != 0
+    quotients = [jnp.where(odd, b, a) for a, b in zip(quotients[::2], quotients[1::2], strict=True)]
+  factor = quotients[0] * as_float((254 << 23) - (bits & _EXPONENT_FIELD))
+  return factor if enc is None else jnp.minimum(factor, _FLOAT32_MAX)
 
 
 def _round_to_e2m1(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -210,7 +217,8 @@ def scalars_of(global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
 
 def _encoding_scale(global_scale: jax.Array, fmt: Format) -> jax.Array:
   """enc = 2688 / global_scale; NaN where that is no amax."""
-  enc = jnp.minimum(quotient(fmt.largest_value, jnp.abs(global_scale)), _FLOAT32_MAX)
+  largest = jnp.float32(fmt.largest_value)
+  enc = jnp.minimum(quotient(largest, jnp.abs(global_scale)), _FLOAT32_MAX)
   return jnp.where(_is_amax(global_scale), enc, jnp.float32(np.nan))
 
 
@@ -223,26 +231,25 @@ def _is_amax(global_scale: jax.Array) -> jax.Array:
   return (global_scale >= 0) & (global_scale <= _FLOAT32_MAX)
 
 
-def quotient(dividend: float, divisor: jax.Array) -> jax.Array:
+def quotient(dividend: jax.Array, divisor: jax.Array) -> jax.Array:
   """dividend / divisor to nearest, of scalars. The interpreter cannot run it: see its twin."""
   splat = plgpu.Layout.WG_SPLAT
 
   @plgpu.inline_mgpu(
-    arg_types=(splat,),
+    arg_types=(splat, splat),
     return_type=plgpu.ShapeDtypeStruct((), np.dtype(np.float32), layout=splat),
   )
-  def divide(ctx: Any, divisor: Any) -> Any:
+  def divide(ctx: Any, *operands: Any) -> Any:
     del ctx
-    bits = int(np.float32(dividend).view(np.int32))
-    asm = f"div.rn.f32 $0, 0f{bits:08X}, $1;"
-    result = llvm.inline_asm(ir.F32Type.get(), [divisor.registers.flat[0]], asm, "=f,f")
+    registers = [a.registers.flat[0] for a in operands]
+    result = llvm.inline_asm(ir.F32Type.get(), registers, "div.rn.f32 $0, $1, $2;", "=f,f,f")
     return mgpu.FragmentedArray.splat(result, ())
 
-  return divide(divisor)
+  return divide(dividend, divisor)
 
 
-def quotient_twin(dividend: float, divisor: jax.Array) -> jax.Array:
-  return _rounding.divide(jnp.float32(dividend), divisor)
+def quotient_twin(dividend: jax.Array, divisor: jax.Array) -> jax.Array:
+  return _rounding.divide(dividend, divisor)
 
 
 def as_bits(a: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ def _kernel(
   row = lax.div(step, jnp.int32(steps))
   here = pl.ds(lax.rem(step, jnp.int32(steps)) * view.tile, view.tile)
   a = load_gmem(a_ref.at[row, here], view.layout).astype(jnp.float32)
-  scales = scales_of(amax_bits_of(a), fmt, None)
+  scales = scales_of(amax_bits_of(a), fmt, None, a_ref.dtype)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)
   words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)

@@ -126,7 +126,10 @@ class QuantizedRows:
       rows = first if self.at_once == 1 else pl.ds(first, self.at_once)
       here = x_g.at[rows, ki] if self.at_once == 1 else x_g.at[rows, ki, 0]
       ready.append((first, load_gmem(here, self.view.layout).astype(jnp.float32)))
-    results = [(first, a, scales_of(amax_bits_of(a), self.fmt, global_scale)) for first, a in ready]
+    results = [
+      (first, a, scales_of(amax_bits_of(a), self.fmt, global_scale, x_g.dtype))
+      for first, a in ready
+    ]
     if not interpret:
       _wait_for_warpgroup()  # what was there before has been read
     for first, a, scales in results:

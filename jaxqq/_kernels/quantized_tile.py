@@ -47,7 +47,7 @@ def quantized_tile(ref: Any, fmt: Format, global_scale: Any, interpret: bool) ->
   if interpret:
     return _twin(ref[...], fmt, global_scale)
   a = plgpu.load(ref, layout=_NUMBERS, optimized=False)
-  scales = scales_of(_amax_bits(a, fmt), fmt, global_scale)
+  scales = scales_of(_amax_bits(a, fmt), fmt, global_scale, a.dtype)
   return _operand(a.astype(jnp.float32), scales.factor, scales.scale, fmt)
 
 
@@ -157,6 +157,6 @@ def _pair_kind(fmt: Format) -> str:
 def _twin(a: Any, fmt: Format, global_scale: Any) -> Any:
   """The same in array operations, for the interpreter."""
   groups = a.astype(jnp.float32).reshape(ROWS, STEP_K // fmt.group_size, 2, -1)
-  scales = scales_of(amax_bits_of(groups), fmt, global_scale)
+  scales = scales_of(amax_bits_of(groups), fmt, global_scale, a.dtype)
   values = values_of(groups, scales, fmt).reshape(ROWS, 8, 8).swapaxes(1, 2)
   return values.reshape(ROWS, STEP_K).astype(exact_dtype(fmt))

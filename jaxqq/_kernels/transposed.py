@@ -91,7 +91,7 @@ def exact_operand_of_transpose(
   check_dtype(dtype, fmt)
   k, rows = a.shape
   (out,) = _by_tiles(
-    functools.partial(_exact_kernel, fmt=fmt, interleave=interleave),
+    functools.partial(_exact_kernel, fmt=fmt, dtype=a.dtype, interleave=interleave),
     a,
     scalars_of(global_scale),
     staged=jax.ShapeDtypeStruct((TILE_K,), dtype),
@@ -115,7 +115,7 @@ def quantize_transpose(
   """
   k, rows = a.shape
   packed, scales = _by_tiles(
-    functools.partial(_quantize_kernel, fmt=fmt),
+    functools.partial(_quantize_kernel, fmt=fmt, dtype=a.dtype),
     a,
     scalars_of(global_scale),
     staged=jax.ShapeDtypeStruct((TILE_K // fmt.codes_per_word,), jnp.uint32),
@@ -306,22 +306,24 @@ def _group_shape(fmt: Format) -> tuple[int, int, int]:
 
 
 def _exact_kernel(
-  numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format, interleave: bool
+  numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format, dtype: Any, interleave: bool
 ) -> None:
   del tile, here
   *global_scale, staging_ref = refs
   a, layout = _grouped(numbers, *_group_shape(fmt))
-  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, dtype)
   target = _staged_layout(TILE_K, VECTOR)
   values = regrouped(values_of(a, scales, fmt), layout, (TILE_ROWS, TILE_K), target, interleave)
   staging_ref[...] = values.astype(staging_ref.dtype)
 
 
-def _quantize_kernel(numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format) -> None:
+def _quantize_kernel(
+  numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format, dtype: Any
+) -> None:
   *global_scale, scales_ref, staging_ref = refs
   words_a_group = fmt.group_size // fmt.codes_per_word
   a, layout = _grouped(numbers, TILE_K // fmt.group_size, words_a_group, fmt.codes_per_word)
-  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None)
+  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, dtype)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, layout) * fmt.bits)
   words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)
