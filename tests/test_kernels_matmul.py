@@ -259,6 +259,46 @@ def test_packed_matmul(name, few_ctas, no_races):
   check_packed(interpreted, name)
 
 
+def check_flags(run, count, raised):
+  """Beside the product, whether one of the flags is up, wherever it is."""
+  flags = np.zeros(count, np.int32)
+  flags[raised] = 1
+  rng = np.random.default_rng(count)
+  x = rng.standard_normal((1, 300, 128)).astype(E4M3)
+  codes, scales = e4m3_operand(rng, 1, 200, 128, 120, 127)
+  rows = largest_scales(scales)
+  row_scales = np.ones((1, 300), F32), powers(rows)
+  f = functools.partial(pm.packed_matmul, expansion=expand.E4M3, out_dtype=BF16, config=P(64, 4))
+  args = x, oracle.pack(codes, "mxfp8"), downs_of(scales, rows), np.ones((1, 2), F32), row_scales
+
+  def with_flags(flags, *args, **kwargs):
+    return f(*args, flags=flags, **kwargs)
+
+  out, is_up = (np.asarray(a) for a in run_both(run, with_flags, flags, *args))
+  assert (is_up.dtype, is_up.tolist()) == (bool, [bool(raised)])
+  np.testing.assert_array_equal(out.view(np.uint16), run(f, *args).view(np.uint16))
+
+
+def run_both(run, f, *args):
+  """As `run`, of two results."""
+  results = []
+
+  def keep(*args, **kwargs):
+    results.append(f(*args, **kwargs))
+    return results[-1][0]
+
+  run(keep, *args)
+  return results[0]
+
+
+FLAGS = [(5, []), (5, [4]), (128, [0]), (700, []), (700, [511]), (700, [699]), (1536, [1100])]
+
+
+@pytest.mark.parametrize(("count", "raised"), FLAGS, ids=str)
+def test_flags(count, raised, few_ctas, no_races):
+  check_flags(interpreted, count, raised)
+
+
 # Every code under every scale: x is the identity, so that the product is w itself.
 
 CONFIG = P(64, 3, store_slots=1)

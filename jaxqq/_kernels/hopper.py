@@ -112,6 +112,7 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
   problem = _padded_k(problem, matmul.step_k(jnp.float8_e4m3fn), fmt)
   config = tiles(operands, fmt, out_dtype, promote=True)
   factors = _factors()
+  instead = functools.partial(exact, operands, mode, out_dtype, promote=False)
 
   def operand(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     a = getattr(problem, name)
@@ -139,19 +140,19 @@ def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
     downs = downs.reshape(problem.scales.shape)
     w_scales = w_scales.reshape(problem.scales.shape[:-1])
 
-    def product() -> jax.Array:
-      if takes_slabs(config):
-        multiply = functools.partial(slabs.slab_matmul, fmt=fmt)
-      else:
-        multiply = functools.partial(packed_matmul.packed_matmul, expansion=expand.E4M3)
-      row_scales = x_scales, w_scales
-      return multiply(x, problem.w, downs, factors, row_scales, out_dtype=out_dtype, config=config)
+    row_scales = x_scales, w_scales
+    args = x, problem.w, downs, factors, row_scales
+    if not takes_slabs(config):
+      out, is_wild = packed_matmul.packed_matmul(
+        *args, expansion=expand.E4M3, out_dtype=out_dtype, config=config, flags=wild
+      )
+      # After the product, which tells whether it was in vain.
+      return lax.cond(is_wild[0], instead, lambda: _unfolded(out, operands))
 
-  return lax.cond(
-    jnp.any(wild > 0),
-    lambda: exact(operands, mode, out_dtype, promote=False),
-    lambda: _unfolded(product(), operands),
-  )
+    def product() -> jax.Array:
+      return slabs.slab_matmul(*args, fmt=fmt, out_dtype=out_dtype, config=config)
+
+  return lax.cond(jnp.any(wild > 0), instead, lambda: _unfolded(product(), operands))
 
 
 def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:

@@ -12,8 +12,8 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums: 64 rows
   after the other, for want of registers.
-- The epilogue multiplies by the global scales, or by the scales of both operands' rows. Those of
-  w_hat, one for each of a tile's columns, come to shared memory with the tile's first step.
+- The epilogue multiplies by the global scales, or by the scales of both operands' rows. (Tried and
+  1% slower: those of w_hat brought to shared memory with a tile's first step.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from jaxqq._kernels.tiles import (
   padded,
   rounded_up,
   scaled,
-  scales_slots,
   tile_transforms,
 )
 
@@ -89,15 +88,11 @@ def matmul(
   k_steps = x.shape[2] // a_step
   block_m, block_n, stages, grid = config.block_m, config.block_n, config.num_stages, config.grid
   own_m = block_m // COMPUTE_WARPGROUPS  # rows of a compute warpgroup
-  has_row_scales = row_scales is not None
-  slots = scales_slots(stages, k_steps)
 
   def kernel(x_g: Any, w_g: Any, factors_g: Any, *refs: Any) -> None:
-    of_x, of_w = refs[:2] if has_row_scales else (None, None)
-    if has_row_scales:
-      *refs, of_w_s, of_w_full = refs[2:]  # type: ignore[assignment]
-    *first, out_g, x_s, w_s, out_s, full, empty = refs
-    first_column = pl.multiple_of(first[0][0], block_n) if first else 0
+    *rest, out_g, x_s, w_s, out_s, full, empty = refs
+    first_column = 0 if columns_of is None else pl.multiple_of(rest.pop()[0], block_n)
+    row_scales_g = rest
     warpgroup = lax.axis_index("warpgroup")
     own_tiles, tile_of = grid.walk(batch, m, n)
 
@@ -114,16 +109,9 @@ def matmul(
       plgpu.copy_gmem_to_smem(x_g.at[batch_of(x_g, b), rows, ks], x_s.at[slot], full.at[slot])
       plgpu.copy_gmem_to_smem(w_g.at[batch_of(w_g, b), columns, ks], w_s.at[slot], full.at[slot])
 
-    def load_row_scales(t: Any, tile: Any) -> None:
-      b, _, ni = tile
-      slot = lax.rem(t, jnp.int32(slots))
-      of_tile = of_w.at[batch_of(of_w, b), pl.ds(first_column + ni * block_n, block_n)]
-      plgpu.copy_gmem_to_smem(of_tile, of_w_s.at[slot], of_w_full.at[slot])
-
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _memory() -> None:
-      loads = (load_row_scales,) if has_row_scales else ()
-      keep_full(load, empty, own_tiles, k_steps, tile_of, *loads)
+      keep_full(load, empty, own_tiles, k_steps, tile_of)
 
     # Compute
 
@@ -187,23 +175,20 @@ def matmul(
 
       return list(lax.fori_loop(0, k_steps, do_step, totals))
 
-    def store(parts: list[Any], t: Any, tile: Any) -> None:
+    def store(parts: list[Any], tile: Any) -> None:
       """Scales and writes a tile, 64 by 64 after the other."""
       b, mi, ni = tile
-      scales_slot = lax.rem(t, jnp.int32(slots))
-      if has_row_scales:
-        plgpu.barrier_wait(of_w_full.at[scales_slot])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       slot = 0
       for i, part in enumerate(parts):
         rows = pl.ds(mi * block_m + warpgroup * own_m + i * STORE[0], STORE[0])
-        if has_row_scales:
-          of_rows = load_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
         for j in range(0, block_n, STORE[1]):
           columns = pl.ds(first_column + ni * block_n + j, STORE[1])
           piece = part[:, j : j + STORE[1]]
-          if has_row_scales:
-            of_columns = load_scales(of_w_s.at[scales_slot, pl.ds(j, STORE[1])], of_rows=False)
+          if row_scales_g:
+            of_x, of_w = row_scales_g
+            of_rows = load_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
+            of_columns = load_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
             piece = scaled(piece, of_rows, of_columns)
           else:
             index = batch_of(factors_g, b)
@@ -220,15 +205,11 @@ def matmul(
 
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
-        store((promoted_sums if config.promote else sums)(t * k_steps), t, tile_of(t))
+        store((promoted_sums if config.promote else sums)(t * k_steps), tile_of(t))
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   transforms = tile_transforms(a_step, x.dtype)
-  scales_scratch: list[Any] = []
-  if has_row_scales:
-    scales_scratch.append(plgpu.SMEM((slots, block_n), jnp.float32))
-    scales_scratch.append(plgpu.Barrier(num_barriers=slots))
   out_type = out_type_of(batch, m, n, out_dtype, config)
   run = plgpu.kernel(
     kernel,
@@ -248,7 +229,6 @@ def matmul(
       ),
       plgpu.Barrier(num_barriers=stages, num_arrivals=2),
       plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
-      *scales_scratch,
     ],
     interpret=interpret,
     kernel_name="jaxqq_matmul",

@@ -19,8 +19,7 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 - Tried and slower: expanded w in shared memory, whether these warpgroups write it there or others
   (one or two) do. The tensor cores then read both operands from there, and every step has a fence.
 - The epilogue multiplies by the global scales, or by the scales of both operands' rows, in
-  float32, and writes tiles transposed. The scales of x_hat's rows, 64 for every thread, come to
-  shared memory with the tile's first step; a thread has two rows of w.
+  float32, and writes tiles transposed.
 """
 
 from __future__ import annotations
@@ -37,7 +36,9 @@ from jax.experimental import pallas as pl
 from jaxqq._kernels import expand, tensor_cores
 from jaxqq._kernels.tiles import (
   COMPUTE_WARPGROUPS,
+  LEAST_FLAGS,
   Grid,
+  any_of,
   batch_of,
   compiler_params,
   keep_full,
@@ -45,7 +46,6 @@ from jaxqq._kernels.tiles import (
   padded,
   rounded_up,
   scaled,
-  scales_slots,
   tile_transforms,
 )
 
@@ -81,8 +81,12 @@ def packed_matmul(
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
-) -> jax.Array:
-  """(b, m, n): the sums times both factors, or times the scales of x's and of w's rows."""
+  flags: jax.Array | None = None,  # int32
+) -> Any:
+  """(b, m, n): the sums times both factors, or times the scales of x's and of w's rows.
+
+  With `flags`, also bool (1,), whether one is above 0: XLA would have a kernel of its own for that.
+  """
   m, n, k = x.shape[1], words.shape[1], x.shape[2]
   batch = max(x.shape[0], words.shape[0])
   step_k, step_words, groups = expansion.step_k, expansion.words, expansion.groups
@@ -91,7 +95,7 @@ def packed_matmul(
   grid = config.grid
   part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
   takes_turns = part_m < block_m
-  slots = scales_slots(stages, k_steps)
+  num_ctas = grid.num_ctas(batch, m, n)
   x_transforms = tile_transforms(step_k, x.dtype)
   has_row_scales = row_scales is not None
   # Only 16 bit matrices can be transposed on their way to shared memory.
@@ -106,9 +110,10 @@ def packed_matmul(
     x_g, words_g, scales_g, factors_g, *rest = refs
     of_x: Any = rest.pop(0) if has_row_scales else None
     of_w: Any = rest.pop(0) if has_row_scales else None
-    out_g, x_s, words_s, out_s, *rest = rest
-    of_x_s: Any = rest.pop(0) if has_row_scales else None
-    of_x_full: Any = rest.pop(0) if has_row_scales else None
+    flags_g: Any = rest.pop(0) if flags is not None else None
+    out_g, *rest = rest
+    any_g: Any = rest.pop(0) if flags is not None else None
+    x_s, words_s, out_s, *rest = rest
     a_s: Any = rest.pop(0) if interpret else None
     x_full, words_full, empty, *rest = rest
     turn: Any = rest.pop() if takes_turns else None
@@ -133,16 +138,15 @@ def packed_matmul(
         x_full.at[slot],
       )
 
-    def load_row_scales(t: Any, tile: Any) -> None:
-      b, mi, _ = tile
-      slot = lax.rem(t, jnp.int32(slots))
-      of_tile = of_x.at[batch_of(of_x, b), pl.ds(mi * block_m, block_m)]
-      plgpu.copy_gmem_to_smem(of_tile, of_x_s.at[slot], of_x_full.at[slot])
+    def find_any() -> None:
+      @pl.when(lax.axis_index("cta") == num_ctas - 1)  # it has the fewest tiles
+      def _() -> None:
+        any_g[0] = any_of(flags_g)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _memory() -> None:
-      loads = (load_row_scales,) if has_row_scales else ()
-      keep_full(load, empty, own_tiles, k_steps, tile_of, *loads)
+      at_end = None if flags is None else find_any
+      keep_full(load, empty, own_tiles, k_steps, tile_of, at_end=at_end)
 
     # Compute
 
@@ -225,21 +229,18 @@ def packed_matmul(
         of_own_w = load_scales(of_w.at[batch_of(of_w, b), own_columns(ni)], of_rows=True)
       return list(add_step(first + k_steps - 1, a, totals)), of_own_w
 
-    def store(parts: list[Any], of_own_w: Any, t: Any, tile: Any) -> None:
+    def store(parts: list[Any], of_own_w: Any, tile: Any) -> None:
       """Scales and writes a tile, 64 rows of x_hat after the other."""
       b, mi, ni = tile
       columns = own_columns(ni)
-      scales_slot = lax.rem(t, jnp.int32(slots))
-      if has_row_scales:
-        plgpu.barrier_wait(of_x_full.at[scales_slot])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       for i in range(block_m // STORE):
         within = i * STORE % part_m
         part = parts[i * STORE // part_m][:, within : within + STORE]
         rows = pl.ds(mi * block_m + i * STORE, STORE)
         if has_row_scales:
-          of_x_rows = of_x_s.at[scales_slot, pl.ds(i * STORE, STORE)]
-          part = scaled(part, of_own_w, load_scales(of_x_rows, of_rows=False))
+          of_x_rows = load_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
+          part = scaled(part, of_own_w, of_x_rows)
         else:
           index = batch_of(factors_g, b)
           part = part * factors_g[index, 0] * factors_g[index, 1]
@@ -262,7 +263,7 @@ def packed_matmul(
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
         tile = tile_of(t)
-        store(*sums_of(t * k_steps, tile), t, tile)
+        store(*sums_of(t * k_steps, tile), tile)
 
       if takes_turns:  # no barrier is left half way
         pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
@@ -280,8 +281,6 @@ def packed_matmul(
       transforms=tile_transforms(tensor_cores.ROWS, out_dtype),
     ),
   ]
-  if has_row_scales:
-    scratch += [plgpu.SMEM((slots, block_m), jnp.float32), plgpu.Barrier(num_barriers=slots)]
   if interpret:
     scratch.append(
       plgpu.SMEM((COMPUTE_WARPGROUPS, tensor_cores.ROWS, step_k), x.dtype, transforms=x_transforms)
@@ -293,12 +292,14 @@ def packed_matmul(
   ]
   if takes_turns:
     scratch.append(plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS))
+  out_types = (
+    jax.ShapeDtypeStruct((batch, *(out_shape[::-1] if transposed else out_shape)), out_dtype),
+    jax.ShapeDtypeStruct((1,), jnp.bool_),
+  )
   run = plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct(
-      (batch, *(out_shape[::-1] if transposed else out_shape)), out_dtype
-    ),
-    grid=(grid.num_ctas(batch, m, n),),
+    out_type=out_types if flags is not None else out_types[0],
+    grid=(num_ctas,),
     grid_names=("cta",),
     num_threads=COMPUTE_WARPGROUPS + 1,
     thread_name="warpgroup",
@@ -312,5 +313,9 @@ def packed_matmul(
   operands.append(factors)
   if row_scales is not None:
     operands += [padded(row_scales[0], rows), padded(row_scales[1], columns)]
-  out = run(*operands)
-  return (jnp.swapaxes(out, 1, 2) if transposed else out)[:, :m, :n]
+  if flags is not None:
+    missing = LEAST_FLAGS - flags.size
+    operands.append(jnp.pad(flags, (0, missing)) if missing > 0 else flags)
+  out, *found = run(*operands) if flags is not None else (run(*operands),)
+  out = (jnp.swapaxes(out, 1, 2) if transposed else out)[:, :m, :n]
+  return (out, *found) if found else out

@@ -59,14 +59,13 @@ def keep_full(
   own_tiles: Any,
   k_steps: int,
   tile_of: Callable[[Any], Any],
-  load_scales: Callable[[Any, Any], None] | None = None,  # (t, tile), once a tile
+  at_end: Callable[[], None] | None = None,  # when all loads are under way
 ) -> None:
   """What the memory warpgroup does: loads every step of every tile, once its place is free."""
   plgpu.set_max_registers(40, action="decrease")
   (stages,) = empty.shape
 
-  def load_when_free(t: Any, ki: Any, tile: Any) -> None:
-    step = t * k_steps + ki
+  def load_when_free(step: Any, ki: Any, tile: Any) -> None:
     slot = lax.rem(step, jnp.int32(stages))
 
     @pl.when(step >= stages)
@@ -74,14 +73,14 @@ def keep_full(
       plgpu.barrier_wait(empty.at[slot])
 
     load(slot, ki, tile)
-    if load_scales is not None:
-      pl.when(ki == 0)(lambda: load_scales(t, tile))
 
   @pl.loop(0, own_tiles)
   def _tile(t: Any) -> None:
     tile = tile_of(t)
-    pl.loop(0, k_steps)(lambda ki: load_when_free(t, ki, tile))
+    pl.loop(0, k_steps)(lambda ki: load_when_free(t * k_steps + ki, ki, tile))
 
+  if at_end is not None:
+    at_end()
   total = own_tiles * k_steps
 
   # The last readers: no barrier is left half way.
@@ -112,12 +111,24 @@ def compiler_params() -> plgpu.CompilerParams:
   )
 
 
-def scales_slots(stages: int, k_steps: int) -> int:
-  """Places for the column scales of tiles: the memory warpgroup is so many tiles ahead at most.
+# Of 1-D numbers a thread has one of each 128.
+_NUMBERS = plgpu.Layout.TILED(
+  plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)
+LEAST_FLAGS = 128
 
-  It has seen the last reader of what lay in a step's place, `stages` steps before.
-  """
-  return 1 + pl.cdiv(stages, k_steps)
+
+def any_of(flags: Any) -> Any:
+  """Whether one of the numbers, int32 in memory and at least LEAST_FLAGS, is above 0."""
+  (n,) = flags.shape
+  size = min(512, n // LEAST_FLAGS * LEAST_FLAGS)
+
+  def add(i: Any, so_far: Any) -> Any:
+    some = flags.at[pl.ds(jnp.minimum(i * size, n - size), size)]
+    return jnp.maximum(so_far, plgpu.load(some, layout=_NUMBERS, optimized=False))
+
+  nothing = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), _NUMBERS)
+  return jnp.max(lax.fori_loop(0, pl.cdiv(n, size), add, nothing)) > 0
 
 
 def load_scales(ref: Any, *, of_rows: bool) -> Any:
