@@ -351,7 +351,7 @@ runpy.run_path({str(PATH)!r}, run_name="__main__")
 
 def test_readme_shows_what_is_kept():
   """Of the results that are kept, the README has the tables that --show prints, and no others."""
-  path = ROOT / "jaxqq" / "bench" / "results" / "h100_decode.json"
+  path = ROOT / "jaxqq" / "bench" / "results" / "h200_decode.json"
   printed = example.table(json.loads(path.read_text())["models"])
   section = (ROOT / "README.md").read_text().partition("\n## Decoding\n")[2].partition("\n## ")[0]
   assert section
