@@ -492,6 +492,10 @@ class TestOnGpu:
   def test_packed_matmul(self, name):
     check_packed(compiled, name)
 
+  @pytest.mark.parametrize(("count", "raised"), FLAGS, ids=str)
+  def test_flags(self, count, raised):
+    check_flags(compiled, count, raised)
+
   @pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
   def test_every_code_and_scale(self, check):
     check(compiled)
