@@ -101,7 +101,7 @@ UNPACKED_CASES = {
   # mode, w, out, (b of x, b of w), m, n, k, global scales, config
   "nvfp4": ("nvfp4", BF16, BF16, (1, 1), 1, 133, 512, False, C(4)),
   "nvfp4, scaled": ("nvfp4", F16, F32, (1, 2), 9, 65, 768, True, C(4, promote=True)),
-  "mxfp8 in small chunks": ("mxfp8", BF16, BF16, (1, 1), 3, 133, 640, False, C(2, 2)),
+  "mxfp8": ("mxfp8", BF16, BF16, (1, 1), 3, 133, 640, False, C(2, 2)),
   "mxfp8, promoted": ("mxfp8", F16, F32, (2, 1), 17, 64, 512, False, C(2, 2, promote=True)),
 }
 UNPACKED_SPLIT_CASES = {

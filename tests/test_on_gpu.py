@@ -81,11 +81,11 @@ def test_dtypes(mode, how, dtype, k, data, precision):
   check_dtype(mode, dtype, data, (133, 265, k), precision, **how)
 
 
-HARD = ("positive", "far apart", "outliers in x")
+HARD = ("positive", "far apart", "beyond", "outliers in x")
 
 
 def hard_data(data, m, n, k):
-  """What costs fp8 sums the most: one sign, groups far apart, few large products."""
+  """What costs fp8 sums the most, or what it cannot take at all: then exact operands must come."""
   rng = np.random.default_rng(k)
   x, w = rng.standard_normal((m, k)), rng.standard_normal((n, k))
   if "positive" in data:
@@ -95,6 +95,8 @@ def hard_data(data, m, n, k):
   if data == "far apart":
     powers = np.linspace(-60, 60, k // 32).round().repeat(32)
     x, w = x * 2.0**powers, w * 2.0**-powers
+  if data == "beyond":
+    x, w = x * 2.0**90, w * 2.0**-90
   bfloat16 = oracle.DTYPES["bfloat16"]
   return x.astype(bfloat16), w.astype(bfloat16)
 

@@ -173,8 +173,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     summary=(
       "fp8 tensor cores: a kernel quantizes x (and w, unless packed) to e4m3 codes under one power "
       "of two a row, another multiplies them (packed w expanded in its registers, or before) and "
-      "adds every 128 products in float32; if a row's groups lie too far apart for that, "
-      "hopper_exact runs"
+      "adds every 128 products in float32; if a row's groups lie too far apart for that, or beyond "
+      "2**+-80, hopper_exact runs"
     ),
     platforms=("cuda",),
     refuses=_refusal_of_fp8,

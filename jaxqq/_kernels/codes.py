@@ -106,7 +106,10 @@ _LEAST_EXPONENT, _LARGEST_EXPONENT = 127 - 80, 127 + 80
 
 
 def is_beyond(exponents: jax.Array) -> jax.Array:
-  """Whether a row's exponent leaves that range. 0 does not count: it is that of zeros."""
+  """Whether a row's exponent leaves that range.
+
+  0 does not count: it is that of zeros, or of numbers below 448 * 2**-127, too small to matter.
+  """
   return ((exponents < _LEAST_EXPONENT) & (exponents > 0)) | (exponents > _LARGEST_EXPONENT)
 
 
@@ -139,9 +142,9 @@ def _sixth(amax_bits: jax.Array, dtype: Any, enc: jax.Array | None) -> jax.Array
 
   Of 16 bit numbers, with nothing to multiply by, a product will do: it is 2**-25 too large before
   it is rounded. Where amax is six times a number between two e4m3 numbers, a tie, that is a quarter
-  to half of its last bit, so the tie stays; any other amax is 2**-10 from there. Else the mantissa
-  is divided by 3 in integers, with enough bits and a sticky one that converting the quotient to
-  float32 rounds it as the division would; the rest is its exponent.
+  to half of its last bit, so the tie stays; any other amax is 2**-11 of itself from there. Else the
+  mantissa is divided by 3 in integers, with enough bits and a sticky one that converting the
+  quotient to float32 rounds it as the division would; the rest is its exponent.
   """
   if enc is None and jnp.dtype(dtype).itemsize == 2:
     return as_float(amax_bits) * np.float32(1 / 6)
@@ -159,6 +162,7 @@ def _over_scale(enc: jax.Array | None, scale: jax.Array) -> jax.Array:
   """enc / scale, or 1 / scale, rounded to nearest: divisions of floats are approximate here.
 
   An e4m3 scale is eight to fifteen eighths times a power of two: eight quotients are all there are.
+  None is subnormal: enc is 2688 / global_scale, above 2**-117, and scales go up to 448.
   """
   eighths = [np.float32(i / 8) for i in range(8, 16)]
   if enc is None:

@@ -18,7 +18,7 @@ keep (README). At k >= FP8_MIN_K random data, outlier channels and numbers of on
 within it; x that is zero nearly everywhere may leave it, and so do outliers in data of one sign
 (1.4 times the bound with 200 in every 64). A row whose groups lie further apart than
 a shift of its codes can bridge, or beyond 2**+-80, is found while it is quantized: then the exact
-kernel runs instead.
+kernel runs instead; with packed w expanded in registers, after it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from jaxqq._kernels.tiles import (
   batch_of,
   compiler_params,
   keep_full,
-  load_scales,
+  load_row_scales,
   padded,
   rounded_up,
   scaled,
@@ -187,8 +187,8 @@ def matmul(
           piece = part[:, j : j + STORE[1]]
           if row_scales_g:
             of_x, of_w = row_scales_g
-            of_rows = load_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
-            of_columns = load_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
+            of_rows = load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
+            of_columns = load_row_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
             piece = scaled(piece, of_rows, of_columns)
           else:
             index = batch_of(factors_g, b)

@@ -1,7 +1,7 @@
 """What the matrix kernels multiply: arrays quantized, but left as numbers, in one kernel each.
 
 `exact_operand` gives 16 bit floats that hold code * scale, for 16 bit tensor cores, and
-`fp8_operand` e4m3 codes under an exponent a row, for those of fp8. `groups` says how the arrays
+`fp8_operand` e4m3 codes under a scale a row, for those of fp8. `groups` says how the arrays
 lie in registers and `codes` what is computed there.
 """
 

@@ -4,7 +4,7 @@
     CTA m ..         some rows of scales   `lowered_scales.lower_rows`
 
 Each alone is over in a few microseconds, which a launch costs too. What is wild of both is in one
-array, a number for each CTA: up to about two thousand XLA compares and reduces in one kernel.
+array, a number for each CTA: few enough for a warpgroup to go through (`tiles.any_of`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def packed_fp8_operands(
     row_scales: float32 (m,), of x.
     downs: uint8 (n, groups), as `lower_rows` writes them.
     row_scales: float32 (n,), of w.
-    wild: int32 (m + steps,), of a row of x or `rows_a_step` rows of w each.
+    wild: int32 (steps,), m of rows of x, then one for each `rows_a_step` rows of w.
   """
   check_fp8(fmt)
   m, n = x.shape[0], scales.shape[0]

@@ -18,6 +18,8 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
   of x_hat after the other, for want of registers.
 - Tried and slower: expanded w in shared memory, whether these warpgroups write it there or others
   (one or two) do. The tensor cores then read both operands from there, and every step has a fence.
+- Where operands carry flags, the last CTA's memory warpgroup goes through them when all its loads
+  are under way.
 - The epilogue multiplies by the global scales, or by the scales of both operands' rows, in
   float32, and writes tiles transposed.
 """
@@ -42,7 +44,7 @@ from jaxqq._kernels.tiles import (
   batch_of,
   compiler_params,
   keep_full,
-  load_scales,
+  load_row_scales,
   padded,
   rounded_up,
   scaled,
@@ -226,7 +228,7 @@ def packed_matmul(
       of_own_w = None
       if has_row_scales:  # here, so that they arrive while the last step is multiplied
         b, _, ni = tile
-        of_own_w = load_scales(of_w.at[batch_of(of_w, b), own_columns(ni)], of_rows=True)
+        of_own_w = load_row_scales(of_w.at[batch_of(of_w, b), own_columns(ni)], of_rows=True)
       return list(add_step(first + k_steps - 1, a, totals)), of_own_w
 
     def store(parts: list[Any], of_own_w: Any, tile: Any) -> None:
@@ -239,7 +241,7 @@ def packed_matmul(
         part = parts[i * STORE // part_m][:, within : within + STORE]
         rows = pl.ds(mi * block_m + i * STORE, STORE)
         if has_row_scales:
-          of_x_rows = load_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
+          of_x_rows = load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
           part = scaled(part, of_own_w, of_x_rows)
         else:
           index = batch_of(factors_g, b)

@@ -131,8 +131,8 @@ def any_of(flags: Any) -> Any:
   return jnp.max(lax.fori_loop(0, pl.cdiv(n, size), add, nothing)) > 0
 
 
-def load_scales(ref: Any, *, of_rows: bool) -> Any:
-  """Scales of a tile of sums, where the sums are."""
+def load_row_scales(ref: Any, *, of_rows: bool) -> Any:
+  """Scales of an operand's rows, which are a tile's rows or its columns, where its sums are."""
   layout = plgpu.Layout.WGMMA.reduce(1 if of_rows else 0)
   return plgpu.load(ref, layout=layout, optimized=False)
 

@@ -4,12 +4,12 @@
 
 The shapes are those of Llama 3 70B. x is whole on every device, and so is y: the devices' parts of
 it are added up by one all-reduce. Forward, the weights of the quantized modes are packed. In a
-training step they are in bfloat16, quantized on the fly, and so are the cotangents: six of its
-products give gradients, and plain SGD takes them.
+training step they are in bfloat16, quantized on the fly, and so are the cotangents: four of its
+seven products give gradients (x gets none), and plain SGD takes them.
 
 Times are of the clock on the wall, several calls after the other. With them is said how far the
-result is from that of one device, how wrong the products are, and which kernels and collectives the
-compiled program holds.
+result is from that of one device, how wrong its products are, on a sample, and which kernels and
+collectives the compiled program holds.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Result:
   kernels: int  # of jaxqq, how often the program names one
   collectives: dict[str, int]
   off_by: float  # norm of the difference to one device's result, relative
-  error_shares: dict[str, float | None]  # worst error of each product / bound of the specification
+  error_shares: dict[str, float | None]  # worst error of a product / bound of the specification
 
 
 def _dot(x: jax.Array, w: tuple[jax.Array, ...], mode: str) -> jax.Array:
@@ -121,7 +121,8 @@ def training_step(x: jax.Array, weights: Weights, target: jax.Array, mode: str) 
   }
 
 
-# Of a result: the product's form, and what it multiplies. y is the row-parallel one.
+# Of a result: the product's form, and what it multiplies; up's are as gate's. y is the row-parallel
+# one.
 _PRODUCTS = {
   "gate": ("on the fly", "x", "w gate"),
   "y": ("on the fly", "hidden", "w down"),
@@ -213,7 +214,9 @@ def measure(
         program = jax.jit(f, out_shardings=shardings).lower(*args).compile()
         result = program(*args)
         shares = _error_shares(result, x, weights, mode)
-        compared = result["y"] if work == FORWARD else result["d_down_weight"][:: hidden // 64]
+        compared = (
+          result["y"] if work == FORWARD else result["d_down_weight"][:: max(1, hidden // 64)]
+        )
         out = np.asarray(compared.astype(jnp.float32))
         base = first.setdefault((work, rows), out)
         del result, compared
