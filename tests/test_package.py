@@ -152,7 +152,7 @@ class Hide:
     if name.partition(".")[0] == {missing!r}: raise ImportError(name)
 sys.meta_path.insert(0, Hide())
 sys.argv = ["train_lm.py", "--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "32",
-            "--batch", "2", "--steps", "1", "--sample-bytes", "8", "--modes", "mxfp8"]
+            "--batch", "2", "--steps", "1", "--sample-bytes", "8", "--modes", "unquantized"]
 import runpy
 runpy.run_path({str(ROOT / "examples" / "train_lm.py")!r}, run_name="__main__")
 """
