@@ -34,7 +34,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._formats import Format
-from jaxqq._kernels.codes import E4M3, amax_bits_of, codes_of, scalars_of, scales_of
+from jaxqq._kernels.codes import E4M3, amax_bits_of, codes_of, scalar_of, scalars_of, scales_of
 from jaxqq._kernels.expand import constant, layout_of, word_asm
 from jaxqq._kernels.groups import View, load_gmem, make_kernel, per_group, positions, store_gmem
 from jaxqq._kernels.tensor_cores import ROWS, operand_array, packed_array
@@ -115,9 +115,7 @@ def _operand_kernel(
   start = jnp.minimum(lax.rem(step, jnp.int32(steps)) * view.tile, blocks - view.tile)
   here = pl.ds(start, view.tile)
   a = load_gmem(a_ref.at[row, here], view.layout).astype(jnp.float32)
-  scales = scales_of(
-    amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, a_ref.dtype
-  )
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
   store_gmem(scales_ref.at[here, row], scales.scale)
   codes = jnp.where(per_group(scales.blank, a), 0, codes_of(a, scales, fmt))
   numbers = numbers_of_codes(codes)

@@ -219,6 +219,11 @@ def scalars_of(global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
   return () if global_scale is None else (jnp.asarray(global_scale, jnp.float32).reshape(1),)
 
 
+def scalar_of(refs: list[Any]) -> Any:
+  """In a kernel, the global scale that `scalars_of` gave it, or None."""
+  return refs[0][0] if refs else None
+
+
 def _encoding_scale(global_scale: jax.Array, fmt: Format) -> jax.Array:
   """enc = 2688 / global_scale; NaN where that is no amax."""
   largest = jnp.float32(fmt.largest_value)

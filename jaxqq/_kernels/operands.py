@@ -32,6 +32,7 @@ from jaxqq._kernels.codes import (
   lowest_of,
   no_extremes,
   power,
+  scalar_of,
   scalars_of,
   scales_of,
   values_of,
@@ -193,9 +194,7 @@ def check_dtype(dtype: Any, fmt: Format) -> None:
 def _exact_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
   *global_scale, out_ref = refs
   a = load_elements(a_ref, rows, view)
-  scales = scales_of(
-    amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, a_ref.dtype
-  )
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
   out_ref[rows] = values_of(a, scales, fmt).astype(out_ref.dtype)
 
 
@@ -207,9 +206,7 @@ def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: Vi
   """
   *global_scale, out_ref, staging_ref = refs
   a = load_elements(a_ref, rows, view)
-  scales = scales_of(
-    amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, a_ref.dtype
-  )
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
   _stage(values_of(a, scales, fmt).astype(staging_ref.dtype), staging_ref)
   plgpu.commit_smem()
   tiling = plgpu.Tiling(((WARPS, *_MATRIX), (2,)))

@@ -20,6 +20,7 @@ from jaxqq._kernels.codes import (
   amax_bits_of,
   codes_of,
   power,
+  scalar_of,
   scalars_of,
   scales_of,
 )
@@ -117,9 +118,7 @@ def _word_view(fmt: Format) -> View:
 def _quantize_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
   *global_scale, packed_ref, scales_ref = refs
   a = load_elements(a_ref, rows, view)
-  scales = scales_of(
-    amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, a_ref.dtype
-  )
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)
   words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)

@@ -39,6 +39,7 @@ from jaxqq._kernels.codes import (
   is_beyond,
   lowest_of,
   power,
+  scalar_of,
   scalars_of,
   scales_of,
   values_of,
@@ -311,7 +312,7 @@ def _exact_kernel(
   del tile, here
   *global_scale, staging_ref = refs
   a, layout = _grouped(numbers, *_group_shape(fmt))
-  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, dtype)
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), dtype)
   target = _staged_layout(TILE_K, VECTOR)
   values = regrouped(values_of(a, scales, fmt), layout, (TILE_ROWS, TILE_K), target, interleave)
   staging_ref[...] = values.astype(staging_ref.dtype)
@@ -323,7 +324,7 @@ def _quantize_kernel(
   *global_scale, scales_ref, staging_ref = refs
   words_a_group = fmt.group_size // fmt.codes_per_word
   a, layout = _grouped(numbers, TILE_K // fmt.group_size, words_a_group, fmt.codes_per_word)
-  scales = scales_of(amax_bits_of(a), fmt, global_scale[0][0] if global_scale else None, dtype)
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), dtype)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, layout) * fmt.bits)
   words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)
