@@ -38,6 +38,11 @@ class TuningConfig:
 
 DEFAULT_CONFIG = TuningConfig()
 
+# Of the last axis, a thread has one of each 128 neighbours.
+ONE_EACH = plgpu.Layout.TILED(
+  plgpu.Tiling(((WARPS * WARP,), (WARP,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["first"], meta_fields=["rows"])
 @dataclasses.dataclass(frozen=True)

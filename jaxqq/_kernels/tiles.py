@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxqq._kernels.groups import ONE_EACH, WARP, WARPS
+
 COMPUTE_WARPGROUPS = 2
 NUM_SMS = 132  # of an H100 or H200; on fewer the CTAs queue, on more some idle
 
@@ -111,11 +113,7 @@ def compiler_params() -> plgpu.CompilerParams:
   )
 
 
-# Of 1-D numbers a thread has one of each 128.
-_NUMBERS = plgpu.Layout.TILED(
-  plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-)
-LEAST_FLAGS = 128
+LEAST_FLAGS = WARPS * WARP
 
 
 def any_of(flags: Any) -> Any:
@@ -125,9 +123,9 @@ def any_of(flags: Any) -> Any:
 
   def add(i: Any, so_far: Any) -> Any:
     some = flags.at[pl.ds(jnp.minimum(i * size, n - size), size)]
-    return jnp.maximum(so_far, plgpu.load(some, layout=_NUMBERS, optimized=False))
+    return jnp.maximum(so_far, plgpu.load(some, layout=ONE_EACH, optimized=False))
 
-  nothing = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), _NUMBERS)
+  nothing = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), ONE_EACH)
   return jnp.max(lax.fori_loop(0, pl.cdiv(n, size), add, nothing)) > 0
 
 

@@ -45,6 +45,7 @@ from jaxqq._kernels.codes import (
   values_of,
 )
 from jaxqq._kernels.groups import (
+  ONE_EACH,
   VECTOR,
   WARP,
   WARPS,
@@ -219,9 +220,7 @@ def _bytes_of(a: jax.Array) -> jax.Array:
 # What a thread has. Its numbers are its registers in order, whatever shape they are given.
 
 # (64, 128): a column.
-_COLUMNS = plgpu.Layout.TILED(
-  plgpu.Tiling(((TILE_ROWS,), (WARP,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-)
+_COLUMNS = ONE_EACH
 
 
 def _row_layout(*minor: int) -> Any:
