@@ -300,7 +300,7 @@ def packed_matmul(
   )
   run = plgpu.kernel(
     kernel,
-    out_type=out_types if flags is not None else out_types[0],
+    out_type=out_types if flags is not None else out_types[:1],
     grid=(num_ctas,),
     grid_names=("cta",),
     num_threads=COMPUTE_WARPGROUPS + 1,
@@ -318,6 +318,6 @@ def packed_matmul(
   if flags is not None:
     missing = LEAST_FLAGS - flags.size
     operands.append(jnp.pad(flags, (0, missing)) if missing > 0 else flags)
-  out, *found = run(*operands) if flags is not None else (run(*operands),)
+  out, *found = run(*operands)
   out = (jnp.swapaxes(out, 1, 2) if transposed else out)[:, :m, :n]
   return (out, *found) if found else out
