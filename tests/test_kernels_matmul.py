@@ -70,9 +70,10 @@ def dequantized(mode, codes, scales):
 
 
 def downs_of(scales, exponents):
-  """What comes off the magnitudes of codes: 8 for each power of two, all of it beyond 15."""
+  """The upper bytes of float16 powers of two by which codes are lowered, 0 from 2**-15 on."""
   distance = np.maximum(exponents[..., None] - scales.astype(int), 0)
-  return np.where(distance > 15, 0x7F, 8 * distance).astype(np.uint8)
+  powers = np.where(distance >= 15, 0, np.ldexp(1.0, -distance)).astype(F16)
+  return (powers.view(np.uint16) >> 8).astype(np.uint8)
 
 
 def largest_scales(scales):
@@ -81,11 +82,9 @@ def largest_scales(scales):
 
 
 def lowered(codes, downs):
-  """e4m3 codes, their magnitudes less `downs` but never below 0; float64."""
-  downs = np.repeat(downs, 32, axis=-1).astype(int)
-  magnitude = (codes & 0x7F).astype(int)
-  out = np.maximum(magnitude - downs, 0) | (codes & 0x80)
-  return np.where(magnitude == 0x7F, 0x7F, out).astype(np.uint8).view(E4M3).astype(np.float64)
+  """e4m3 codes times `downs`, rounded to e4m3; float64."""
+  powers = (np.repeat(downs, 32, axis=-1).astype(np.uint16) << 8).view(F16).astype(np.float64)
+  return (codes.view(E4M3).astype(np.float64) * powers).astype(E4M3).astype(np.float64)
 
 
 def powers(exponents):
@@ -190,6 +189,14 @@ PACKED = {
   "walk m": ("e2m1", BF16, (2, 1), 190, 200, 128, P(64, 3, group_width=2)),
   "walk n": ("e4m3", F32, (1, 1), 180, 300, 256, P(64, 3, True, 1, 2, minor=1)),
 }
+# The interpreter has no clusters.
+SPLIT = {
+  "e2m1 split": ("e2m1", BF16, (1, 1), 201, 133, 384, P(256, 4, store_slots=1, split=2)),
+  "e2m1 split, batches": ("e2m1", F16, (3, 1), 67, 300, 128, P(128, 6, store_slots=1, split=2)),
+  "e4m3 split": ("e4m3", BF16, (1, 1), 201, 390, 768, P(256, 3, True, 1, split=2)),
+  "e4m3 split, promoted": ("e4m3", F16, (1, 2), 130, 67, 512, P(128, 5, True, 1, split=2)),
+  "e4m3_exact split": ("e4m3_exact", BF16, (2, 2), 257, 129, 256, P(256, 3, True, 1, split=2)),
+}
 
 
 def e2m1_operand(rng, batch, n, k):
@@ -215,7 +222,7 @@ def e4m3_operand(rng, batch, n, k, lowest, highest):
 
 
 def check_packed(run, name):
-  which, out_dtype, batches, m, n, k, config = PACKED[name]
+  which, out_dtype, batches, m, n, k, config = (PACKED | SPLIT)[name]
   expansion, (bx, bw) = EXPANSIONS[which], batches
   batch = max(batches)
   rng = np.random.default_rng([m, n, k])
@@ -342,7 +349,7 @@ def check_every_e4m3(run):
   codes, kind = every_e4m3(n, k, 16)
   rows = powers(rng.integers(100, 140, n))
   rows[3] = np.nan
-  scales = (8 * kind).astype(np.uint8)
+  scales = downs_of(-kind, np.zeros(n, int))
   out = times_identity(run, expand.E4M3, codes, scales, rows)
   assert_same_rows(out, lowered(codes, scales) * rows[:, None])
 
@@ -387,7 +394,7 @@ def test_matmul_lowers_for_cuda(shape):
   batch, m, n, k, promote = shape
   struct = jax.ShapeDtypeStruct
   for dtype, out_dtype in ((F16, BF16), (BF16, F32), (E4M3, F16)):
-    config = tuning.config(None, batch, m, n, out_dtype, promote)
+    config = tuning.config(None, batch, m, n, k, out_dtype, promote)
     row_scales = struct((1, m), F32), struct((batch, n), F32)
     assert_lowers(
       functools.partial(mm.matmul, out_dtype=out_dtype, config=config),
@@ -399,12 +406,14 @@ def test_matmul_lowers_for_cuda(shape):
     )
 
 
-@pytest.mark.parametrize("shape", BIG, ids=str)
+@pytest.mark.parametrize(
+  "shape", [(1, 1024, *BIG[0][2:]), (1, 256, *BIG[0][2:]), *BIG[1:]], ids=str
+)
 def test_packed_matmul_lowers_for_cuda(shape):
   batch, m, n, k, promote = shape
   struct = jax.ShapeDtypeStruct
   for (which, expansion), out_dtype in zip(EXPANSIONS.items(), (F32, BF16, F16), strict=True):
-    config = tuning.config(expansion.bits, batch, m, n, out_dtype, promote)
+    config = tuning.config(expansion.bits, batch, m, n, k, out_dtype, promote)
     row_scales = struct((1, m), F32), struct((batch, n), F32)
     static = {"expansion": expansion, "out_dtype": out_dtype, "config": config}
 
@@ -457,7 +466,7 @@ def check_twin(run, which, n, k):
     codes = words.view(np.uint8)
     words = np.where(spared, without_nan_codes(codes), codes).view(np.uint32)
   if which == "e4m3":
-    scales = (8 * rng.integers(0, 16, scales.shape)).astype(np.uint8)
+    scales = downs_of(-rng.integers(0, 16, scales.shape), np.zeros(n, int))
     rows[16] = np.nan
   elif which == "e4m3_exact":
     scales[16, 3] = 0xFF
@@ -482,7 +491,7 @@ class TestOnGpu:
   def test_matmul(self, name):
     check_matmul(compiled, name)
 
-  @pytest.mark.parametrize("name", PACKED)
+  @pytest.mark.parametrize("name", PACKED | SPLIT)
   def test_packed_matmul(self, name):
     check_packed(compiled, name)
 

@@ -121,18 +121,26 @@ def test_many_rows_get_slabs(mode, m):
     assert ("jaxqq_matmul" in text, "jaxqq_packed_matmul" in text) == (slab, not slab)
 
 
-def test_every_code_is_lowered_by_every_distance():
-  codes, kind = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(17), indexing="ij")
-  downs = np.array([*range(0, 121, 8), 0x7F], np.uint8)[kind]
-  words = oracle.pack(np.repeat(codes[..., None], 4, axis=-1).reshape(256, -1), "mxfp8")
-  spread = downs.astype(np.uint32) * np.uint32(0x01010101)
-  out = np.asarray(slabs.lower(jnp.asarray(words), jnp.asarray(spread)))
-  out = out.view(np.uint8).reshape(256, 17, 4)
-  assert (out == out[..., :1]).all()
-  magnitude = np.maximum((codes & 0x7F).astype(int) - downs, 0)
-  nan = (codes & 0x7F) == 0x7F
-  want = np.where(nan, 0x7F, magnitude) | (codes & 0x80)
-  np.testing.assert_array_equal(out[..., 0], want)
+def check_every_distance(run):
+  codes = np.tile(np.arange(256, dtype=np.uint8), (17, 1))
+  downs = np.repeat(downs_of(-np.arange(17)[:, None], np.zeros(17, int)), 8, axis=1)
+  windows = np.array([0, 17], np.int32)
+
+  def f(words, downs, bounds, **_):
+    return slabs.lowered_codes(words, downs, slabs.Window(bounds, 17))
+
+  out = run(f, oracle.pack(codes, "mxfp8"), downs, windows)
+  np.testing.assert_array_equal(out.astype(np.float64), lowered(codes, downs))
+
+
+def test_every_code_is_lowered_by_every_distance(monkeypatch):
+  monkeypatch.setattr(slabs, "as_codes", slabs.as_codes_twin)
+  check_every_distance(interpreted)
+
+
+@pytest.mark.parametrize("check", [pytest.param(check_every_distance, marks=on_gpu)])
+def test_every_code_is_lowered_on_a_gpu(check):
+  check(compiled)
 
 
 def test_slabs_are_whole_tiles_that_fit():

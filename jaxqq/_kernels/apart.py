@@ -35,9 +35,9 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._formats import Format
 from jaxqq._kernels.codes import E4M3, amax_bits_of, codes_of, scalar_of, scalars_of, scales_of
-from jaxqq._kernels.expand import constant, layout_of, word_asm
+from jaxqq._kernels.expand import layout_of, word_asm
 from jaxqq._kernels.groups import View, load_gmem, make_kernel, per_group, positions, store_gmem
-from jaxqq._kernels.tensor_cores import ROWS, operand_array, packed_array
+from jaxqq._kernels.tensor_cores import ROWS, constant, operand_array, packed_array
 
 # With 16 rows there are too many sums for the registers: 32 us on an H200 (8192 x 8192) where
 # codes expanded to float16 take 19 us for 32 rows.

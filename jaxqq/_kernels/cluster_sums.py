@@ -22,13 +22,16 @@ AXIS = "part"  # of the grid: which CTA of a cluster
 def total(part_s: Any, split: int) -> Any:
   """The sums of all CTAs: each has left its own in its part_s, float32, for the layout WGMMA."""
 
-  def load(ref: Any) -> Any:
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
-
-  sums = load(part_s)
+  sums = plgpu.load(part_s, layout=plgpu.Layout.WGMMA, optimized=False)
   for part in range(1, split):
-    sums += load(plgpu.cluster_ref(part_s, {AXIS: part}))
+    sums += load(part_s, part)
   return sums
+
+
+def load(ref: Any, part: int) -> Any:
+  """What another CTA of the cluster has there, float32, for the layout WGMMA."""
+  other = plgpu.cluster_ref(ref, {AXIS: part})
+  return plgpu.load(other, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def meet() -> None:

@@ -8,7 +8,7 @@ thread loads the words it needs with few instructions, and needs few scales.
     e2m1 to float16     thread q holds words 2q and 2q + 1 of 64 codes: one group of 16. Register i
     (2.6 a code)        pairs nibble i of both, so x_hat is interleaved: k = 8j + i at 8i + j.
     e4m3 to e4m3        thread q holds words 4b + q: register b is a word, moved down to the
-    (2.5 a code)        largest exponent of its row. x_hat is in order.
+    (1.6 a code)        largest exponent of its row. x_hat is in order.
     e4m3 to bfloat16    thread q holds words 4q to 4q + 3; x_hat is interleaved as for e2m1.
 
 In brackets: instructions. Array operations cannot pair codes within a register, so the inner
@@ -28,7 +28,7 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from jaxqq._kernels.tensor_cores import ROWS, operand_array, packed_array
+from jaxqq._kernels.tensor_cores import ROWS, constant, operand_array, packed_array
 
 
 def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
@@ -203,35 +203,30 @@ def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
 
 
 def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
-  """Register (b, half): a word of four codes, their exponents lowered as `lower_rows` says.
+  """Register (b, half): a word of four codes, times their group's power of two as float16.
 
-  Lowering an exponent field by d is subtracting 8 * d from the byte's magnitude. Where that
-  borrows (the top bit, set before, tells) the code becomes zero; where it leaves an exponent
-  field of 0, hidden bits are lost: either way less than 2**-6 of the row's largest power of two.
-  A NaN code is the one whose magnitude exceeds 0x7E.
-
-  The two subtractions are multiplications by a -1 that the compiler cannot see through: all the
-  rest goes to the pipe of integers and logic, and that of multiplications has time.
+  In float16 the products are exact; then they are rounded to nearest even. NaN stays NaN.
   """
-  minus = word_asm("{ .reg .b32 t; mov.u32 t, %smid; shr.u32 t, t, 20; not.b32 $0, t; }")
   out = []
   for b in range(8):
     for half in range(2):
       word = vector.extract(words.registers.flat[2 * b + half], [], [0])
       downs = vector.extract(factors[0].registers.flat[half], [], [0])
       group = b // 2  # 8 words each, of 4 a register
-      down = word_asm(f"prmt.b32 $0, $1, $1, {hex(group * 0x1111)};", downs)
+      down = word_asm(f"prmt.b32 $0, $1, 0, {hex(0x0404 | group * 0x1010)};", downs)
       asm = """{
-        .reg .b32 set, t, kept, isnan;
-        or.b32 set, $1, 0x80808080;
-        mad.lo.u32 t, $2, $3, set;
-        mad.lo.u32 isnan, $3, 0x7F7F7F7F, set;
-        prmt.b32 kept, t, t, 0xBA98;
-        prmt.b32 isnan, isnan, isnan, 0xBA98;
-        lop3.b32 t, t, kept, isnan, 0xEA;
-        lop3.b32 $0, t, $1, 0x80808080, 0xD8;
+        .reg .b16 low, high;
+        .reg .b32 a, b;
+        mov.b32 {low, high}, $1;
+        cvt.rn.f16x2.e4m3x2 a, low;
+        cvt.rn.f16x2.e4m3x2 b, high;
+        mul.rn.f16x2 a, a, $2;
+        mul.rn.f16x2 b, b, $2;
+        cvt.rn.satfinite.e4m3x2.f16x2 low, a;
+        cvt.rn.satfinite.e4m3x2.f16x2 high, b;
+        mov.b32 $0, {low, high};
       }"""
-      out.append(asm_of(asm, [word, down, minus], "=r,r,r,r"))
+      out.append(asm_of(asm, [word, down], "=r,r,r"))
   return out
 
 
@@ -272,12 +267,6 @@ def asm_of(asm: str, operands: list[Any], constraints: str) -> Any:
   return llvm.inline_asm(ir.IntegerType.get_signless(32), operands, asm, constraints)
 
 
-def constant(value: int) -> Any:
-  i32 = ir.IntegerType.get_signless(32)
-  attribute = ir.IntegerAttr.get(i32, value - (1 << 32) if value >> 31 else value)
-  return arith.ConstantOp(i32, attribute).result  # type: ignore[call-arg, arg-type]  # no stub
-
-
 def _twice(value: Any) -> Any:
   """A float16 in both halves of a register."""
   pair = vector.broadcast(ir.VectorType.get((2,), ir.F16Type.get()), value)
@@ -293,12 +282,10 @@ def twin(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
   codes = codes.reshape(ROWS, expansion.groups, expansion.group_size)
   if expansion.step_k == 128:
     downs = factors[0][:, None] >> (lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8))
-    downs = downs[..., None] & np.uint32(0xFF)
-    magnitude = codes & np.uint32(0x7F)
-    lowered = jnp.where(magnitude >= downs, magnitude - downs, np.uint32(0))
-    bits = jnp.where(magnitude == 0x7F, np.uint32(0x7F), lowered) | (codes & np.uint32(0x80))
-    values = lax.bitcast_convert_type(bits.astype(jnp.uint8), jnp.float8_e4m3fn)
-    return values.reshape(ROWS, expansion.step_k)
+    downs = lax.bitcast_convert_type((downs << np.uint32(8)).astype(jnp.uint16), jnp.float16)
+    values = lax.bitcast_convert_type(codes.astype(jnp.uint8), expansion.dtype)
+    values = values.astype(jnp.float16) * downs[..., None]
+    return values.astype(expansion.dtype).reshape(ROWS, expansion.step_k)
   if expansion.bits == 4:
     bits = ((codes & np.uint32(8)) << np.uint32(12)) | ((codes & np.uint32(7)) << np.uint32(9))
     values = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)

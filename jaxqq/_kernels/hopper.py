@@ -259,7 +259,7 @@ def tiles(operands: Operands, fmt: Format, out_dtype: np.dtype, promote: bool) -
   if _shared_w(operands):
     batch, m = 1, batch * m
   packed_bits = None if operands.scales is None else fmt.bits
-  return tuning.config(packed_bits, batch, m, n, out_dtype, promote)
+  return tuning.config(packed_bits, batch, m, n, operands.k, out_dtype, promote)
 
 
 def takes_slabs(config: Any) -> bool:

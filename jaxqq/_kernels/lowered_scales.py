@@ -58,8 +58,8 @@ def lower_rows(
   """mxfp8 scales as `expand.E4M3` takes them, and whether that is close enough.
 
   Writes:
-    downs: uint8 as the scales, 8 * (largest byte of the row - byte); 0x7F, which leaves nothing,
-      where that is above 15 * 8; anything in a row with a NaN.
+    downs: uint8 as the scales, the upper byte of 2**(byte - largest byte of the row) as float16;
+      0 from 2**-15 on; anything in a row with a NaN.
     row_scales: float32 (rows,), the largest scale of a row; NaN where one is NaN.
     wild: int32 (steps,), at `step` 1 if in one of the rows a scale lies more than MAX_DOWN below
       the largest, or that is beyond what `codes.is_beyond` allows. A byte of 0 does not count: it
@@ -84,7 +84,7 @@ def lower_rows(
   def write(i: Any, _: None) -> None:
     scales = load(i)
     distance = per_group(highest, scales) - scales
-    downs = jnp.where(distance > 15, 0x7F, distance << 3)
+    downs = (15 - jnp.minimum(distance, 15)) << 2
     store_gmem(downs_ref.at[chunk(i)], downs.astype(jnp.uint8))
 
   nothing = no_extremes(rows.size, view.reduced(1))

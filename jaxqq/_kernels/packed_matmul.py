@@ -3,21 +3,23 @@
 Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over the output tiles:
 
     warpgroup 2, memory   | load k+3      | load k+4      | load k+5      | ...
-    warpgroup 0, compute  | wgmma k  | expand k+1 | wgmma k+1  | expand k+2 | ... | store
-    warpgroup 1, compute      expand k  | wgmma k    | expand k+1 | wgmma k+1 | ...
+    warpgroup 0, compute  | wgmma k       | wgmma k+1     | wgmma k+2     | ... | store
+                          |    expand k+1 |    expand k+2 |    expand k+3 | ...
+    warpgroup 1, compute      likewise
 
 - The memory warpgroup has the copy engine (TMA) bring tiles of x_hat and of packed words to
   shared memory, and refills a place once both compute warpgroups have released it.
 - A compute warpgroup has 64 rows of w and all rows of the x_hat tile: out^T = w_hat x_hat^T. It
   expands the words of a step in its registers (`expand.py`), from where the tensor cores take
-  them, while they work for the other warpgroup. No expanded w is ever written to memory.
-- Where a step takes two waits (`promote`, below), the warpgroups take turns: one begins its step
-  when the other has begun the last part of its own, so that one expands while the other waits.
+  them, while they work on the step before. No expanded w is ever written to memory.
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
-  bit formats). With `promote` they cover one step, and are then added to float32 sums: 128 rows
-  of x_hat after the other, for want of registers.
+  bit formats). With `promote` they cover one step, and are then added to float32 sums.
+- Of 256 rows of x_hat there are not registers enough for two operands and the sums of a step. Then
+  the warpgroups take turns (`tensor_cores.add_promoted`): one expands while the other multiplies.
 - Tried and slower: expanded w in shared memory, whether these warpgroups write it there or others
   (one or two) do. The tensor cores then read both operands from there, and every step has a fence.
+- With `split`, as many CTAs (a cluster) have a part of k each of one tile. In the end they exchange
+  sums through shared memory, and each adds up and stores its share of the tile's rows.
 - Where operands carry flags, the last CTA's memory warpgroup goes through them when all its loads
   are under way.
 - The epilogue multiplies by the global scales, or by the scales of both operands' rows, in
@@ -27,6 +29,7 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -35,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels import expand, tensor_cores
+from jaxqq._kernels import cluster_sums, expand, tensor_cores
 from jaxqq._kernels.tiles import (
   COMPUTE_WARPGROUPS,
   LEAST_FLAGS,
@@ -51,9 +54,9 @@ from jaxqq._kernels.tiles import (
   tile_transforms,
 )
 
-PROMOTED_ROWS = 128  # of x_hat: what the tensor cores sum up before it is added in float32
 BLOCK_N = COMPUTE_WARPGROUPS * tensor_cores.ROWS
 STORE = 64  # rows of x_hat that are stored at a time
+TURN_ROWS = 256  # of x_hat: from here on, sums to be promoted leave no registers to expand into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +69,11 @@ class Config:
   store_slots: int = 2  # tiles on their way out, a warpgroup
   group_width: int = 8  # neighbouring tiles of the minor axis that are walked together
   minor: int = 0  # 0: m, 1: n
+  split: int = 1  # CTAs that share a tile, 2 at most: block_m is a multiple of 64 * split
 
   @property
   def grid(self) -> Grid:
-    return Grid(self.block_m, BLOCK_N, self.group_width, self.minor)
+    return Grid(self.block_m, BLOCK_N, self.group_width, self.minor, self.split)
 
 
 def packed_matmul(
@@ -92,11 +96,10 @@ def packed_matmul(
   m, n, k = x.shape[1], words.shape[1], x.shape[2]
   batch = max(x.shape[0], words.shape[0])
   step_k, step_words, groups = expansion.step_k, expansion.words, expansion.groups
-  k_steps = k // step_k
-  block_m, stages = config.block_m, config.num_stages
-  grid = config.grid
-  part_m = min(PROMOTED_ROWS, block_m) if config.promote else block_m
-  takes_turns = part_m < block_m
+  block_m, stages, split, grid = config.block_m, config.num_stages, config.split, config.grid
+  k_steps = k // step_k // split  # of a CTA
+  own_m = block_m // split  # rows of x_hat that a CTA stores
+  takes_turns = config.promote and block_m >= TURN_ROWS and not interpret
   num_ctas = grid.num_ctas(batch, m, n)
   x_transforms = tile_transforms(step_k, x.dtype)
   has_row_scales = row_scales is not None
@@ -117,27 +120,29 @@ def packed_matmul(
     any_g: Any = rest.pop(0) if flags is not None else None
     x_s, words_s, out_s, *rest = rest
     a_s: Any = rest.pop(0) if interpret else None
-    x_full, words_full, empty, *rest = rest
-    turn: Any = rest.pop() if takes_turns else None
+    others_s = [rest.pop(0) for _ in range(COMPUTE_WARPGROUPS)] if split > 1 else []
+    full, empty = rest
     warpgroup = lax.axis_index("warpgroup")
+    own_part = lax.axis_index(cluster_sums.AXIS) if split > 1 else 0
     own_tiles, tile_of = grid.walk(batch, m, n)
 
     # Memory
 
     def load(slot: Any, ki: Any, tile: Any) -> None:
       b, mi, ni = tile
+      ki = ki + own_part * k_steps
 
       plgpu.copy_gmem_to_smem(
         words_g.at[
           batch_of(words_g, b), pl.ds(ni * BLOCK_N, BLOCK_N), pl.ds(ki * step_words, step_words)
         ],
         words_s.at[slot],
-        words_full.at[slot],
+        full.at[slot],
       )
       plgpu.copy_gmem_to_smem(
         x_g.at[batch_of(x_g, b), pl.ds(mi * block_m, block_m), pl.ds(ki * step_k, step_k)],
         x_s.at[slot],
-        x_full.at[slot],
+        full.at[slot],
       )
 
     def find_any() -> None:
@@ -149,6 +154,9 @@ def packed_matmul(
     def _memory() -> None:
       at_end = None if flags is None else find_any
       keep_full(load, empty, own_tiles, k_steps, tile_of, at_end=at_end)
+      if split > 1:
+        cluster_sums.meet()
+        cluster_sums.meet()
 
     # Compute
 
@@ -159,87 +167,86 @@ def packed_matmul(
 
     def load_group_scales(ki: Any, tile: Any) -> Any:
       b, _, ni = tile
-      ref = scales_g.at[batch_of(scales_g, b), own_columns(ni), pl.ds(ki * groups, groups)]
+      ks = pl.ds((ki + own_part * k_steps) * groups, groups)
+      ref = scales_g.at[batch_of(scales_g, b), own_columns(ni), ks]
       return expand.load_scales(ref, expansion, bool(interpret))
 
+    def slot_of(step: Any) -> Any:
+      return lax.rem(step, jnp.int32(stages))
+
     def expanded(step: Any, scales: Any) -> Any:
-      """The operand of one step, from its packed words."""
-      slot = lax.rem(step, jnp.int32(stages))
+      """The operand of one step, from its packed words; x_hat's is there then as well."""
+      slot = slot_of(step)
       factors = expand.factors(scales, expansion)
-      plgpu.barrier_wait(words_full.at[slot])
+      plgpu.barrier_wait(full.at[slot])
       layout = expansion.words_layout
       words = plgpu.load(words_s.at[slot, own_rows], layout=layout, optimized=False)
       return (expand.twin if interpret else expand.expand)(words, factors, expansion)
 
-    def pass_turn() -> None:
-      plgpu.barrier_arrive(turn.at[1 - warpgroup])
+    def do_step(step: Any, a: Any, total: Any, scales: Any) -> tuple[Any, Any]:
+      """total + a x_hat^T and, by its scales, the next step's a; without scales there is none."""
+      b, is_empty = x_s.at[slot_of(step)], empty.at[slot_of(step)]
 
-    def multiply(sums: Any, a: Any, slot: Any, part: int) -> Any:
-      """(sums +) a x_hat^T."""
-      b = x_s.at[slot, pl.ds(part * part_m, part_m)]
-      last = takes_turns and (part + 1) * part_m == block_m
-      if not interpret:
-        begun = tensor_cores.begin(a, b, x_transforms, x.dtype, sums=sums)
-        if last:
-          pass_turn()
-        return tensor_cores.finish(begun)[0]
-      if last:
-        pass_turn()
+      def following() -> Any:
+        return None if scales is None else expanded(step + 1, scales)
 
+      if interpret:
+        total += product_twin(a, b)
+        plgpu.barrier_arrive(is_empty)
+        return total, following()
+      if takes_turns:
+        total = tensor_cores.add_promoted(total, a, b, x_transforms, x.dtype)
+        plgpu.barrier_arrive(is_empty)
+        return total, following()
+      before = None if config.promote else total
+      begun = tensor_cores.begin(a, b, x_transforms, x.dtype, sums=before)
+      next_a = following()
+      (sums,) = tensor_cores.finish(begun, a, next_a)
+      plgpu.barrier_arrive(is_empty)
+      return total + sums if config.promote else sums, next_a
+
+    def product_twin(a: Any, b: Any) -> Any:
       def scope(acc: Any) -> Any:
         a_s[warpgroup] = a  # the interpreter has no left operand in registers
         plgpu.commit_smem()
         plgpu.wgmma(acc, a_s.at[warpgroup], b.T)
         plgpu.wgmma_wait(0)
-        return acc[...] if sums is None else acc[...] + sums
+        return acc[...]
 
       return pl.run_scoped(
-        scope, plgpu.WGMMAAccumulatorRef((tensor_cores.ROWS, part_m), jnp.float32)
+        scope, plgpu.WGMMAAccumulatorRef((tensor_cores.ROWS, block_m), jnp.float32)
       )
 
-    def add_step(step: Any, a: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
-      """The totals, in parts of part_m rows of x_hat, and a step's sums."""
-      slot = lax.rem(step, jnp.int32(stages))
-      plgpu.barrier_wait(x_full.at[slot])
-      if takes_turns:
-        plgpu.barrier_wait(turn.at[warpgroup])
-      results = []
-      for part, total in enumerate(totals):
-        sums = multiply(None if config.promote else total, a, slot, part)
-        if part == len(totals) - 1:
-          plgpu.barrier_arrive(empty.at[slot])
-        results.append(total + sums if config.promote else sums)
-      return tuple(results)
-
-    def sums_of(first: Any, tile: Any) -> tuple[list[Any], Any]:
-      """A tile's sums over all steps, in parts, and the scales of its rows of w."""
+    def sums_of(first: Any, tile: Any) -> tuple[Any, Any]:
+      """A tile's sums over all steps, and the scales of its rows of w."""
 
       def body(ki: Any, state: Any) -> Any:
-        a, scales, totals = state
+        a, scales, total = state
         following = load_group_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
-        totals = add_step(first + ki, a, totals)
-        return expanded(first + ki + 1, scales), following, totals
+        total, a = do_step(first + ki, a, total, scales)
+        return a, following, total
 
-      zeros = jnp.zeros((tensor_cores.ROWS, part_m), jnp.float32)
-      totals = tuple(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(block_m // part_m))
+      total = plgpu.layout_cast(
+        jnp.zeros((tensor_cores.ROWS, block_m), jnp.float32), plgpu.Layout.WGMMA
+      )
       a = expanded(first, load_group_scales(jnp.int32(0), tile))
       scales = load_group_scales(jnp.int32(min(1, k_steps - 1)), tile)
-      a, _, totals = lax.fori_loop(0, k_steps - 1, body, (a, scales, totals))
+      a, _, total = lax.fori_loop(0, k_steps - 1, body, (a, scales, total))
       of_own_w = None
       if has_row_scales:  # here, so that they arrive while the last step is multiplied
         b, _, ni = tile
         of_own_w = load_row_scales(of_w.at[batch_of(of_w, b), own_columns(ni)], of_rows=True)
-      return list(add_step(first + k_steps - 1, a, totals)), of_own_w
+      total, _ = do_step(first + k_steps - 1, a, total, None)
+      return total, of_own_w
 
-    def store(parts: list[Any], of_own_w: Any, tile: Any) -> None:
-      """Scales and writes a tile, 64 rows of x_hat after the other."""
+    def store(sums: Any, of_own_w: Any, tile: Any, first_row: int) -> None:
+      """Scales and writes the sums of a tile's rows from `first_row` on, 64 after the other."""
       b, mi, ni = tile
       columns = own_columns(ni)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      for i in range(block_m // STORE):
-        within = i * STORE % part_m
-        part = parts[i * STORE // part_m][:, within : within + STORE]
-        rows = pl.ds(mi * block_m + i * STORE, STORE)
+      for i in range(sums.shape[1] // STORE):
+        part = sums[:, i * STORE : (i + 1) * STORE]
+        rows = pl.ds(mi * block_m + first_row + i * STORE, STORE)
         if has_row_scales:
           of_x_rows = load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
           part = scaled(part, of_own_w, of_x_rows)
@@ -256,19 +263,42 @@ def packed_matmul(
         place = (columns, rows) if transposed else (rows, columns)
         plgpu.copy_smem_to_gmem(out_s.at[warpgroup, slot], out_g.at[b, *place])
 
+    def exchange_and_store(sums: Any, of_own_w: Any, tile: Any) -> None:
+      """Adds up and stores the own rows, and hands over the others."""
+      parts = [sums[:, i * own_m : (i + 1) * own_m] for i in range(split)]
+      for own, other in ((0, 1), (1, 0)):
+
+        @pl.when(own_part == own)
+        def _exchange(own: int = own, other: int = other) -> None:
+          # No part of a buffer can be read from another CTA: each warpgroup has one of its own.
+          for i, ref in enumerate(others_s):
+
+            @pl.when(warpgroup == i)
+            def _hand_over(ref: Any = ref) -> None:
+              ref[...] = parts[other]
+
+          cluster_sums.meet()
+          loads = [functools.partial(cluster_sums.load, ref, other) for ref in others_s]
+          its = lax.cond(warpgroup == 0, *loads)
+          store(parts[own] + its, of_own_w, tile, own * own_m)
+          cluster_sums.meet()  # none ends before it has been read
+
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
       plgpu.set_max_registers(232, action="increase")
       if takes_turns:
-        pl.when(warpgroup == 1)(pass_turn)  # the first is warpgroup 0's
+        pl.when(warpgroup == 1)(tensor_cores.pass_turn)  # the first is warpgroup 0's
 
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
         tile = tile_of(t)
-        store(*sums_of(t * k_steps, tile), tile)
+        if split > 1:
+          exchange_and_store(*sums_of(t * k_steps, tile), tile)
+        else:
+          store(*sums_of(t * k_steps, tile), tile, 0)
 
       if takes_turns:  # no barrier is left half way
-        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+        pl.when(warpgroup == 0)(tensor_cores.take_turn)
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -287,13 +317,14 @@ def packed_matmul(
     scratch.append(
       plgpu.SMEM((COMPUTE_WARPGROUPS, tensor_cores.ROWS, step_k), x.dtype, transforms=x_transforms)
     )
+  if split > 1:
+    shape = (tensor_cores.ROWS, own_m)
+    others = plgpu.SMEM(shape, jnp.float32, transforms=tile_transforms(own_m, jnp.float32))
+    scratch += [others] * COMPUTE_WARPGROUPS
   scratch += [
-    plgpu.Barrier(num_barriers=stages),
-    plgpu.Barrier(num_barriers=stages),
+    plgpu.Barrier(num_barriers=stages, num_arrivals=2),
     plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
   ]
-  if takes_turns:
-    scratch.append(plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS))
   out_types = (
     jax.ShapeDtypeStruct((batch, *(out_shape[::-1] if transposed else out_shape)), out_dtype),
     jax.ShapeDtypeStruct((1,), jnp.bool_),
@@ -303,6 +334,8 @@ def packed_matmul(
     out_type=out_types if flags is not None else out_types[:1],
     grid=(num_ctas,),
     grid_names=("cta",),
+    cluster=(split,) if split > 1 else (),
+    cluster_names=(cluster_sums.AXIS,) if split > 1 else (),
     num_threads=COMPUTE_WARPGROUPS + 1,
     thread_name="warpgroup",
     compiler_params=compiler_params(),

@@ -31,8 +31,8 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxqq._formats import Format
 from jaxqq._kernels import apart
 from jaxqq._kernels.codes import Scales, amax_bits_of, codes_of, scales_of
-from jaxqq._kernels.expand import constant
 from jaxqq._kernels.groups import WARP, WARPS, View, load_gmem, per_group, positions
+from jaxqq._kernels.tensor_cores import constant
 from jaxqq._kernels.tiles import tile_transforms
 
 CHUNK_K = 512

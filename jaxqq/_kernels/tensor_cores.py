@@ -16,12 +16,15 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import mma_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 ROWS = 64  # of the left operand
 STEP = 128  # bytes of k: a row of swizzled shared memory
 _INSTRUCTION = 32  # bytes of k
 _INSTRUCTIONS = STEP // _INSTRUCTION
+PROMOTED_ROWS = 64  # of the right operand, that `add_promoted` has in a part
+_BOTH = 2 * 128  # threads that meet at a turn
+_FIRST_TURN = 8  # of the hardware's 16 barriers; Mosaic has the first few
 _PTX_TYPES = {"float8_e4m3fn": "e4m3", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -63,21 +66,93 @@ def begin(
   return multiply(a, b, *before)
 
 
-def finish(sums: list[jax.Array]) -> list[jax.Array]:
-  """The sums that were begun: all are done."""
+def finish(
+  sums: list[jax.Array], held: jax.Array | None = None, ready: jax.Array | None = None
+) -> list[jax.Array]:
+  """The sums that were begun: all are done.
+
+  Args:
+    sums: of `begin`.
+    held: the left operand in registers, which stays in them until then.
+    ready: another one, computed before this waits. The assembler (ptxas) would have arithmetic
+      wait for the tensor cores, but moves nothing past a branch, even of one never taken.
+  """
   n = sums[0].shape[1]
+  operands = [a for a in (held, ready) if a is not None]
 
   @plgpu.inline_mgpu(
-    arg_types=[plgpu.Layout.WGMMA] * len(sums), return_type=[_sums_type(n)] * len(sums)
+    arg_types=[plgpu.Layout.WGMMA] * len(sums) + [_layout(a.dtype) for a in operands],
+    return_type=[_sums_type(n)] * len(sums),
   )
-  def wait(ctx: Any, *sums: Any) -> Any:
+  def wait(ctx: Any, *args: Any) -> Any:
     del ctx
-    values = [value for array in sums for value in _floats(array)]
-    constraints = ["=f"] * len(values) + [str(i) for i in range(len(values))]
-    done = _asm("wgmma.wait_group.sync.aligned 0;", values, ",".join(constraints), len(values))
-    return _as_arrays(done, n)
+    values = [value for array in args[: len(sums)] for value in _floats(array)]
+    words = [word for array in args[len(sums) :] for word in _words(array)]
+    asm = "wgmma.wait_group.sync.aligned 0;"
+    if ready is not None:
+      asm = f"{{ .reg .pred never; setp.ne.u32 never, ${2 * len(values)}, 0; @never trap; }}{asm}"
+      words.insert(0, _zero())
+    tied = [str(i) for i in range(len(values))]
+    constraints = ["=f"] * len(values) + tied + ["r"] * len(words)
+    return _as_arrays(_asm(asm, values + words, ",".join(constraints), len(values)), n)
 
-  return wait(*sums)
+  return wait(*sums, *operands)
+
+
+def add_promoted(
+  totals: jax.Array, a: jax.Array, b: Any, transforms: tuple[Any, ...], dtype: Any
+) -> jax.Array:
+  """totals + a b^T over one step, by two warpgroups in turn: added outside of the tensor cores.
+
+  A left operand in registers keeps its warpgroup from running ahead: it is past an instruction
+  for the tensor cores when they are about to begin it. So this goes part by part of b's rows,
+  with two parts under way, and is one block, which no compiler puts in another order:
+
+      tensor cores    | part 0 | part 1 | part 2 | part 3 | part 0 of the other warpgroup | ...
+      this warpgroup  | begin 0, 1 | add 0, begin 2 | add 1, begin 3, pass turn | add 2 | add 3
+
+  Measured (mxfp8, m = 1024, n = k = 8192): 112 us. With one part under way 134, in parts of 128
+  rows 117, and with the turn passed at an earlier part, or never taken, 117 to 123.
+
+  Args:
+    totals: float32 (64, n) in the layout WGMMA, n a multiple of 2 * PROMOTED_ROWS.
+    a: (64, 128 bytes), in registers.
+    b: (n, 128 bytes), in shared memory.
+    transforms, dtype: as of `begin`.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, _layout(dtype), plgpu.RefType(transforms)),
+    return_type=_sums_type(totals.shape[1]),
+  )
+  def add(ctx: Any, totals: Any, a: Any, b: Any) -> Any:
+    del ctx
+    part_bytes = PROMOTED_ROWS // 8 * _tile_bytes(b)
+    sums = _add_promoted(_floats(totals), _words(a), _descriptor(b), part_bytes, dtype)
+    return _as_arrays(sums, totals.shape[1])[0]
+
+  return add(totals, a, b)
+
+
+def pass_turn() -> None:
+  """Lets the other of two warpgroups begin `add_promoted`, as the first one needs."""
+  _at_turn("bar.arrive", own=False)
+
+
+def take_turn() -> None:
+  """Waits for the turn that the other warpgroup has passed last."""
+  _at_turn("bar.sync", own=True)
+
+
+def _at_turn(instruction: str, *, own: bool) -> None:
+  @plgpu.inline_mgpu(arg_types=(), return_type=None)
+  def run(ctx: Any) -> None:
+    del ctx
+    void = ir.Type.parse("!llvm.void")
+    asm = f"{instruction} $0, {_BOTH};"
+    llvm.inline_asm(void, [_turn(own=own)], asm, "r,~{memory}", has_side_effects=True)
+
+  run()
 
 
 def _operand_types(a: Any, transforms: tuple[Any, ...], dtype: Any) -> tuple[Any, Any]:
@@ -104,36 +179,111 @@ def _multiply(
   outputs = a_sum * parts
   first_left = outputs + len(before)
   names = [f"${first_left + i}" for i in range(len(left))]
+  lines = ["wgmma.fence.sync.aligned;"]
+  for i in range(_INSTRUCTIONS):
+    part, place = divmod(i, _INSTRUCTIONS // parts)
+    sums = [f"${part * a_sum + j}" for j in range(a_sum)]
+    add = bool(before or place)
+    lines += _instruction(i, sums, names, f"${first_left + len(left)}", dtype, add=add)
+  lines.append("wgmma.commit_group.sync.aligned;")
+  tied = [str(i) for i in range(len(before))]
+  constraints = ["=f"] * outputs + tied + ["l" if len(left) == 1 else "r"] * len(left) + ["l"]
+  return _asm(_block(lines), [*before, *left, right], ",".join(constraints), outputs)
+
+
+def _add_promoted(
+  totals: list[Any], left: list[Any], right: Any, part_bytes: int, dtype: Any
+) -> list[Any]:
+  """As `add_promoted` draws it; from a part of the right operand to the next are `part_bytes`."""
+  count, held = len(totals), PROMOTED_ROWS // 2
+  parts = count // held
+  names = [f"${2 * count + i}" for i in range(len(left))]
+  right_name, own_turn, other_turn = (f"${2 * count + len(left) + i}" for i in range(3))
+  lines = [f"bar.sync {own_turn}, {_BOTH};"]
+
+  def sums_of(part: int) -> list[str]:
+    return [f"sum{part % 2 * held + j}" for j in range(held)]
+
+  def begin(part: int) -> None:
+    lines.append("wgmma.fence.sync.aligned;")
+    offset = part * part_bytes
+    for i in range(_INSTRUCTIONS):
+      lines.extend(_instruction(i, sums_of(part), names, right_name, dtype, offset, add=i > 0))
+    lines.append("wgmma.commit_group.sync.aligned;")
+
+  def add(part: int, younger: int) -> None:
+    lines.append(f"wgmma.wait_group.sync.aligned {younger};")
+    for j, each in enumerate(sums_of(part)):
+      total = f"${part * held + j}"
+      lines.append(f"add.rn.f32 {total}, {total}, {each};")
+
+  begin(0)
+  for part in range(1, parts):
+    begin(part)
+    if part == parts - 1:
+      lines.append(f"bar.arrive {other_turn}, {_BOTH};")
+    add(part - 1, younger=1)
+  add(parts - 1, younger=0)
+  tied = [str(i) for i in range(count)]
+  constraints = ["=f"] * count + tied + ["r"] * len(left) + ["l", "r", "r"]
+  operands = [*totals, *left, right, _turn(own=True), _turn(own=False)]
+  asm = _block(lines, f".reg .f32 sum<{2 * held}>;")
+  return _asm(asm, operands, ",".join(constraints), count)
+
+
+def _instruction(
+  i: int,
+  sums: list[str],
+  left: list[str],
+  right: str,
+  dtype: Any,
+  offset: int = 0,
+  *,
+  add: bool,
+) -> list[str]:
+  """Instruction i of a step, (sums +) its part of k; the right operand begins `offset` bytes on."""
+  n = 2 * len(sums)
   shared, fp8 = len(left) == 1, jnp.dtype(dtype).itemsize == 1
+  along_k = i * _INSTRUCTION
+  # Descriptors count in 16 bytes.
+  lines = [f"add.s64 b, {right}, {(offset + along_k) >> 4};"]
+  if shared:
+    lines.append(f"add.s64 a, {left[0]}, {along_k >> 4};")
+  operand = "a" if shared else "{" + ", ".join(left[4 * i : 4 * i + 4]) + "}"
   # Scales of 1 and, of 16 bit operands in shared memory, no transposition.
   flags = ", 1, 1" + ("" if fp8 else ", 0, 0" if shared else ", 0")
   ptx_type = _PTX_TYPES[jnp.dtype(dtype).name]
-  instruction = (
-    f"wgmma.mma_async.sync.aligned.m64n{n}k{32 if fp8 else 16}.f32.{ptx_type}.{ptx_type}"
+  lines.append(
+    f"wgmma.mma_async.sync.aligned.m64n{n}k{32 if fp8 else 16}.f32.{ptx_type}.{ptx_type} "
+    f"{{{', '.join(sums)}}}, {operand}, b, {'yes' if add else 'no'}{flags};"
   )
-  lines = ["wgmma.fence.sync.aligned;"]
-  for i in range(_INSTRUCTIONS):
-    offset = i * _INSTRUCTION >> 4  # descriptors count in 16 bytes
-    lines.append(f"add.s64 b, ${first_left + len(left)}, {offset};")
-    if shared:
-      lines.append(f"add.s64 a, {names[0]}, {offset};")
-    operand = "a" if shared else "{" + ", ".join(names[4 * i : 4 * i + 4]) + "}"
-    part, place = divmod(i, _INSTRUCTIONS // parts)
-    first = part * a_sum
-    sums = ", ".join(f"${first + j}" for j in range(a_sum))
-    add = "yes" if before or place else "no"
-    lines.append(f"{instruction} {{{sums}}}, {operand}, b, {add}{flags};")
-  lines.append("wgmma.commit_group.sync.aligned;")
-  asm = """{
+  return lines
+
+
+def _block(lines: list[str], declarations: str = "") -> str:
+  return """{
     .reg .pred yes, no;
     .reg .b64 a, b;
+    DECLARATIONS
     setp.eq.u32 yes, 0, 0;
     setp.ne.u32 no, 0, 0;
     BODY
-  }""".replace("BODY", "\n".join(lines))
-  tied = [str(i) for i in range(len(before))]
-  constraints = ["=f"] * outputs + tied + ["l" if shared else "r"] * len(left) + ["l"]
-  return _asm(asm, [*before, *left, right], ",".join(constraints), outputs)
+  }""".replace("DECLARATIONS", declarations).replace("BODY", "\n".join(lines))
+
+
+def _turn(*, own: bool) -> Any:
+  """Which of the hardware's barriers a compute warpgroup waits at for its turn, or the other."""
+  warpgroup = mgpu.utils.warpgroup_idx(sync=False)
+  if own:
+    return arith.addi(constant(_FIRST_TURN), warpgroup)
+  return arith.subi(constant(_FIRST_TURN + 1), warpgroup)
+
+
+def _zero() -> Any:
+  """0, but the compiler does not know."""
+  i32 = ir.IntegerType.get_signless(32)
+  asm = "{ .reg .b32 t; mov.u32 t, %smid; shr.u32 $0, t, 20; }"
+  return llvm.inline_asm(i32, [], asm, "=r")
 
 
 def _asm(asm: str, operands: list[Any], constraints: str, outputs: int) -> list[Any]:
@@ -141,6 +291,13 @@ def _asm(asm: str, operands: list[Any], constraints: str, outputs: int) -> list[
   result_type = llvm.StructType.get_literal([f32] * outputs)
   result = llvm.inline_asm(result_type, operands, asm, constraints, has_side_effects=True)
   return [llvm.extractvalue(f32, result, [i]) for i in range(outputs)]
+
+
+def constant(value: int) -> Any:
+  """32 bits, given without a sign."""
+  i32 = ir.IntegerType.get_signless(32)
+  attribute = ir.IntegerAttr.get(i32, value - (1 << 32) if value >> 31 else value)
+  return arith.ConstantOp(i32, attribute).result  # type: ignore[call-arg, arg-type]  # no stub
 
 
 def packed_array(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
@@ -189,9 +346,13 @@ def _words(a: Any) -> list[Any]:
 
 def _descriptor(ref: Any) -> Any:
   """Of rows in tiles of 8 by 128 bytes; from 8 rows to the next it may lie anywhere."""
+  return mma_utils.encode_descriptor(
+    ref, leading_byte_offset=0, stride_byte_offset=_tile_bytes(ref), swizzle=STEP
+  )
+
+
+def _tile_bytes(ref: Any) -> int:
+  """From 8 rows to the next 8."""
   kind = ir.MemRefType(ref.type)
   strides, _ = kind.get_strides_and_offset()
-  stride = strides[0] * mgpu.utils.bytewidth(kind.element_type)
-  return mma_utils.encode_descriptor(
-    ref, leading_byte_offset=0, stride_byte_offset=stride, swizzle=STEP
-  )
+  return int(strides[0]) * int(mgpu.utils.bytewidth(kind.element_type))

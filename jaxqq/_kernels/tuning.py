@@ -1,8 +1,8 @@
 """Which tiles a product gets, tuned on an H200.
 
-A CTA's time is about its steps times what one step costs, and the launch takes as many waves of
-CTAs as there are tiles for each multiprocessor. The costs below are measured: microseconds a step,
-relative to the largest tile, at n = k = 8192.
+A CTA's time is about its steps times what one takes, and what begins and ends a tile. A launch
+takes as many waves of CTAs as there are tiles for each multiprocessor. The times below are fitted
+to what was measured at n = k = 8192.
 """
 
 from __future__ import annotations
@@ -20,27 +20,46 @@ from jaxqq._kernels.tiles import NUM_SMS
 @dataclasses.dataclass(frozen=True)
 class _Tile:
   config: Any
-  cost: float  # of a step, relative to the largest tile
+  step_us: float
+  other_us: float = 3.0  # with a split: to exchange sums as well
+
+  def time(self, batch: int, m: int, n: int, k_steps: int) -> float:
+    grid = self.config.grid
+    waves = -(-grid.num_tiles(batch, m, n) // NUM_SMS)
+    return float(waves * (k_steps / grid.split * self.step_us + self.other_us))
+
+  def is_possible(self, batch: int, m: int, n: int, k: int, out_dtype: Any) -> bool:
+    """All CTAs that share a tile run at once, have as many steps, and room for their sums."""
+    grid = self.config.grid
+    if grid.split == 1:
+      return True
+    fits = grid.num_tiles(batch, m, n) * grid.split <= NUM_SMS
+    return fits and k % (128 * grid.split) == 0 and jnp.dtype(out_dtype).itemsize == 2
 
 
 # Shared memory, 227 KiB: stages of (block_m + block_n) rows of 128 bytes, and the tiles on their
 # way out. Tried and no faster: 128 x 256, pairs of CTAs that share the load of a tile, wider bands.
 _READY = (
-  _Tile(matmul.Config(256, 128, 4), 1.0),
-  _Tile(matmul.Config(128, 128, 6), 0.58),
+  _Tile(matmul.Config(256, 128, 4), 0.78),
+  _Tile(matmul.Config(128, 128, 6), 0.45),
 )
 
-# Tiles of x_hat against 128 rows of packed w. Expanding w costs the same for few rows of x_hat as
-# for many, so small tiles cost more than their share. A stage holds 64 or 128 bytes of words a row.
+# Tiles of x_hat against 128 rows of packed w. Expanding w takes as long for few rows of x_hat as
+# for many, so small tiles take more than their share. A stage holds 64 or 128 bytes of words a row.
+# Sums to exchange, half a tile in float32, take the room of a stage or two.
 _PACKED_E2M1 = (
-  _Tile(packed_matmul.Config(256, 4), 1.0),
-  _Tile(packed_matmul.Config(128, 8, store_slots=1), 0.73),
-  _Tile(packed_matmul.Config(64, 8), 0.54),
+  _Tile(packed_matmul.Config(256, 4), 0.645),
+  _Tile(packed_matmul.Config(256, 4, store_slots=1, split=2), 0.645, 8.5),
+  _Tile(packed_matmul.Config(128, 8, store_slots=1), 0.44),
+  _Tile(packed_matmul.Config(128, 6, store_slots=1, split=2), 0.44, 9.5),
+  _Tile(packed_matmul.Config(64, 8), 0.37),
 )
 _PACKED_E4M3 = (
-  _Tile(packed_matmul.Config(256, 4), 1.0),
-  _Tile(packed_matmul.Config(128, 6), 0.82),
-  _Tile(packed_matmul.Config(64, 8), 0.61),
+  _Tile(packed_matmul.Config(256, 4), 0.83),
+  _Tile(packed_matmul.Config(256, 3, store_slots=1, split=2), 0.83, 12.0),
+  _Tile(packed_matmul.Config(128, 6), 0.57),
+  _Tile(packed_matmul.Config(128, 5, store_slots=1, split=2), 0.57, 10.0),
+  _Tile(packed_matmul.Config(64, 8), 0.5),
 )
 
 # From how many rows of x on packed w is expanded a slab at a time, by the bits of a code: fewer do
@@ -49,7 +68,7 @@ SLAB_MIN_ROWS = {4: 8192, 8: 2048}
 
 
 def config(
-  packed_bits: int | None, batch: int, m: int, n: int, out_dtype: Any, promote: bool
+  packed_bits: int | None, batch: int, m: int, n: int, k: int, out_dtype: Any, promote: bool
 ) -> Any:
   """The tiles that should take the least time; packed_bits are those of a code, None unpacked.
 
@@ -58,12 +77,9 @@ def config(
   if packed_bits and batch == 1 and m >= SLAB_MIN_ROWS[packed_bits] and n % ROWS == 0:
     packed_bits = None
   tiles = {None: _READY, 4: _PACKED_E2M1, 8: _PACKED_E4M3}[packed_bits]
-
-  def time(tile: _Tile) -> float:
-    grid = tile.config.grid
-    return -(-grid.num_tiles(batch, m, n) // NUM_SMS) * tile.cost
-
-  best = min(tiles, key=time).config
+  k_steps = k // (64 if packed_bits == 4 else 128)
+  possible = (tile for tile in tiles if tile.is_possible(batch, m, n, k, out_dtype))
+  best = min(possible, key=lambda tile: tile.time(batch, m, n, k_steps)).config
   # Float32 tiles on their way out are twice as large.
   slots = 1 if jnp.dtype(out_dtype).itemsize > 2 else best.store_slots
   return dataclasses.replace(best, promote=promote, store_slots=slots)
