@@ -88,15 +88,16 @@ def check_format(
   return fmt
 
 
-def check_groups(function: str, name: str, a: Any, fmt: Format) -> None:
+def check_groups(function: str, name: str, a: Any, fmt: Format, axis: int = -1) -> None:
   if len(a.shape) == 0:
     raise ValueError(
       f"{function}: {name} is a scalar ({describe(a)}), but groups run along a last axis; "
       "give it at least one dimension."
     )
-  if a.shape[-1] % fmt.group_size:
+  if a.shape[axis] % fmt.group_size:
     raise ValueError(
-      f"{function}: the last axis of {name} must be a multiple of the group size "
+      f"{function}: {'the last axis' if axis == -1 else f'axis {axis}'} of {name} must be a "
+      f"multiple of the group size "
       f"{fmt.group_size} of mode {fmt.mode!r}, got {describe(a)}; pad it with zeros."
     )
 

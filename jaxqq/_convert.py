@@ -21,6 +21,7 @@ from jaxqq._checks import (
   check_global_scale,
   check_groups,
   check_packed,
+  describe,
   names,
 )
 from jaxqq._formats import FORMATS
@@ -34,8 +35,9 @@ def quantize(
   mode: str = "nvfp4",
   *,
   global_scale: ArrayLike | None = None,
+  axis: int = -1,
 ) -> tuple[jax.Array, jax.Array]:
-  """Quantizes an array in groups along its last axis.
+  """Quantizes an array in groups along its last axis, or of its transpose along the one before.
 
   Every group of `group_size` neighbours gets one scale s, and every element a the code
   nearest to a / s, ties to even, saturating. nvfp4, with enc = 2688 / global_scale (1
@@ -49,6 +51,8 @@ def quantize(
     bits: the mode's own, or None.
     mode: "nvfp4", "mxfp8" or "mxfp4".
     global_scale: nvfp4 only, a float32 scalar: the amax of the tensor.
+    axis: -1, or -2 for w of (..., K, N): the results are those of its transpose (..., N, K),
+      which a Hopper GPU never writes (with one matrix w).
 
   Returns:
     packed: uint32, (..., K * bits / 32); the first code in the lowest bits.
@@ -56,10 +60,13 @@ def quantize(
 
   Raises:
     TypeError: w or global_scale has a dtype that it may not have.
-    ValueError: mode, group_size, bits or a shape is not as above.
+    ValueError: mode, group_size, bits, axis or a shape is not as above.
 
   Example:
     >>> packed, scales = jaxqq.quantize(jnp.ones((4, 64)), mode="mxfp8")
+    >>> packed.shape, scales.shape
+    ((4, 16), (4, 2))
+    >>> packed, scales = jaxqq.quantize(jnp.ones((64, 4)), mode="mxfp8", axis=-2)
     >>> packed.shape, scales.shape
     ((4, 16), (4, 2))
 
@@ -68,9 +75,15 @@ def quantize(
   fmt = check_format("quantize", mode, group_size, bits)
   w = as_array("quantize", "w", w)
   check_dtype("quantize", "w", w, FLOATS)
-  check_groups("quantize", "w", w, fmt)
+  if axis not in (-1, -2):
+    raise ValueError(f"quantize: axis must be -1 or -2, counted from the last, got {axis!r}.")
+  if axis == -2 and np.ndim(w) < 2:
+    raise ValueError(
+      f"quantize: w has no axis -2 to quantize along, got {describe(w)}; leave axis out."
+    )
+  check_groups("quantize", "w", w, fmt, axis)
   global_scale = check_global_scale("quantize", "global_scale", global_scale, fmt)
-  return _quantize(jnp.asarray(w), global_scale, mode=mode)
+  return _quantize(jnp.asarray(w), global_scale, mode=mode, transpose=axis == -2)
 
 
 def dequantize(
@@ -124,18 +137,27 @@ def dequantize(
   return _dequantize(jnp.asarray(w), jnp.asarray(scales), global_scale, mode=mode, dtype=out_dtype)
 
 
-@functools.partial(jax.jit, static_argnames="mode")
-def _quantize(w: jax.Array, global_scale: jax.Array | None, *, mode: str) -> Any:
+@functools.partial(jax.jit, static_argnames=("mode", "transpose"))
+def _quantize(
+  w: jax.Array, global_scale: jax.Array | None, *, mode: str, transpose: bool = False
+) -> Any:
   fmt = FORMATS[mode]
 
   def by_xla(w: jax.Array, *global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if transpose:
+      w = jnp.swapaxes(w, -1, -2)
     codes, scales = quantize_groups(w, fmt, *global_scale)
     return pack(codes, fmt), scales.astype(jnp.uint8)
 
   def by_kernel(w: jax.Array, *global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     from jaxqq._kernels import quantize as kernels
+    from jaxqq._kernels import transposed
 
     one = global_scale[0] if global_scale else None
+    if transpose and w.ndim == 2:
+      return transposed.quantize_transpose(w, fmt, one)
+    if transpose:
+      w = jnp.swapaxes(w, -1, -2)
     packed, scales = kernels.quantize(w.reshape(-1, w.shape[-1]), fmt, one)
     return packed.reshape(*w.shape[:-1], -1), scales.reshape(*w.shape[:-1], -1)
 

@@ -41,6 +41,14 @@ def test_kernels_are_in_the_program(mode):
   assert program(lambda w: quantize_and_back(w, mode=mode), W).count("mosaic_gpu") >= 2
 
 
+@pytest.mark.parametrize("mode", oracle.MODES)
+def test_no_transpose_is_written(mode):
+  text = program(lambda w: jaxqq.quantize(w, mode=mode, axis=-2), W.update(shape=(96, 130)))
+  assert "mosaic_gpu" in text and "stablehlo.transpose" not in text
+  several = program(lambda w: jaxqq.quantize(w, mode=mode, axis=-2), W.update(shape=(2, 96, 130)))
+  assert "mosaic_gpu" in several
+
+
 def test_with_64_bit_types():
   with jax.enable_x64(True):
     for mode in oracle.MODES:

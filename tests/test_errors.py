@@ -114,6 +114,9 @@ QUANTIZE = [
   ("global scale", ValueError, ["global_scale", "'mxfp8'"], W, {"mode": "mxfp8", "global_scale": ONE}),
   ("global scale's dtype", TypeError, ["global_scale", "float16"], W, {"global_scale": np.float16(1)}),
   ("list", TypeError, ["w", "list"], [[1.0] * 16], {}),
+  ("axis", ValueError, ["axis", "-1 or -2", "0"], W, {"axis": 0}),
+  ("no such axis", ValueError, ["w", "axis -2", "leave axis out"], W[0], {"axis": -2}),
+  ("K of an axis", ValueError, ["w", "axis -2", "16", "(5, 64)", "pad"], W[:5], {"axis": -2}),
 ]  # fmt: skip
 
 

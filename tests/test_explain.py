@@ -84,12 +84,16 @@ class TestChoice:
       assert f"Not hopper_fp8: {reason}" in text or reason in text
 
   def test_tiles_follow_the_rows(self):
-    said = [of(m, 8192, 8192, "nvfp4", True) for m in (65, 256, 8192)]
-    assert [
-      f"block_m={block}" in text for block, text in zip((64, 128, 256), said, strict=True)
-    ] == [True] * 3
-    assert ["a slab at a time" in text for text in said] == [False, False, True]
-    assert "a slab at a time" not in of(8192, 8192, 8192, "nvfp4", False)
+    expected = {65: (128, 2), 256: (256, 2), 1024: (256, 1), 8192: (256, 1)}
+    for m, (block, split) in expected.items():
+      text = of(m, 8192, 8192, "nvfp4", True)
+      assert f"block_m={block}" in text and f"split={split}" in text
+    # Sums are exchanged by 16 bit results' tiles only, and k is to have a half.
+    assert "split=1" in of(256, 8192, 8192, "nvfp4", True, jnp.float32)
+    assert "split=1" in of(256, 8192, 8192 + 128, "nvfp4", True)
+    assert "block_m=64" in of(65, 4096, 4096, "mxfp8", True)
+    assert "a slab at a time" in of(8192, 8192, 8192, "mxfp8", True)
+    assert "a slab at a time" not in of(8192, 8192, 8192, "mxfp8", False)
 
   def test_few_rows_have_a_kernel_of_their_own(self):
     for mode in oracle.PRODUCT_MODES:

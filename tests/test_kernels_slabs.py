@@ -30,7 +30,6 @@ from tests.test_kernels_matmul import (
   assert_product,
   dequantized,
   downs_of,
-  e2m1_operand,
   e4m3_operand,
   largest_scales,
   lowered,
@@ -44,12 +43,11 @@ on_gpu = [
 
 C = mm.Config
 CASES = {
-  # mode, dtype of x, out, m, n, k, rows of a slab, config
-  "e2m1": ("nvfp4", F16, F32, 130, 384, 192, 128, C(128, 128, 3, store_slots=1)),
-  "e2m1, overlapping": ("nvfp4", F16, BF16, 70, 640, 64, 256, C(256, 128, 2)),
-  "e4m3": ("mxfp8", E4M3, BF16, 201, 384, 256, 256, C(128, 128, 3, promote=True)),
-  "e4m3, one slab": ("mxfp8", E4M3, F16, 65, 128, 384, 128, C(128, 128, 2, promote=True)),
-  "e4m3 exact": ("mxfp8", BF16, F32, 67, 256, 128, 128, C(128, 128, 2, store_slots=1)),
+  # dtype of x, out, m, n, k, rows of a slab, config
+  "e4m3": (E4M3, BF16, 201, 384, 256, 256, C(128, 128, 3, promote=True)),
+  "e4m3, one slab": (E4M3, F16, 65, 128, 384, 128, C(128, 128, 2, promote=True)),
+  "e4m3 exact": (BF16, F32, 67, 256, 128, 128, C(128, 128, 2, store_slots=1)),
+  "e4m3 exact, overlapping": (BF16, F16, 70, 640, 64, 256, C(256, 128, 2)),
 }
 
 
@@ -65,19 +63,15 @@ def compiled(f, *args):
 
 
 def check(run, name, monkeypatch):
-  mode, dtype, out_dtype, m, n, k, rows, config = CASES[name]
+  dtype, out_dtype, m, n, k, rows, config = CASES[name]
   monkeypatch.setattr(slabs, "SLAB_BYTES", rows * k * np.dtype(dtype).itemsize)
   assert slabs.slab_rows(n, k, dtype) == rows
   rng = np.random.default_rng([m, n, k])
   x = rng.standard_normal((1, m, k)).astype(dtype)
   factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
   row_scales = None
-  if mode == "nvfp4":
-    codes, scales = e2m1_operand(rng, 1, n, k)
-    w_hat = dequantized(mode, codes, scales)
-  else:
-    codes, scales = e4m3_operand(rng, 1, n, k, 107, 127)
-    w_hat = dequantized(mode, codes, scales)
+  codes, scales = e4m3_operand(rng, 1, n, k, 107, 127)
+  w_hat = dequantized("mxfp8", codes, scales)
   x_hat = x.astype(np.float64)
   if dtype is E4M3:
     largest = largest_scales(scales)
@@ -88,9 +82,9 @@ def check(run, name, monkeypatch):
   else:
     x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
   f = functools.partial(
-    slabs.slab_matmul, fmt=FORMATS[mode], out_dtype=np.dtype(out_dtype), config=config
+    slabs.slab_matmul, fmt=FORMATS["mxfp8"], out_dtype=np.dtype(out_dtype), config=config
   )
-  out = run(f, x, oracle.pack(codes, mode), scales, factors, row_scales)
+  out = run(f, x, oracle.pack(codes, "mxfp8"), scales, factors, row_scales)
   assert out.shape == (1, m, n)
   fp8_sums = run is compiled and dtype is E4M3
   assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
@@ -107,15 +101,17 @@ def test_slab_matmul_on_a_gpu(name, monkeypatch):
   check(compiled, name, monkeypatch)
 
 
-@pytest.mark.parametrize(("mode", "m"), [("mxfp8", 2048), ("nvfp4", 8192)])
-def test_many_rows_get_slabs(mode, m):
-  """From so many rows on: one less is multiplied by the kernel that expands in registers."""
+@pytest.mark.parametrize(
+  ("mode", "m", "by_slabs"), [("mxfp8", 3072, True), ("nvfp4", 16384, False)]
+)
+def test_many_rows_get_slabs(mode, m, by_slabs):
+  """mxfp8, from so many rows on; else the kernel that expands in registers multiplies."""
   fmt = FORMATS[mode]
   n, k = 8192, 8192
   w = jax.ShapeDtypeStruct((n, k // fmt.codes_per_word), np.uint32)
   scales = jax.ShapeDtypeStruct((n, k // fmt.group_size), np.uint8)
   f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
-  for rows, slab in ((m, True), (m - 1, False)):
+  for rows, slab in ((m, by_slabs), (m - 1, False)):
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
     text = f.trace(x, w, scales).lower(lowering_platforms=("cuda",)).as_text()
     assert ("jaxqq_matmul" in text, "jaxqq_packed_matmul" in text) == (slab, not slab)
@@ -160,12 +156,13 @@ def test_slabs_are_whole_tiles_that_fit():
     (1, True, "jaxqq_few_rows"),
     (8, False, "jaxqq_few_rows"),
     (1024, True, "jaxqq_packed_matmul"),
-    (8192, True, "jaxqq_matmul"),  # in slabs
+    (8192, True, {"mxfp8": "jaxqq_matmul", "nvfp4": "jaxqq_packed_matmul"}),  # mxfp8 in slabs
   ],
 )
 def test_what_the_partitioner_gets(mode, split, m, packed, kernel, monkeypatch):
   """XLA asks for a device's part when it compiles, and JAX refuses one with mutable arrays."""
   fmt, (n, k) = FORMATS[mode], (2048, 8192)
+  kernel = kernel if isinstance(kernel, str) else kernel[mode]
   mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
   rules = {}
 

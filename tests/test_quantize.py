@@ -222,6 +222,16 @@ def test_any_number_of_axes_and_size_zero(mode):
     assert jaxqq.dequantize(packed, scales, mode=mode).shape == shape
 
 
+@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("shape", [(96, 5), (64, 0), (2, 3, 32, 7)], ids=str)
+def test_along_the_axis_before(mode, shape):
+  w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  out = jaxqq.quantize(w, mode=mode, axis=-2)
+  want = oracle.quantize(np.swapaxes(w, -1, -2), mode)
+  for a, b in zip(out, want, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_vmap_and_arguments_by_position(mode):
   m = oracle.MODES[mode]

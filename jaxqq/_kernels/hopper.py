@@ -4,7 +4,7 @@
                              +--> matmul -------------> out      w quantized on the fly
     w --quantizer--> w_hat --+
     words, scales -----------+--> packed_matmul ------> out      w packed
-                             +--> slab_matmul --------> out      w packed, x of some thousand rows
+                             +--> slab_matmul --------> out      mxfp8 packed, x of many more rows
                              +--> few_rows -----------> out      w packed, x of up to 64 rows
     w -----------------------+--> few_rows -----------> out      w in 16 bits, x of up to 64 rows
     x, words, scales --------+--> few_rows -----------> out      w packed, x of one row (mxfp8: 8)

@@ -29,7 +29,6 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -120,7 +119,7 @@ def packed_matmul(
     any_g: Any = rest.pop(0) if flags is not None else None
     x_s, words_s, out_s, *rest = rest
     a_s: Any = rest.pop(0) if interpret else None
-    others_s = [rest.pop(0) for _ in range(COMPUTE_WARPGROUPS)] if split > 1 else []
+    sent: Any = rest.pop(0) if split > 1 else None
     full, empty = rest
     warpgroup = lax.axis_index("warpgroup")
     own_part = lax.axis_index(cluster_sums.AXIS) if split > 1 else 0
@@ -270,16 +269,9 @@ def packed_matmul(
 
         @pl.when(own_part == own)
         def _exchange(own: int = own, other: int = other) -> None:
-          # No part of a buffer can be read from another CTA: each warpgroup has one of its own.
-          for i, ref in enumerate(others_s):
-
-            @pl.when(warpgroup == i)
-            def _hand_over(ref: Any = ref) -> None:
-              ref[...] = parts[other]
-
+          cluster_sums.send(parts[other], sent, other)
           cluster_sums.meet()
-          loads = [functools.partial(cluster_sums.load, ref, other) for ref in others_s]
-          its = lax.cond(warpgroup == 0, *loads)
+          its = cluster_sums.receive(sent, own_m)
           store(parts[own] + its, of_own_w, tile, own * own_m)
           cluster_sums.meet()  # none ends before it has been read
 
@@ -318,9 +310,7 @@ def packed_matmul(
       plgpu.SMEM((COMPUTE_WARPGROUPS, tensor_cores.ROWS, step_k), x.dtype, transforms=x_transforms)
     )
   if split > 1:
-    shape = (tensor_cores.ROWS, own_m)
-    others = plgpu.SMEM(shape, jnp.float32, transforms=tile_transforms(own_m, jnp.float32))
-    scratch += [others] * COMPUTE_WARPGROUPS
+    scratch.append(cluster_sums.buffer(own_m))
   scratch += [
     plgpu.Barrier(num_barriers=stages, num_arrivals=2),
     plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),

@@ -8,7 +8,7 @@ kernels take turns, and each number of w is expanded once:
 - A slab is written to memory and read again, but is small enough to stay in the L2 cache, and the
   next one takes its place: there is never more of expanded w than `SLAB_BYTES`.
 - Expanded, e4m3 codes stand under one scale a row, and are lowered to it as `lower_rows` says;
-  e2m1 codes, and e4m3 codes that must stay exact, become 16 bit floats (`dequantize`).
+  those that must stay exact become 16 bit floats (`dequantize`).
 - All slabs have the same size, so that the kernels are compiled once: the last one starts early
   enough to be a whole one, and some columns are computed twice.
 """
@@ -50,7 +50,7 @@ _CODES = View(2, 16)
 
 
 def slab_matmul(
-  x: jax.Array,  # (1, m, k) of float8_e4m3fn, float16 or bfloat16
+  x: jax.Array,  # (1, m, k) of float8_e4m3fn or, exact, bfloat16
   words: jax.Array,  # uint32 (1, n, k * bits / 32), n a multiple of ROWS
   scales: jax.Array,  # uint8 (1, n, k / group_size); for e4m3 x as `lower_rows` has them
   factors: jax.Array,  # as `matmul` takes them

@@ -60,8 +60,8 @@ def begin(
   )
   def multiply(ctx: Any, a: Any, b: Any, *before: Any) -> Any:
     del ctx
-    values = _floats(before[0]) if before else []
-    return _as_arrays(_multiply(values, _left(a), _descriptor(b), n, dtype, parts), n)
+    values = floats(before[0]) if before else []
+    return as_arrays(_multiply(values, _left(a), _descriptor(b), n, dtype, parts), n)
 
   return multiply(a, b, *before)
 
@@ -86,7 +86,7 @@ def finish(
   )
   def wait(ctx: Any, *args: Any) -> Any:
     del ctx
-    values = [value for array in args[: len(sums)] for value in _floats(array)]
+    values = [value for array in args[: len(sums)] for value in floats(array)]
     words = [word for array in args[len(sums) :] for word in _words(array)]
     asm = "wgmma.wait_group.sync.aligned 0;"
     if ready is not None:
@@ -94,7 +94,7 @@ def finish(
       words.insert(0, _zero())
     tied = [str(i) for i in range(len(values))]
     constraints = ["=f"] * len(values) + tied + ["r"] * len(words)
-    return _as_arrays(_asm(asm, values + words, ",".join(constraints), len(values)), n)
+    return as_arrays(asm_of_floats(asm, values + words, ",".join(constraints), len(values)), n)
 
   return wait(*sums, *operands)
 
@@ -128,8 +128,8 @@ def add_promoted(
   def add(ctx: Any, totals: Any, a: Any, b: Any) -> Any:
     del ctx
     part_bytes = PROMOTED_ROWS // 8 * _tile_bytes(b)
-    sums = _add_promoted(_floats(totals), _words(a), _descriptor(b), part_bytes, dtype)
-    return _as_arrays(sums, totals.shape[1])[0]
+    sums = _add_promoted(floats(totals), _words(a), _descriptor(b), part_bytes, dtype)
+    return as_arrays(sums, totals.shape[1])[0]
 
   return add(totals, a, b)
 
@@ -188,7 +188,7 @@ def _multiply(
   lines.append("wgmma.commit_group.sync.aligned;")
   tied = [str(i) for i in range(len(before))]
   constraints = ["=f"] * outputs + tied + ["l" if len(left) == 1 else "r"] * len(left) + ["l"]
-  return _asm(_block(lines), [*before, *left, right], ",".join(constraints), outputs)
+  return asm_of_floats(_block(lines), [*before, *left, right], ",".join(constraints), outputs)
 
 
 def _add_promoted(
@@ -228,7 +228,7 @@ def _add_promoted(
   constraints = ["=f"] * count + tied + ["r"] * len(left) + ["l", "r", "r"]
   operands = [*totals, *left, right, _turn(own=True), _turn(own=False)]
   asm = _block(lines, f".reg .f32 sum<{2 * held}>;")
-  return _asm(asm, operands, ",".join(constraints), count)
+  return asm_of_floats(asm, operands, ",".join(constraints), count)
 
 
 def _instruction(
@@ -286,7 +286,8 @@ def _zero() -> Any:
   return llvm.inline_asm(i32, [], asm, "=r")
 
 
-def _asm(asm: str, operands: list[Any], constraints: str, outputs: int) -> list[Any]:
+def asm_of_floats(asm: str, operands: list[Any], constraints: str, outputs: int) -> list[Any]:
+  """The float32 results of inline assembly."""
   f32 = ir.F32Type.get()
   result_type = llvm.StructType.get_literal([f32] * outputs)
   result = llvm.inline_asm(result_type, operands, asm, constraints, has_side_effects=True)
@@ -318,7 +319,7 @@ def operand_array(words: list[Any], columns: int, dtype: Any, layout: Any) -> An
   return packed_array(registers, (ROWS, columns), layout)
 
 
-def _as_arrays(sums: list[Any], n: int) -> list[Any]:
+def as_arrays(sums: list[Any], n: int) -> list[Any]:
   """The registers of one or more (64, n), one after the other."""
   pair = ir.VectorType.get((2,), ir.F32Type.get())
   pairs = zip(sums[::2], sums[1::2], strict=True)
@@ -330,7 +331,8 @@ def _as_arrays(sums: list[Any], n: int) -> list[Any]:
   ]
 
 
-def _floats(sums: Any) -> list[Any]:
+def floats(sums: Any) -> list[Any]:
+  """A thread's numbers, float32, of an array in the layout WGMMA."""
   return [vector.extract(pair, [], [i]) for pair in sums.registers.flat for i in range(2)]
 
 

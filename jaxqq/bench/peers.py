@@ -136,7 +136,7 @@ def _format(mode: str, form: str) -> Run:
   quantize = functools.partial(jaxqq.quantize, mode=mode)
   functions: dict[str, Run] = {
     "quantize": quantize,
-    "quantize columns": lambda a: quantize(a.T),
+    "quantize columns": functools.partial(quantize, axis=-2),
     "dequantize": functools.partial(jaxqq.dequantize, mode=mode),
   }
   return functions[form]
