@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxqq._kernels import operands
-from jaxqq._kernels.lowered_scales import MAX_DOWN, rows_a_step, scale_vectors
+from jaxqq._kernels.lowered_scales import rows_a_step, scale_vectors
 from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
 from tests.test_kernels_matmul import downs_of, powers
 from tests.test_kernels_quantize import (
@@ -64,7 +64,7 @@ def check(run, scales):
   np.testing.assert_array_equal(rows, powers(want))
   np.testing.assert_array_equal(downs[~nan], downs_of(scales, want)[~nan])
   beyond = (want > 0) & (abs(want - 127) > 80)
-  wild_rows = ((want - lowest > MAX_DOWN) | beyond) & ~nan
+  wild_rows = ((want - lowest > operands.MAX_SHIFT) | beyond) & ~nan
   np.testing.assert_array_equal(wild, [wild_rows[rows].any() for rows in of_steps(scales)])
   assert (downs.dtype, rows.dtype, wild.dtype) == (np.uint8, np.float32, np.int32)
   return wild
@@ -82,7 +82,7 @@ def check_every_distance(run):
 def check_every_step(run):
   """One scale below the others, by little or by too much, wherever the kernel reads it last."""
   places = np.arange(1796)[:: 1796 // 60]
-  scales = np.full((2, places.size, 1796), 100 + MAX_DOWN, np.uint8)
+  scales = np.full((2, places.size, 1796), 100 + operands.MAX_SHIFT, np.uint8)
   scales[:, np.arange(places.size), places] = [[100], [99]]
   wild = check(run, alone(scales.reshape(-1, 1796)))
   np.testing.assert_array_equal(wild, np.repeat([0, 1], places.size))

@@ -19,10 +19,7 @@ from jax.experimental import pallas as pl
 
 from jaxqq._kernels.codes import extremes_of, is_beyond, lowest_of, no_extremes, power
 from jaxqq._kernels.groups import TuningConfig, View, load_gmem, per_group, store_gmem
-
-# How far a group's scale may lie below the largest of its row, in powers of two: its codes lose
-# what leaves e4m3's normal range.
-MAX_DOWN = 9
+from jaxqq._kernels.operands import MAX_SHIFT
 
 _NAN = 0xFF
 _VECTOR = 16  # bytes that a thread loads at once
@@ -61,7 +58,7 @@ def lower_rows(
     downs: uint8 as the scales, the upper byte of 2**(byte - largest byte of the row) as float16;
       0 from 2**-15 on; anything in a row with a NaN.
     row_scales: float32 (rows,), the largest scale of a row; NaN where one is NaN.
-    wild: int32 (steps,), at `step` 1 if in one of the rows a scale lies more than MAX_DOWN below
+    wild: int32 (steps,), at `step` 1 if in one of the rows a scale lies more than MAX_SHIFT below
       the largest, or that is beyond what `codes.is_beyond` allows. A byte of 0 does not count: it
       is that of zeros, or of numbers too small to matter. Nor does a row with a NaN.
   """
@@ -91,7 +88,7 @@ def lower_rows(
   highest, inverse_lowest = lax.fori_loop(0, chunks, find, nothing)
   nan = highest == _NAN
   store_gmem(row_scales_ref.at[rows], jnp.where(nan, jnp.float32(np.nan), power(highest)))
-  wild = (highest - lowest_of(inverse_lowest) > MAX_DOWN) | is_beyond(highest)
+  wild = (highest - lowest_of(inverse_lowest) > MAX_SHIFT) | is_beyond(highest)
   wild = wild & (highest != _NAN)
   wild_ref[step] = jnp.max(wild.astype(jnp.int32))
   lax.fori_loop(0, chunks, write, None)

@@ -51,8 +51,9 @@ from jaxqq._kernels.groups import (
   per_group,
 )
 
-# How far `fp8_operand` shifts a group's codes down to the largest exponent of its row. The shift
-# is made in float16, exactly: e4m3's 2**-9 becomes 2**-22 at the most, of multiples of 2**-24.
+# How far a group's codes are shifted down to the largest exponent of its row, here and where packed
+# w is expanded. The shift is made in float16, exactly: e4m3's 2**-9 becomes 2**-22 at the most, of
+# multiples of 2**-24.
 MAX_SHIFT = 13
 
 # Elements that a thread of `fp8_operand` holds side by side, 16 bytes of codes: two threads share a

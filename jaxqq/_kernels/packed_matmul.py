@@ -194,7 +194,7 @@ def packed_matmul(
         plgpu.barrier_arrive(is_empty)
         return total, following()
       if takes_turns:
-        total = tensor_cores.add_promoted(total, a, b, x_transforms, x.dtype)
+        total = tensor_cores.add_promoted(total, a, b, warpgroup, x_transforms, x.dtype)
         plgpu.barrier_arrive(is_empty)
         return total, following()
       before = None if config.promote else total
@@ -279,7 +279,8 @@ def packed_matmul(
     def _compute() -> None:
       plgpu.set_max_registers(232, action="increase")
       if takes_turns:
-        pl.when(warpgroup == 1)(tensor_cores.pass_turn)  # the first is warpgroup 0's
+        # The first is warpgroup 0's.
+        pl.when(warpgroup == 1)(lambda: tensor_cores.pass_turn(warpgroup))
 
       @pl.loop(0, own_tiles)
       def _tile(t: Any) -> None:
@@ -290,7 +291,7 @@ def packed_matmul(
           store(*sums_of(t * k_steps, tile), tile, 0)
 
       if takes_turns:  # no barrier is left half way
-        pl.when(warpgroup == 0)(tensor_cores.take_turn)
+        pl.when(warpgroup == 0)(lambda: tensor_cores.take_turn(warpgroup))
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -100,7 +100,12 @@ def finish(
 
 
 def add_promoted(
-  totals: jax.Array, a: jax.Array, b: Any, transforms: tuple[Any, ...], dtype: Any
+  totals: jax.Array,
+  a: jax.Array,
+  b: Any,
+  warpgroup: Any,
+  transforms: tuple[Any, ...],
+  dtype: Any,
 ) -> jax.Array:
   """totals + a b^T over one step, by two warpgroups in turn: added outside of the tensor cores.
 
@@ -118,41 +123,48 @@ def add_promoted(
     totals: float32 (64, n) in the layout WGMMA, n a multiple of 2 * PROMOTED_ROWS.
     a: (64, 128 bytes), in registers.
     b: (n, 128 bytes), in shared memory.
+    warpgroup: int32, 0 or 1.
     transforms, dtype: as of `begin`.
   """
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, _layout(dtype), plgpu.RefType(transforms)),
+    arg_types=(
+      plgpu.Layout.WGMMA,
+      _layout(dtype),
+      plgpu.RefType(transforms),
+      plgpu.Layout.WG_SPLAT,
+    ),
     return_type=_sums_type(totals.shape[1]),
   )
-  def add(ctx: Any, totals: Any, a: Any, b: Any) -> Any:
+  def add(ctx: Any, totals: Any, a: Any, b: Any, warpgroup: Any) -> Any:
     del ctx
+    operands = [*_words(a), _descriptor(b), *_turns(warpgroup)]
     part_bytes = PROMOTED_ROWS // 8 * _tile_bytes(b)
-    sums = _add_promoted(floats(totals), _words(a), _descriptor(b), part_bytes, dtype)
+    sums = _add_promoted(floats(totals), operands, part_bytes, dtype)
     return as_arrays(sums, totals.shape[1])[0]
 
-  return add(totals, a, b)
+  return add(totals, a, b, warpgroup)
 
 
-def pass_turn() -> None:
+def pass_turn(warpgroup: Any) -> None:
   """Lets the other of two warpgroups begin `add_promoted`, as the first one needs."""
-  _at_turn("bar.arrive", own=False)
+  _at_turn("bar.arrive $1", warpgroup)
 
 
-def take_turn() -> None:
+def take_turn(warpgroup: Any) -> None:
   """Waits for the turn that the other warpgroup has passed last."""
-  _at_turn("bar.sync", own=True)
+  _at_turn("bar.sync $0", warpgroup)
 
 
-def _at_turn(instruction: str, *, own: bool) -> None:
-  @plgpu.inline_mgpu(arg_types=(), return_type=None)
-  def run(ctx: Any) -> None:
+def _at_turn(instruction: str, warpgroup: Any) -> None:
+  @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,), return_type=None)
+  def run(ctx: Any, warpgroup: Any) -> None:
     del ctx
     void = ir.Type.parse("!llvm.void")
-    asm = f"{instruction} $0, {_BOTH};"
-    llvm.inline_asm(void, [_turn(own=own)], asm, "r,~{memory}", has_side_effects=True)
+    asm = f"{instruction}, {_BOTH};"
+    llvm.inline_asm(void, _turns(warpgroup), asm, "r,r,~{memory}", has_side_effects=True)
 
-  run()
+  run(warpgroup)
 
 
 def _operand_types(a: Any, transforms: tuple[Any, ...], dtype: Any) -> tuple[Any, Any]:
@@ -191,14 +203,14 @@ def _multiply(
   return asm_of_floats(_block(lines), [*before, *left, right], ",".join(constraints), outputs)
 
 
-def _add_promoted(
-  totals: list[Any], left: list[Any], right: Any, part_bytes: int, dtype: Any
-) -> list[Any]:
-  """As `add_promoted` draws it; from a part of the right operand to the next are `part_bytes`."""
+def _add_promoted(totals: list[Any], operands: list[Any], part_bytes: int, dtype: Any) -> list[Any]:
+  """As `add_promoted` draws it; from a part of the right operand to the next are `part_bytes`.
+
+  The operands are the words of the left one, the descriptor of the right one, and both turns.
+  """
   count, held = len(totals), PROMOTED_ROWS // 2
   parts = count // held
-  names = [f"${2 * count + i}" for i in range(len(left))]
-  right_name, own_turn, other_turn = (f"${2 * count + len(left) + i}" for i in range(3))
+  *names, right_name, own_turn, other_turn = (f"${2 * count + i}" for i in range(len(operands)))
   lines = [f"bar.sync {own_turn}, {_BOTH};"]
 
   def sums_of(part: int) -> list[str]:
@@ -225,10 +237,9 @@ def _add_promoted(
     add(part - 1, younger=1)
   add(parts - 1, younger=0)
   tied = [str(i) for i in range(count)]
-  constraints = ["=f"] * count + tied + ["r"] * len(left) + ["l", "r", "r"]
-  operands = [*totals, *left, right, _turn(own=True), _turn(own=False)]
+  constraints = ["=f"] * count + tied + ["r"] * len(names) + ["l", "r", "r"]
   asm = _block(lines, f".reg .f32 sum<{2 * held}>;")
-  return asm_of_floats(asm, operands, ",".join(constraints), count)
+  return asm_of_floats(asm, [*totals, *operands], ",".join(constraints), count)
 
 
 def _instruction(
@@ -271,12 +282,13 @@ def _block(lines: list[str], declarations: str = "") -> str:
   }""".replace("DECLARATIONS", declarations).replace("BODY", "\n".join(lines))
 
 
-def _turn(*, own: bool) -> Any:
-  """Which of the hardware's barriers a compute warpgroup waits at for its turn, or the other."""
-  warpgroup = mgpu.utils.warpgroup_idx(sync=False)
-  if own:
-    return arith.addi(constant(_FIRST_TURN), warpgroup)
-  return arith.subi(constant(_FIRST_TURN + 1), warpgroup)
+def _turns(warpgroup: Any) -> list[Any]:
+  """The hardware barriers at which this compute warpgroup and the other wait for their turn."""
+  (index,) = warpgroup.registers.flat
+  return [
+    arith.addi(constant(_FIRST_TURN), index),
+    arith.subi(constant(_FIRST_TURN + 1), index),
+  ]
 
 
 def _zero() -> Any:
