@@ -117,7 +117,8 @@ def add_promoted(
       this warpgroup  | begin 0, 1 | add 0, begin 2 | add 1, begin 3, pass turn | add 2 | add 3
 
   Measured (mxfp8, m = 1024, n = k = 8192): 112 us. With one part under way 134, in parts of 128
-  rows 117, and with the turn passed at an earlier part, or never taken, 117 to 123.
+  rows 117, of 32 rows 128, and with the turn passed at an earlier part, or never taken, 117 to 123.
+  One part under way, no turns, and the next operand expanded piece by piece meanwhile: 142.
 
   Args:
     totals: float32 (64, n) in the layout WGMMA, n a multiple of 2 * PROMOTED_ROWS.
