@@ -138,9 +138,7 @@ def dequantize(
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "transpose"))
-def _quantize(
-  w: jax.Array, global_scale: jax.Array | None, *, mode: str, transpose: bool = False
-) -> Any:
+def _quantize(w: jax.Array, global_scale: jax.Array | None, *, mode: str, transpose: bool) -> Any:
   fmt = FORMATS[mode]
 
   def by_xla(w: jax.Array, *global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -104,16 +104,13 @@ def _address(buffer: Any) -> Any:
 
 def _own_place(lines: list[str], address: int) -> str:
   """Assembly with `at`, where a thread's first numbers lie in a buffer at operand `address`."""
-  return (
-    """{
+  body = "\n".join(lines)
+  return f"""{{
     .reg .u32 at;
     mov.u32 at, %tid.x;
-    mad.lo.u32 at, at, BYTES, $ADDRESS;
-    BODY
-  }""".replace("BYTES", str(4 * _VECTOR))
-    .replace("ADDRESS", str(address))
-    .replace("BODY", "\n".join(lines))
-  )
+    mad.lo.u32 at, at, {4 * _VECTOR}, ${address};
+    {body}
+  }}"""
 
 
 def meet() -> None:

@@ -2,7 +2,7 @@
 
 A CTA's time is about its steps times what one takes, and what begins and ends a tile. A launch
 takes as many waves of CTAs as there are tiles for each multiprocessor. The times below are fitted
-to what was measured at n = k = 8192.
+to what was measured at n = k = 8192; sums have been exchanged 1 to 2 us faster since.
 """
 
 from __future__ import annotations
