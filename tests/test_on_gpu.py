@@ -53,6 +53,21 @@ def test_odd_shapes(mode, shape, packed):
   check(x, w, mode, packed=packed)
 
 
+ONE_STEP = ((1, 64), (2, 200), (7, 136), (63, 130), (100, 136), (300, 130), (513, 136))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", None), ("bfloat16", HIGHEST)])
+@pytest.mark.parametrize(
+  ("mode", "k"), [("nvfp4", 16), ("nvfp4", 32), ("nvfp4", 48), ("mxfp8", 32), ("mxfp8", 64)]
+)
+def test_exact_sums_of_one_step(mode, k, dtype, precision):
+  """Once garbage: the assembler had dropped the products of 64 rows of x."""
+  for m, n in ONE_STEP:
+    rng = np.random.default_rng([m, k])
+    x, w = oracle.random(rng, (m, k), dtype), oracle.random(rng, (n, k), "float32")
+    check(x, w, mode, packed=True, precision=precision)
+
+
 def check_dtype(mode, dtype, data, shape, precision, **how):
   """The bounds of section 3: of all elements, and on Gaussian data of the norm."""
   m, n, k = shape

@@ -24,7 +24,8 @@ _INSTRUCTION = 32  # bytes of k
 _INSTRUCTIONS = STEP // _INSTRUCTION
 PROMOTED_ROWS = 64  # of the right operand, that `add_promoted` has in a part
 _BOTH = 2 * 128  # threads that meet at a turn
-_FIRST_TURN = 8  # of the hardware's 16 barriers; Mosaic has the first few
+_BARRIERS = 16  # that the hardware has
+_FIRST_TURN = 8  # of them; Mosaic has the first few
 _PTX_TYPES = {"float8_e4m3fn": "e4m3", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -120,6 +121,11 @@ def add_promoted(
   rows 117, of 32 rows 128, and with the turn passed at an earlier part, or never taken, 117 to 123.
   One part under way, no turns, and the next operand expanded piece by piece meanwhile: 142.
 
+  A branch that is never taken follows every part's additions. Without it the assembler (ptxas
+  13.0) moves additions of zero totals, which a single step has, past the multiplication that
+  writes to the same registers two parts on: it takes those for other values, drops the first
+  part's instructions, and the sums of 64 rows are garbage. It moves nothing past a branch.
+
   Args:
     totals: float32 (64, n) in the layout WGMMA, n a multiple of 2 * PROMOTED_ROWS.
     a: (64, 128 bytes), in registers.
@@ -212,7 +218,7 @@ def _add_promoted(totals: list[Any], operands: list[Any], part_bytes: int, dtype
   count, held = len(totals), PROMOTED_ROWS // 2
   parts = count // held
   *names, right_name, own_turn, other_turn = (f"${2 * count + i}" for i in range(len(operands)))
-  lines = [f"bar.sync {own_turn}, {_BOTH};"]
+  lines = [f"setp.ge.u32 never, {own_turn}, {_BARRIERS};", f"bar.sync {own_turn}, {_BOTH};"]
 
   def sums_of(part: int) -> list[str]:
     return [f"sum{part % 2 * held + j}" for j in range(held)]
@@ -229,6 +235,7 @@ def _add_promoted(totals: list[Any], operands: list[Any], part_bytes: int, dtype
     for j, each in enumerate(sums_of(part)):
       total = f"${part * held + j}"
       lines.append(f"add.rn.f32 {total}, {total}, {each};")
+    lines.append("@never trap;")
 
   begin(0)
   for part in range(1, parts):
@@ -239,7 +246,7 @@ def _add_promoted(totals: list[Any], operands: list[Any], part_bytes: int, dtype
   add(parts - 1, younger=0)
   tied = [str(i) for i in range(count)]
   constraints = ["=f"] * count + tied + ["r"] * len(names) + ["l", "r", "r"]
-  asm = _block(lines, f".reg .f32 sum<{2 * held}>;")
+  asm = _block(lines, f".reg .pred never; .reg .f32 sum<{2 * held}>;")
   return asm_of_floats(asm, [*totals, *operands], ",".join(constraints), count)
 
 
