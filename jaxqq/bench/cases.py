@@ -116,6 +116,9 @@ SUITES = {
   "few-rows": Suite("decoding", ("packed", "on the fly"), (1, 8, 16, 32, 64), ((8192,) * 2,)),
   "few-rows-llama": Suite("decoding, layers of Llama 3", ("packed",), (1, 8, 64), LLAMA),
   "llama": Suite("layers of Llama 3 8B and 70B", ("packed", "on the fly"), (1024, 4096), LLAMA),
+  "chain": Suite(
+    "for wall clock, from one row of x to many", ("packed",), (1, 256, 1024, 4096), ((8192,) * 2,)
+  ),
   "quantize": Suite(
     "formats alone", ("quantize", "quantize columns", "dequantize"), (8192,), ((0, 8192),)
   ),
