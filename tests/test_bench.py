@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
@@ -13,13 +14,15 @@ import pytest
 
 import jaxqq
 from jaxqq.bench import __main__ as bench
-from jaxqq.bench import check, measure, report
+from jaxqq.bench import chain, check, measure, report
 from jaxqq.bench.cases import FORMS, LLAMA, MODES, Case, goal, select
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, implementations
 from tests import oracle
 
+ROOT = pathlib.Path(__file__).parent.parent
 QUICK = measure.Settings(seconds=0.01, rounds=2)
-CPU = measure.Timer("wall time", measure._wall_seconds, 0)
+CPU = measure.Timer("wall time", measure.wall_seconds, 0)
+CHAINED = dataclasses.replace(QUICK, chain=3)
 PACKED = Case("packed", "nvfp4", 40, 48, 64)
 
 
@@ -29,6 +32,7 @@ def results(tmp_path_factory):
   folder = tmp_path_factory.mktemp("bench")
   files = folder / "tiny.json", folder / "tiny.png"
   arguments = ["--suite", "tiny", "--rows", "40", "--seconds", "0.01", "--rounds", "2"]
+  arguments += ["--chain", "0"]
   rows = bench.main([*arguments, "--json", str(files[0]), "--plot", str(files[1])])
   return rows, *files
 
@@ -54,6 +58,52 @@ def test_the_tiny_suite(results):
       assert row.ratio == 1
   assert "on cpu" in next(row.path for row in rows if row.implementation == "jaxqq")
   assert plot.stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory):
+  """Packed products in chains of 3: their rows, and the file."""
+  kept = tmp_path_factory.mktemp("bench") / "chains.json"
+  arguments = ["--suite", "tiny", "--forms", "packed", "--rows", "40", "--peers", "cublas", "xla"]
+  arguments += ["--seconds", "0.01", "--rounds", "2", "--chain", "3", "--json", str(kept)]
+  return bench.main(arguments), kept
+
+
+def test_wall_clock_of_chains(chains):
+  rows, kept = chains
+  header, found = report.read([kept])
+  assert found == rows and header["chain"] == 3 and "chain, scan" in report.header_lines(header)[-1]
+  assert {row.implementation for row in rows} == {CUBLAS, "xla dequantize", "jaxqq"}
+  for row in rows:
+    assert row.chain == 3 and row.chain_note == ""
+    assert 0 < row.chain_us_q1 <= row.chain_us <= row.chain_us_q3 and row.chain_ratio > 0
+    assert 0 < row.scan_us_q1 <= row.scan_us <= row.scan_us_q3 and row.scan_ratio > 0
+    if row.implementation == CUBLAS:
+      assert row.chain_ratio == row.scan_ratio == 1
+
+
+def test_chains_in_markdown(chains, results, capsys):
+  (rows, kept), (without, plain, _) = chains, results
+  report.main([str(kept), "--all"])
+  printed = capsys.readouterr().out.replace(report.TIMES, "x")
+  one = r"\d+\.\d\dx [\d.]+ µs"
+  assert "Wall clock of a chain of 3 products in one program" in printed
+  assert re.search(rf"\| 40 \| [\d.]+ µs; [\d.]+ µs \| {one}; {one} \| {one}; {one} \|", printed)
+  assert re.search(r"\| err/bound \| chain us \(q1..q3\) \| ratio \| scan us", printed)
+  assert not report.chain_markdown(without)
+  report.main([str(plain), "--all"])
+  assert "chain" not in capsys.readouterr().out
+  mixed = report.rows_markdown([*without[:1], *rows[:1]]).splitlines()
+  assert len({line.count("|") for line in mixed}) == 1
+
+
+@pytest.mark.parametrize("name", ["h100", "h200", "h200_backward", "h200_few_rows_llama"])
+def test_results_kept_before_chains_still_load(name, capsys):
+  path = ROOT / "jaxqq" / "bench" / "results" / f"{name}.json"
+  assert "chain" not in path.read_text()
+  report.main([str(path), "--all"])
+  printed = capsys.readouterr().out
+  assert "8192" in printed and "chain" not in printed
 
 
 def test_kept_results_come_back(results):
@@ -127,6 +177,7 @@ def test_suites():
   assert {case.form for case in select(["goals"], backward=True)} == {
     *("packed", "on the fly", "dx", "dw")
   }
+  assert [case.m for case in select(["chain"], ["mxfp8"])] == [1, 256, 1024, 4096]
   assert {case.m for case in select(["quantize"], rows=[3], backward=True)} == {8192}
   assert goal("nvfp4", "packed", 256, 8192, 8192) == 1.1
   assert goal("nvfp4", "packed", 256, 4096, 8192) is None
@@ -226,6 +277,80 @@ def test_every_copy_is_computed_and_nothing_else(form):
     assert len(re.findall(r"\bdot\(", program)) == 3
 
 
+@pytest.mark.parametrize("form", ["packed", "on the fly", "dx", "dw"])
+def test_every_product_of_a_chain_is_computed(form):
+  """Also where all share one x: XLA quantizes it for each, and inside the loop of a scan."""
+  case = Case(form, "mxfp8", 40, 48, 64)
+  compared = implementations(case, ["cublas"])
+  operands = chain._Operands(case, 0, [each.prepare for each in compared])
+  operands.make(3)
+  for each in compared:
+    weights = operands.weights(each.prepare)
+    program = measure.chained(each.run, graphs=True).lower([(operands.x, *w) for w in weights])
+    unrolled = program.compile().as_text()
+    scan, stacked = chain.scanned(each.run), operands.stacked(each.prepare)
+    looped = scan.lower(operands.x, stacked).compile().as_text()
+    before_the_loop = looped[looped.index("\nENTRY") :]
+    assert " while(" in before_the_loop
+    for work in ("dot", "reduce"):  # a group's amax is a reduce
+      count = len(re.findall(rf"\b{work}\(", looped))
+      assert len(re.findall(rf"\b{work}\(", unrolled)) == 3 * count
+      assert f" {work}(" not in before_the_loop and (count == 1 or work == "reduce")
+    np.testing.assert_array_equal(scan(operands.x, stacked), each.run(operands.x, *weights[-1]))
+
+
+def chained_rows(case, compared, settings=CHAINED):
+  rows = measure.run_case(case, compared, CPU, settings)
+  return chain.with_chains(case, compared, rows, settings)
+
+
+def test_no_chain_where_none_is_asked_for_or_can_be():
+  quantize = Case("quantize", "nvfp4", 40, 0, 64)
+  for row in [
+    *chained_rows(quantize, implementations(quantize)),
+    *chained_rows(PACKED, implementations(PACKED, ["cublas"]), dataclasses.replace(QUICK, chain=0)),
+  ]:
+    assert row.us and row.chain == 0 and row.chain_us is row.scan_us is None and not row.chain_note
+
+
+def test_a_chain_that_fails_is_a_note(monkeypatch):
+  compared = implementations(PACKED, ["cublas"])
+  monkeypatch.setattr(chain, "scanned", lambda run: lambda *args: 1 / 0)
+  for row in chained_rows(PACKED, compared):
+    assert row.chain_us and row.scan_us is row.scan_ratio is None
+    assert row.chain_note == "scan failed: ZeroDivisionError: division by zero"
+    assert row.chain_note in report.row_line(row, chain=True)
+    assert row.chain_note in report.chain_markdown([row]) or row.implementation == CUBLAS
+    json.dumps(dataclasses.asdict(row), allow_nan=False)
+
+
+def test_a_chain_with_a_wrong_result_is_noticed():
+  mine = implementations(PACKED, ["none"])[-1]
+  wrong = dataclasses.replace(mine, run=lambda *operands: mine.run(*operands) * 1.02)
+  row = chained_rows(PACKED, [wrong])[0]
+  assert row.chain_note == "chain: beyond the bound; scan: beyond the bound"
+
+
+@pytest.mark.parametrize(
+  ("room", "products", "note"),
+  [(5, 3, ""), (2, 2, "chains of 2, for want of memory"), (1, 0, "no chain: the memory")],
+)
+def test_a_chain_is_as_long_as_the_memory_lets_it(room, products, note, monkeypatch):
+  monkeypatch.setattr(chain._Operands, "affordable", lambda self: room)
+  for row in chained_rows(PACKED, implementations(PACKED, ["cublas"])):
+    assert row.chain == products and (row.chain_note or "").startswith(note)
+    assert bool(row.chain_us) == bool(products) and bool(note) == bool(row.chain_note)
+
+
+def test_what_a_chain_needs_of_the_memory():
+  case = Case("packed", "nvfp4", 4096, 8192, 8192)
+  prepares = [each.prepare for each in implementations(case, ["cublas", "xla"])]
+  w, packed, out = 2 << 26, (1 << 25) + (1 << 22), 1 << 26
+  each = w + 2 * (w + packed) + 2 * out  # packed once, for XLA and jaxqq
+  wanted = int(0.8 * (16 << 30)) // each  # as on a device that does not tell
+  assert chain._Operands(case, 0, prepares).affordable() == wanted
+
+
 def test_copies_rotate_and_differ():
   timer = dataclasses.replace(CPU, rotate_bytes=5 * 64 * 48 * 2)
   mine, dot = implementations(PACKED, ["cublas"])[::-1]
@@ -264,6 +389,7 @@ def test_device_time_with_kernels_out_of_order(monkeypatch):
     (["--seconds", "nan"], "--seconds must be positive, got nan"),
     (["--rounds", "-1"], "--rounds must be positive, got -1"),
     (["--seed", "-1"], "--seed must not be negative"),
+    (["--chain", "-1"], "--chain must not be negative, got -1"),
     (["--suite", "quantize", "--forms", "packed"], "no case of quantize has a form of packed"),
     (["--json", "/no/such/folder/a.json"], "--json: there is no folder /no/such/folder"),
     (["--plot", "/no/such/folder/a.png"], "--plot: there is no folder /no/such/folder"),

@@ -1,5 +1,6 @@
 """How fast jaxqq is, next to what else JAX offers: `python -m jaxqq.bench --help`.
 
 The way of the data: `cases` (what is measured) and `peers` (what measures itself against it) ->
-`measure` (operands, times) with `check` (errors) -> `report` (table, JSON, Markdown, plot).
+`measure` (operands, times of the kernels) with `check` (errors) -> `chain` (wall clock of many
+products in one program) -> `report` (table, JSON, Markdown, plot).
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxqq.bench import report
 from jaxqq.bench.cases import FORMS, MODES, SUITES, select
+from jaxqq.bench.chain import with_chains
 from jaxqq.bench.measure import Row, Settings, make_timer, run_case
 from jaxqq.bench.peers import PEERS, implementations
 
@@ -36,19 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     raise SystemExit(report.install("matplotlib"))
 
   timer = make_timer()
-  settings = Settings(options.seconds, options.rounds, options.seed)
+  settings = Settings(options.seconds, options.rounds, options.seed, options.chain)
   header = report.make_header(timer.method, suites=options.suite, **dataclasses.asdict(settings))
   rows: list[Row] = []
+  chain = settings.chain > 0
   with tqdm(total=len(cases), unit="case", disable=None) as bar:
-    for text in ("", *report.header_lines(header), "", report.titles()):
+    for text in ("", *report.header_lines(header), "", report.titles(chain)):
       tqdm.write(text)
     for case in cases:
-      found = run_case(
-        case, implementations(case, options.peers), timer, settings, bar.set_postfix_str
-      )
+      compared = implementations(case, options.peers)
+      found = run_case(case, compared, timer, settings, bar.set_postfix_str)
+      found = with_chains(case, compared, found, settings, bar.set_postfix_str)
       rows += found
       for row in found:
-        tqdm.write(report.row_line(row))
+        tqdm.write(report.row_line(row, chain))
       sys.stdout.flush()
       if options.json:  # after every case, so that a run cut short leaves what it has
         report.write(options.json, header, rows)
@@ -85,8 +87,17 @@ def _parser() -> argparse.ArgumentParser:
   several("--peers", (*PEERS, "none"), tuple(PEERS), "measured beside jaxqq, or none (all)")
   parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="M", help="of products")
   parser.add_argument("--backward", action="store_true", help="adds dx and dw for every product")
-  parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a case (2)")
+  parser.add_argument(
+    "--seconds", type=float, default=2.0, help="of measuring a case, kernels and chains each (2)"
+  )
   parser.add_argument("--rounds", type=int, default=5, help="turns of each implementation (5)")
+  parser.add_argument(
+    "--chain",
+    type=int,
+    default=24,
+    metavar="N",
+    help="products in one program, of which the wall clock is taken; 0 for none (24)",
+  )
   parser.add_argument("--seed", type=int, default=0, help="of the random operands")
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="keep the results")
   parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="speed over M")
@@ -100,8 +111,9 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
   for name in ("seconds", "rounds"):
     if not getattr(options, name) > 0:
       parser.error(f"--{name} must be positive, got {getattr(options, name)}")
-  if options.seed < 0:
-    parser.error(f"--seed must not be negative, got {options.seed}")
+  for name in ("seed", "chain"):
+    if getattr(options, name) < 0:
+      parser.error(f"--{name} must not be negative, got {getattr(options, name)}")
   for name in ("json", "plot"):
     path = getattr(options, name)
     if path and not path.resolve().parent.is_dir():

@@ -39,6 +39,7 @@ class Settings:
   seconds: float = 2.0  # of measuring, a case
   rounds: int = 5
   seed: int = 0
+  chain: int = 24  # products in one program, for its wall clock; 0 measures none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +68,33 @@ class Row:
   error_share: float | None = None  # worst error / bound of the specification
   note: str = ""
   path: str = ""  # what `jaxqq.explain` says of it
+  # Wall clock of a program of `chain` products, each, by `jaxqq.bench.chain`.
+  chain: int = 0  # products
+  chain_us: float | None = None  # unrolled, median, a product
+  chain_us_q1: float | None = None
+  chain_us_q3: float | None = None
+  chain_ratio: float | None = None  # to the same chain by cuBLAS in bfloat16
+  scan_us: float | None = None  # under `lax.scan` over the stacked w's
+  scan_us_q1: float | None = None
+  scan_us_q3: float | None = None
+  scan_ratio: float | None = None
+  chain_note: str = ""
 
 
 def make_timer() -> Timer:
   """Device time where CUPTI works, else the clock on the wall, and says which."""
   backend = jax.devices()[0].client
   if "cuda" not in backend.platform_version.lower():
-    return Timer(f"wall time ({backend.platform})", _wall_seconds, 0)
+    return Timer(f"wall time ({backend.platform})", wall_seconds, 0)
   try:
     if not _cupti_seconds(jax.jit(jnp.negative), (jnp.ones(8),), 1):
       raise RuntimeError("it saw no kernel")
   except Exception as error:
-    return Timer(f"wall time, since CUPTI failed: {_reason(error)}", _wall_seconds, 4 * L2_BYTES)
+    return Timer(f"wall time, since CUPTI failed: {reason(error)}", wall_seconds, 4 * L2_BYTES)
   return Timer("device time (CUPTI, sum of the kernels of a call)", _cupti_seconds, 4 * L2_BYTES)
 
 
-def _wall_seconds(f: Run, args: tuple[Any, ...], calls: int) -> list[float]:
+def wall_seconds(f: Run, args: tuple[Any, ...], calls: int) -> list[float]:
   seconds = []
   for _ in range(calls):
     begin = time.perf_counter()
@@ -110,15 +122,19 @@ def _cupti_seconds(f: Run, args: tuple[Any, ...], calls: int) -> list[float]:
 
 
 @functools.cache
-def chained(run: Run) -> Run:
+def chained(run: Run, *, graphs: bool = False) -> Run:
   """A program that calls `run` on each set of operands, one after the other.
 
   A barrier on the last result keeps XLA from merging or overlapping the calls, and every result
   is returned, so that none is dropped.
+
+  Args:
+    run: the work.
+    graphs: whether XLA may launch the program as CUDA graphs, as it does by default.
   """
   once = jax.jit(run)  # traced and lowered once for all copies
 
-  @functools.partial(jax.jit, compiler_options=_NO_GRAPHS)
+  @functools.partial(jax.jit, compiler_options=None if graphs else _NO_GRAPHS)
   def call(copies: Sequence[tuple[jax.Array, ...]]) -> list[Any]:
     results: list[Any] = []
     for operands in copies:
@@ -131,7 +147,7 @@ def chained(run: Run) -> Run:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(seed: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def normal(seed: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
@@ -148,7 +164,7 @@ class _Operands:
       first = self._seed * 1_000_003 + len(self._made) * len(inputs)
       self._made.append(
         tuple(
-          _normal(np.uint32(first + i), self._case.shape(letters), self._case.dtype)
+          normal(np.uint32(first + i), self._case.shape(letters), self._case.dtype)
           for i, letters in enumerate(inputs)
         )
       )
@@ -187,7 +203,7 @@ def run_case(
     try:
       work()
     except Exception as error:
-      failures[name] = _reason(error)
+      failures[name] = reason(error)
       runners.pop(name, None)
 
   for implementation in implementations:
@@ -241,7 +257,7 @@ def _start(
   if implementation.checked:
     error = error_share(case, operands[number - 1], last, quantized=implementation.quantized)
   del last
-  seconds = min(_wall_seconds(call, args, 2))
+  seconds = min(wall_seconds(call, args, 2))
   most = max(1, MAX_OUTPUT_BYTES // (number * out_bytes))
   calls = max(1, min(int(share / seconds), most, 50))
   path = implementation.explain(*copies[0]) if implementation.explain else ""
@@ -253,7 +269,7 @@ def _row(case: Case, implementation: Implementation, runner: _Runner | None, fai
   if runner is None or not runner.seconds:
     return dataclasses.replace(row, note=f"failed: {failure}")
   us = [1e6 * seconds / runner.copies for seconds in runner.seconds]
-  q1, median, q3 = statistics.quantiles(us, n=4, method="inclusive") if len(us) > 1 else us * 3
+  q1, median, q3 = quartiles(us)
   return dataclasses.replace(
     row,
     us=median,
@@ -272,6 +288,13 @@ def _row(case: Case, implementation: Implementation, runner: _Runner | None, fai
   )
 
 
+def quartiles(values: Sequence[float]) -> list[float]:
+  """The first quartile, the median and the third quartile."""
+  if len(values) == 1:
+    return [*values] * 3
+  return statistics.quantiles(values, n=4, method="inclusive")
+
+
 def _with_ratios(rows: list[Row]) -> list[Row]:
   """How many times as fast as cuBLAS in this run; for quantize, the share of the copy's rate."""
   base = next((row for row in rows if row.implementation in (CUBLAS, COPY) and row.us), None)
@@ -286,7 +309,7 @@ def _with_ratios(rows: list[Row]) -> list[Row]:
   return [dataclasses.replace(row, ratio=ratio(row)) for row in rows]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
   """The first line of an error, short enough for a table."""
   text = next((line for line in str(error).splitlines() if line.strip()), "").strip()
   return f"{type(error).__name__}: {text}"[:200]

@@ -14,7 +14,7 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -86,28 +86,44 @@ _COLUMNS = (
   ("ratio", 6),
   ("err/bound", 9),
 )
+_CHAIN_COLUMNS = (
+  ("chain us (q1..q3)", 23),
+  ("ratio", 6),
+  ("scan us (q1..q3)", 23),
+  ("ratio", 6),
+)
 
 
-def line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str], columns: Sequence[tuple[str, int]] = _COLUMNS) -> str:
   """Cells under the titles, the first two to the left, the others to the right; then a note."""
   text = "  ".join(
     cell.ljust(width) if i < 2 else cell.rjust(width)
-    for i, (cell, (_, width)) in enumerate(zip(cells, _COLUMNS, strict=False))
+    for i, (cell, (_, width)) in enumerate(zip(cells, columns, strict=False))
   )
-  return "  ".join([text, *cells[len(_COLUMNS) :]]).rstrip()
+  return "  ".join([text, *cells[len(columns) :]]).rstrip()
 
 
-def titles() -> str:
-  return line([title for title, _ in _COLUMNS])
+def titles(chain: bool = False) -> str:
+  """The titles of `row_line`.
+
+  Args:
+    chain: whether the wall clock of chains has columns.
+  """
+  columns = _columns(chain)
+  return line([title for title, _ in columns], columns)
 
 
-def row_line(row: Row) -> str:
-  return line(_cells(row))
+def row_line(row: Row, chain: bool = False) -> str:
+  return line(_cells(row, chain), _columns(chain))
 
 
-def _cells(row: Row) -> list[str]:
-  spread = f"{row.us_q1:.1f}..{row.us_q3:.1f}" if row.us_q1 is not None else ""
-  return [
+def _columns(chain: bool) -> tuple[tuple[str, int], ...]:
+  return _COLUMNS + _CHAIN_COLUMNS if chain else _COLUMNS
+
+
+def _cells(row: Row, chain: bool = False) -> list[str]:
+  spread = _spread(row.us_q1, row.us_q3)
+  cells = [
     row.name,
     row.implementation,
     _number(row.us, ".1f"),
@@ -116,8 +132,20 @@ def _cells(row: Row) -> list[str]:
     _number(row.gbps, ".3g" if (row.gbps or 0) < 100 else ".0f"),
     _number(row.ratio, ".2f"),
     _number(row.error_share, ".2f"),
-    row.note,
   ]
+  if not chain:
+    return [*cells, row.note]
+  for us, q1, q3, ratio in (
+    (row.chain_us, row.chain_us_q1, row.chain_us_q3, row.chain_ratio),
+    (row.scan_us, row.scan_us_q1, row.scan_us_q3, row.scan_ratio),
+  ):
+    spread = "" if us is None else f" ({_spread(q1, q3)})"
+    cells += [_number(us, ".1f") + spread, _number(ratio, ".2f")]
+  return [*cells, "; ".join(note for note in (row.note, row.chain_note) if note)]
+
+
+def _spread(q1: float | None, q3: float | None) -> str:
+  return "" if q1 is None or q3 is None else f"{q1:.1f}..{q3:.1f}"
 
 
 def _number(value: float | None, how: str) -> str:
@@ -126,12 +154,18 @@ def _number(value: float | None, how: str) -> str:
 
 def header_lines(header: Header) -> list[str]:
   driver = f", driver {header['driver']}" if header["driver"] else ""
-  return [
+  lines = [
     f"{header['device']} ({header['platform']}{driver}), JAX {header['jax']}, "
     f"jaxqq {header['jaxqq']}, Python {header['python']}, {header['date']}",
     f"{header['timing']}; medians, first and third quartile; ratio: time of {CUBLAS} / time, "
     f"or bytes per second / those of {COPY}",
   ]
+  if header.get("chain"):
+    lines.append(
+      f"chain, scan: wall clock of {header['chain']} products in one program, a product, unrolled "
+      f"and under lax.scan; XLA's defaults, CUDA graphs too; ratio: to the same by {CUBLAS}"
+    )
+  return lines
 
 
 # ---- Markdown
@@ -145,20 +179,76 @@ def goals_markdown(rows: Sequence[Row], with_goals: bool = True) -> str:
   """
   copies = [row.gbps for row in rows if row.implementation == COPY and row.gbps]
   copy = statistics.median(copies) if copies else None
+
+  def base(rows: Sequence[Row]) -> str:
+    us = [row.us for row in rows if row.us]
+    return _microseconds(statistics.median(us)) if us else "-"
+
+  table = _product_table(rows, base, lambda row: _goal_cell(row, with_goals, copy))
+  return "\n".join(table) + _formats_markdown(rows)
+
+
+def chain_markdown(rows: Sequence[Row]) -> str:
+  """As the table of the goals, of the wall clock of chains; empty where none was measured.
+
+  A cell has the unrolled chain, then that under `lax.scan`, each with its ratio to the same by
+  cuBLAS.
+  """
+  rows = [row for row in rows if row.chain]
+  if not rows:
+    return ""
+  numbers = " or ".join(str(number) for number in sorted({row.chain for row in rows}))
+  about = (
+    f"Wall clock of a chain of {numbers} products in one program, a product: unrolled; under "
+    "`lax.scan`."
+  )
+
+  def base(rows: Sequence[Row]) -> str:
+    ways = ([row.chain_us for row in rows], [row.scan_us for row in rows])
+    known = ([us for us in way if us] for way in ways)
+    texts = [_microseconds(statistics.median(us)) if us else "-" for us in known]
+    return "; ".join(texts)
+
+  return "\n".join([about, "", *_product_table(rows, base, _chain_cell)])
+
+
+def _chain_cell(row: Row) -> str:
+  ways = ((row.chain_us, row.chain_ratio), (row.scan_us, row.scan_ratio))
+  texts = [
+    "-" if us is None else " ".join([*_times(ratio), _microseconds(us)]) for us, ratio in ways
+  ]
+  name = row.implementation.removeprefix("jaxqq").strip()
+  text = " ".join(word for word in (name, "; ".join(texts)) if word)
+  return text + (f", {row.chain_note}" if row.chain_note else "")
+
+
+def _times(ratio: float | None) -> list[str]:
+  return [] if ratio is None else [f"{ratio:.2f}{TIMES}"]
+
+
+def _product_table(
+  rows: Sequence[Row], base: Callable[[Sequence[Row]], str], cell: Callable[[Row], str]
+) -> list[str]:
+  """Lines of a table: n, k and m down; cuBLAS, then mode and form across.
+
+  Args:
+    rows: of which the products are shown.
+    base: the cell of cuBLAS, from its rows.
+    cell: that of a row of jaxqq.
+  """
   products = [row for row in rows if FORMS[row.form].is_product]
   kinds = list(dict.fromkeys((row.mode, row.form) for row in products))
   titles = ["N", "K", "M", CUBLAS, *(f"{mode} {form}" for mode, form in kinds)]
   lines = _markdown_row(titles, head=True) if products else []
   for n, k, m in sorted({(row.n, row.k, row.m) for row in products}, key=_goal_shape_first):
     here = [row for row in products if (row.n, row.k, row.m) == (n, k, m)]
-    base = [row.us for row in here if row.implementation == CUBLAS and row.us]
-    cells = [str(n), str(k), str(m), _microseconds(statistics.median(base)) if base else "-"]
+    cells = [str(n), str(k), str(m), base([r for r in here if r.implementation == CUBLAS])]
     for kind in kinds:
       mine = [row for row in here if (row.mode, row.form) == kind and _is_jaxqq(row)]
       first = {row.implementation: row for row in reversed(mine)}
-      cells.append("; ".join(_goal_cell(row, with_goals, copy) for row in first.values()) or "-")
+      cells.append("; ".join(cell(row) for row in first.values()) or "-")
     lines += _markdown_row(cells)
-  return "\n".join(lines) + _formats_markdown(rows)
+  return lines
 
 
 def _goal_shape_first(sizes: tuple[int, int, int]) -> tuple[bool, tuple[int, int, int]]:
@@ -200,8 +290,9 @@ def _formats_markdown(rows: Sequence[Row]) -> str:
 
 def rows_markdown(rows: Sequence[Row]) -> str:
   """Everything, a line a row."""
-  lines = _markdown_row([*(title for title, _ in _COLUMNS), "note"], head=True)
-  return "\n".join(lines + [text for row in rows for text in _markdown_row(_cells(row))])
+  chain = any(row.chain for row in rows)
+  lines = _markdown_row([*(title for title, _ in _columns(chain)), "note"], head=True)
+  return "\n".join(lines + [text for row in rows for text in _markdown_row(_cells(row, chain))])
 
 
 def _markdown_row(cells: Sequence[str], *, head: bool = False) -> list[str]:
@@ -284,6 +375,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   except (OSError, ValueError, KeyError, TypeError) as error:
     parser.error(f"cannot read {', '.join(map(str, options.files))}: {error}")
   print(*header_lines(header), "", goals_markdown(rows, options.goals).strip(), sep="\n")
+  chains = chain_markdown(rows)
+  if chains:
+    print("", chains, sep="\n")
   if options.all:
     print("", rows_markdown(rows), sep="\n")
   if options.plot:
