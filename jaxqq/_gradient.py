@@ -40,7 +40,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jaxqq import _primitive
 from jaxqq._formats import FORMATS
 from jaxqq._primitive import qqmm_p
-from jaxqq._reference import Operands, dequantize_packed, matmul, named, times_global_scale
+from jaxqq._reference import Operands, dequantize_packed, matmul, named, times_alpha
 from jaxqq._row_sums import (
   amax,
   dequantized_for,
@@ -107,7 +107,7 @@ def _tangent_product(
   else:
     fmt = FORMATS[mode]
     w = dequantized_for(ops.x.dtype, ops, fmt)
-    out = times_global_scale(matmul(ops.x, jnp.swapaxes(w, -1, -2)), ops.global_scale_w, fmt)
+    out = times_alpha(matmul(ops.x, jnp.swapaxes(w, -1, -2)), None, ops.global_scale_w, fmt)
   # A batch axis may come from a global scale alone.
   return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)
 
@@ -250,7 +250,7 @@ def _pullback_lowering(
       ready = Operands(ops.x, w, None, ops.global_scale_x, ops.global_scale_w, ("w",))
       return _primitive.run(whole_groups(ready, fmt), mode, out_dtype, precision, platform)
     out = matmul(ops.x, dequantized_for(ops.x.dtype, ops, fmt))
-    out = times_global_scale(out, ops.global_scale_w, fmt)
+    out = times_alpha(out, None, ops.global_scale_w, fmt)
     return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)
 
   layout = pullback(fmt, quantized=quantized)

@@ -14,6 +14,11 @@ from jax import lax
 from jaxqq import _rounding
 from jaxqq._formats import Format
 
+# A tensor whose amax is below 2**-_SMALL is quantized and dequantized as 2**_RAISED times itself:
+# then 2688 / amax, and every number that gets a code, is in the normal range of float32. All else
+# scales with it, so that no bit depends on where the limit is.
+_SMALL, _RAISED = 40, 64
+
 
 def quantize_groups(
   a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
@@ -27,7 +32,8 @@ def quantize_groups(
 
   Returns:
     codes: int32, (..., k).
-    scales: int32, (..., k / group_size).
+    scales: int32, (..., k / group_size). NaN for a group that is not finite, and under a global
+      scale that is no amax: negative, not finite, or 0 beside a number of 2**-126 or more.
   """
   if global_scale is not None and global_scale.ndim:
     batch_shape = lax.broadcast_shapes(a.shape[:-2], global_scale.shape)
@@ -36,14 +42,23 @@ def quantize_groups(
   groups = a.astype(jnp.float32).reshape(*a.shape[:-1], num_groups, fmt.group_size)
   amax_bits = jnp.max(_rounding.magnitude_bits(groups), axis=-1, keepdims=True)
   poisoned = amax_bits >= _rounding.INFINITY_BITS
+  magnitudes, of_zeros = groups, None
   if global_scale is not None:
     global_scale = _a_value_per_matrix(global_scale, groups.ndim)
+    of_zeros = _rounding.magnitude_bits(global_scale) == 0
     poisoned = poisoned | ~_is_amax(global_scale)
+    poisoned = poisoned | (of_zeros & (amax_bits >= _rounding.SMALLEST_NORMAL_BITS))
+    global_scale, power = _raised(global_scale)
+    magnitudes = _rounding.scaled(groups, power)
+    amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
+    amax_bits = _rounding.magnitude_bits(_rounding.scaled(amax, power))
   if fmt.scale_is_power_of_two:
-    scales, codes = _quantize_by_power_of_two(groups, amax_bits, fmt)
+    scales, codes = _quantize_by_power_of_two(magnitudes, amax_bits, fmt)
     blank = poisoned
   else:
-    scales, codes = _quantize_by_float(groups, amax_bits, fmt, global_scale)
+    scales, codes = _quantize_by_float(magnitudes, amax_bits, fmt, global_scale)
+    if of_zeros is not None:
+      scales = jnp.where(of_zeros, 0, scales)
     blank = poisoned | (scales == 0)
   negative = lax.bitcast_convert_type(groups, jnp.int32) < 0
   codes = codes | jnp.where(negative, 1 << (fmt.bits - 1), 0)
@@ -92,6 +107,8 @@ def dequantize_groups(
 ) -> jax.Array:
   """code * (scale * (global_scale / 2688)), exact without a global scale: the definition.
 
+  No step but the last leaves the normal range of float32, and that one reaches its subnormals.
+
   Args:
     codes: int32, (..., k).
     scales: int32, (..., k / group_size).
@@ -111,9 +128,13 @@ def dequantize_groups(
   else:
     scale_counts, scale_unit = _rounding.decode(scales, fmt.scale)
     scale = scale_counts.astype(jnp.float32) * np.float32(2.0**scale_unit)
+    power: jax.Array | None = None
     if global_scale is not None:
-      scale = scale * decoding_factor(_a_value_per_matrix(global_scale, scale.ndim), fmt)
+      factor, power = _decoding(_a_value_per_matrix(global_scale, scale.ndim), fmt)
+      scale = scale * factor
     magnitude = counts.astype(jnp.float32) * np.float32(2.0**unit) * scale
+    if power is not None:
+      magnitude = _rounding.scaled(magnitude, power)
     negative = negative ^ (scales >= 1 << 7)
   values = jnp.where(negative, -magnitude, magnitude)
   nan = _rounding.is_nan(scales, fmt.scale) | _rounding.is_nan(codes, fmt.element)
@@ -121,13 +142,79 @@ def dequantize_groups(
 
 
 def decoding_factor(global_scale: jax.Array, fmt: Format) -> jax.Array:
-  """global_scale / 2688: what dequantized numbers are multiplied by; NaN for what is no amax."""
+  """global_scale / 2688: what dequantized numbers are multiplied by; NaN for what is no amax.
+
+  0 below 2**-126; what a product is multiplied by has a longer range: see `alpha_factors`.
+  """
   factor = _rounding.divide(global_scale, jnp.float32(fmt.largest_value), fmt.largest_value_bits)
   return jnp.where(_is_amax(global_scale), factor, jnp.float32(np.nan))
 
 
+def alpha_factors(
+  global_scale_x: jax.Array | None,
+  global_scale_w: jax.Array | None,
+  fmt: Format,
+  power: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+  """Two numbers that a product's sums are multiplied by, one after the other.
+
+    first * second = (global_scale_x / 2688) * (global_scale_w / 2688) * 2**power
+
+  Each quotient is rounded to float32's 24 bits. The exponent of the whole is shared out evenly
+  between the two, so sums * first lies between sums and the result: it is in range where these
+  are. They must not be multiplied by each other before: XLA does that to constants.
+
+  Args:
+    global_scale_x, global_scale_w: float32, scalars or one value a matrix, (...), which
+      broadcast; None stands for a quotient of 1.
+    fmt: the format.
+    power: what else the sums are to be multiplied by, in units of which they were formed.
+
+  Returns:
+    float32, two of the broadcast shape. Both normal; a quotient of 0 (or NaN, of what is no amax)
+    is a factor of 0 (or NaN). Below 2**-252 first * second is 2**-252 to 2**-250, which makes
+    zeros of sums all the same.
+  """
+  quotients, exponent = [], jnp.int32(power)
+  ndim = max(jnp.ndim(a) for a in (global_scale_x, global_scale_w, 0) if a is not None)
+  for global_scale in (global_scale_x, global_scale_w):
+    quotient = jnp.float32(1)
+    if global_scale is not None:
+      quotient, raised = _decoding(
+        lax.expand_dims(global_scale, range(ndim - jnp.ndim(global_scale))), fmt
+      )
+      exponent = exponent + raised
+    bits = lax.bitcast_convert_type(quotient, jnp.int32)
+    is_number = (bits > 0) & (bits < _rounding.INFINITY_BITS)
+    exponent = exponent + jnp.where(is_number, (bits >> 23) - 127, 0)
+    mantissa = lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+    quotients.append(jnp.where(is_number, mantissa, quotient))
+  first = exponent >> 1
+  one, two = (
+    _rounding.times_power_of_two(jnp.int32(1), jnp.clip(half, -126, 127))
+    for half in (first, exponent - first)
+  )
+  return quotients[0] * one, quotients[1] * two
+
+
+def _decoding(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+  """global_scale / 2688 as factor * 2**power: 0, normal or NaN, and int32."""
+  raised, power = _raised(global_scale)
+  factor = decoding_factor(raised, fmt)
+  return jnp.where(_is_amax(global_scale), factor, jnp.float32(np.nan)), -power
+
+
+def _raised(global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """|global_scale| * 2**power, and power: int32, not 0 where float32 is too short below."""
+  limit = int(np.float32(2.0**-_SMALL).view(np.int32))
+  power = jnp.where(_rounding.magnitude_bits(global_scale) < limit, _RAISED, 0)
+  return _rounding.scaled(global_scale, power), power
+
+
 def _is_amax(global_scale: jax.Array) -> jax.Array:
-  return (global_scale >= 0) & (global_scale <= np.finfo(np.float32).max)
+  """Zero or positive, and finite: of the bits, since comparing floats takes -2**-149 for 0."""
+  bits = lax.bitcast_convert_type(global_scale, jnp.int32)
+  return ((bits >= 0) & (bits < _rounding.INFINITY_BITS)) | (bits == np.iinfo(np.int32).min)
 
 
 def _a_value_per_matrix(values: jax.Array, ndim: int) -> jax.Array:

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxqq._formats import FORMATS, Format
 from jaxqq._quantize import (
-  decoding_factor,
+  alpha_factors,
   dequantize_groups,
   quantize_groups,
   scale_bytes,
@@ -106,8 +106,8 @@ def product(operands: Operands, *, mode: str, out_dtype: np.dtype) -> jax.Array:
   """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], summed in float32.
 
   x_hat and w_hat are dequantized without their global scales, which float32 holds exactly;
-  alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, one factor after the other: the
-  sum is large where alpha itself would underflow.
+  alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, as two factors of about the same
+  exponent: the sum is large where alpha itself would underflow.
   """
   fmt, operands = FORMATS[mode], operands.untransposed()
   x_hat = round_trip(operands.x, fmt, operands.global_scale_x)
@@ -116,8 +116,7 @@ def product(operands: Operands, *, mode: str, out_dtype: np.dtype) -> jax.Array:
   else:
     w_hat = dequantize_packed(operands.w, operands.scales, fmt)
   out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
-  out = times_global_scale(out, operands.global_scale_x, fmt)
-  out = times_global_scale(out, operands.global_scale_w, fmt)
+  out = times_alpha(out, operands.global_scale_x, operands.global_scale_w, fmt)
   return out.astype(out_dtype)
 
 
@@ -161,16 +160,21 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   return out[..., :rows, :columns]
 
 
-def times_global_scale(
-  a: jax.Array,  # (..., m, n)
-  global_scale: jax.Array | None,  # (...)
+def times_alpha(
+  sums: jax.Array,  # (..., m, n), float32
+  global_scale_x: jax.Array | None,  # (...)
+  global_scale_w: jax.Array | None,  # (...)
   fmt: Format,
 ) -> jax.Array:
-  if global_scale is None:
-    return a
-  factor = decoding_factor(global_scale, fmt)[..., None, None]
-  ndim = max(a.ndim, factor.ndim)
-  return with_ndim(a, ndim) * with_ndim(factor, ndim)
+  """sums * alpha, with no step out of float32's range where neither sums nor the result are."""
+  if global_scale_x is None and global_scale_w is None:
+    return sums
+  first, second = alpha_factors(global_scale_x, global_scale_w, fmt)
+  # Two constants in a row XLA would multiply by each other, and underflow.
+  first = lax.optimization_barrier(first)
+  ndim = max(sums.ndim, first.ndim + 2)
+  first, second = (with_ndim(factor[..., None, None], ndim) for factor in (first, second))
+  return with_ndim(sums, ndim) * first * second
 
 
 def with_ndim(a: jax.Array, ndim: int) -> jax.Array:

@@ -21,12 +21,21 @@ from jax import lax
 _MANTISSA = 0x007FFFFF
 _HIDDEN_BIT = 0x00800000
 INFINITY_BITS = 0x7F800000
+SMALLEST_NORMAL_BITS = 0x00800000
 _LARGEST_FINITE_BITS = 0x7F7FFFFF
 
 
 def magnitude_bits(a: jax.Array) -> jax.Array:
   """The bits of |a|, float32, as int32: they order as the magnitudes do, NaN last."""
   return lax.bitcast_convert_type(a, jnp.int32) & 0x7FFFFFFF
+
+
+def amax(a: jax.Array, axes: tuple[int, ...], *, keepdims: bool = False) -> jax.Array:
+  """max |a| in float32, 0 of nothing. In integers: on a CPU, maxima of floats flush subnormals."""
+  bits = magnitude_bits(a.astype(jnp.float32))
+  return lax.bitcast_convert_type(
+    jnp.max(bits, axis=axes, initial=0, keepdims=keepdims), jnp.float32
+  )
 
 
 def split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,6 +78,23 @@ def divide(a: jax.Array, b: jax.Array, b_bits: int = 24) -> jax.Array:
   bits = jnp.where(exponent > 254, _LARGEST_FINITE_BITS, bits)
   bits = jnp.where(exponent < 1, 0, bits)
   return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def scaled(a: jax.Array, power: jax.Array | int) -> jax.Array:
+  """|a| * 2**power in float32, to nearest even, subnormals included.
+
+  What is above the range becomes the largest finite number; infinities and NaNs stay.
+  """
+  mantissa, exponent = split(a)
+  exponent = exponent + power
+  normal = (jnp.clip(exponent, 1, 254) << 23) | (mantissa & _MANTISSA)
+  # Below the normal range the last bit counts 2**-149; shifted by 25, a mantissa rounds to 0.
+  shift = jnp.clip(1 - exponent, 1, 25)
+  subnormal = (mantissa + jnp.left_shift(1, shift - 1) - 1 + ((mantissa >> shift) & 1)) >> shift
+  bits = jnp.where(exponent < 1, subnormal, normal)
+  bits = jnp.where(exponent > 254, _LARGEST_FINITE_BITS, bits)
+  whole = magnitude_bits(a)
+  return lax.bitcast_convert_type(jnp.where(whole >= INFINITY_BITS, whole, bits), jnp.float32)
 
 
 def encode(mantissa: jax.Array, exponent: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxqq import _primitive
+from jaxqq import _primitive, _rounding
 from jaxqq._formats import Format
 from jaxqq._reference import (
   Operands,
   dequantize_packed,
   matmul,
   matrix_ndim,
-  times_global_scale,
+  times_alpha,
 )
 
 
@@ -113,8 +113,7 @@ def straight_through_product(operands: Operands, *, sums_follow: bool, fmt: Form
   del sums_follow
   ordered = operands.untransposed()
   out = matmul(ordered.x, jnp.swapaxes(ordered.w, -1, -2))
-  out = times_global_scale(out, ordered.global_scale_x, fmt)
-  return times_global_scale(out, ordered.global_scale_w, fmt)
+  return times_alpha(out, ordered.global_scale_x, ordered.global_scale_w, fmt)
 
 
 def quantized_product(
@@ -140,8 +139,7 @@ def amax(a: jax.Array, global_scale: jax.Array) -> jax.Array:
   ndim = a.ndim - 2 - global_scale.ndim
   shape = (1,) * ndim + global_scale.shape
   axes = [i for i in range(a.ndim) if i >= a.ndim - 2 or shape[i] == 1]
-  magnitude = jnp.abs(a.astype(jnp.float32))
-  return jnp.max(magnitude, axis=axes, initial=0, keepdims=True).squeeze((-1, -2))
+  return _rounding.amax(a, tuple(axes), keepdims=True).squeeze((-1, -2))
 
 
 def whole_groups(operands: Operands, fmt: Format) -> Operands:

@@ -14,6 +14,7 @@ from jax import lax
 from jax.tree_util import GetAttrKey
 from jax.typing import DTypeLike
 
+from jaxqq import _rounding
 from jaxqq._checks import (
   FLOATS,
   as_array,
@@ -229,9 +230,7 @@ def quantize_weight(
 
 def amax_of_each_matrix(a: jax.Array, batch_ndim: int) -> jax.Array:
   """float32, over all but the first batch_ndim axes; global scales have no gradient."""
-  magnitude = jnp.abs(lax.stop_gradient(a))
-  amax = jnp.max(magnitude, axis=tuple(range(batch_ndim, a.ndim)), initial=0)
-  return amax.astype(jnp.float32)
+  return _rounding.amax(lax.stop_gradient(a), tuple(range(batch_ndim, a.ndim)))
 
 
 def _scale_of_each_matrix(

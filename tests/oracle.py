@@ -63,6 +63,14 @@ def quantize_codes(
     scales = biased.astype(np.uint8)
     codes = codes.view(np.uint8)
   else:
+    if global_scale is not None:
+      global_scale = F32(global_scale)
+      if global_scale == 0:  # the amax of zeros, and of nothing else
+        bad |= amax >= np.finfo(F32).tiny
+        global_scale, a, amax = F32(1), a * F32(0), amax * F32(0)
+      elif global_scale < 2.0**-40:
+        # Everything is in proportion to it, and float32 is too short for 2688 / global_scale.
+        a, amax, global_scale = (_times_2_to_the_90(v) for v in (a, amax, global_scale))
     enc = F32(1) if global_scale is None else F32(2688) / F32(global_scale)
     s = _saturate(amax / F32(m.element_max) * enc, m.scale)
     codes = _saturate(a * (enc / s.astype(F32)), m.element).view(np.uint8)
@@ -72,6 +80,12 @@ def quantize_codes(
   scales = np.where(bad, nan, scales).squeeze(-1)
   codes = np.where(bad, 0, codes)
   return codes.astype(np.uint8).reshape(np.shape(w)), scales.astype(np.uint8)
+
+
+def _times_2_to_the_90(a: np.ndarray) -> np.ndarray:
+  """Exact, but for what is above float32's range, which becomes its largest number."""
+  largest = float(np.finfo(F32).max)
+  return np.clip(np.asarray(a, np.float64) * 2.0**90, -largest, largest).astype(F32)
 
 
 def pack(codes: np.ndarray, mode: str) -> np.ndarray:
