@@ -67,7 +67,8 @@ def qqmm(
     group_size: the mode's own, or None.
     bits: the mode's own, or None.
     mode: "nvfp4" or "mxfp8".
-    global_scale_x: nvfp4 only, a float32 scalar: the amax of x. With global_scale_w or not at all.
+    global_scale_x: nvfp4 only, a float32 scalar: the amax of x, 0 for zeros only (beside other
+      numbers of x it makes NaN of them). With global_scale_w or not at all.
       None beside a `QuantizedWeight` is the weight's own input_global_scale.
     global_scale_w: nvfp4 only, a float32 scalar: the amax of w.
     backward: "straight_through": dx = g w, dw = g^T x. "quantized", as in MLX:

@@ -29,6 +29,7 @@ class GlobalScales:
   weight: str
   input: str
   shape: tuple[int, ...]
+  meaning: str
   to_amax: Callable[[np.ndarray], Any]
   from_amax: Callable[[np.ndarray], Any]
 
@@ -69,12 +70,12 @@ class Layout:
 
 
 MODELOPT_SCALES = GlobalScales(
-  *("weight_scale_2", "input_scale", ()),
+  *("weight_scale_2", "input_scale", (), "amax / 2688"),
   to_amax=lambda scale: LARGEST_NVFP4 * scale,
   from_amax=lambda amax: amax / LARGEST_NVFP4,
 )
 COMPRESSED_TENSORS_SCALES = GlobalScales(
-  *("weight_global_scale", "input_global_scale", (1,)),
+  *("weight_global_scale", "input_global_scale", (1,), "2688 / amax"),
   to_amax=lambda scale: LARGEST_NVFP4 / scale,
   from_amax=lambda amax: LARGEST_NVFP4 / amax,
 )
@@ -169,6 +170,8 @@ def read_layer(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """The arguments of `QuantizedWeight` in numpy, and its scalars as they were stored.
 
+  A static scale of the activations that is no calibration is not among the arguments.
+
   recorded: what the file's metadata says each amax was, which holds where it gives the scalar.
   """
   packed = read(tensors[layout.codes]).view(np.uint32)
@@ -183,7 +186,55 @@ def read_layer(
     exact = np.asarray(recorded[field], F32)
     if from_amax(layout, exact).tobytes() == stored[field].tobytes():
       amax[field] = exact
+  for field, suffix in layout.scalars.items():
+    if field in stored:
+      _check_amax(field, amax[field], stored[field], tensors[suffix], layout)
+  if "input_global_scale" in amax and not is_calibration(amax["input_global_scale"]):
+    del amax["input_global_scale"]
+  if amax.get("global_scale") == 0 and not is_all_zeros(packed, scales, layout.fmt):
+    tensor = tensors[layout.scalars["global_scale"]]
+    raise ValueError(
+      f"load: {tensor.file}: tensor {tensor.name!r} must be {_meaning(layout)}, found "
+      f"{stored['global_scale']}, the amax of zeros, beside codes and scales that are not zeros."
+    )
   return {"packed": packed, "scales": scales, "mode": layout.mode, "dtype": dtype, **amax}, stored
+
+
+def is_calibration(amax: np.ndarray) -> bool:
+  """Whether an amax of activations was measured.
+
+  Calibration that never reached a layer, or saw zeros only, leaves an amax of 0 or infinity, or
+  what a tool puts in place of 0: at most float32's smallest normal number, as amax / 2688.
+  """
+  return bool(LARGEST_NVFP4 * np.finfo(F32).tiny < amax < np.inf)
+
+
+def is_all_zeros(packed: np.ndarray, scales: np.ndarray, fmt: Format) -> bool:
+  """Whether every code or its scale is zero, of either sign."""
+  magnitude = (1 << (fmt.bits - 1)) - 1
+  mask = np.uint32(sum(magnitude << (fmt.bits * i) for i in range(fmt.codes_per_word)))
+  has_codes = ((packed & mask) != 0).reshape(*scales.shape, -1).any(-1)
+  scale = scales & 0x7F
+  return not ((has_codes & (scale != 0)) | (scale == fmt.scale_nan)).any()
+
+
+def _check_amax(
+  field: str, amax: np.ndarray, scalar: np.ndarray, tensor: TensorInfo, layout: Layout
+) -> None:
+  """Not NaN, not negative, and finite where it scales the weight."""
+  largest = np.finfo(F32).max if field == "global_scale" else np.inf
+  if not (scalar >= 0 and 0 <= amax <= largest):
+    raise ValueError(
+      f"load: {tensor.file}: tensor {tensor.name!r} must be {_meaning(layout)}, found {scalar}."
+    )
+
+
+def _meaning(layout: Layout) -> str:
+  scales = layout.global_scales
+  return (
+    f"{scales.meaning} of an amax, finite and not negative, in {layout.format} "  # type: ignore[union-attr]
+    f"{layout.name}"
+  )
 
 
 def to_amax(layout: Layout, scalar: np.ndarray) -> np.ndarray:
@@ -217,17 +268,45 @@ def written_scalars(
   A scalar s and its amax, 2688 s or 2688 / s, do not determine each other in float32: either may
   have more values in some range than the other. So where `stored`, what a file of this format held,
   still stands for the weight's amax, it is written again; and an amax that is another than that of
-  its s goes into the metadata of the file.
+  its s goes into the metadata of the file. A scale of the activations that `load` left out, since
+  it is no calibration, is written again beside the global scale that it was stored with.
   """
   out, recorded = {}, {}
-  for field, amax in _amax_of_fields(name, weight, layout).items():
+  amax_of_fields = _amax_of_fields(name, weight, layout)
+  for field, amax in amax_of_fields.items():
+    if not 0 <= amax <= np.finfo(F32).max:
+      raise ValueError(
+        f"save: {name!r} must have a {field} that is an amax, finite and not negative, got {amax}."
+      )
     scalar = stored.get(field)
     if scalar is None or to_amax(layout, scalar).tobytes() != amax.tobytes():
       scalar = from_amax(layout, amax)
     if to_amax(layout, scalar).tobytes() != amax.tobytes():
       recorded[field] = float(amax)
     out[layout.scalars[field]] = scalar.reshape(layout.global_scales.shape)  # type: ignore[union-attr]
+  if amax_of_fields.get("global_scale") == 0:
+    packed, scales = (np.asarray(a, order="C") for a in (weight.packed, weight.scales))
+    if not is_all_zeros(packed, scales, layout.fmt):
+      raise ValueError(
+        f"save: {name!r} must have a positive global_scale, the amax of the weight, got 0 beside "
+        "codes and scales that are not zeros."
+      )
+  suffix, scalar = layout.scalars.get("input_global_scale"), stored.get("input_global_scale")
+  if suffix is not None and scalar is not None and suffix not in out:
+    beside = out[layout.scalars["global_scale"]].tobytes()
+    same_weight = beside == stored["global_scale"].tobytes()
+    if same_weight and not is_calibration(to_amax(layout, scalar)):
+      out[suffix] = scalar.reshape(layout.global_scales.shape)  # type: ignore[union-attr]
   return out, recorded
+
+
+def converted(
+  stored: dict[str, np.ndarray], layout: Layout | None, to: Layout
+) -> dict[str, np.ndarray]:
+  """Scalars as they were stored in a layout, as another one stores them."""
+  if layout is None or layout.format == to.format or not to.scalars:
+    return stored
+  return {field: from_amax(to, to_amax(layout, scalar)) for field, scalar in stored.items()}
 
 
 def _amax_of_fields(name: str, weight: QuantizedWeight, layout: Layout) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -78,6 +79,11 @@ def load(
     (compressed-tensors) in float32, and input_global_scale likewise where the file has a static
     scale of the activations.
 
+  A static scale of the activations that is no calibration (0 or infinite, or an amax of at most
+  2688 * 2**-126: an expert that calibration never reached) is left out, with a warning: the weight
+  has no input_global_scale, so `qqmm` asks for global_scale_x, and layers take the amax of each
+  input. `save` writes the scalar again as it was.
+
   Layers that a server would fuse keep a global scale each. The files are memory-mapped and read one
   tensor at a time, after the headers of all of them were checked.
 
@@ -98,7 +104,8 @@ def load(
   Raises:
     FileNotFoundError: the path, the configuration, or a file that the index names is not there.
     ValueError: a file is cut short or no safetensors file; a tensor is missing or has another dtype
-      or shape than its layout; the format, or a layer's, is none of those above (MLX's "affine",
+      or shape than its layout; an amax is NaN or negative, or a weight's is infinite, or 0 beside
+      codes that are not zeros; the format, or a layer's, is none of those above (MLX's "affine",
       ModelOpt's FP8, ...). The sentence names the file, the tensor, what was expected and found.
     TypeError: dtype is none of the three.
 
@@ -121,6 +128,7 @@ def load(
     layers = _layers(reader, scheme)
     weight_dtype = _dtype_of(config) if dtype is None else np.dtype(dtype)
     checkpoint = Checkpoint((), scheme.format, _without_quantization(config))
+    uncalibrated: list[tuple[TensorInfo, np.ndarray]] = []
     with progress_bar("load", len(reader.tensors), progress) as advance:
       for layer, (layout, parts) in layers.items():
         name = f"{layer}.weight"
@@ -131,11 +139,22 @@ def load(
             fields[field] = place(name, value)
         checkpoint[name] = QuantizedWeight(**fields)
         checkpoint.stored_scales[name] = stored
+        if (field := "input_global_scale") in stored.keys() - fields.keys():
+          uncalibrated.append((parts[layout.scalars[field]], stored[field]))
         advance(len(parts))
       used = {part.name for _, parts in layers.values() for part in parts.values()}
       for name in reader.tensors.keys() - used:
         checkpoint[name] = place(name, reader.read(reader.tensors[name]))
         advance(1)
+  if uncalibrated:
+    tensor, scalar = uncalibrated[0]
+    others = f", and {len(uncalibrated) - 1} more" if len(uncalibrated) > 1 else ""
+    warnings.warn(
+      f"load: {tensor.file}: tensor {tensor.name!r} is {scalar}, which is no calibration of the "
+      f"activations{others}; a weight of which that holds has no input_global_scale: give qqmm "
+      "global_scale_x, the amax of x, as layers do by themselves.",
+      stacklevel=2,
+    )
   return checkpoint
 
 

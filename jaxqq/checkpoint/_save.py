@@ -30,6 +30,7 @@ from jaxqq.checkpoint._layouts import (
   LAYOUTS,
   SAVED_FORMATS,
   Layout,
+  converted,
   layout_of,
   written_codes,
   written_scalars,
@@ -88,7 +89,7 @@ def save(
     TypeError: a tensor is no array, or of a dtype that safetensors has not.
     ValueError: format or max_shard_size is not as above; no tensor is a `QuantizedWeight`, or one
       does not fit the format: a mode that it has not, a global scale in MLX's, a name that does not
-      end in ".weight", more than two axes beside a global scale.
+      end in ".weight", more than two axes beside a global scale, a global scale that is no amax.
 
   Example:
     >>> import tempfile
@@ -107,7 +108,7 @@ def save(
   max_bytes = parse_size(max_shard_size)
   origin = tensors if isinstance(tensors, Checkpoint) else Checkpoint()
   config = origin.config if config is None else dict(config)
-  plan = _planned(tensors, format, config, origin.stored_scales)
+  plan = _planned(tensors, format, config, origin)
   check_target(path, overwrite)
   shards = shard({name: value.nbytes for name, value in plan.values.items()}, max_bytes)
   with (
@@ -152,7 +153,7 @@ def _planned(
   tensors: Mapping[str, Any],
   format: str,
   config: dict[str, Any],
-  stored: dict[str, dict[str, np.ndarray]],
+  origin: Checkpoint,
 ) -> _Plan:
   values = {name: _checked(name, value) for name, value in tensors.items()}
   weights = {name: w for name, w in values.items() if isinstance(w, QuantizedWeight)}
@@ -167,7 +168,9 @@ def _planned(
   layers: dict[str, tuple[Layout, bool]] = {}
   for name, weight in weights.items():
     layer, layout = name.removesuffix(SUFFIX), layouts[name]
-    scalars[name], exact = written_scalars(name, weight, layout, stored.get(name, {}))
+    came_in = layout_of(origin.format, weight.mode) if origin.format else None
+    stored = converted(origin.stored_scales.get(name, {}), came_in, layout)
+    scalars[name], exact = written_scalars(name, weight, layout, stored)
     if exact:
       recorded[layer] = exact
     layers[layer] = (layout, layout.scalars.get("input_global_scale") in scalars[name])
