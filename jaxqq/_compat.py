@@ -28,18 +28,25 @@ def needs_devices_to_lower(primitive: Primitive) -> None:
   dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def without_refs(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def device_assignment(sharding: jax.sharding.Sharding) -> tuple[jax.Device, ...]:
+  """The devices of a sharding in the order in which XLA numbers them.
+
+  Public is only the set of them; for a collective the order matters.
+  """
+  return tuple(sharding._device_assignment)
+
+
+def without_refs(function: Callable[..., Any]) -> Callable[..., Any]:
   """`function`, its arrays that kernels write to in place made into values.
 
   Wherever else JAX lowers a function it does that by itself, but `custom_partitioning` refuses it.
   """
 
-  def of_values(*args: Any) -> jax.Array:
-    traced = jax.make_jaxpr(function)(*args)
+  def of_values(*args: Any) -> Any:
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     if any(isinstance(effect, InternalMutableArrayEffect) for effect in traced.effects):
       traced = discharge_state(traced)
-    (result,) = jaxpr_as_fun(traced)(*args)
-    return result
+    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(traced)(*args))
 
   return of_values
 

@@ -7,6 +7,7 @@ types say how everything is split, and the same rule is spelled out with `jax.sh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxqq import _compat
 from jaxqq._compat import ShardingTypeError
 from jaxqq._reference import Operands, matrix_ndim, named
-from jaxqq._split import Layout, dims_of, dims_of_spec, propagated, split_of, to_spec
+from jaxqq._split import Axes, Layout, dims_of, dims_of_spec, propagated, split_of, to_spec
 
 
 def vary_alike(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -144,58 +145,146 @@ def partitioned(
   out_dtype: np.dtype,
   label: str,
 ) -> Callable[..., jax.Array]:
-  """`product` as a function of its operands that XLA's partitioner splits by the rule above.
+  """`product` as a function of its operands that XLA's partitioner splits by the rule above."""
 
-  The program holds no more of the rule than a pointer. Its label tells products apart where JAX
-  looks for programs in a persistent cache without regard to pointers.
-  """
-
-  @custom_partitioning
   def whole(*values: jax.Array) -> jax.Array:
     return product(named(names, values), out_dtype)
 
-  def infer(mesh: Mesh, args: Any, result: Any) -> NamedSharding:
-    if mesh.empty:
-      return NamedSharding(_mesh_of_all(args), PartitionSpec())
-    return NamedSharding(mesh, to_spec(propagated(named(names, args), layout)))
+  def infer(args: Any, result: Any) -> PartitionSpec:
+    return to_spec(propagated(named(names, args), layout))
 
-  def partition(mesh: Mesh, args: Any, result: Any) -> Any:
-    # Outside of jit JAX may have lost the mesh: then every device computes everything.
-    mesh = _mesh_of_all(args) if mesh.empty else mesh
+  def partition(mesh: Mesh, args: Any, result: Any) -> Partition:
     out_dims = dims_of(result.sharding, len(result.shape))
     split = split_of(named(names, args), layout, out_dims, result.shape, dict(mesh.shape))
-    specs = split.operand_specs(names, args, layout)
     part = split.part(product, names, out_dtype)
+    return Partition(part, split.operand_specs(names, args, layout), split.out_spec())
 
-    def unmeshed(*values: jax.Array) -> jax.Array:
+  def rule(args: Any, results: Any) -> SdyShardingRule:
+    return _rule(names, args, results[0], layout)
+
+  return split_by_xla(whole, infer, partition, rule, label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+  """What every device computes of a function, from which parts to which."""
+
+  part: Callable[..., Any]
+  operand_specs: tuple[PartitionSpec, ...]
+  out_specs: Any  # a PartitionSpec for each output, in the tree of the outputs
+
+
+def split_by_xla(
+  whole: Callable[..., Any],
+  infer: Callable[[Any, Any], Any],
+  partition: Callable[[Mesh, Any, Any], Partition],
+  rule: Callable[[Any, Any], SdyShardingRule],
+  label: str,
+) -> Callable[..., Any]:
+  """`whole`, a function of arrays, as one that XLA's partitioner splits as it is told.
+
+  - `infer(operands, result)`: the `PartitionSpec` of each output (for GSPMD).
+  - `partition(mesh, operands, result)`: the split. It may differ from what XLA asks for, which
+    is what the shardings of `operands` and `result` say; XLA then moves the data.
+  - `rule(operand_types, result_types)`: which axes belong together (for Shardy).
+
+  Operands and result come as shapes with a `NamedSharding` each, of a mesh that has the program's
+  devices, and axes of prime size with names of their own: see `decoded`.
+
+  The program holds no more of the rule than a pointer. Its label tells functions apart where JAX
+  looks for programs in a persistent cache without regard to pointers.
+  """
+  split = custom_partitioning(whole)
+
+  def infer_shardings(mesh: Mesh, args: Any, result: Any) -> Any:
+    mesh = _mesh_of_primes(mesh, args)
+    return _placed(mesh, infer(_decoded_shapes(mesh, args), result))
+
+  def partition_shapes(mesh: Mesh, args: Any, result: Any) -> Any:
+    mesh = _mesh_of_primes(mesh, (args, result))
+    own = partition(mesh, _decoded_shapes(mesh, args), _decoded_shapes(mesh, result))
+
+    def unmeshed(*values: jax.Array) -> Any:
       """One device's part; a mesh that was set for the whole program has no place in it."""
       with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return _compat.without_refs(part)(*values)
+        return _compat.without_refs(own.part)(*values)
 
-    return (
-      mesh,
-      unmeshed,
-      NamedSharding(mesh, split.out_spec()),
-      tuple(NamedSharding(mesh, spec) for spec in specs),
-    )
+    return mesh, unmeshed, _placed(mesh, own.out_specs), _placed(mesh, own.operand_specs)
 
-  whole.def_partition(
-    partition=partition,
-    infer_sharding_from_operands=infer,
-    sharding_rule=lambda mesh, args, result: _rule(names, args, result[0], layout),
+  split.def_partition(
+    partition=partition_shapes,
+    infer_sharding_from_operands=infer_shardings,
+    sharding_rule=lambda mesh, args, results: rule(args, results),
+    decode_shardings=False,  # JAX fails on a part of a mesh axis; _decoded_shapes does it
   )
 
-  def labelled(*values: jax.Array) -> jax.Array:
-    return whole(*values)
+  def labelled(*values: jax.Array) -> Any:
+    return split(*values)
 
   labelled.__name__ = label
   return jax.jit(labelled)
 
 
-def _mesh_of_all(args: Any) -> Mesh:
-  """The operands' devices along one axis."""
-  devices = sorted(args[0].sharding.device_set, key=lambda device: device.id)
-  return Mesh(np.array(devices), ("devices",))
+def _placed(mesh: Mesh, specs: Any) -> Any:
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _decoded_shapes(mesh: Mesh, shapes: Any) -> Any:
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=decoded(mesh, a.sharding, len(a.shape))
+    ),
+    shapes,
+  )
+
+
+def decoded(mesh: Mesh, sharding: Any, ndim: int) -> NamedSharding:
+  """A sharding as XLA has it, in terms of the mesh; an axis that has none is not split.
+
+  XLA may split an axis of an array over a part of a mesh axis, say 4 ways over the first or the
+  last 4 of 8 = 2 * 2 * 2. On a mesh of prime axes such a part is some of the axes. XLA may also
+  take the factors of 6 in the other order; then the array is gathered along this axis alone.
+  """
+  if sharding is None:  # of a constant
+    return NamedSharding(mesh, PartitionSpec())
+  # For this shape every split is even: i of n parts begins at i * (mesh.size / n).
+  parts = sharding.devices_indices_map((mesh.size,) * ndim)
+  starts = np.array([[axis.start or 0 for axis in parts[device]] for device in mesh.devices.flat])
+  starts = starts.reshape(*mesh.devices.shape, ndim)
+  return NamedSharding(mesh, to_spec([_axes_of(mesh, starts[..., axis]) for axis in range(ndim)]))
+
+
+def _axes_of(mesh: Mesh, starts: np.ndarray) -> Axes:
+  """The mesh axes, the major first, by which an array's axis is split; none if none are.
+
+  starts: where the part begins that each device of the mesh has.
+  """
+  first = (0,) * starts.ndim
+  strides = [int(starts[*first[:i], 1, *first[i + 1 :]]) for i in range(starts.ndim)]
+  if (np.tensordot(strides, np.indices(starts.shape), 1) != starts).any():
+    return ()
+  by_stride = sorted(zip(strides, mesh.axis_names, strict=True), reverse=True)
+  return tuple(name for stride, name in by_stride if stride)
+
+
+def _mesh_of_primes(mesh: Mesh, shapes: Any) -> Mesh:
+  """The program's devices, in order, along axes of prime size whose products are the mesh's axes.
+
+  Outside of jit JAX may have lost the mesh, or have another one that was set.
+  """
+  own = tuple(mesh.devices.flat)
+  shardings = (a.sharding for a in jax.tree.leaves(shapes) if a.sharding is not None)
+  devices = next((_compat.device_assignment(sharding) for sharding in shardings), own)
+  sizes = mesh.devices.shape if devices == own else (len(devices),)
+  primes = [prime for size in sizes for prime in _prime_factors(size)]
+  return Mesh(np.array(devices).reshape(primes), tuple(f"axis{i}" for i in range(len(primes))))
+
+
+def _prime_factors(size: int) -> list[int]:
+  for factor in range(2, size):
+    if size % factor == 0:
+      return [factor, *_prime_factors(size // factor)]
+  return [size] if size > 1 else []
 
 
 def _rule(names: tuple[str, ...], args: Any, result: Any, layout: Layout) -> SdyShardingRule:
