@@ -183,13 +183,15 @@ def split_by_xla(
 ) -> Callable[..., Any]:
   """`whole`, a function of arrays, as one that XLA's partitioner splits as it is told.
 
-  - `infer(operands, result)`: the `PartitionSpec` of each output (for GSPMD).
+  - `infer(operands, result)`: the `PartitionSpec` of each output, whose sharding is not known yet
+    (for GSPMD).
   - `partition(mesh, operands, result)`: the split. It may differ from what XLA asks for, which
     is what the shardings of `operands` and `result` say; XLA then moves the data.
   - `rule(operand_types, result_types)`: which axes belong together (for Shardy).
 
-  Operands and result come as shapes with a `NamedSharding` each, of a mesh that has the program's
-  devices, and axes of prime size with names of their own: see `decoded`.
+  Operands and result are `ShapeDtypeStruct`s, in the trees of `whole`'s arguments and outputs. The
+  mesh of their shardings has the program's devices, and axes of prime size with names of their
+  own: see `decoded`. `rule` gets lists of types, which have a shape.
 
   The program holds no more of the rule than a pointer. Its label tells functions apart where JAX
   looks for programs in a persistent cache without regard to pointers.
