@@ -72,16 +72,6 @@ def _capability_at_hand() -> str | None:
   return str(getattr(device, "compute_capability", None))
 
 
-def runs_on_one_hopper() -> bool:
-  """Whether JAX can run Hopper kernels here, and has one device to run everything on."""
-  return (
-    jax.__version_info__ >= (0, 11)
-    and jax.default_backend() == "gpu"
-    and jax.device_count() == 1
-    and _capability_at_hand() == "9.0"
-  )
-
-
 def platform_of_gpus() -> str:
   """What JAX calls "gpu" here: "rocm" with AMD's, else "cuda"."""
   try:

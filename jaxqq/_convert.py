@@ -1,9 +1,8 @@
-"""`quantize` and `dequantize`: checks of what the caller gave, then a kernel or the definition."""
+"""`quantize` and `dequantize`: checks of what the caller gave, then the primitives."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxqq import _compat
+from jaxqq import _convert_primitive
 from jaxqq._checks import (
   FLOATS,
   as_array,
@@ -22,10 +21,10 @@ from jaxqq._checks import (
   check_groups,
   check_packed,
   describe,
-  names,
 )
-from jaxqq._formats import FORMATS
-from jaxqq._quantize import dequantize_groups, pack, quantize_groups, scale_bytes, unpack
+from jaxqq._checks import names as names_of
+from jaxqq._reference import TRANSPOSED
+from jaxqq._sharding import vary_alike
 
 
 def quantize(
@@ -73,18 +72,13 @@ def quantize(
 
   Source: `mlx.core.quantize`, whose bits these are; OCP Microscaling Formats v1.0.
   """
-  fmt = check_format("quantize", mode, group_size, bits)
-  w = as_array("quantize", "w", w)
-  check_dtype("quantize", "w", w, FLOATS)
-  if axis not in (-1, -2):
-    raise ValueError(f"quantize: axis must be -1 or -2, counted from the last, got {axis!r}.")
-  if axis == -2 and np.ndim(w) < 2:
-    raise ValueError(
-      f"quantize: w has no axis -2 to quantize along, got {describe(w)}; leave axis out."
-    )
-  check_groups("quantize", "w", w, fmt, axis)
-  global_scale = check_global_scale("quantize", "global_scale", global_scale, fmt)
-  return _quantize(jnp.asarray(w), global_scale, mode=mode, transpose=axis == -2)
+  arrays, names, mode = checked_quantize("quantize", w, group_size, bits, mode, global_scale, axis)
+  arrays = _ready(arrays)
+  is_vector = arrays[0].ndim == 1
+  if is_vector:
+    arrays[0] = arrays[0][None, :]
+  packed, scales = _convert_primitive.quantize(arrays, names, mode)
+  return (packed.squeeze(-2), scales.squeeze(-2)) if is_vector else (packed, scales)
 
 
 def dequantize(
@@ -126,100 +120,74 @@ def dequantize(
 
   Source: `mlx.core.dequantize`.
   """
-  fmt = check_format("dequantize", mode, group_size, bits)
-  w, scales = check_packed("dequantize", w, scales, fmt)
-  global_scale = check_global_scale("dequantize", "global_scale", global_scale, fmt)
+  arrays, names, mode, out_dtype = checked_dequantize(
+    "dequantize", w, scales, group_size, bits, mode, global_scale, dtype
+  )
+  arrays = _ready(arrays)
+  if arrays[1].dtype != jnp.uint8:
+    arrays[1] = lax.bitcast_convert_type(arrays[1], jnp.uint8)
+  is_vector = arrays[0].ndim == 1
+  if is_vector:
+    arrays[:2] = (a[None, :] for a in arrays[:2])
+  out = _convert_primitive.dequantize(arrays, names, mode, out_dtype)
+  return out.squeeze(-2) if is_vector else out
+
+
+def _ready(arrays: Sequence[Any]) -> list[jax.Array]:
+  return vary_alike([jnp.asarray(a) for a in arrays])
+
+
+def checked_quantize(
+  function: str,
+  w: Any,
+  group_size: Any,
+  bits: Any,
+  mode: Any,
+  global_scale: Any,
+  axis: Any,
+) -> tuple[list[Any], tuple[str, ...], str]:
+  """Arrays, their names and the mode, or the error that the caller of `quantize` should see."""
+  fmt = check_format(function, mode, group_size, bits)
+  w = as_array(function, "w", w)
+  check_dtype(function, "w", w, FLOATS)
+  if axis not in (-1, -2):
+    raise ValueError(f"{function}: axis must be -1 or -2, counted from the last, got {axis!r}.")
+  if axis == -2 and len(w.shape) < 2:
+    raise ValueError(
+      f"{function}: w has no axis -2 to quantize along, got {describe(w)}; leave axis out."
+    )
+  check_groups(function, "w", w, fmt, axis)
+  global_scale = check_global_scale(function, "global_scale", global_scale, fmt)
+  name = "w" + TRANSPOSED if axis == -2 else "w"
+  return *_with(global_scale, [w], (name,)), fmt.mode
+
+
+def checked_dequantize(
+  function: str,
+  w: Any,
+  scales: Any,
+  group_size: Any,
+  bits: Any,
+  mode: Any,
+  global_scale: Any,
+  dtype: Any,
+) -> tuple[list[Any], tuple[str, ...], str, np.dtype]:
+  """Arrays, their names, mode and dtype, or the error that `dequantize`'s caller should see."""
+  fmt = check_format(function, mode, group_size, bits)
+  w, scales = check_packed(function, w, scales, fmt)
+  global_scale = check_global_scale(function, "global_scale", global_scale, fmt)
   try:
     out_dtype = np.dtype(dtype)
   except TypeError:
     out_dtype = None
   if out_dtype not in FLOATS:
-    raise TypeError(f"dequantize: dtype must be {names(FLOATS)}, got {dtype!r}.")
-  return _dequantize(jnp.asarray(w), jnp.asarray(scales), global_scale, mode=mode, dtype=out_dtype)
+    raise TypeError(f"{function}: dtype must be {names_of(FLOATS)}, got {dtype!r}.")
+  return *_with(global_scale, [w, scales], ("w", "scales")), fmt.mode, out_dtype
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "transpose"))
-def _quantize(w: jax.Array, global_scale: jax.Array | None, *, mode: str, transpose: bool) -> Any:
-  fmt = FORMATS[mode]
-
-  def by_xla(w: jax.Array, *global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if transpose:
-      w = jnp.swapaxes(w, -1, -2)
-    codes, scales = quantize_groups(w, fmt, *global_scale)
-    return pack(codes, fmt), scales.astype(jnp.uint8)
-
-  def by_kernel(w: jax.Array, *global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    from jaxqq._kernels import quantize as kernels
-    from jaxqq._kernels import transposed
-
-    one = global_scale[0] if global_scale else None
-    if transpose and w.ndim == 2:
-      return transposed.quantize_transpose(w, fmt, one)
-    if transpose:
-      w = jnp.swapaxes(w, -1, -2)
-    packed, scales = kernels.quantize(w.reshape(-1, w.shape[-1]), fmt, one)
-    return packed.reshape(*w.shape[:-1], -1), scales.reshape(*w.shape[:-1], -1)
-
-  # The results are integers: nothing is lost by not differentiating.
-  scalars = () if global_scale is None else (lax.stop_gradient(global_scale),)
-  return _on_hopper(by_kernel, by_xla, (lax.stop_gradient(w),), scalars)
-
-
-@functools.partial(jax.jit, static_argnames=("mode", "dtype"))
-def _dequantize(
-  w: jax.Array, scales: jax.Array, global_scale: jax.Array | None, *, mode: str, dtype: Any
-) -> jax.Array:
-  fmt = FORMATS[mode]
-
-  def by_xla(w: jax.Array, scales: jax.Array) -> jax.Array:
-    values = dequantize_groups(unpack(w, fmt), scale_bytes(scales), fmt, global_scale)
-    return values.astype(dtype)
-
-  def by_kernel(w: jax.Array, scales: jax.Array) -> jax.Array:
-    from jaxqq._kernels import quantize as kernels
-
-    two_axes = (w.reshape(-1, w.shape[-1]), scales.reshape(-1, scales.shape[-1]))
-    out = kernels.dequantize(*two_axes, fmt, None, dtype)
-    return out.reshape(*w.shape[:-1], -1)
-
-  if global_scale is not None:  # which may be differentiated
-    return by_xla(w, scales)
-  return _on_hopper(by_kernel, by_xla, (w, lax.bitcast_convert_type(scales, jnp.uint8)))
-
-
-def _on_hopper(
-  by_kernel: Callable[..., Any],
-  by_xla: Callable[..., Any],
-  arrays: tuple[jax.Array, ...],
-  scalars: tuple[jax.Array, ...] = (),
-) -> Any:
-  """Runs a kernel where there is one Hopper GPU, and XLA's operations anywhere else.
-
-  XLA splits its own operations over several GPUs, and would gather what a kernel reads. Under
-  `shard_map` and with sizes not known yet they are taken too.
-  """
-  sizes = [size for a in arrays for size in a.shape]
-  varying = any(jax.typeof(a).manual_axis_type.varying for a in arrays)
-  if not _compat.runs_on_one_hopper() or varying:
-    return by_xla(*arrays, *scalars)
-  if not all(isinstance(size, int) and size for size in sizes):
-    return by_xla(*arrays, *scalars)
-
-  @jax.custom_batching.custom_vmap
-  def kernel(*args: jax.Array) -> Any:
-    return by_kernel(*args)
-
-  @kernel.def_vmap
-  def _batch(size: int, batched: list[bool], *args: jax.Array) -> Any:
-    if any(batched[len(arrays) :]):  # a scalar for each: the kernel has one for all
-      in_axes = tuple(0 if is_batched else None for is_batched in batched)
-      out = jax.vmap(by_xla, in_axes)(*args)
-      return out, jax.tree.map(lambda _: True, out)
-    whole = (
-      a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-      for a, is_batched in zip(args[: len(arrays)], batched, strict=False)
-    )
-    out = kernel(*whole, *args[len(arrays) :])
-    return out, jax.tree.map(lambda _: True, out)
-
-  return lax.platform_dependent(*arrays, *scalars, cuda=kernel, default=by_xla)
+def _with(
+  global_scale: Any, arrays: list[Any], names: tuple[str, ...]
+) -> tuple[list[Any], tuple[str, ...]]:
+  if global_scale is None:
+    return arrays, names
+  return [*arrays, global_scale], (*names, "global_scale")

@@ -1,92 +1,155 @@
-"""`explain`: which implementation a product gets, in words."""
+"""`explain`: which implementation a product or a conversion gets, in words."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxqq import _compat, _kernels
+from jaxqq._convert import checked_dequantize, checked_quantize, dequantize, quantize
+from jaxqq._convert_split import Shapes
+from jaxqq._convert_split import described as described_conversion
 from jaxqq._formats import FORMATS
-from jaxqq._qqmm import DEFAULT_MODE, checked
-from jaxqq._split import described
+from jaxqq._kernels import conversions
+from jaxqq._kernels.conversions import Conversion
+from jaxqq._qqmm import checked, qqmm
+from jaxqq._reference import matrix_ndim
+from jaxqq._split import described, named_sharding
 
 # Platforms as JAX names them; "gpu" is one of the two, whichever is here.
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 
 
-def explain(
-  x: Any,
-  w: Any,
-  scales: Any = None,
-  group_size: int | None = None,
-  bits: int | None = None,
-  mode: str = DEFAULT_MODE,
-  global_scale_x: Any = None,
-  global_scale_w: Any = None,
-  *,
-  backward: str = "straight_through",
-  precision: lax.Precision | None = None,
-  device: jax.Device | str | None = None,
-) -> str:
-  """Says which implementation a call of `qqmm` would run, and why not another.
+def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> str:
+  """Says which implementation a call of `qqmm`, `quantize` or `dequantize` runs, and why.
 
   Args:
-    x, w, scales, group_size, bits, mode, global_scale_x, global_scale_w, backward, precision:
-      what `qqmm` takes, with the same checks; a `jax.ShapeDtypeStruct` serves for an array.
-      Where they are split over devices, what one device computes is told.
+    args: the function, unless it is `qqmm`, and what it takes, with the same checks; a
+      `jax.ShapeDtypeStruct` serves for an array. Where arrays are split over devices, what one
+      device computes is told.
     device: a `jax.Device`, or a platform as JAX names it ("cpu", "cuda", "rocm", "tpu"). None
-      is where x is, or for what is nowhere yet, JAX's default backend.
+      is where the first array is, or for what is nowhere yet, JAX's default backend.
+    kwargs: what the function takes by name.
 
   Returns:
     Some sentences.
 
   Raises:
-    TypeError, ValueError: as `qqmm`.
+    TypeError, ValueError: as the function; or it is none of the three, or does not take these.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
     >>> print(jaxqq.explain(x, x, mode="mxfp8", device="cpu").split(":")[0])
     qqmm mxfp8, x bfloat16 (8, 64), w bfloat16 (8, 64) quantized on the fly, on cpu
+    >>> print(jaxqq.explain(jaxqq.quantize, x, mode="mxfp8", device="cpu").split(":")[0])
+    quantize mxfp8, w bfloat16 (8, 64), on cpu
   """
-  operands, params = checked(
-    "explain",
-    x,
-    w,
-    scales,
-    group_size,
-    bits,
-    mode,
-    global_scale_x,
-    global_scale_w,
-    backward,
-    precision,
-  )
+  function: Any = qqmm
+  if args and callable(args[0]) and not hasattr(args[0], "dtype"):
+    function, *args = args  # type: ignore[assignment]
+  explained = next((e for f, e in _EXPLAINED if f is function), None)
+  if explained is None:
+    raise TypeError(
+      "explain: the function must be jaxqq.qqmm, jaxqq.quantize or jaxqq.dequantize, got "
+      f"{getattr(function, '__name__', type(function).__name__)}."
+    )
+  try:
+    call = inspect.signature(function).bind(*args, **kwargs)
+  except TypeError as error:
+    raise TypeError(
+      f"explain: jaxqq.{function.__name__} would not take these arguments: {error}; "
+      "pass it and what it takes, and device."
+    ) from None
+  call.apply_defaults()
+  return explained(device, **call.arguments)
+
+
+def _explain_qqmm(device: Any, **arguments: Any) -> str:
+  operands, params = checked("explain", **arguments)
   platform = _platform(operands.x, device)
   as_matrix = operands
   if len(operands.x.shape) == 1:
-    row = jax.ShapeDtypeStruct((1, *operands.x.shape), operands.x.dtype)
-    as_matrix = dataclasses.replace(operands, x=row)
+    as_matrix = dataclasses.replace(operands, x=_as_matrix(operands.x))
   part, summed, about_split = described(as_matrix, FORMATS[params["mode"]])
   part_dtype = np.dtype(np.float32) if summed else params["out_dtype"]
-  problem = _kernels.Problem(params["mode"], part, part_dtype, precision, params["out_dtype"])
-  implementation, refusals = _kernels.choose(problem, platform)
-  x_words = f"x {np.dtype(operands.x.dtype).name} {tuple(operands.x.shape)}"
-  w_words = f"w {np.dtype(operands.w.dtype).name} {tuple(operands.w.shape)}"
+  problem = _kernels.Problem(
+    params["mode"], part, part_dtype, params["precision"], params["out_dtype"]
+  )
+  w_words = _of("w", operands.w)
   w_words += " quantized on the fly" if operands.scales is None else " packed"
+  heading = f"qqmm {params['mode']}, {_of('x', operands.x)}, {w_words}"
+  return _sentences(heading, problem, platform, _kernels.IMPLEMENTATIONS, about_split)
+
+
+def _explain_quantize(device: Any, *, axis: int, **arguments: Any) -> str:
+  (w, *scale), names, mode = checked_quantize("explain", axis=axis, **arguments)
+  heading = f"quantize {mode}, {_of('w', w)}" + (f" along axis {axis}" if axis == -2 else "")
+  problem, about_split = _conversion([w, *scale], names, mode)
+  return _sentences(heading, problem, _platform(w, device), conversions.QUANTIZE, about_split)
+
+
+def _explain_dequantize(device: Any, **arguments: Any) -> str:
+  arrays, names, mode, out_dtype = checked_dequantize("explain", **arguments)
+  w, scales = arrays[:2]
+  heading = f"dequantize {mode}, {_of('w', w)}, {_of('scales', scales)}, to {out_dtype.name}"
+  problem, about_split = _conversion(arrays, names, mode, out_dtype)
+  return _sentences(heading, problem, _platform(w, device), conversions.DEQUANTIZE, about_split)
+
+
+def _conversion(
+  arrays: list[Any], names: tuple[str, ...], mode: str, out_dtype: np.dtype | None = None
+) -> tuple[Conversion, list[str]]:
+  """The problem of one device, and how it came to that."""
+  matrices = [
+    _as_matrix(a) if matrix_ndim(name) and len(a.shape) == 1 else a
+    for name, a in zip(names, arrays, strict=True)
+  ]
+  part, about_split = described_conversion(Shapes(names, tuple(matrices), FORMATS[mode]))
+  return Conversion(mode, names, part.operands, out_dtype), about_split
+
+
+def _sentences(
+  heading: str,
+  problem: Any,
+  platform: str,
+  table: tuple[_kernels.Implementation, ...],
+  about_split: list[str],
+) -> str:
+  implementation, refusals = _kernels.choose(problem, platform, table)
+  details = implementation.details and implementation.details(problem)
   sentences = [
-    f"qqmm {params['mode']}, {x_words}, {w_words}, on {platform}: "
-    f"computed by {implementation.summary}.",
+    f"{heading}, on {platform}: computed by {implementation.summary}"
+    + (f"; {details}." if details else "."),
     *(f"Not {refusal}." for refusal in refusals),
   ]
-  if implementation.details is not None:
-    sentences[0] = f"{sentences[0][:-1]}; {implementation.details(problem)}."
   if implementation.platforms is None and not refusals:
     sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
   return " ".join([*sentences, *about_split])
+
+
+def _of(name: str, a: Any) -> str:
+  return f"{name} {np.dtype(a.dtype).name} {tuple(a.shape)}"
+
+
+def _as_matrix(a: Any) -> jax.ShapeDtypeStruct:
+  """A vector as one row."""
+  sharding = named_sharding(a)
+  if sharding is not None:
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+  return jax.ShapeDtypeStruct((1, *a.shape), a.dtype, sharding=sharding)
+
+
+_EXPLAINED: tuple[tuple[Any, Callable[..., str]], ...] = (
+  (qqmm, _explain_qqmm),
+  (quantize, _explain_quantize),
+  (dequantize, _explain_dequantize),
+)
 
 
 def _platform(x: Any, device: jax.Device | str | None) -> str:

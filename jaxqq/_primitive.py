@@ -105,7 +105,7 @@ def lower_split(
     split = None
   elif out.sharding.mesh.explicit_axes and out.sharding.mesh.size > 1:
     split = over_explicit_axes(product, names, layout, ctx.avals_in, out)
-  elif _is_partitioned_by_xla(ctx):
+  elif is_partitioned_by_xla(ctx):
     split = partitioned(product, names, layout, out.dtype, label)
   else:
     split = None
@@ -116,7 +116,7 @@ def lower_split(
   return mlir.lower_fun(split or whole, multiple_results=False)(ctx, *args)
 
 
-def _is_partitioned_by_xla(ctx: Any) -> bool:
+def is_partitioned_by_xla(ctx: Any) -> bool:
   """Several devices, known, and axes of a mesh that are XLA's to split.
 
   Not in an export, whose artifact cannot hold the rule: there XLA splits the reference itself.
@@ -146,7 +146,8 @@ def batch(
       a = jnp.moveaxis(a, dim, 0)
       a = a.reshape(a.shape[:1] + (1,) * (batch_ndim - ndim) + a.shape[1:])
     aligned.append(a)
-  return primitive.bind(*aligned, operands=operands, **params), 0
+  out = primitive.bind(*aligned, operands=operands, **params)
+  return (out, (0,) * len(out)) if primitive.multiple_results else (out, 0)
 
 
 # Registrations

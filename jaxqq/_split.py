@@ -172,7 +172,7 @@ def described(operands: Operands, fmt: Format) -> tuple[Operands, bool, list[str
 
   As far as it can be seen from the operands, if nothing else is asked of the output.
   """
-  shardings = [_named_sharding(a) for a in operands.present]
+  shardings = [named_sharding(a) for a in operands.present]
   meshes = [s.mesh for s in shardings if s is not None and s.mesh.size > 1]
   if not meshes:
     return operands, False, []
@@ -200,23 +200,23 @@ def described(operands: Operands, fmt: Format) -> tuple[Operands, bool, list[str
     f"{own.x.shape} with w {own.w.shape}"
   )
   if split.contracted:
-    sentence += f", and float32 parts are summed over {_words(split.contracted)}"
+    sentence += f", and float32 parts are summed over {words(split.contracted)}"
   sentences = [f"{sentence}."]
   if split.cuts_group:
     over = dims_of(typed.x.sharding, len(typed.x.shape))[-1]
     over = over or dims_of(typed.w.sharding, len(typed.w.shape))[-1]
     sentences.append(
-      f"K = {operands.x.shape[-1]} is split over {_words(over)}, which would cut a group of "
+      f"K = {operands.x.shape[-1]} is split over {words(over)}, which would cut a group of "
       f"{fmt.group_size}: it is gathered."
     )
   return own, bool(split.contracted), sentences
 
 
-def _words(axes: Axes) -> str:
+def words(axes: Axes) -> str:
   return " and ".join(repr(axis) for axis in axes)
 
 
-def _named_sharding(a: Any) -> NamedSharding | None:
+def named_sharding(a: Any) -> NamedSharding | None:
   """That of an array, a shape, or a tracer in a mesh of explicit axes."""
   sharding = jax.typeof(a).sharding if isinstance(a, jax.core.Tracer) else None
   sharding = sharding or getattr(a, "sharding", None)

@@ -92,8 +92,9 @@ def imports(path: pathlib.Path) -> set[str]:
 def test_a_file_imports_only_from_files_above_it():
   order = [
     *("_compat", "_formats", "_checks", "_rounding", "_quantize", "_reference", "_kernels"),
-    *("_convert", "_weight", "_split", "_sharding", "_primitive", "_row_sums", "_gradient"),
-    *("_qqmm", "_explain", "_einsum", "_contraction", "_dot_general", "__init__"),
+    *("_split", "_sharding", "_primitive", "_convert_split", "_convert_primitive", "_convert"),
+    *("_weight", "_row_sums", "_gradient", "_qqmm", "_explain", "_einsum", "_contraction"),
+    *("_dot_general", "__init__"),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
   files["_kernels"] = ROOT / "jaxqq" / "_kernels" / "__init__.py"

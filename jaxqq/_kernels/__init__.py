@@ -3,14 +3,14 @@
 An implementation is one row of `IMPLEMENTATIONS`; the first that a platform has and that
 does not refuse the problem is taken. The last row takes everything. A row is all that a new
 kernel needs: the primitive's lowerings, and `jaxqq.explain`, are made from the table. Kernels are
-imported when a product first asks for them.
+imported when a product first asks for them. `conversions.py` has tables for what quantizes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,27 +39,31 @@ class Implementation:
   name: str
   summary: str  # what it does, to follow "The product is computed by"
   platforms: tuple[str, ...] | None  # as JAX names them; None is any
-  refuses: Callable[[Problem], str | None]  # why it cannot take the problem, or None
-  run: Callable[..., jax.Array]  # (operands, problem) -> out
-  details: Callable[[Problem], str] | None = None  # what else to tell of the problem at hand
+  refuses: Callable[[Any], str | None]  # why it cannot take the problem, or None
+  run: Callable[..., Any]  # (operands, problem) -> out
+  details: Callable[[Any], str | None] | None = None  # what else to tell of the problem at hand
 
 
 def _refusal_of_hopper(problem: Problem) -> str | None:
   """Why no Hopper kernel can take a problem, whatever its mode."""
   operands = problem.operands
+  return refusal_of_arrays(operands.present, (operands.global_scale_x, operands.global_scale_w))
+
+
+def refusal_of_arrays(arrays: Sequence[Any], global_scales: Sequence[Any]) -> str | None:
+  """Why no Hopper kernel can take arrays of these shapes; a global scale may be None."""
   if jax.__version_info__ < (0, 11):
     return f"it needs JAX 0.11 or newer, and this is {jax.__version__}"
   capability = _compat.cuda_compute_capability()
   if capability != "9.0":
     return f"it is for compute capability 9.0 (H100, H200), not {capability}"
-  if not all(isinstance(size, int) for a in operands.present for size in a.shape):
+  if not all(isinstance(size, int) for a in arrays for size in a.shape):
     return "a size is symbolic"
-  if any(0 in a.shape for a in operands.present):
+  if any(0 in a.shape for a in arrays):
     return "an axis is empty"
-  if any(_is_split_explicitly(a) for a in operands.present):
+  if any(_is_split_explicitly(a) for a in arrays):
     return "an operand is split along an explicit axis of a mesh"
-  scales = (operands.global_scale_x, operands.global_scale_w)
-  if any(math.prod(s.shape) > 1 for s in scales if s is not None):
+  if any(math.prod(s.shape) > 1 for s in global_scales if s is not None):
     return "global scales differ from matrix to matrix"
   return None
 
@@ -211,10 +215,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 PLATFORMS = tuple(sorted({p for row in IMPLEMENTATIONS for p in row.platforms or ()}))
 
 
-def choose(problem: Problem, platform: str) -> tuple[Implementation, list[str]]:
-  """The implementation that a product gets on a platform, and why not those before it."""
+def choose(
+  problem: Any, platform: str, table: Sequence[Implementation] = IMPLEMENTATIONS
+) -> tuple[Implementation, list[str]]:
+  """The implementation that a problem gets on a platform, and why not those before it."""
   refusals: list[str] = []
-  for row in IMPLEMENTATIONS:
+  for row in table:
     if row.platforms is not None and platform not in row.platforms:
       reason: str | None = f"it is for {' and '.join(row.platforms)}, not {platform}"
     else:
@@ -222,4 +228,4 @@ def choose(problem: Problem, platform: str) -> tuple[Implementation, list[str]]:
     if reason is None:
       return row, refusals
     refusals.append(f"{row.name}: {reason}")
-  raise AssertionError("the last row of IMPLEMENTATIONS takes every problem")
+  raise AssertionError("the last row of a table takes every problem")

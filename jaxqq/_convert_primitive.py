@@ -1,0 +1,141 @@
+"""`quantize_p` and `dequantize_p`, the conversions as primitives of JAX.
+
+    quantize_p      w, [global_scale]          ->  packed, scales
+    dequantize_p    w, scales, [global_scale]  ->  out
+
+w is (..., n, k), or "w_transposed" (..., k, n), or packed (..., n, k * bits / 32), and a
+global scale is (...). Axes before these are batch axes, which broadcast, so that `vmap` adds
+an axis and never a loop. A conversion has several results or a list of one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from jaxqq import _kernels, _primitive
+from jaxqq._convert_split import Function, Shapes, out_avals, over_explicit_axes, partitioned
+from jaxqq._formats import FORMATS
+from jaxqq._kernels import conversions
+from jaxqq._kernels.conversions import Conversion
+from jaxqq._reference import with_ndim
+
+quantize_p = Primitive("quantize")
+dequantize_p = Primitive("dequantize")
+for primitive in (quantize_p, dequantize_p):
+  primitive.multiple_results = True
+
+
+def quantize(arrays: Sequence[jax.Array], names: tuple[str, ...], mode: str) -> list[jax.Array]:
+  """[packed, scales] of an array, or of its transpose, by its name."""
+  return quantize_p.bind(*arrays, operands=names, mode=mode)
+
+
+def dequantize(
+  arrays: Sequence[jax.Array], names: tuple[str, ...], mode: str, out_dtype: np.dtype
+) -> jax.Array:
+  (out,) = dequantize_p.bind(*arrays, operands=names, mode=mode, out_dtype=np.dtype(out_dtype))
+  return out
+
+
+# Abstract evaluation
+
+
+def _quantize_abstract_eval(*avals: Any, operands: tuple[str, ...], mode: str) -> Any:
+  return out_avals(Shapes(operands, avals, FORMATS[mode]), (np.uint32, np.uint8))
+
+
+def _dequantize_abstract_eval(
+  *avals: Any, operands: tuple[str, ...], mode: str, out_dtype: np.dtype
+) -> Any:
+  return out_avals(Shapes(operands, avals, FORMATS[mode]), (out_dtype,))
+
+
+# Lowering
+
+
+def _lowering(
+  ctx: Any,
+  *args: Any,
+  table: tuple[_kernels.Implementation, ...],
+  operands: tuple[str, ...],
+  mode: str,
+  out_dtype: np.dtype | None = None,
+) -> Any:
+  platform = _primitive.platform_of(ctx)
+
+  def one_device(*arrays: jax.Array) -> list[jax.Array]:
+    problem = Conversion(mode, operands, arrays, out_dtype)
+    implementation, _ = _kernels.choose(problem, platform, table)
+    return implementation.run(arrays, problem)
+
+  shapes = Shapes(operands, tuple(ctx.avals_in), FORMATS[mode])
+  label = "_".join((shapes.function, *operands, mode, out_dtype.name if out_dtype else ""))
+  function = _split(ctx, one_device, shapes, label)
+  return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+
+def _split(ctx: Any, function: Function, shapes: Shapes, label: str) -> Callable[..., Any]:
+  """A conversion of one device, to be split over those of the program."""
+  if 0 in (size for aval in (*ctx.avals_in, *ctx.avals_out) for size in aval.shape):
+    return function
+  mesh = ctx.avals_out[0].sharding.mesh
+  if mesh.explicit_axes and mesh.size > 1:
+    return over_explicit_axes(function, shapes, ctx.avals_out)
+  if _primitive.is_partitioned_by_xla(ctx):
+    return partitioned(function, shapes, label)
+  return function
+
+
+# Derivatives
+
+
+def _quantize_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+  """Codes and scales are integers: nothing is differentiable."""
+  del tangents
+  results = quantize_p.bind(*primals, **params)
+  return results, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in results]
+
+
+def _dequantize_jvp(
+  primals: Any,
+  tangents: Any,
+  *,
+  operands: tuple[str, ...],
+  mode: str,
+  out_dtype: np.dtype,
+) -> Any:
+  """out = unscaled * (global_scale / 2688) is linear in the global scale, and in nothing else."""
+  bind = functools.partial(dequantize, mode=mode, out_dtype=out_dtype)
+  out = bind(primals, operands)
+  moved = dict(zip(operands, tangents, strict=True)).get("global_scale")
+  if moved is None or isinstance(moved, ad.Zero):
+    return [out], [ad.Zero(jax.typeof(out).to_tangent_aval())]
+  # Exact in any of the dtypes: 6 bits, between 2**-10 and 2688.
+  unscaled = bind(primals[:2], operands[:2]).astype(jnp.float32)
+  factor = (moved / np.float32(FORMATS[mode].largest_value))[..., None, None]
+  ndim = max(unscaled.ndim, factor.ndim)
+  return [out], [(with_ndim(unscaled, ndim) * with_ndim(factor, ndim)).astype(out_dtype)]
+
+
+# Registrations
+
+ad.primitive_jvps[quantize_p] = _quantize_jvp
+ad.primitive_jvps[dequantize_p] = _dequantize_jvp
+quantize_p.def_abstract_eval(_quantize_abstract_eval)
+dequantize_p.def_abstract_eval(_dequantize_abstract_eval)
+
+for primitive, table in (
+  (quantize_p, conversions.QUANTIZE),
+  (dequantize_p, conversions.DEQUANTIZE),
+):
+  primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+  batching.primitive_batchers[primitive] = functools.partial(_primitive.batch, primitive)
+  _primitive.register_lowering(primitive, functools.partial(_lowering, table=table))
