@@ -84,12 +84,10 @@ def _lowering(
 
 def _split(ctx: Any, function: Function, shapes: Shapes, label: str) -> Callable[..., Any]:
   """A conversion of one device, to be split over those of the program."""
-  if 0 in (size for aval in (*ctx.avals_in, *ctx.avals_out) for size in aval.shape):
-    return function
-  mesh = ctx.avals_out[0].sharding.mesh
-  if mesh.explicit_axes and mesh.size > 1:
+  if ctx.avals_out[0].sharding.mesh.explicit_axes:
     return over_explicit_axes(function, shapes, ctx.avals_out)
-  if _primitive.is_partitioned_by_xla(ctx):
+  is_empty = 0 in (size for aval in (*ctx.avals_in, *ctx.avals_out) for size in aval.shape)
+  if _primitive.is_partitioned_by_xla(ctx) and not is_empty:
     return partitioned(function, shapes, label)
   return function
 

@@ -2,8 +2,8 @@
 
 All arrays of a conversion share its axes: batch axes, rows, groups. Each of these is split
 freely, in all arrays alike, and no device needs numbers of another. Groups stay whole: an axis
-that is split inside of a group is gathered. What has to move otherwise moves packed: `quantize`
-runs where w is, `dequantize` where its result is wanted.
+that is split inside of a group is gathered. Where operands and results are split differently,
+packed numbers move: `quantize` runs where w is, `dequantize` where its result is to be.
 """
 
 from __future__ import annotations
@@ -308,8 +308,9 @@ def described(shapes: Shapes) -> tuple[Shapes, list[str]]:
   ]
   cut = next((dims[-1] for dims in asked if dims[-1] and not split[-1]), None)
   if cut and shapes.sizes[-1] % math.prod(mesh_shape[name] for name in cut):
+    group = shapes.fmt.group_size
     sentences.append(
-      f"{shapes.sizes[-1]} groups of {shapes.fmt.group_size} are split over {words(cut)}, which "
-      "would cut a group: that axis is gathered."
+      f"K = {shapes.sizes[-1] * group} is split over {words(cut)}, which would cut a group of "
+      f"{group}: it is gathered."
     )
   return dataclasses.replace(shapes, operands=tuple(parts)), sentences

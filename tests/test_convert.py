@@ -123,6 +123,12 @@ def test_on_explicit_axes(spec, axis):
     assert exported.mlir_module().count("custom_call @mosaic_gpu_v2") == 2
 
 
+def test_on_explicit_axes_of_one_device():
+  mesh = jax.make_mesh((1,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    assert kernels(quantize_and_back, W.update(sharding=NamedSharding(mesh, P("data")))) == 2
+
+
 class Recorder(_sharding.custom_partitioning):
   """Keeps the callbacks that XLA's partitioner would call."""
 

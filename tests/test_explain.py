@@ -14,6 +14,7 @@ from tests import oracle
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
 W = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+KERNEL_NAMES = ("hopper_quantize", "hopper_dequantize")
 
 
 @pytest.mark.parametrize("device", [None, "cpu", "gpu", "cuda", "tpu"])
@@ -137,6 +138,108 @@ class TestChoice:
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("jaxqq_packed_matmul" if packed else "jaxqq_matmul") in text
     assert "dot_general" not in text
+
+
+HAS_KERNELS = jax.__version_info__ >= (0, 11)
+
+
+class TestConversions:
+  """quantize and dequantize, given as the first argument."""
+
+  def of_both(self, w, mode, device=None, axis=-1):
+    quantized = jax.eval_shape(lambda w: jaxqq.quantize(w, mode=mode, axis=axis), w)
+    return (
+      jaxqq.explain(jaxqq.quantize, w, mode=mode, axis=axis, device=device),
+      jaxqq.explain(jaxqq.dequantize, *quantized, None, None, mode, dtype="float16", device=device),
+    )
+
+  @pytest.mark.parametrize("device", [None, "cpu", "cuda", "tpu"])
+  @pytest.mark.parametrize("mode", oracle.MODES)
+  def test_which_and_why_not_another(self, mode, device):
+    platform = device or jax.default_backend()
+    group = oracle.MODES[mode].group
+    heads = (
+      f"quantize {mode}, w bfloat16 (8, 64), on {platform}: computed by ",
+      f"dequantize {mode}, w uint32 (8, {64 * oracle.MODES[mode].bits // 32}), "
+      f"scales uint8 (8, {64 // group}), to float16, on {platform}: computed by ",
+    )
+    for text, head, name in zip(self.of_both(X, mode, device), heads, KERNEL_NAMES, strict=True):
+      assert text.startswith(head)
+      if platform == "cuda" and HAS_KERNELS:
+        assert text.startswith(f"{head}a kernel that reads") and "Not " not in text
+      else:
+        reason = "it needs JAX 0.11" if platform == "cuda" else f"it is for cuda, not {platform}"
+        assert text.startswith(f"{head}XLA") and f" Not {name}: {reason}" in text
+
+  @pytest.mark.skipif(not HAS_KERNELS, reason="kernels need JAX 0.11")
+  def test_transposes(self):
+    one = self.of_both(X.update(shape=(64, 8)), "mxfp8", "cuda", axis=-2)[0]
+    assert "w bfloat16 (64, 8) along axis -2" in one and "no transpose is written" in one
+    several = self.of_both(X.update(shape=(3, 64, 8)), "mxfp8", "cuda", axis=-2)[0]
+    assert "writes the transpose first" in several
+
+  @pytest.mark.skipif(not HAS_KERNELS, reason="kernels need JAX 0.11")
+  def test_refusals(self, monkeypatch):
+    (rows,) = jax.export.symbolic_shape("rows")
+    for shape, reason in (((0, 64), "an axis is empty"), ((rows, 64), "a size is symbolic")):
+      for text in self.of_both(X.update(shape=shape), "nvfp4", "cuda"):
+        assert "computed by XLA" in text and reason in text
+    monkeypatch.setattr("jaxqq._compat.cuda_compute_capability", lambda: "8.0")
+    for text in self.of_both(X, "nvfp4", "cuda"):
+      assert "computed by XLA" in text and "compute capability 9.0 (H100, H200), not 8.0" in text
+
+  def test_arrays_vectors_and_global_scales(self):
+    w, scale = jnp.ones((64,)), np.ones((1,), np.float32)
+    packed, scales = jaxqq.quantize(w, global_scale=scale)
+    for device in (None, jax.devices()[0]):
+      text = jaxqq.explain(jaxqq.quantize, w=w, global_scale=scale, device=device)
+      assert f"quantize nvfp4, w float32 (64,), on {jax.default_backend()}" in text
+      text = jaxqq.explain(jaxqq.dequantize, packed, scales, global_scale=scale, device=device)
+      assert "w uint32 (8,), scales uint8 (4,), to bfloat16" in text
+
+  @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+  def test_split(self, kind):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+
+    def place(a, spec):
+      return jax.device_put(a, NamedSharding(mesh, spec))
+
+    w = place(jnp.ones((16, 256)), P("data", "tensor"))
+    text = jaxqq.explain(jaxqq.quantize, w)
+    assert text.endswith("Split over 8 devices ({'data': 4, 'tensor': 2}): each takes w (4, 128).")
+    columns = jaxqq.explain(jaxqq.quantize, w, axis=-2)  # one group over four devices
+    assert "each takes w (16, 128)." in columns
+    assert "K = 16 is split over 'data', which would cut a group of 16: it is" in columns
+    quantized = [place(a, P("tensor", "data")) for a in jaxqq.quantize(jnp.ones((16, 256)))]
+    text = jaxqq.explain(jaxqq.dequantize, *quantized)
+    assert text.endswith("each takes w (8, 8) and scales (8, 4).")
+    vector = place(jnp.ones((96,)), P("data"))
+    text = jaxqq.explain(jaxqq.quantize, vector)
+    assert "each takes w (1, 96). K = 96 is split over 'data', which would cut a group" in text
+    said = []
+    jax.jit(lambda w: said.append(jaxqq.explain(jaxqq.quantize, w)))(w)
+    assert ("each takes w (4, 128)." in said[0]) == (kind == AxisType.Explicit)
+
+  def test_errors(self):
+    for args, kwargs, error, words in (
+      ((jnp.sum, X), {}, TypeError, "the function must be jaxqq.qqmm, jaxqq.quantize or"),
+      ((jaxqq.quantize,), {}, TypeError, "missing a required argument: 'w'"),
+      ((jaxqq.quantize, X), {"scales": X}, TypeError, "unexpected keyword argument 'scales'"),
+      ((jaxqq.qqmm, X), {}, TypeError, "missing a required argument: 'w'"),
+      ((X,), {}, TypeError, "missing a required argument: 'w'"),
+      ((jaxqq.quantize, X), {"axis": 0}, ValueError, "axis must be -1 or -2"),
+      ((jaxqq.quantize, X), {"mode": "fp4"}, ValueError, "unknown mode 'fp4'"),
+      ((jaxqq.quantize, [1.0]), {}, TypeError, "w must be a numpy or JAX array"),
+      ((jaxqq.dequantize, X, X), {}, TypeError, "w must be uint32"),
+      ((jaxqq.quantize, X), {"device": "cdua"}, ValueError, "unknown platform 'cdua'"),
+    ):
+      with pytest.raises(error) as caught:
+        jaxqq.explain(*args, **kwargs)
+      message = str(caught.value)
+      assert message.startswith("explain: ") and message.endswith(".") and words in message
+
+  def test_qqmm_may_be_named(self):
+    assert jaxqq.explain(jaxqq.qqmm, X, W, mode="mxfp8") == jaxqq.explain(X, w=W, mode="mxfp8")
 
 
 class TestSplit:
