@@ -17,11 +17,16 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from jaxqq import _sharding
+from jaxqq._kernels import conversions
 from tests import oracle
 
-pytestmark = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
-)
+if jax.__version_info__ < (0, 11):
+  pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
+
+from tests.test_kernels_quantize import interpreted, twins
+from tests.test_transforms import data
+
+__all__ = ["twins"]  # a fixture
 
 W = jax.ShapeDtypeStruct((3, 40, 96), jnp.bfloat16)
 SCALE = jax.ShapeDtypeStruct((), jnp.float32)
@@ -191,6 +196,34 @@ def test_sizes_that_are_not_known():
 def test_empty_axes():
   for shape in ((0, 64), (4, 0), (2, 0, 64)):
     assert kernels(quantize_and_back, W.update(shape=shape)) == 0
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize(
+  ("name", "shape"),
+  [("w", (2, 1, 3, 64)), ("w_transposed", (2, 64, 5)), ("w_transposed", (1, 64, 5))],
+)
+def test_rows_of_the_tables_agree(name, shape, scaled, twins):
+  """Kernels run by the interpreter, and the definition: batch axes, and codes of one matrix."""
+  (w,) = data(shape)
+  scale = [np.float32([3])] if scaled else []
+
+  def run(table, row, names, arrays, *dtype):
+    arrays, names = [*arrays, *scale], (*names, *["global_scale"] * scaled)
+
+    def f(*arrays):
+      return table[row].run(arrays, conversions.Conversion("nvfp4", names, arrays, *dtype))
+
+    return interpreted(f, *arrays) if row == 0 else jax.jit(f)(*arrays)
+
+  quantized = [run(conversions.QUANTIZE, row, [name], [w]) for row in (0, -1)]
+  packed, scales = quantized[1]
+  both = [packed, scales[:1]]
+  float32 = np.dtype(np.float32)
+  numbers = [run(conversions.DEQUANTIZE, r, ["w", "scales"], both, float32) for r in (0, -1)]
+  for kernel, definition in (quantized, numbers):
+    for a, b in zip(kernel, definition, strict=True):
+      np.testing.assert_array_equal(a, b)
 
 
 def test_other_platforms_get_xla():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests import oracle
@@ -250,3 +253,46 @@ def test_quantize_and_dequantize(mode, dtype):
     back = jaxqq.dequantize(packed, scales, mode=mode, dtype=jnp.float32, **scale)
     exact = oracle.round_trip(a, mode, global_scale)
     assert oracle.relative_error(np.asarray(back), exact) <= (0 if global_scale is None else 1e-6)
+
+
+@pytest.mark.parametrize("how", ["jit", "shard_map", "explicit"])
+@pytest.mark.parametrize("case", [*oracle.MODES, "nvfp4 scaled"])
+def test_quantize_and_dequantize_on_every_gpu(case, how):
+  """Of one process, which may have several: the compiled programs hold the kernels."""
+  mode, _, scaled = case.partition(" ")
+  kind = AxisType.Explicit if how == "explicit" else AxisType.Auto
+  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(kind,))
+  a = oracle.random(np.random.default_rng(7), (1024, 4096), "bfloat16")
+  scale = (np.float32(5),) if scaled else ()
+
+  def split(f, *specs):
+    """For arrays that are split, and a global scale that is not."""
+    if how == "shard_map":
+      specs = (*specs, *(P() for _ in scale))
+      f = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    return jax.jit(f)
+
+  def run(f, arrays, specs):
+    placed = [
+      jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)
+    ]
+    executable = split(f, *specs).lower(*placed, *scale).compile()
+    assert "mosaic_gpu" in executable.as_text() and "all-gather" not in executable.as_text()
+    return executable(*placed, *scale)
+
+  def quantize(a, *scale, axis=-1):
+    return jaxqq.quantize(a, mode=mode, axis=axis, global_scale=scale[0] if scale else None)
+
+  def dequantize(packed, scales, *scale):
+    scale = scale[0] if scale else None
+    return jaxqq.dequantize(packed, scales, mode=mode, dtype=jnp.float32, global_scale=scale)
+
+  want = oracle.quantize(a, mode, *scale)
+  got = run(quantize, [a], [P("data")])
+  columns = run(functools.partial(quantize, axis=-2), [a.T], [P(None, "data")])
+  for results in (got, columns):
+    for result, right in zip(results, want, strict=True):
+      np.testing.assert_array_equal(np.asarray(result), right)
+  back = run(dequantize, got, [P("data")] * 2)
+  exact = oracle.round_trip(a, mode, *scale)
+  assert oracle.relative_error(np.asarray(back), exact) <= (1e-6 if scale else 0)
