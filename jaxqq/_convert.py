@@ -94,7 +94,8 @@ def dequantize(
   """Turns packed codes and scales back into numbers.
 
   out = code * scale, or code * (scale * (global_scale / 2688)) with a global scale, in float32
-  and then rounded to dtype. Under the NaN scale a whole group is NaN.
+  and then rounded to dtype. Under the NaN scale a whole group is NaN. Of its arguments only
+  the global scale can be differentiated by.
 
   Args:
     w: uint32, (..., K * bits / 32), as `quantize` packs.

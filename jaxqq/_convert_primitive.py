@@ -77,7 +77,8 @@ def _lowering(
     return implementation.run(arrays, problem)
 
   shapes = Shapes(operands, tuple(ctx.avals_in), FORMATS[mode])
-  label = "_".join((shapes.function, *operands, mode, out_dtype.name if out_dtype else ""))
+  dtypes = (out_dtype.name,) if out_dtype else ()
+  label = "_".join((shapes.function, *operands, mode, *dtypes))
   function = _split(ctx, one_device, shapes, label)
   return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
 

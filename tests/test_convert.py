@@ -19,6 +19,7 @@ import jaxqq
 from jaxqq import _sharding
 from jaxqq._kernels import conversions
 from tests import oracle
+from tests.test_convert_primitive import Recorder
 
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
@@ -132,16 +133,6 @@ def test_on_explicit_axes_of_one_device():
   mesh = jax.make_mesh((1,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     assert kernels(quantize_and_back, W.update(sharding=NamedSharding(mesh, P("data")))) == 2
-
-
-class Recorder(_sharding.custom_partitioning):
-  """Keeps the callbacks that XLA's partitioner would call."""
-
-  rules: list[dict]
-
-  def def_partition(self, **callbacks):
-    self.rules.append(callbacks)
-    super().def_partition(**callbacks)
 
 
 def partitioned_kernels(monkeypatch, f, mesh, args, results):

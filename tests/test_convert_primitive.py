@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
+from jaxqq import _sharding
 from jaxqq._compat import ShardingTypeError
 from tests import oracle
 from tests.test_sharding import QUICK, collectives
@@ -375,6 +376,65 @@ def test_vmap_of_sharded_arrays(in_axes):
   for i in range(8):
     own = [a[i] if at == 0 else a for a, at in zip(args, in_axes, strict=True)]
     assert_quantized([a[i] for a in got], own[0], "nvfp4", own[1])
+
+
+@QUICK
+def test_vmap_twice_of_sharded_arrays():
+  """Each of some w with each of some scales: axes that one of the two does not have."""
+  mesh = mesh_of()
+  (w,) = data((2, 16, 128))
+  scales = amax(w) * np.float32([1, 2, 0.5, 4])
+  quantize = jax.vmap(lambda w, s: jaxqq.quantize(w, global_scale=s), (None, 0))
+  quantize = jax.vmap(quantize, (0, None))
+  assert equations(quantize, w, scales) == {"quantize": 1}
+  got = jax.jit(quantize)(place(w, mesh, P("tensor")), place(scales, mesh, P("data")))
+  assert got[0].shape == (2, 4, 16, 16)
+  for i in range(2):
+    for j in range(4):
+      assert_quantized([a[i, j] for a in got], w[i], "nvfp4", scales[j])
+
+
+class Recorder(_sharding.custom_partitioning):
+  """Keeps the callbacks that XLA's partitioner would call."""
+
+  rules: list[dict]
+
+  def def_partition(self, **callbacks):
+    self.rules.append(callbacks)
+    super().def_partition(**callbacks)
+
+
+def test_where_operands_and_results_are_split_differently(monkeypatch):
+  """quantize runs where w is, dequantize where its result is to be."""
+  monkeypatch.setattr(_sharding, "custom_partitioning", Recorder)
+  monkeypatch.setattr(Recorder, "rules", [], raising=False)
+  mesh = mesh_of()
+
+  def split(spec, *shapes):
+    sharding = NamedSharding(mesh, spec)
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in shapes]
+
+  def parts(f, operands, results):
+    """Shapes of what one device has."""
+    jax.jit(lambda *a: f(*a)).trace(*operands).lower()  # traced anew
+    partition = Recorder.rules.pop()["partition"]
+    _, _, of_results, of_operands = partition(mesh, operands, results)
+    pairs = zip([*operands, *results], [*of_operands, *of_results], strict=True)
+    return [sharding.shard_shape(a.shape) for a, sharding in pairs]
+
+  (w,) = split(P("data"), jax.ShapeDtypeStruct((16, 256), jnp.float32))
+  results = jax.eval_shape(jaxqq.quantize, w)
+  assert parts(jaxqq.quantize, [w], split(P(), *results)) == [(4, 256), (4, 32), (4, 16)]
+  # What w is not split over costs nothing to split.
+  got = parts(jaxqq.quantize, [w], split(P("tensor", "data"), *results))
+  assert got == [(4, 256), (4, 32), (4, 16)]
+  got = parts(jaxqq.quantize, [w], split(P(None, "tensor"), *results))
+  assert got == [(4, 128), (4, 16), (4, 8)]
+  out = jax.eval_shape(jaxqq.dequantize, *results)
+  got = parts(jaxqq.dequantize, split(P("data"), *results), split(P(), out))
+  assert got == [(16, 32), (16, 16), (16, 256)]
+  got = parts(jaxqq.dequantize, split(P(), *results), split(P("tensor", "data"), out))
+  assert got == [(8, 8), (8, 4), (8, 64)]
 
 
 @QUICK
