@@ -1,0 +1,1 @@
+"""What several tests share: random products, what bounds them, and how they are run."""

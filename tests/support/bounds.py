@@ -1,0 +1,233 @@
+"""How far a product may be off: section 3 of the specification, element by element.
+
+Numpy and float64 alone; no code of the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+from tests import oracle
+
+# What fp8 tensor cores lose. An instruction sums up this many products with what was there before,
+# and every addend loses up to UNIT of the largest one.
+INSTRUCTION = 32
+CHAIN = 4  # instructions that follow each other from zero, until float32 takes over
+UNIT = 2.0**-13
+LOST = (INSTRUCTION + 1) * UNIT
+
+# Float32 itself, and a processor that flushes what is no normal number, need not have this.
+SMALLEST_NORMAL = 2.0**-126
+LARGEST = float(np.finfo(np.float32).max)
+
+RELATIVE = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+NORM_WISE = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 1.5e-3}
+NORM_WISE_HIGHEST = {**NORM_WISE, "float16": 4e-4}
+
+E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+GROUP = 32
+
+
+# Sums in fp8
+
+
+def rebased(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Rows (P, K) of mxfp8 in units of their largest scale: as they are, and as e4m3 codes.
+
+  The kernel for many rows puts all of a row's codes on the power of two of its largest group.
+  A scale of NaN is no power of two, and its row no business of a bound's.
+  """
+  exponents = np.where(scales == 0xFF, 0, scales.astype(np.int64))
+  top = exponents.max(axis=-1, keepdims=True)
+  distance = (exponents - top).repeat(GROUP, axis=-1)
+  exact = np.ldexp(E4M3[codes], distance)
+  return exact, exact.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def fp8_term(
+  x_codes: np.ndarray, x_scales: np.ndarray, w_codes: np.ndarray, w_scales: np.ndarray
+) -> np.ndarray:
+  """What mxfp8's products in fp8 may lose, of P pairs of rows: (P, K) codes, (P, K/32) scales.
+
+  Re-basing changes element k of x by dx_k: sum |dx_k||w_k| + |x_k||dw_k| + |dx_k||dw_k|. Then each
+  instruction may be off by LOST * A, A the largest of its products and the sum so far, with what
+  that may be off by itself.
+  """
+  x, x_rebased = rebased(x_codes, x_scales)
+  w, w_rebased = rebased(w_codes, w_scales)
+  dx, dw = np.abs(x - x_rebased), np.abs(w - w_rebased)
+  rebasing = (dx * np.abs(w) + np.abs(x) * dw + dx * dw).sum(axis=-1)
+  products = x_rebased * w_rebased
+  missing = -products.shape[-1] % (INSTRUCTION * CHAIN)
+  products = np.pad(products, ((0, 0), (0, missing)))
+  products = products.reshape(len(products), -1, CHAIN, INSTRUCTION)
+  largest, sums = np.abs(products).max(axis=-1), products.sum(axis=-1)
+  error = np.zeros(sums.shape[:2])
+  so_far = np.zeros(sums.shape[:2])
+  for i in range(CHAIN):
+    error = error + LOST * np.maximum(largest[..., i], np.abs(so_far) + error)
+    so_far = so_far + sums[..., i]
+  return np.ldexp(rebasing + error.sum(axis=-1), _unit(x_scales) + _unit(w_scales))
+
+
+def _unit(scales: np.ndarray) -> np.ndarray:
+  return np.where(scales == 0xFF, 0, scales.astype(np.int64)).max(axis=-1) - 127
+
+
+# Of whole matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """An operand as the oracle has it: codes (..., rows, K), scale bytes (..., rows, K / group)."""
+
+  codes: np.ndarray
+  scales: np.ndarray
+  mode: str
+
+  def values(self) -> np.ndarray:
+    """Without a global scale; NaN where a group is bad."""
+    if self.mode == "mxfp8":
+      scale = np.ldexp(1.0, self.scales.astype(np.int64) - 127)
+      scale = np.where(self.scales == 0xFF, np.nan, scale)
+      return E4M3[self.codes] * scale.repeat(GROUP, axis=-1)
+    return oracle.values(self.codes, self.scales, self.mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Which of the bounds hold."""
+
+  highest: bool = False  # 2**-18 of mag instead of 2**-12
+  fp8: bool = False  # sums of fp8 tensor cores, and re-based codes
+  flushes: bool = False  # a processor that takes subnormal float32 for 0, as XLA's for CPUs does
+  norm_wise: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """How near a product came to its bounds, and what is wrong with it."""
+
+  worst: float  # the largest error / bound
+  plain: float  # the same, the fp8 term left out of the bound
+  norm: float  # ||error|| / ||exact||, 0 where nothing bounds it
+  wrong: str  # or ''
+
+
+def check(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rules) -> Verdict:
+  """Every element of a product against its bound, and every NaN by its place.
+
+  Elements are left out only where float32 cannot hold mag, so that no sum need be finite. Those
+  beyond the output's range are infinite or the largest number there is.
+  """
+  x_hat, w_hat = x.values(), w.values()
+  bad_x, bad_w = np.isnan(x_hat).any(axis=-1), np.isnan(w_hat).any(axis=-1)
+  x_hat[bad_x], w_hat[bad_w] = 0, 0
+  exact, mag = oracle.product(x_hat, w_hat)
+  sums_overflow = mag > LARGEST / 2
+  lost = np.minimum(mag, x_hat.shape[-1] * SMALLEST_NORMAL)
+  flushed = _flushed(x, x_hat, w, w_hat) if rules.flushes else None
+  if flushed is not None:
+    lost = lost + flushed
+  exact, mag, lost = exact * alpha, mag * alpha, lost * alpha
+  want_nan = np.broadcast_to(bad_x[..., :, None] | bad_w[..., None, :], exact.shape)
+  if out.shape != exact.shape:
+    return Verdict(np.inf, np.inf, np.inf, f"shape {out.shape} for {exact.shape}")
+
+  name, got = out.dtype.name, out.astype(np.float64)
+  is_nan = np.isnan(got)
+  counted = ~want_nan & ~sums_overflow
+  misplaced = (is_nan & counted) | (want_nan & ~is_nan)
+  if misplaced.any():
+    i = tuple(int(j) for j in np.argwhere(misplaced)[0])
+    count = int(misplaced.sum())
+    return Verdict(np.inf, np.inf, np.inf, f"NaN misplaced in {count} elements: out{i} = {got[i]}")
+
+  narrow = ml_dtypes.finfo(out.dtype)
+  of_mag = 2.0**-18 if rules.highest or name == "float32" else 2.0**-12
+  bound = RELATIVE[name] * np.abs(exact) + of_mag * mag + float(narrow.smallest_subnormal)
+  bound += lost + SMALLEST_NORMAL
+  largest = float(narrow.max)
+  with np.errstate(invalid="ignore"):
+    error = np.abs(got - exact)
+  # Beyond the range: by so much may the exact number be off before the largest takes its place.
+  may_overflow = np.abs(exact) + bound >= largest
+  right_end = may_overflow & (np.abs(got) >= largest) & (np.sign(got) == np.sign(exact))
+  error = np.where(counted & ~right_end, error, 0)
+  ratio = error / bound
+  plain = float(np.max(ratio, initial=0))
+  if rules.fp8 and plain > 1:
+    ratio = _with_fp8_term(ratio, error, bound, x, w, alpha)
+  worst = float(np.max(ratio, initial=0))
+  wrong = ""
+  if not worst <= 1:
+    i = tuple(int(j) for j in np.unravel_index(np.argmax(ratio), ratio.shape))
+    count = int((ratio > 1).sum())
+    wrong = f"{worst:.3g} of the bound; {count} elements of {ratio.size} beyond it"
+    wrong += f"; out{i} = {got[i]:.6g} for {exact[i]:.6g}, mag {mag[i]:.3g}"
+  bounded = rules.norm_wise and flushed is None
+  norm = _norm_wise(got, exact, counted, narrow) if bounded else 0.0
+  limit = (NORM_WISE_HIGHEST if rules.highest else NORM_WISE)[name]
+  if norm > limit and not wrong:
+    wrong = f"norm-wise error {norm:.3g}, and at most {limit:.3g} it may be"
+  return Verdict(worst, plain, norm, wrong)
+
+
+def _norm_wise(
+  got: np.ndarray, exact: np.ndarray, counted: np.ndarray, narrow: ml_dtypes.finfo
+) -> float:
+  """||error|| / ||exact|| where that is a matter of many elements, all in range; else 0."""
+  if counted.sum() < 256 or not np.isfinite(got[counted]).all():
+    return 0.0
+  exact = exact[counted]
+  # Small enough to be subnormal, they have fewer bits.
+  if np.sqrt(np.mean(exact**2)) < 2.0**10 * float(narrow.tiny) or np.abs(exact).max() > narrow.max:
+    return 0.0
+  return float(np.linalg.norm(got[counted] - exact) / np.linalg.norm(exact))
+
+
+def _flushed(x: Quantized, x_hat: np.ndarray, w: Quantized, w_hat: np.ndarray) -> np.ndarray | None:
+  """What is lost where subnormal numbers, 2**-127 among the scales too, are 0; None if nothing."""
+
+  def small(a: Quantized, hat: np.ndarray) -> np.ndarray:
+    magnitude = np.abs(hat)
+    subnormal = magnitude < SMALLEST_NORMAL
+    if a.mode == "mxfp8":
+      subnormal |= (a.scales == 0).repeat(GROUP, axis=-1)
+    return np.where(subnormal, magnitude, 0)
+
+  x_small, w_small = small(x, x_hat), small(w, w_hat)
+  if not x_small.any() and not w_small.any():
+    return None
+  lost = x_small @ np.abs(w_hat).swapaxes(-1, -2)
+  return lost + np.abs(x_hat) @ w_small.swapaxes(-1, -2)
+
+
+_AT_ONCE = 1 << 22  # numbers of float64, in each of a dozen arrays
+
+
+def _with_fp8_term(
+  ratio: np.ndarray, error: np.ndarray, bound: np.ndarray, x: Quantized, w: Quantized, alpha: float
+) -> np.ndarray:
+  """The ratios, those beyond 1 with the fp8 term in their bound: the other's is not asked for."""
+  where = np.argwhere(ratio > 1)
+  batch = ratio.shape[:-2]
+
+  def rows(a: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
+    whole = np.broadcast_to(a, (*batch, *a.shape[-2:]))
+    return whole[(*at.T[:-2], at.T[axis])]
+
+  ratio = ratio.copy()
+  step = max(1, _AT_ONCE // x.codes.shape[-1])
+  for start in range(0, len(where), step):
+    at = where[start : start + step]
+    term = fp8_term(
+      *(rows(a, at, -2) for a in (x.codes, x.scales)),
+      *(rows(a, at, -1) for a in (w.codes, w.scales)),
+    )
+    index = tuple(at.T)
+    ratio[index] = error[index] / (bound[index] + alpha * term)
+  return ratio
