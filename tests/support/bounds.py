@@ -48,13 +48,18 @@ def rebased(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def fp8_term(
-  x_codes: np.ndarray, x_scales: np.ndarray, w_codes: np.ndarray, w_scales: np.ndarray
+  x_codes: np.ndarray,
+  x_scales: np.ndarray,
+  w_codes: np.ndarray,
+  w_scales: np.ndarray,
+  *,
+  lost: float = LOST,
 ) -> np.ndarray:
   """What mxfp8's products in fp8 may lose, of P pairs of rows: (P, K) codes, (P, K/32) scales.
 
   Re-basing changes element k of x by dx_k: sum |dx_k||w_k| + |x_k||dw_k| + |dx_k||dw_k|. Then each
-  instruction may be off by LOST * A, A the largest of its products and the sum so far, with what
-  that may be off by itself.
+  instruction may be off by lost * A, A the largest of its products and the sum so far, with what
+  that may be off by itself. An interpreter that sums up in float32 has no such loss.
   """
   x, x_rebased = rebased(x_codes, x_scales)
   w, w_rebased = rebased(w_codes, w_scales)
@@ -68,7 +73,7 @@ def fp8_term(
   error = np.zeros(sums.shape[:2])
   so_far = np.zeros(sums.shape[:2])
   for i in range(CHAIN):
-    error = error + LOST * np.maximum(largest[..., i], np.abs(so_far) + error)
+    error = error + lost * np.maximum(largest[..., i], np.abs(so_far) + error)
     so_far = so_far + sums[..., i]
   return np.ldexp(rebasing + error.sum(axis=-1), _unit(x_scales) + _unit(w_scales))
 
@@ -102,7 +107,8 @@ class Rules:
   """Which of the bounds hold."""
 
   highest: bool = False  # 2**-18 of mag instead of 2**-12
-  fp8: bool = False  # sums of fp8 tensor cores, and re-based codes
+  fp8: bool = False  # re-based codes, and sums of fp8 tensor cores
+  lost: float = LOST  # by the latter
   flushes: bool = False  # a processor that takes subnormal float32 for 0, as XLA's for CPUs does
   norm_wise: bool = False
 
@@ -160,7 +166,7 @@ def check(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rule
   ratio = error / bound
   plain = float(np.max(ratio, initial=0))
   if rules.fp8 and plain > 1:
-    ratio = _with_fp8_term(ratio, error, bound, x, w, alpha)
+    ratio = _with_fp8_term(ratio, error, bound, x, w, alpha, rules.lost)
   worst = float(np.max(ratio, initial=0))
   wrong = ""
   if not worst <= 1:
@@ -210,7 +216,13 @@ _AT_ONCE = 1 << 22  # numbers of float64, in each of a dozen arrays
 
 
 def _with_fp8_term(
-  ratio: np.ndarray, error: np.ndarray, bound: np.ndarray, x: Quantized, w: Quantized, alpha: float
+  ratio: np.ndarray,
+  error: np.ndarray,
+  bound: np.ndarray,
+  x: Quantized,
+  w: Quantized,
+  alpha: float,
+  lost: float,
 ) -> np.ndarray:
   """The ratios, those beyond 1 with the fp8 term in their bound: the other's is not asked for."""
   where = np.argwhere(ratio > 1)
@@ -227,6 +239,7 @@ def _with_fp8_term(
     term = fp8_term(
       *(rows(a, at, -2) for a in (x.codes, x.scales)),
       *(rows(a, at, -1) for a in (w.codes, w.scales)),
+      lost=lost,
     )
     index = tuple(at.T)
     ratio[index] = error[index] / (bound[index] + alpha * term)

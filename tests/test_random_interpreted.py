@@ -1,0 +1,71 @@
+"""The kernels' whole path through Mosaic GPU's interpreter: every kernel, then random products.
+
+JAXQQ_SEED and JAXQQ_INTERPRETED choose which products and how many programs, three draws each.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import pytest
+
+from tests.support import products
+from tests.support.cases import Case, Program
+from tests.support.interpreter import interpreted
+
+pytestmark = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
+)
+
+SEED = int(os.environ.get("JAXQQ_SEED", "0"))
+PROGRAMS = int(os.environ.get("JAXQQ_INTERPRETED", "12"))
+DRAWS = range(1, 4)  # beyond the first, which is normal
+
+# A kernel's step is 64 or 128 of k, and its tiles are of 64 to 256 rows and 128 columns. In order:
+# part of a step and of a tile; one of each; several, the last in part; the same over two steps.
+SIZES = {
+  "part of one": (5, 40, 32),
+  "one": (128, 128, 64),
+  "one of 128": (128, 128, 128),
+  "two steps": (70, 130, 160),
+  "many tiles": (300, 270, 96),
+}
+FEW_SIZES = {"one": (1, 64, 512), "two": (3, 70, 1024), "three": (17, 130, 1536)}
+KINDS = (("normal", "groups within reach"), ("outliers", "heavy tails"))
+
+
+def check(program, implementation):
+  with interpreted():
+    arrays = products.cases.arrays_of(Case(program))
+    compiled = products.compiled(program, arrays.args)
+    assert compiled.implementation == implementation
+    for i, (x, w) in enumerate(KINDS):
+      result = products.run(Case(program, x, w, seed=i), compiled, twice=False)
+      assert not result["wrong"], f"{result['wrong']}\n{result['case']}"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("highest", [False, True], ids=["default", "highest"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_many_rows(mode, sizes, highest, packed):
+  program = Program(mode, *sizes, packed=packed, highest=highest, w_dtype="float32")
+  fp8 = mode == "mxfp8" and not highest
+  check(program, "hopper_fp8" if fp8 else "hopper_exact")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("sizes", FEW_SIZES.values(), ids=FEW_SIZES)
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_few_rows(mode, sizes, packed):
+  check(Program(mode, *sizes, packed=packed), "hopper_few_rows")
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + PROGRAMS))
+def test_random(seed):
+  with interpreted():
+    results = list(products.run_seed(seed, DRAWS, small=True, twice=False))
+  assert all(r.get("implementation", "xla") != "xla" for r in results)
+  failed = [f"{r['wrong']}\n  {r['case']}" for r in results if r["wrong"]]
+  assert not failed, "\n".join(failed)
