@@ -14,22 +14,23 @@ from tests.support import products
 from tests.support.cases import Case, Program
 from tests.support.interpreter import interpreted
 
-pytestmark = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
-)
+pytestmark = [
+  pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
+  ),
+  pytest.mark.usefixtures("quick_compiles"),
+]
 
 SEED = int(os.environ.get("JAXQQ_SEED", "0"))
-PROGRAMS = int(os.environ.get("JAXQQ_INTERPRETED", "12"))
+PROGRAMS = int(os.environ.get("JAXQQ_INTERPRETED", "8"))
 DRAWS = range(1, 4)  # beyond the first, which is normal
 
-# A kernel's step is 64 or 128 of k, and its tiles are of 64 to 256 rows and 128 columns. In order:
-# part of a step and of a tile; one of each; several, the last in part; the same over two steps.
+# A kernel's step is 64 or 128 of k, and its tiles are of 64 to 256 rows and 128 columns.
 SIZES = {
-  "part of one": (5, 40, 32),
-  "one": (128, 128, 64),
-  "one of 128": (128, 128, 128),
-  "two steps": (70, 130, 160),
-  "many tiles": (300, 270, 96),
+  "part of a step and tile": (5, 40, 32),
+  "one of each": (64, 128, 128),  # of 64: two
+  "two steps, parts": (70, 130, 160),
+  "many tiles": (140, 270, 64),
 }
 FEW_SIZES = {"one": (1, 64, 512), "two": (3, 70, 1024), "three": (17, 130, 1536)}
 KINDS = (("normal", "groups within reach"), ("outliers", "heavy tails"))

@@ -123,11 +123,25 @@ class Verdict:
   wrong: str  # or ''
 
 
-def check(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rules) -> Verdict:
-  """Every element of a product against its bound, and every NaN by its place.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """A product beside the exact one: arrays of the output's shape."""
 
-  Elements are left out only where float32 cannot hold mag, so that no sum need be finite. Those
-  beyond the output's range are infinite or the largest number there is.
+  got: np.ndarray
+  exact: np.ndarray
+  mag: np.ndarray
+  error: np.ndarray  # 0 where nothing is asked
+  rounding: np.ndarray  # the part of the bound that the output's type takes
+  bound: np.ndarray  # all of it but the fp8 term
+  counted: np.ndarray  # neither NaN nor beyond float32
+  misplaced: np.ndarray  # a NaN, or none, in the wrong place
+  flushed: bool  # something was taken for 0
+
+
+def compare(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rules) -> Comparison:
+  """Elements are left out only where float32 cannot hold mag, so that no sum need be finite.
+
+  Those beyond the output's range are infinite or the largest number there is.
   """
   x_hat, w_hat = x.values(), w.values()
   bad_x, bad_w = np.isnan(x_hat).any(axis=-1), np.isnan(w_hat).any(axis=-1)
@@ -138,45 +152,62 @@ def check(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rule
   flushed = _flushed(x, x_hat, w, w_hat) if rules.flushes else None
   if flushed is not None:
     lost = lost + flushed
-  exact, mag, lost = exact * alpha, mag * alpha, lost * alpha
+  exact, mag, lost = exact * alpha, mag * alpha, lost * abs(alpha)
   want_nan = np.broadcast_to(bad_x[..., :, None] | bad_w[..., None, :], exact.shape)
-  if out.shape != exact.shape:
-    return Verdict(np.inf, np.inf, np.inf, f"shape {out.shape} for {exact.shape}")
 
   name, got = out.dtype.name, out.astype(np.float64)
-  is_nan = np.isnan(got)
-  counted = ~want_nan & ~sums_overflow
-  misplaced = (is_nan & counted) | (want_nan & ~is_nan)
-  if misplaced.any():
-    i = tuple(int(j) for j in np.argwhere(misplaced)[0])
-    count = int(misplaced.sum())
-    return Verdict(np.inf, np.inf, np.inf, f"NaN misplaced in {count} elements: out{i} = {got[i]}")
-
   narrow = ml_dtypes.finfo(out.dtype)
   of_mag = 2.0**-18 if rules.highest or name == "float32" else 2.0**-12
-  bound = RELATIVE[name] * np.abs(exact) + of_mag * mag + float(narrow.smallest_subnormal)
-  bound += lost + SMALLEST_NORMAL
+  rounding = RELATIVE[name] * np.abs(exact) + float(narrow.smallest_subnormal)
+  bound = rounding + of_mag * mag + lost + SMALLEST_NORMAL
   largest = float(narrow.max)
   with np.errstate(invalid="ignore"):
     error = np.abs(got - exact)
+  counted = ~want_nan & ~sums_overflow
   # Beyond the range: by so much may the exact number be off before the largest takes its place.
   may_overflow = np.abs(exact) + bound >= largest
   right_end = may_overflow & (np.abs(got) >= largest) & (np.sign(got) == np.sign(exact))
-  error = np.where(counted & ~right_end, error, 0)
-  ratio = error / bound
+  return Comparison(
+    got,
+    exact,
+    mag,
+    np.where(counted & ~right_end, error, 0),
+    rounding,
+    bound,
+    counted,
+    misplaced=(np.isnan(got) & counted) | (want_nan & ~np.isnan(got)),
+    flushed=flushed is not None,
+  )
+
+
+def check(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rules) -> Verdict:
+  """Every element of a product against its bound, and every NaN by its place."""
+  shape = np.broadcast_shapes(x.codes.shape[:-2], w.codes.shape[:-2])
+  shape += (x.codes.shape[-2], w.codes.shape[-2])
+  if out.shape != shape:
+    return Verdict(np.inf, np.inf, np.inf, f"shape {out.shape} for {shape}")
+  c = compare(out, x, w, alpha, rules)
+  if c.misplaced.any():
+    i = tuple(int(j) for j in np.argwhere(c.misplaced)[0])
+    count = int(c.misplaced.sum())
+    wrong = f"NaN misplaced in {count} elements: out{i} = {c.got[i]}"
+    return Verdict(np.inf, np.inf, np.inf, wrong)
+  ratio = c.error / c.bound
   plain = float(np.max(ratio, initial=0))
   if rules.fp8 and plain > 1:
-    ratio = _with_fp8_term(ratio, error, bound, x, w, alpha, rules.lost)
+    at = np.argwhere(ratio > 1)
+    bound = c.bound[tuple(at.T)] + alpha * fp8_terms(x, w, at, rules.lost)
+    ratio[tuple(at.T)] = c.error[tuple(at.T)] / bound
   worst = float(np.max(ratio, initial=0))
   wrong = ""
   if not worst <= 1:
     i = tuple(int(j) for j in np.unravel_index(np.argmax(ratio), ratio.shape))
     count = int((ratio > 1).sum())
     wrong = f"{worst:.3g} of the bound; {count} elements of {ratio.size} beyond it"
-    wrong += f"; out{i} = {got[i]:.6g} for {exact[i]:.6g}, mag {mag[i]:.3g}"
-  bounded = rules.norm_wise and flushed is None
-  norm = _norm_wise(got, exact, counted, narrow) if bounded else 0.0
-  limit = (NORM_WISE_HIGHEST if rules.highest else NORM_WISE)[name]
+    wrong += f"; out{i} = {c.got[i]:.6g} for {c.exact[i]:.6g}, mag {c.mag[i]:.3g}"
+  bounded = rules.norm_wise and not c.flushed
+  norm = _norm_wise(c.got, c.exact, c.counted, ml_dtypes.finfo(out.dtype)) if bounded else 0.0
+  limit = (NORM_WISE_HIGHEST if rules.highest else NORM_WISE)[out.dtype.name]
   if norm > limit and not wrong:
     wrong = f"norm-wise error {norm:.3g}, and at most {limit:.3g} it may be"
   return Verdict(worst, plain, norm, wrong)
@@ -215,32 +246,21 @@ def _flushed(x: Quantized, x_hat: np.ndarray, w: Quantized, w_hat: np.ndarray) -
 _AT_ONCE = 1 << 22  # numbers of float64, in each of a dozen arrays
 
 
-def _with_fp8_term(
-  ratio: np.ndarray,
-  error: np.ndarray,
-  bound: np.ndarray,
-  x: Quantized,
-  w: Quantized,
-  alpha: float,
-  lost: float,
-) -> np.ndarray:
-  """The ratios, those beyond 1 with the fp8 term in their bound: the other's is not asked for."""
-  where = np.argwhere(ratio > 1)
-  batch = ratio.shape[:-2]
+def fp8_terms(x: Quantized, w: Quantized, at: np.ndarray, lost: float = LOST) -> np.ndarray:
+  """The fp8 term of the elements (..., m, n) of a product that the rows of `at` name."""
+  batch = np.broadcast_shapes(x.codes.shape[:-2], w.codes.shape[:-2])
 
   def rows(a: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
     whole = np.broadcast_to(a, (*batch, *a.shape[-2:]))
     return whole[(*at.T[:-2], at.T[axis])]
 
-  ratio = ratio.copy()
   step = max(1, _AT_ONCE // x.codes.shape[-1])
-  for start in range(0, len(where), step):
-    at = where[start : start + step]
-    term = fp8_term(
-      *(rows(a, at, -2) for a in (x.codes, x.scales)),
-      *(rows(a, at, -1) for a in (w.codes, w.scales)),
+  terms = [
+    fp8_term(
+      *(rows(a, part, -2) for a in (x.codes, x.scales)),
+      *(rows(a, part, -1) for a in (w.codes, w.scales)),
       lost=lost,
     )
-    index = tuple(at.T)
-    ratio[index] = error[index] / (bound[index] + alpha * term)
-  return ratio
+    for part in (at[i : i + step] for i in range(0, len(at), step))
+  ]
+  return np.concatenate([np.zeros(0), *terms])

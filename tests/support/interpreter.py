@@ -59,7 +59,7 @@ def _as_on_a_gpu(operands, *, mode, out_dtype, precision, backward):
 
 
 @contextlib.contextmanager
-def interpreted(*, ctas: int = 3) -> Iterator[None]:
+def interpreted(*, ctas: int = 2) -> Iterator[None]:
   """Within it a CPU is taken for a Hopper GPU of so many multiprocessors.
 
   Each then has several tiles, as on a GPU with larger matrices. It has no clusters: there is but
