@@ -1,7 +1,7 @@
 """Products drawn from a seed, each element by its bound: `-m gpu` compiled, elsewhere by XLA.
 
-JAXQQ_SEED and JAXQQ_PRODUCTS choose which and how many. Thousands at a time, in several processes:
-`python -m tests.support.products`, which reproduces a failure too.
+JAXQQ_SEED and JAXQQ_PRODUCTS choose which and how many; JAXQQ_GRADIENTS how many of those.
+Thousands at a time, in several processes: `python -m tests.support.products`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 
 import jax
-import numpy as np
 import pytest
 
-from tests.support import products
+from tests.support import gradients, products
 from tests.support.cases import DRAWS, Case, Program
 
 SEED = int(os.environ.get("JAXQQ_SEED", "0"))
 PRODUCTS = int(os.environ.get("JAXQQ_PRODUCTS", "304"))
+GRADIENTS = int(os.environ.get("JAXQQ_GRADIENTS", "40"))
 GPU_CHUNK = 5  # seeds a test
 
 
@@ -38,9 +38,26 @@ def test_on_a_gpu(seeds):
   assert_right(seeds)
 
 
-@pytest.mark.parametrize("seeds", seeds(SEED, 40, 10), ids=str)
+@pytest.mark.parametrize("seeds", seeds(SEED, 20, 5), ids=str)
 def test_by_xla(seeds):
   assert_right(seeds, small=True)
+
+
+def assert_gradients_are_right(seeds):
+  found = {seed: gradients.run(gradients.gradient_of(seed)) for seed in seeds}
+  failed = [f"{wrong}\n  {gradients.again(seed)}" for seed, wrong in found.items() if wrong]
+  assert not failed, "\n".join(failed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seeds", seeds(SEED, GRADIENTS, GPU_CHUNK), ids=str)
+def test_gradients_on_a_gpu(seeds):
+  assert_gradients_are_right(seeds)
+
+
+@pytest.mark.parametrize("seeds", seeds(SEED, 16, 8), ids=str)
+def test_gradients_by_xla(seeds):
+  assert_gradients_are_right(seeds)
 
 
 # What was found wrong on a GPU, at 45f7063.
@@ -94,13 +111,3 @@ def test_found_on_a_gpu(case):
 @pytest.mark.parametrize("case", ONE_STEP[::5], ids=repr)
 def test_found_on_a_gpu_by_xla(case):
   assert_case_is_right(case)
-
-
-def test_a_seed_draws_the_same_again():
-  from tests.support import cases
-
-  first, second = (cases.case_of(5, 3) for _ in range(2))
-  assert first == second == eval(repr(first), {"Case": Case, "Program": Program})
-  a, b = cases.arrays_of(first), cases.arrays_of(second)
-  np.testing.assert_array_equal(a.x, b.x)
-  np.testing.assert_array_equal(a.w_scales, b.w_scales)

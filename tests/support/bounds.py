@@ -103,6 +103,20 @@ class Quantized:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unquantized:
+  """An operand that is multiplied as it is."""
+
+  codes: np.ndarray
+  mode: str = ""
+
+  def values(self) -> np.ndarray:
+    return self.codes.astype(np.float64)
+
+
+Operand = Quantized | Unquantized
+
+
+@dataclasses.dataclass(frozen=True)
 class Rules:
   """Which of the bounds hold."""
 
@@ -138,7 +152,7 @@ class Comparison:
   flushed: bool  # something was taken for 0
 
 
-def compare(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rules) -> Comparison:
+def compare(out: np.ndarray, x: Operand, w: Operand, alpha: float, rules: Rules) -> Comparison:
   """Elements are left out only where float32 cannot hold mag, so that no sum need be finite.
 
   Those beyond the output's range are infinite or the largest number there is.
@@ -180,7 +194,7 @@ def compare(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Ru
   )
 
 
-def check(out: np.ndarray, x: Quantized, w: Quantized, alpha: float, rules: Rules) -> Verdict:
+def check(out: np.ndarray, x: Operand, w: Operand, alpha: float, rules: Rules) -> Verdict:
   """Every element of a product against its bound, and every NaN by its place."""
   shape = np.broadcast_shapes(x.codes.shape[:-2], w.codes.shape[:-2])
   shape += (x.codes.shape[-2], w.codes.shape[-2])
@@ -229,7 +243,7 @@ def _norm_wise(
 def _flushed(x: Quantized, x_hat: np.ndarray, w: Quantized, w_hat: np.ndarray) -> np.ndarray | None:
   """What is lost where subnormal numbers, 2**-127 among the scales too, are 0; None if nothing."""
 
-  def small(a: Quantized, hat: np.ndarray) -> np.ndarray:
+  def small(a: Operand, hat: np.ndarray) -> np.ndarray:
     magnitude = np.abs(hat)
     subnormal = magnitude < SMALLEST_NORMAL
     if a.mode == "mxfp8":

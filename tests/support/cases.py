@@ -148,14 +148,14 @@ def program_of(seed: int, *, small: bool = False) -> Program:
 
 
 def _k(rng: np.random.Generator, mode: str, small: bool) -> int:
-  """Below 300 as often as not; few rows have kernels for multiples of 128, 256 and 512."""
+  """Below 300 about as often as not; few rows have kernels for multiples of 128, 256 and 512."""
   group = oracle.MODES[mode].group
   kind = rng.random()
-  if kind < 0.4:
+  if kind < 0.35:
     return group * int(rng.integers(1, 300 // group + 1))
-  if kind < 0.55:
+  if kind < 0.47:
     return int(rng.choice([group, 2 * group, 64, 96, 128, 256, 512]))
-  if kind < 0.8 or small:
+  if kind < 0.85 or small:
     return int(rng.choice([128, 256, 512])) * int(rng.integers(1, 5 if small else 17))
   return group * round(math.exp(rng.uniform(math.log(300), math.log(8192))) / group)
 

@@ -40,7 +40,7 @@ class Compiled:
   kernels: tuple[str, ...]
 
 
-def product_of(program: Program):
+def product_of(program: Program, **params: Any):
   """qqmm as a function of `Arrays.args`."""
   import jax
 
@@ -52,7 +52,7 @@ def product_of(program: Program):
     scales, rest = (rest[0], rest[1:]) if program.packed else (None, rest)
     names = ("global_scale_x", "global_scale_w") if program.global_scales else ()
     how = dict(zip(names, rest, strict=True))
-    return jaxqq.qqmm(x, w, scales, mode=program.mode, precision=precision, **how)
+    return jaxqq.qqmm(x, w, scales, mode=program.mode, precision=precision, **how, **params)
 
   return product
 

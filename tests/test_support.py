@@ -1,0 +1,193 @@
+"""The checks themselves: what they let pass is right, and what is wrong does not pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.support import bounds, cases, climb, data, products
+from tests.support.cases import Case, Program
+
+EXAMPLES = (
+  Case(Program("nvfp4", 20, 30, 96, packed=True, global_scales=True), bad=("x",)),
+  Case(Program("mxfp8", 20, 30, 96, "float32", x_batch=(2,), w_batch=(2,)), "outliers"),
+  Case(Program("mxfp8", 20, 30, 96, "float16"), bad=("w",)),
+)
+
+
+def right_product(case):
+  """By float64, rounded once; and what `verdict_on` takes beside it."""
+  arrays = cases.arrays_of(case)
+  x, w = (
+    bounds.Quantized(codes, scales, arrays.mode).values()
+    for codes, scales in ((arrays.x_codes, arrays.x_scales), (arrays.w_codes, arrays.w_scales))
+  )
+  with np.errstate(over="ignore"):
+    out = (x @ w.swapaxes(-1, -2) * arrays.alpha).astype(oracle.DTYPES[case.program.x_dtype])
+  return out, arrays, products.rules_for(case, "a kernel", "gpu")
+
+
+@pytest.mark.parametrize("case", EXAMPLES, ids=repr)
+def test_the_exact_product_is_right(case):
+  out, arrays, rules = right_product(case)
+  verdict = products.verdict_on(out, arrays, rules)
+  assert (verdict.wrong, verdict.worst <= 1) == ("", True)
+
+
+def changed(out, index, by):
+  """One element, by so many times its magnitude or to a number."""
+  out = out.copy()
+  out[index] = by(out[index])
+  return out
+
+
+@pytest.mark.parametrize("case", EXAMPLES, ids=repr)
+def test_one_wrong_element_is_wrong(case):
+  out, arrays, rules = right_product(case)
+  finite = [tuple(i) for i in np.argwhere(np.isfinite(out.astype(np.float64)))]
+  largest = max(finite, key=lambda i: abs(float(out[i])))
+  for index, by in (
+    (largest, lambda a: a * 1.02),
+    (largest, lambda a: -a),
+    (finite[0], lambda a: np.nan),
+    (finite[-1], lambda a: np.inf),
+    (finite[-1], lambda a: np.float64(out[largest])),
+  ):
+    wrong = products.verdict_on(changed(out, index, by), arrays, rules).wrong
+    assert wrong, (index, by)
+  if case.bad:
+    bad = tuple(np.argwhere(np.isnan(out.astype(np.float64)))[0])
+    assert "NaN" in products.verdict_on(changed(out, bad, lambda a: 0), arrays, rules).wrong
+
+
+def test_the_norm_is_bounded_where_elements_are_not():
+  """Every element off by little, all in one direction: of sums of one sign mag allows it."""
+  case = Case(Program("mxfp8", 40, 40, 512), "positive", "positive")
+  out, arrays, rules = right_product(case)
+  off = (out.astype(np.float32) * (1 + 2.0**-7.9)).astype(out.dtype)
+  assert rules.norm_wise and not rules.highest
+  assert products.verdict_on(out, arrays, rules).wrong == ""
+  loose = products.verdict_on(off, arrays, dataclasses.replace(rules, fp8=True, lost=1.0))
+  assert loose.worst <= 1 and "norm-wise" in loose.wrong
+
+
+def test_beyond_the_range_is_infinite_or_the_largest():
+  case = Case(Program("mxfp8", 4, 4, 64, "float16"), "positive", "positive", 8, 8)
+  out, arrays, rules = right_product(case)
+  assert np.isposinf(out).all()
+  assert products.verdict_on(out, arrays, rules).wrong == ""
+  assert products.verdict_on(np.full_like(out, 65504), arrays, rules).wrong == ""
+  assert products.verdict_on(np.full_like(out, -65504), arrays, rules).wrong
+  assert products.verdict_on(np.full_like(out, 60000), arrays, rules).wrong
+
+
+# The fp8 term
+
+
+def truncated(a, unit):
+  """Toward zero, to a multiple of a power of two."""
+  return np.trunc(a / unit) * unit
+
+
+def fp8_sums(x, w):
+  """Of pairs of rows in units of their scales, as tensor cores of 14 bits may add them up."""
+  products = x * w
+  missing = -products.shape[-1] % 128
+  products = np.pad(products, ((0, 0), (0, missing))).reshape(len(x), -1, 4, 32)
+  total = np.zeros(len(x))
+  for block in range(products.shape[1]):
+    so_far = np.zeros(len(x))
+    for i in range(4):
+      addends = np.concatenate([so_far[:, None], products[:, block, i]], axis=1)
+      largest = np.abs(addends).max(axis=1, keepdims=True)
+      unit = np.exp2(np.floor(np.log2(np.maximum(largest, 2.0**-100))) - 13)
+      so_far = truncated(addends, unit).sum(axis=1)
+    total += so_far
+  return total
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_sums_of_14_bits_are_within_the_term(kind):
+  """Simulated, not measured: re-based codes, and every addend cut off below the largest."""
+  rng = np.random.default_rng(0)
+  x, w = (
+    data.array(rng, kind, (64, 1024), 0, oracle.DTYPES["float32"]).astype(np.float32) for _ in "xw"
+  )
+  x, w = (bounds.Quantized(*oracle.quantize_codes(a, "mxfp8"), "mxfp8") for a in (x, w))
+  term = bounds.fp8_term(x.codes, x.scales, w.codes, w.scales)
+  unit = np.ldexp(1.0, bounds._unit(x.scales) + bounds._unit(w.scales))
+  rebased = [bounds.rebased(a.codes, a.scales)[1] for a in (x, w)]
+  error = np.abs(fp8_sums(*rebased) * unit - (x.values() * w.values()).sum(axis=-1))
+  assert (error <= term).all()
+  if kind in data.NORM_WISE:
+    assert (error > term / 200).any()  # it is no promise of anything at all
+
+
+def test_the_term_of_one_pair_by_hand():
+  """A large product, then small ones; a group re-based to where e4m3 has but a bit."""
+  codes = np.zeros((1, 64), np.uint8)
+  codes[0, 0], codes[0, 32] = 0x7E, 0x39  # 448; 1.125
+  scales = np.array([[127, 117]], np.uint8)
+  ones = np.full((1, 64), 0x38, np.uint8), np.full((1, 2), 127, np.uint8)
+  # 1.125 * 2**-10 is nearest to 2**-9, off by 0.875 * 2**-10.
+  error = bounds.LOST * 448
+  error += bounds.LOST * (448 + error)
+  for _ in range(2):  # of zeros
+    error += bounds.LOST * (448 + 2.0**-9 + error)
+  want = 0.875 * 2.0**-10 + error
+  term = bounds.fp8_term(codes, scales, *ones)
+  np.testing.assert_allclose(term, [want], rtol=1e-9)
+  # x in other units.
+  np.testing.assert_allclose(bounds.fp8_term(codes, scales + 10, *ones), 1024 * term)
+  assert codes.view(ml_dtypes.float8_e4m3fn)[0, 32] == 1.125
+
+
+# What is drawn
+
+
+def test_a_seed_draws_the_same_again():
+  first, second = (cases.case_of(5, 3) for _ in range(2))
+  assert first == second == eval(repr(first), {"Case": Case, "Program": Program})
+  a, b = cases.arrays_of(first), cases.arrays_of(second)
+  np.testing.assert_array_equal(a.x, b.x)
+  np.testing.assert_array_equal(a.w_scales, b.w_scales)
+
+
+def test_what_matters_is_drawn_often():
+  programs = [cases.program_of(seed) for seed in range(1000)]
+  assert {p.k for p in programs} >= set(range(32, 300, 32))
+  assert {p.k for p in programs if p.mode == "nvfp4"} >= set(range(16, 300, 16))
+  assert max(p.k for p in programs) > 7000
+  for wanted in (
+    lambda p: p.m <= 64,
+    lambda p: p.m > 64,
+    lambda p: p.packed,
+    lambda p: not p.packed,
+    lambda p: p.global_scales,
+    lambda p: p.highest,
+    lambda p: p.x_dtype == "float32",
+    lambda p: p.x_dtype == "float16",
+    lambda p: p.batch != (),
+    lambda p: p.k % 512 == 0,
+    lambda p: p.k < 300,
+    lambda p: p.m <= 64 and p.k % 512 == 0,
+  ):
+    assert sum(map(wanted, programs)) >= 100
+  assert sum(p.m >= 3072 for p in programs) >= 5
+  assert all(p.products <= cases.MOST_PRODUCTS for p in programs)
+  drawn = [cases.case_of(seed, draw) for seed in range(200) for draw in range(1, cases.DRAWS)]
+  assert {case.x for case in drawn} == set(data.KINDS)
+  assert {case.w for case in drawn} == {*data.KINDS, "random codes"}
+  assert {case.bad for case in drawn} == {(), ("x",), ("w",), ("x", "w")}
+
+
+def test_climbing_climbs():
+  """On XLA's reference, whose only error in bfloat16 is the last rounding: near 1, never beyond."""
+  climber = climb.Climb(Program("mxfp8", 16, 16, 64), 0, "bound")
+  climber.step()
+  first = climber.best
+  assert first < climber.run(25) <= 1
