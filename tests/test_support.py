@@ -119,9 +119,9 @@ def test_sums_of_14_bits_are_within_the_term(kind):
   )
   x, w = (bounds.Quantized(*oracle.quantize_codes(a, "mxfp8"), "mxfp8") for a in (x, w))
   term = bounds.fp8_term(x.codes, x.scales, w.codes, w.scales)
-  unit = np.ldexp(1.0, bounds._unit(x.scales) + bounds._unit(w.scales))
-  rebased = [bounds.rebased(a.codes, a.scales)[1] for a in (x, w)]
-  error = np.abs(fp8_sums(*rebased) * unit - (x.values() * w.values()).sum(axis=-1))
+  rows = [bounds.Rows.of(a.codes, a.scales) for a in (x, w)]
+  sums = np.ldexp(fp8_sums(*(r.rebased for r in rows)), sum(r.unit for r in rows))
+  error = np.abs(sums - (x.values() * w.values()).sum(axis=-1))
   assert (error <= term).all()
   if kind in data.NORM_WISE:
     assert (error > term / 200).any()  # it is no promise of anything at all
@@ -144,6 +144,19 @@ def test_the_term_of_one_pair_by_hand():
   # x in other units.
   np.testing.assert_allclose(bounds.fp8_term(codes, scales + 10, *ones), 1024 * term)
   assert codes.view(ml_dtypes.float8_e4m3fn)[0, 32] == 1.125
+
+
+def test_terms_of_elements_are_those_of_their_rows():
+  rng = np.random.default_rng(1)
+  x, w = (
+    bounds.Quantized(*oracle.quantize_codes(data.heavy_tails(rng, shape), "mxfp8"), "mxfp8")
+    for shape in ((2, 1, 7, 160), (1, 3, 5, 160))
+  )
+  at = np.array([(0, 0, 6, 4), (1, 2, 3, 0), (1, 0, 0, 4), (0, 0, 6, 4)])
+  terms = bounds.fp8_terms(x, w, at)
+  for (i, j, m, n), term in zip(at, terms, strict=True):
+    pair = x.codes[i, 0, m], x.scales[i, 0, m], w.codes[0, j, n], w.scales[0, j, n]
+    assert bounds.fp8_term(*(a[None] for a in pair)) == [term]
 
 
 # What is drawn

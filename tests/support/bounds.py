@@ -6,6 +6,7 @@ Numpy and float64 alone; no code of the library.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import ml_dtypes
 import numpy as np
@@ -34,17 +35,26 @@ GROUP = 32
 # Sums in fp8
 
 
-def rebased(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Rows (P, K) of mxfp8 in units of their largest scale: as they are, and as e4m3 codes.
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Rows (P, K) of mxfp8 in units of their largest scale, as fp8 tensor cores get them."""
 
-  The kernel for many rows puts all of a row's codes on the power of two of its largest group.
-  A scale of NaN is no power of two, and its row no business of a bound's.
-  """
-  exponents = np.where(scales == 0xFF, 0, scales.astype(np.int64))
-  top = exponents.max(axis=-1, keepdims=True)
-  distance = (exponents - top).repeat(GROUP, axis=-1)
-  exact = np.ldexp(E4M3[codes], distance)
-  return exact, exact.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+  rebased: np.ndarray  # codes on the power of two of the row's largest group, rounded to e4m3
+  magnitude: np.ndarray  # without that rounding
+  change: np.ndarray  # what it is off by
+  unit: np.ndarray  # (P,): the exponent of the largest scale
+
+  @classmethod
+  def of(cls, codes: np.ndarray, scales: np.ndarray) -> Rows:
+    # A scale of NaN is no power of two, and its row no business of a bound's.
+    exponents = np.where(scales == 0xFF, 0, scales.astype(np.int64))
+    top = exponents.max(axis=-1, keepdims=True)
+    exact = E4M3[codes] * np.ldexp(1.0, exponents - top).repeat(GROUP, axis=-1)
+    rebased = exact.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return cls(rebased, np.abs(exact), np.abs(exact - rebased), top[..., 0] - 127)
+
+  def __getitem__(self, at: np.ndarray) -> Rows:
+    return Rows(self.rebased[at], self.magnitude[at], self.change[at], self.unit[at])
 
 
 def fp8_term(
@@ -55,31 +65,34 @@ def fp8_term(
   *,
   lost: float = LOST,
 ) -> np.ndarray:
-  """What mxfp8's products in fp8 may lose, of P pairs of rows: (P, K) codes, (P, K/32) scales.
+  """What mxfp8's products in fp8 may lose, of P pairs of rows: (P, K) codes, (P, K/32) scales."""
+  return fp8_term_of(Rows.of(x_codes, x_scales), Rows.of(w_codes, w_scales), lost)
+
+
+def fp8_term_of(x: Rows, w: Rows, lost: float = LOST) -> np.ndarray:
+  """`fp8_term` of rows that are ready.
 
   Re-basing changes element k of x by dx_k: sum |dx_k||w_k| + |x_k||dw_k| + |dx_k||dw_k|. Then each
   instruction may be off by lost * A, A the largest of its products and the sum so far, with what
   that may be off by itself. An interpreter that sums up in float32 has no such loss.
   """
-  x, x_rebased = rebased(x_codes, x_scales)
-  w, w_rebased = rebased(w_codes, w_scales)
-  dx, dw = np.abs(x - x_rebased), np.abs(w - w_rebased)
-  rebasing = (dx * np.abs(w) + np.abs(x) * dw + dx * dw).sum(axis=-1)
-  products = x_rebased * w_rebased
-  missing = -products.shape[-1] % (INSTRUCTION * CHAIN)
-  products = np.pad(products, ((0, 0), (0, missing)))
-  products = products.reshape(len(products), -1, CHAIN, INSTRUCTION)
-  largest, sums = np.abs(products).max(axis=-1), products.sum(axis=-1)
-  error = np.zeros(sums.shape[:2])
-  so_far = np.zeros(sums.shape[:2])
-  for i in range(CHAIN):
-    error = error + lost * np.maximum(largest[..., i], np.abs(so_far) + error)
-    so_far = so_far + sums[..., i]
-  return np.ldexp(rebasing + error.sum(axis=-1), _unit(x_scales) + _unit(w_scales))
-
-
-def _unit(scales: np.ndarray) -> np.ndarray:
-  return np.where(scales == 0xFF, 0, scales.astype(np.int64)).max(axis=-1) - 127
+  term = sum(
+    np.einsum("pk,pk->p", a, b)
+    for a, b in ((x.change, w.magnitude), (x.magnitude, w.change), (x.change, w.change))
+  )
+  if lost:
+    products = x.rebased * w.rebased
+    missing = -products.shape[-1] % (INSTRUCTION * CHAIN)
+    products = np.pad(products, ((0, 0), (0, missing))) if missing else products
+    products = products.reshape(len(products), -1, CHAIN, INSTRUCTION)
+    sums = products.sum(axis=-1)
+    largest = np.abs(products, out=products).max(axis=-1)
+    error, so_far = np.zeros(sums.shape[:2]), np.zeros(sums.shape[:2])
+    for i in range(CHAIN):
+      error = error + lost * np.maximum(largest[..., i], np.abs(so_far) + error)
+      so_far = so_far + sums[..., i]
+    term = term + error.sum(axis=-1)
+  return np.ldexp(term, x.unit + w.unit)
 
 
 # Of whole matrices
@@ -257,24 +270,26 @@ def _flushed(x: Quantized, x_hat: np.ndarray, w: Quantized, w_hat: np.ndarray) -
   return lost + np.abs(x_hat) @ w_small.swapaxes(-1, -2)
 
 
-_AT_ONCE = 1 << 22  # numbers of float64, in each of a dozen arrays
+_AT_ONCE = 1 << 17  # numbers of float64, which a cache holds
 
 
 def fp8_terms(x: Quantized, w: Quantized, at: np.ndarray, lost: float = LOST) -> np.ndarray:
   """The fp8 term of the elements (..., m, n) of a product that the rows of `at` name."""
   batch = np.broadcast_shapes(x.codes.shape[:-2], w.codes.shape[:-2])
-
-  def rows(a: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
-    whole = np.broadcast_to(a, (*batch, *a.shape[-2:]))
-    return whole[(*at.T[:-2], at.T[axis])]
-
+  ready, places = [], []
+  for a, axis in ((x, -2), (w, -1)):
+    count = a.codes.shape[-2]
+    numbers = np.arange(math.prod(a.codes.shape[:-1])).reshape(a.codes.shape[:-1])
+    numbers = np.broadcast_to(numbers, (*batch, count))[(*at.T[:-2], at.T[axis])]
+    used, place = np.unique(numbers, return_inverse=True)
+    flat = (b.reshape(-1, b.shape[-1])[used] for b in (a.codes, a.scales))
+    ready.append(Rows.of(*flat))
+    places.append(place)
   step = max(1, _AT_ONCE // x.codes.shape[-1])
   terms = [
-    fp8_term(
-      *(rows(a, part, -2) for a in (x.codes, x.scales)),
-      *(rows(a, part, -1) for a in (w.codes, w.scales)),
-      lost=lost,
+    fp8_term_of(
+      *(rows[place[i : i + step]] for rows, place in zip(ready, places, strict=True)), lost
     )
-    for part in (at[i : i + step] for i in range(0, len(at), step))
+    for i in range(0, len(at), step)
   ]
   return np.concatenate([np.zeros(0), *terms])
