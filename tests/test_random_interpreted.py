@@ -70,3 +70,13 @@ def test_random(seed):
   assert all(r.get("implementation", "xla") != "xla" for r in results)
   failed = [f"{r['wrong']}\n  {r['case']}" for r in results if r["wrong"]]
   assert not failed, "\n".join(failed)
+
+
+def test_a_broken_kernel_is_noticed(monkeypatch):
+  """Packed w, expanded, is off by a part in sixteen."""
+  from jaxqq._kernels import expand
+
+  right = expand.twin
+  monkeypatch.setattr(expand, "twin", lambda *args: right(*args) * 1.0625)
+  with pytest.raises(AssertionError, match="of the bound"):
+    check(Program("mxfp8", 70, 130, 160, packed=True, highest=True), "hopper_exact")
