@@ -63,13 +63,30 @@ def cuda_compute_capability() -> str:
   return _capability_at_hand() or "9.0"
 
 
+def cuda_sm_count() -> int | None:
+  """How many multiprocessors the device has that programs are made for; None where none is at hand.
+
+  An abstract device says so, else the GPU at hand.
+  """
+  abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  kind = getattr(abstract, "device_kind", None)
+  if kind is not None and "cpu" not in kind.lower():
+    return getattr(abstract, "num_cores", None)
+  return getattr(_gpu_at_hand(), "core_count", None)
+
+
 def _capability_at_hand() -> str | None:
   """Of this process's first NVIDIA GPU; None where there is none."""
+  device = _gpu_at_hand()
+  return None if device is None else str(getattr(device, "compute_capability", None))
+
+
+def _gpu_at_hand() -> Any:
+  """This process's first NVIDIA GPU, or None."""
   try:
-    device = jax.local_devices(backend="cuda")[0]
+    return jax.local_devices(backend="cuda")[0]
   except (RuntimeError, IndexError):
     return None
-  return str(getattr(device, "compute_capability", None))
 
 
 def platform_of_gpus() -> str:

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
+from jaxqq import _compat
 from tests import oracle
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
@@ -83,6 +84,15 @@ class TestChoice:
     ):
       assert "computed by 16 bit tensor cores" in text
       assert f"Not hopper_fp8: {reason}" in text or reason in text
+
+  def test_how_many_multiprocessors(self, monkeypatch):
+    """The device's own decide on tiles; with none at hand it says so."""
+    assert "for 132 SMs (assumed: there is no GPU here)" in of(64, 512, 4096, "mxfp8", True)
+    text = of(256, 8192, 8192, "nvfp4", True)
+    assert "split=2" in text and "for 132 SMs (assumed: there is no GPU here)" in text
+    monkeypatch.setattr(_compat, "cuda_sm_count", lambda: 78)  # of an H20
+    text = of(256, 8192, 8192, "nvfp4", True)
+    assert "split=1" in text and "for 78 SMs" in text and "assumed" not in text
 
   def test_tiles_follow_the_rows(self):
     expected = {65: (128, 2), 256: (256, 2), 1024: (256, 1), 8192: (256, 1)}

@@ -42,7 +42,7 @@ def compiled(f, *args):
 @pytest.fixture
 def few_ctas(monkeypatch):
   """Each CTA walks over several tiles, as on a GPU with larger matrices."""
-  monkeypatch.setattr(tiles, "NUM_SMS", 2)
+  monkeypatch.setattr(tiles, "num_sms", lambda: 2)
   assert mm.Config(128, 64, 2).grid.num_ctas(1, 300, 300) == 2
 
 

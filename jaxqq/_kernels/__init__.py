@@ -133,7 +133,7 @@ def _few_rows_details(problem: Problem) -> str:
   fmt = FORMATS[problem.mode]
   chunk, columns, _ = hopper.few_rows_layout(problem.operands, fmt)
   config = hopper.few_rows_config(problem.operands, fmt, _wants_exact_sums(problem))
-  return f"tiles {chunk} {config}" + (f" with {columns}" if columns else "")
+  return f"tiles {chunk} {config}" + (f" with {columns}" if columns else "") + _sms()
 
 
 def _run_fp8(operands: Operands, problem: Problem) -> jax.Array:
@@ -155,7 +155,14 @@ def _tiles(problem: Problem, promote: bool) -> str:
   operands, fmt = problem.operands, FORMATS[problem.mode]
   config = hopper.tiles(operands, fmt, problem.out_dtype, promote)
   slabs = operands.scales is not None and hopper.takes_slabs(config)
-  return f"tiles {config}" + (", packed w expanded a slab at a time" if slabs else "")
+  return f"tiles {config}" + (", packed w expanded a slab at a time" if slabs else "") + _sms()
+
+
+def _sms() -> str:
+  from jaxqq._kernels.tiles import num_sms
+
+  known = _compat.cuda_sm_count() is not None
+  return f", for {num_sms()} SMs" + ("" if known else " (assumed: there is no GPU here)")
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (

@@ -7,7 +7,7 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels import tensor_cores
-from jaxqq._kernels.tiles import NUM_SMS, Grid
+from jaxqq._kernels.tiles import Grid, num_sms
 
 BLOCK_N = tensor_cores.ROWS
 MAX_ROWS = 64
@@ -68,7 +68,7 @@ def config(
     if split == 1:
       return stages(workers, 1) > 0
     # Every warpgroup of every CTA gets a chunk.
-    shared = tiles * split <= NUM_SMS and k_steps % split == 0 and k_steps >= split * workers
+    shared = tiles * split <= num_sms() and k_steps % split == 0 and k_steps >= split * workers
     return shared and stages(workers, split) > 0
 
   split, workers = next((s, w) for s in (4, 2, 1) for w in (4, 2) if is_possible(w, s))

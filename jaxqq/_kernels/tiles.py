@@ -12,10 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxqq import _compat
 from jaxqq._kernels.groups import ONE_EACH, WARP, WARPS
 
 COMPUTE_WARPGROUPS = 2
-NUM_SMS = 132  # of an H100 or H200; on fewer the CTAs queue, on more some idle
+_ASSUMED_SMS = 132  # of an H100 SXM or H200; an H100 PCIe has 114, an H20 78
+
+
+def num_sms() -> int:
+  """How many multiprocessors (SMs) the device has, of which each gets a CTA."""
+  return _compat.cuda_sm_count() or _ASSUMED_SMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Grid:
   def num_ctas(self, batch: int, m: int, n: int) -> int:
     """Of those that share a tile, which is the only one that they have, one counts."""
     num_tiles = self.num_tiles(batch, m, n)
-    return num_tiles if self.split > 1 else min(NUM_SMS, num_tiles)
+    return num_tiles if self.split > 1 else min(num_sms(), num_tiles)
 
   def walk(self, batch: int, m: int, n: int) -> tuple[Any, Callable[[Any], Any]]:
     """Within a kernel: how many tiles this CTA has, and which its t-th is."""

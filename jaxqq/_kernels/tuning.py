@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxqq._kernels import matmul, packed_matmul
 from jaxqq._kernels.slabs import ROWS
-from jaxqq._kernels.tiles import NUM_SMS
+from jaxqq._kernels.tiles import num_sms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Tile:
 
   def time(self, batch: int, m: int, n: int, k_steps: int) -> float:
     grid = self.config.grid
-    waves = -(-grid.num_tiles(batch, m, n) // NUM_SMS)
+    waves = -(-grid.num_tiles(batch, m, n) // num_sms())
     return float(waves * (k_steps / grid.split * self.step_us + self.other_us))
 
   def is_possible(self, batch: int, m: int, n: int, k: int, out_dtype: Any) -> bool:
@@ -33,7 +33,7 @@ class _Tile:
     grid = self.config.grid
     if grid.split == 1:
       return True
-    fits = grid.num_tiles(batch, m, n) * grid.split <= NUM_SMS
+    fits = grid.num_tiles(batch, m, n) * grid.split <= num_sms()
     return fits and k % (128 * grid.split) == 0 and jnp.dtype(out_dtype).itemsize == 2
 
 

@@ -75,9 +75,9 @@ def interpreted(*, ctas: int = 2) -> Iterator[None]:
     put(_explain, "_platform", lambda x, device: "cuda")
     for module, name in ENTRY_POINTS:
       put(module, name, functools.partial(getattr(module, name), interpret=params))
-    put(tiles, "NUM_SMS", ctas)
-    put(tuning, "NUM_SMS", 1)
-    put(few_rows_config, "NUM_SMS", 1)
+    put(tiles, "num_sms", lambda: ctas)
+    put(tuning, "num_sms", lambda: 1)
+    put(few_rows_config, "num_sms", lambda: 1)
     put(codes, "quotient", codes.quotient_twin)
     put(operands, "thread_amax_bits", amax.thread_amax_bits_twin)
     put(operands, "_stage", stage_in_slices)
