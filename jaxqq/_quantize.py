@@ -14,10 +14,10 @@ from jax import lax
 from jaxqq import _rounding
 from jaxqq._formats import Format
 
-# A tensor whose amax is below 2**-_SMALL is quantized and dequantized as 2**_RAISED times itself:
+# A tensor whose amax is below 2**-SMALL is quantized and dequantized as 2**RAISED times itself:
 # then 2688 / amax, and every number that gets a code, is in the normal range of float32. All else
 # scales with it, so that no bit depends on where the limit is.
-_SMALL, _RAISED = 40, 64
+SMALL, RAISED = 40, 64
 
 
 def quantize_groups(
@@ -130,7 +130,7 @@ def dequantize_groups(
     scale = scale_counts.astype(jnp.float32) * np.float32(2.0**scale_unit)
     power: jax.Array | None = None
     if global_scale is not None:
-      factor, power = _decoding(_a_value_per_matrix(global_scale, scale.ndim), fmt)
+      factor, power = decoding(_a_value_per_matrix(global_scale, scale.ndim), fmt)
       scale = scale * factor
     magnitude = counts.astype(jnp.float32) * np.float32(2.0**unit) * scale
     if power is not None:
@@ -180,7 +180,7 @@ def alpha_factors(
   for global_scale in (global_scale_x, global_scale_w):
     quotient = jnp.float32(1)
     if global_scale is not None:
-      quotient, raised = _decoding(
+      quotient, raised = decoding(
         lax.expand_dims(global_scale, range(ndim - jnp.ndim(global_scale))), fmt
       )
       exponent = exponent + raised
@@ -197,7 +197,7 @@ def alpha_factors(
   return quotients[0] * one, quotients[1] * two
 
 
-def _decoding(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+def decoding(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
   """global_scale / 2688 as factor * 2**power: 0, normal or NaN, and int32."""
   raised, power = _raised(global_scale)
   factor = decoding_factor(raised, fmt)
@@ -206,8 +206,8 @@ def _decoding(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Arra
 
 def _raised(global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
   """|global_scale| * 2**power, and power: int32, not 0 where float32 is too short below."""
-  limit = int(np.float32(2.0**-_SMALL).view(np.int32))
-  power = jnp.where(_rounding.magnitude_bits(global_scale) < limit, _RAISED, 0)
+  limit = int(np.float32(2.0**-SMALL).view(np.int32))
+  power = jnp.where(_rounding.magnitude_bits(global_scale) < limit, RAISED, 0)
   return _rounding.scaled(global_scale, power), power
 
 

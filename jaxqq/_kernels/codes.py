@@ -24,6 +24,7 @@ from jaxlib.mlir.dialects import llvm
 from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.groups import per_group
+from jaxqq._quantize import RAISED, SMALL
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SIGN = np.int32(-(2**31))
@@ -31,6 +32,8 @@ MAGNITUDE = 0x7FFFFFFF
 _ONE_BITS = 0x3F800000
 _EXPONENT_FIELD = 0x7F800000
 _FLOAT32_MAX = np.finfo(np.float32).max
+# Of 2**-126, raised: beside such a number a global scale of 0 is no amax.
+_RAISED_NORMAL_BITS = int(np.float32(2.0 ** (RAISED - 126)).view(np.int32))
 
 
 # Scales of groups, and codes of elements.
@@ -40,10 +43,11 @@ _FLOAT32_MAX = np.finfo(np.float32).max
 class Scales:
   """What a group's elements are quantized with; all of them arrays of the groups' shape."""
 
-  factor: jax.Array  # float32: elements times this are what is rounded to codes
+  factor: jax.Array  # float32: elements (raised) times this are what is rounded to codes
   scale: jax.Array  # float32: codes times this are the elements again; NaN for NaN groups
   byte: jax.Array  # int32
   blank: jax.Array  # bool: all codes are zeros, without signs
+  raising: jax.Array | None = None  # float32 (), what elements are multiplied by before: see below
 
 
 def amax_bits_of(a: jax.Array) -> jax.Array:
@@ -117,14 +121,19 @@ def scales_of(
   amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None, dtype: Any
 ) -> Scales:
   """Of groups with these amax, whose elements came as `dtype`."""
-  enc = None if global_scale is None else _encoding_scale(global_scale, fmt)
-  nan = amax_bits >= _rounding.INFINITY_BITS
+  nan, enc, raising = amax_bits >= _rounding.INFINITY_BITS, None, None
+  if global_scale is not None:
+    enc, raising = _encoding_scale(global_scale, fmt)
+    amax_bits = as_bits(as_float(amax_bits) * raising)
   if fmt.scale_is_power_of_two:
     byte = exponents_of(amax_bits, fmt)
     factor, scale, blank = inverse_power(byte), power(byte), nan
   else:
-    if enc is not None:
+    if global_scale is not None and enc is not None:
       nan = nan | (jnp.full(nan.shape, enc, jnp.float32) != enc)
+      of_zeros = jnp.full(nan.shape, global_scale, jnp.float32) == 0
+      nan = nan | (of_zeros & (amax_bits >= _RAISED_NORMAL_BITS))
+      amax_bits = jnp.where(of_zeros, 0, amax_bits)
     ideal = _sixth(amax_bits, dtype, enc)
     largest = np.float32(ml_dtypes.finfo(fmt.scale).max)
     rounded = jnp.minimum(ideal, largest).astype(fmt.scale)
@@ -132,9 +141,8 @@ def scales_of(
     byte = lax.bitcast_convert_type(rounded, jnp.uint8).astype(jnp.int32)
     factor = _over_scale(enc, scale)
     blank = nan | (byte == 0)
-  return Scales(
-    factor, jnp.where(nan, jnp.float32(np.nan), scale), jnp.where(nan, fmt.scale_nan, byte), blank
-  )
+  scale = jnp.where(nan, jnp.float32(np.nan), scale)
+  return Scales(factor, scale, jnp.where(nan, fmt.scale_nan, byte), blank, raising)
 
 
 def _sixth(amax_bits: jax.Array, dtype: Any, enc: jax.Array | None) -> jax.Array:
@@ -193,7 +201,7 @@ def _round_to_e2m1(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def codes_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
   """int32 codes, signs included; of blank groups, anything."""
-  factor = per_group(scales.factor, a)
+  a, factor = _raised(a, scales), per_group(scales.factor, a)
   if fmt.element == E4M3:
     codes = (a * factor).astype(E4M3)
     return lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
@@ -207,6 +215,7 @@ def codes_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
 def values_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
   """code * scale, float32."""
   factor, scale = per_group(scales.factor, a), per_group(scales.scale, a)
+  a = _raised(a, scales)
   if fmt.element == E4M3:
     return (a * factor).astype(E4M3).astype(jnp.float32) * scale
   rounded, _ = _round_to_e2m1(jnp.abs(a) * factor)
@@ -224,11 +233,20 @@ def scalar_of(refs: list[Any]) -> Any:
   return refs[0][0] if refs else None
 
 
-def _encoding_scale(global_scale: jax.Array, fmt: Format) -> jax.Array:
-  """enc = 2688 / global_scale; NaN where that is no amax."""
-  largest = jnp.float32(fmt.largest_value)
-  enc = jnp.minimum(quotient(largest, jnp.abs(global_scale)), _FLOAT32_MAX)
-  return jnp.where(_is_amax(global_scale), enc, jnp.float32(np.nan))
+def _raised(a: jax.Array, scales: Scales) -> jax.Array:
+  return a if scales.raising is None else a * scales.raising
+
+
+def _encoding_scale(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+  """enc = 2688 / global_scale, NaN where that is no amax, of a tensor that is raised: by how much.
+
+  `jaxqq._quantize` says why: tensors with an amax below 2**-40 are taken 2**64 times.
+  """
+  largest, magnitude = jnp.float32(fmt.largest_value), jnp.abs(global_scale)
+  is_small = magnitude < np.float32(2.0**-SMALL)
+  raising = jnp.where(is_small, np.float32(2.0**RAISED), np.float32(1))
+  enc = jnp.minimum(quotient(largest, magnitude * raising), _FLOAT32_MAX)
+  return jnp.where(_is_amax(global_scale), enc, jnp.float32(np.nan)), raising
 
 
 def amax_or_nan(global_scale: jax.Array) -> jax.Array:

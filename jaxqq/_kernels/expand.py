@@ -81,7 +81,11 @@ class Expansion:
   @property
   def unit(self) -> float:
     """What the product of expanded numbers is to be multiplied by."""
-    return 2.0 ** -(_E2M1_SHIFT + _E4M3_SHIFT) if self.bits == 4 else 1.0
+    return 2.0**self.unit_exponent
+
+  @property
+  def unit_exponent(self) -> int:
+    return -(_E2M1_SHIFT + _E4M3_SHIFT) if self.bits == 4 else 0
 
 
 # e2m1 codes become float16 numbers of 2**-14 their value (their exponent field lands on float16's

@@ -51,7 +51,7 @@ from jaxqq._kernels.operands import exact_dtype, exact_operand, fp8_operand
 from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
 from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._kernels.transposed import exact_operand_of_transpose, fp8_operand_of_transpose
-from jaxqq._quantize import decoding_factor
+from jaxqq._quantize import alpha_factors
 from jaxqq._reference import Operands
 
 # Below, sums of few groups of unequal size exceed the bound in fp8: measured 1.04 of it at 2048 and
@@ -75,9 +75,13 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
     return out.reshape(a.shape[0], -1, problem.k)
 
   x = operand("x", problem.global_scale_x)
-  of_x, of_w = _factor(problem.global_scale_x, fmt), _factor(problem.global_scale_w, fmt)
   expansion = expand.E4M3_EXACT if fmt.scale_is_power_of_two else expand.E2M1
-  factors = _factors(of_x * np.float32(expansion.unit) if packed else of_x, of_w)
+  unit_exponent = expansion.unit_exponent if packed else 0
+  if problem.global_scale_x is None and problem.global_scale_w is None:
+    factors = _factors(2.0**unit_exponent)
+  else:
+    global_scales = _scalar(problem.global_scale_x), _scalar(problem.global_scale_w)
+    factors = _factors(*alpha_factors(*global_scales, fmt, unit_exponent))
   if packed:
     out = packed_matmul.packed_matmul(
       x,
@@ -221,19 +225,13 @@ def _few_rows_operand(
   return out.reshape(batch, held, -1), None
 
 
-def _factor(global_scale: jax.Array | None, fmt: Format) -> Any:
-  if global_scale is None:
-    return np.float32(1)
-  return decoding_factor(global_scale, fmt).reshape(())
-
-
-def _factors(of_x: Any = 1.0, of_w: Any = 1.0) -> jax.Array:
+def _factors(first: Any = 1.0, second: Any = 1.0) -> jax.Array:
   """float32 (1, 2), whose product is that of both.
 
   They are made to differ: an array of equal constants XLA has a kernel fill, of others it knows
   the bytes. No array of numpy's: `custom_partitioning` refuses functions that hold one.
   """
-  both = (jnp.float32(0.5) * of_x, jnp.float32(2) * of_w)
+  both = (jnp.float32(0.5) * first, jnp.float32(2) * second)
   return jnp.stack([jnp.asarray(a, jnp.float32) for a in both]).reshape(1, 2)
 
 

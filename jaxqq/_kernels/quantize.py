@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.codes import (
   E4M3,
@@ -36,7 +37,7 @@ from jaxqq._kernels.groups import (
   positions,
   store_gmem,
 )
-from jaxqq._quantize import decoding_factor
+from jaxqq._quantize import decoding
 
 
 def quantize(
@@ -96,14 +97,17 @@ def dequantize(
   """
   rows = packed.shape[0] if window is None else window.rows
   view = _word_view(fmt)
-  factor = () if global_scale is None else (decoding_factor(global_scale, fmt).reshape(1),)
+  scalars: tuple[jax.Array, ...] = ()
+  if global_scale is not None:
+    factor, power = decoding(global_scale.reshape(1), fmt)
+    scalars = factor, _rounding.times_power_of_two(jnp.ones((1,), jnp.int32), power)
   (out,) = by_blocks(
     functools.partial(_dequantize_kernel, fmt=fmt, view=view),
     (packed.reshape(-1, *view.minor[:-1]), scales.reshape(-1)),
     (jax.ShapeDtypeStruct(view.minor, dtype),),
     view,
     config,
-    factor,
+    scalars,
     entries=rows * scales.shape[1],
     window=window,
   )
@@ -129,16 +133,18 @@ def _quantize_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View)
 def _dequantize_kernel(
   rows: Any, packed_ref: Any, scales_ref: Any, *refs: Any, fmt: Format, view: View
 ) -> None:
-  *factor_ref, out_ref = refs
+  *scalars, out_ref = refs
   words = load_gmem(packed_ref.at[rows], view.reduced(2))
   scales = load_gmem(scales_ref.at[rows], view.reduced(1))
   shape = (*words.shape, fmt.codes_per_word)
   words = lax.broadcast_in_dim(words, shape, (0, 1))
   shifts = (positions(shape, view.layout) * fmt.bits).astype(jnp.uint32)
   codes = (words >> shifts) & np.uint32((1 << fmt.bits) - 1)
-  factor = factor_ref[0][0] if factor_ref else None
-  scale = per_group(_decode_scales(scales, fmt, factor), codes)
-  store_gmem(out_ref.at[rows], (_decode(codes, fmt) * scale).astype(out_ref.dtype))
+  factor, power = (ref[0] for ref in scalars) if scalars else (None, None)
+  values = _decode(codes, fmt) * per_group(_decode_scales(scales, fmt, factor), codes)
+  if power is not None:  # apart from the factor, which it would take out of float32's range
+    values = values * power
+  store_gmem(out_ref.at[rows], values.astype(out_ref.dtype))
 
 
 def _decode_scales(byte: jax.Array, fmt: Format, factor: jax.Array | None) -> jax.Array:

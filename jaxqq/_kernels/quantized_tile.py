@@ -25,7 +25,7 @@ from jaxlib.mlir.dialects import arith, vector
 
 from jaxqq._formats import Format
 from jaxqq._kernels.amax import largest_bits
-from jaxqq._kernels.codes import amax_bits_of, scales_of, values_of
+from jaxqq._kernels.codes import Scales, amax_bits_of, scales_of, values_of
 from jaxqq._kernels.expand import asm_of, layout_of, word_asm
 from jaxqq._kernels.operands import exact_dtype
 from jaxqq._kernels.tensor_cores import ROWS, operand_array
@@ -48,7 +48,7 @@ def quantized_tile(ref: Any, fmt: Format, global_scale: Any, interpret: bool) ->
     return _twin(ref[...], fmt, global_scale)
   a = plgpu.load(ref, layout=_NUMBERS, optimized=False)
   scales = scales_of(_amax_bits(a, fmt), fmt, global_scale, a.dtype)
-  return _operand(a.astype(jnp.float32), scales.factor, scales.scale, fmt)
+  return _operand(a.astype(jnp.float32), scales, fmt)
 
 
 def _groups_layout(fmt: Format) -> Any:
@@ -81,15 +81,17 @@ def _amax_bits(a: Any, fmt: Format) -> Any:
   return find(a)
 
 
-def _operand(a: Any, factor: Any, scale: Any, fmt: Format) -> Any:
+def _operand(a: Any, scales: Scales, fmt: Format) -> Any:
   dtype, layout = exact_dtype(fmt), _groups_layout(fmt)
+  raising = () if scales.raising is None else (scales.raising,)
 
   @plgpu.inline_mgpu(
-    arg_types=(_NUMBERS, layout, layout),
+    arg_types=(_NUMBERS, layout, layout, *[plgpu.Layout.WG_SPLAT] * len(raising)),
     return_type=plgpu.ShapeDtypeStruct((ROWS, STEP_K), dtype, layout=plgpu.Layout.WGMMA),
   )
-  def round_all(ctx: Any, a: Any, factor: Any, scale: Any) -> Any:
+  def round_all(ctx: Any, a: Any, factor: Any, scale: Any, *raising: Any) -> Any:
     del ctx
+    raised = [r.registers.flat[0] for r in raising]
     i32 = ir.IntegerType.get_signless(32)
     halves = []
     for half, row in enumerate(a.registers.reshape(2, -1)):  # rows r and r + 8
@@ -99,16 +101,16 @@ def _operand(a: Any, factor: Any, scale: Any, fmt: Format) -> Any:
       own_factor, own_scale = (
         vector.extract(f.registers.flat[half], [], [0]) for f in (factor, scale)
       )
-      of_group = own_factor, _in_both_halves(own_scale, fmt), fmt
+      of_group = own_factor, _in_both_halves(own_scale, fmt), raised, fmt
       pairs = zip(numbers[:_VECTOR], numbers[_VECTOR:], strict=True)
       halves.append([_rounded_pair(*pair, *of_group) for pair in pairs])
     words = [halves[half][i] for i in range(_VECTOR) for half in range(2)]
     return operand_array(words, STEP_K, dtype, plgpu.Layout.WGMMA)
 
-  return round_all(a, factor, scale)
+  return round_all(a, scales.factor, scales.scale, *raising)
 
 
-def _rounded_pair(a: Any, b: Any, factor: Any, scale: Any, fmt: Format) -> Any:
+def _rounded_pair(a: Any, b: Any, factor: Any, scale: Any, raising: list[Any], fmt: Format) -> Any:
   """Two numbers as code * scale, in the halves of a register; scale is in both halves of one.
 
   What exceeds the codes is cut off in 16 bits, where it may be infinite or, as the difference of
@@ -121,6 +123,7 @@ def _rounded_pair(a: Any, b: Any, factor: Any, scale: Any, fmt: Format) -> Any:
     f"""
     mov.b32 value{i}, ${i};
     abs.f32 value{i}, value{i};
+    {f"mul.rn.f32 value{i}, value{i}, $5;" if raising else ""}
     mul.rn.f32 value{i}, value{i}, $3;
     mov.b32 bits, value{i};
     and.b32 bits, bits, 0x7F800000;
@@ -143,7 +146,7 @@ def _rounded_pair(a: Any, b: Any, factor: Any, scale: Any, fmt: Format) -> Any:
     lop3.b32 pair, pair, signs, 0x80008000, 0xF8;
     mul.rn.{kind} $0, pair, $4;
   }}"""
-  return asm_of(asm, [a, b, factor, scale], "=r,r,r,f,r")
+  return asm_of(asm, [a, b, factor, scale, *raising], "=r,r,r,f,r" + ",f" * len(raising))
 
 
 def _in_both_halves(value: Any, fmt: Format) -> Any:
