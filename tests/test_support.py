@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests import oracle
-from tests.support import bounds, cases, climb, data, products
+from tests.support import bounds, cases, climb, data, fp8, products
 from tests.support.cases import Case, Program
 
 EXAMPLES = (
@@ -64,15 +62,14 @@ def test_one_wrong_element_is_wrong(case):
     assert "NaN" in products.verdict_on(changed(out, bad, lambda a: 0), arrays, rules).wrong
 
 
-def test_the_norm_is_bounded_where_elements_are_not():
-  """Every element off by little, all in one direction: of sums of one sign mag allows it."""
-  case = Case(Program("mxfp8", 40, 40, 512), "positive", "positive")
-  out, arrays, rules = right_product(case)
-  off = (out.astype(np.float32) * (1 + 2.0**-7.9)).astype(out.dtype)
+def test_the_norm_is_bounded_too(monkeypatch):
+  """A product whose elements all keep their bounds, and whose norm does not."""
+  out, arrays, rules = right_product(Case(Program("mxfp8", 40, 40, 512), "positive", "positive"))
   assert rules.norm_wise and not rules.highest
   assert products.verdict_on(out, arrays, rules).wrong == ""
-  loose = products.verdict_on(off, arrays, dataclasses.replace(rules, fp8=True, lost=1.0))
-  assert loose.worst <= 1 and "norm-wise" in loose.wrong
+  monkeypatch.setitem(bounds.NORM_WISE, "bfloat16", 1e-3)
+  verdict = products.verdict_on(out, arrays, rules)
+  assert verdict.worst <= 1 and "norm-wise" in verdict.wrong
 
 
 def test_beyond_the_range_is_infinite_or_the_largest():
@@ -88,43 +85,38 @@ def test_beyond_the_range_is_infinite_or_the_largest():
 # The fp8 term
 
 
-def truncated(a, unit):
-  """Toward zero, to a multiple of a power of two."""
-  return np.trunc(a / unit) * unit
-
-
-def fp8_sums(x, w):
-  """Of pairs of rows in units of their scales, as tensor cores of 14 bits may add them up."""
-  products = x * w
-  missing = -products.shape[-1] % 128
-  products = np.pad(products, ((0, 0), (0, missing))).reshape(len(x), -1, 4, 32)
-  total = np.zeros(len(x))
-  for block in range(products.shape[1]):
-    so_far = np.zeros(len(x))
-    for i in range(4):
-      addends = np.concatenate([so_far[:, None], products[:, block, i]], axis=1)
-      largest = np.abs(addends).max(axis=1, keepdims=True)
-      unit = np.exp2(np.floor(np.log2(np.maximum(largest, 2.0**-100))) - 13)
-      so_far = truncated(addends, unit).sum(axis=1)
-    total += so_far
-  return total
-
-
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_sums_of_14_bits_are_within_the_term(kind):
-  """Simulated, not measured: re-based codes, and every addend cut off below the largest."""
+  """Re-based codes, and every addend cut off below the largest: the term covers what that loses."""
   rng = np.random.default_rng(0)
   x, w = (
     data.array(rng, kind, (64, 1024), 0, oracle.DTYPES["float32"]).astype(np.float32) for _ in "xw"
   )
   x, w = (bounds.Quantized(*oracle.quantize_codes(a, "mxfp8"), "mxfp8") for a in (x, w))
-  term = bounds.fp8_term(x.codes, x.scales, w.codes, w.scales)
-  rows = [bounds.Rows.of(a.codes, a.scales) for a in (x, w)]
-  sums = np.ldexp(fp8_sums(*(r.rebased for r in rows)), sum(r.unit for r in rows))
-  error = np.abs(sums - (x.values() * w.values()).sum(axis=-1))
+  term = fp8.term(x.codes, x.scales, w.codes, w.scales)
+  unit = np.ldexp(1.0, fp8.row_exponent(x.scales) + fp8.row_exponent(w.scales))
+  rebased = [fp8.rebased(a.codes, a.scales)[1] for a in (x, w)]
+  sums = fp8.chains(*rebased)[0].sum(axis=-1)
+  error = np.abs(sums * unit - (x.values() * w.values()).sum(axis=-1))
   assert (error <= term).all()
   if kind in data.NORM_WISE:
     assert (error > term / 200).any()  # it is no promise of anything at all
+
+
+def test_one_instruction_by_hand():
+  """Products below 2**-13 of the largest exponent are cut off; 14 bits of the result are kept."""
+  x, w, none = np.zeros((1, 32)), np.ones((1, 32)), np.zeros(1)
+  x[0, :3] = 1.75, 2.0**-6, 2.0**-9
+  w[0, :3] = 1.75, 2.0**-8, -(2.0**-6)
+  # 3.0625, of exponent 0 by its factors, 2**-14, -2**-15: both are below 2**-13.
+  total, lost = fp8.instruction(x, w, none)
+  assert total == 3.0625 and lost == 3 * 2.0**-13 + 2.0 ** (1 - 13)
+  # A larger sum so far takes bits from all.
+  total, _ = fp8.instruction(x, w, np.array([2.0**12]))
+  assert total == 2.0**12 + 3.0
+  # 8193 products of 1 have 14 bits; half of one more has not.
+  total, _ = fp8.instruction(np.ones((1, 32)) * 256, np.ones((1, 32)), np.array([1.0 + 2.0**-5]))
+  assert total == 8193
 
 
 def test_the_term_of_one_pair_by_hand():
@@ -133,30 +125,15 @@ def test_the_term_of_one_pair_by_hand():
   codes[0, 0], codes[0, 32] = 0x7E, 0x39  # 448; 1.125
   scales = np.array([[127, 117]], np.uint8)
   ones = np.full((1, 64), 0x38, np.uint8), np.full((1, 2), 127, np.uint8)
-  # 1.125 * 2**-10 is nearest to 2**-9, off by 0.875 * 2**-10.
-  error = bounds.LOST * 448
-  error += bounds.LOST * (448 + error)
-  for _ in range(2):  # of zeros
-    error += bounds.LOST * (448 + 2.0**-9 + error)
-  want = 0.875 * 2.0**-10 + error
-  term = bounds.fp8_term(codes, scales, *ones)
+  # 1.125 * 2**-10 is nearest to 2**-9, off by 0.875 * 2**-10. One product of 2**8, then that sum
+  # and another product, then the sum alone, twice; results of as many bits.
+  unit = 2.0 ** (8 - 13)
+  want = 0.875 * 2.0**-10 + (1 + 2 + 1 + 1) * unit + 4 * unit
+  term = fp8.term(codes, scales, *ones)
   np.testing.assert_allclose(term, [want], rtol=1e-9)
   # x in other units.
-  np.testing.assert_allclose(bounds.fp8_term(codes, scales + 10, *ones), 1024 * term)
+  np.testing.assert_allclose(fp8.term(codes, scales + 10, *ones), 1024 * term)
   assert codes.view(ml_dtypes.float8_e4m3fn)[0, 32] == 1.125
-
-
-def test_terms_of_elements_are_those_of_their_rows():
-  rng = np.random.default_rng(1)
-  x, w = (
-    bounds.Quantized(*oracle.quantize_codes(data.heavy_tails(rng, shape), "mxfp8"), "mxfp8")
-    for shape in ((2, 1, 7, 160), (1, 3, 5, 160))
-  )
-  at = np.array([(0, 0, 6, 4), (1, 2, 3, 0), (1, 0, 0, 4), (0, 0, 6, 4)])
-  terms = bounds.fp8_terms(x, w, at)
-  for (i, j, m, n), term in zip(at, terms, strict=True):
-    pair = x.codes[i, 0, m], x.scales[i, 0, m], w.codes[0, j, n], w.scales[0, j, n]
-    assert bounds.fp8_term(*(a[None] for a in pair)) == [term]
 
 
 # What is drawn

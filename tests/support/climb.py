@@ -222,9 +222,10 @@ class Climb:
     corners = island[:, None] * (p.m // ISLANDS, p.n // ISLANDS)
     at = np.concatenate([at, corners])
     index = tuple(at.T)
-    out = np.zeros_like(ratio)
-    out[index] = error[index] / (bound[index] + bounds.fp8_terms(x, w, at, rules.lost))
-    return out
+    terms = bounds.fp8_terms(x, w, at, out.dtype, rules.fp8_sums)
+    found = np.zeros_like(ratio)
+    found[index] = error[index] / (bound[index] + terms)
+    return found
 
   def run(self, steps: int) -> float:
     for _ in range(steps):
