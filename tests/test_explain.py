@@ -26,7 +26,7 @@ def test_shapes_and_platforms(mode, device):
   for word in (mode, "bfloat16 (8, 64)", "float32 (16, 64)", "on the fly", f"on {platform}"):
     assert word in text
   on_hopper = platform == "cuda" and jax.__version_info__ >= (0, 11)
-  assert ("16 bit tensor cores" if on_hopper else "XLA") in text
+  assert (f"{'16 bit' if mode == 'nvfp4' else 'fp8'} tensor cores" if on_hopper else "XLA") in text
 
 
 def test_arrays_and_devices():
@@ -75,10 +75,10 @@ def test_old_jax_gets_xla_and_is_told_why():
 class TestChoice:
   @pytest.mark.parametrize("packed", [False, True])
   def test_which_kernel_and_why_not_the_other(self, packed):
-    assert "fp8 tensor cores" in of(256, 512, 4096, "mxfp8", packed)
+    for k in (32, 2048, 4096):
+      assert "computed by fp8 tensor cores" in of(256, 512, k, "mxfp8", packed)
     for text, reason in (
       (of(256, 512, 4096, "nvfp4", packed), "nvfp4 has no e4m3 elements"),
-      (of(256, 512, 2048, "mxfp8", packed), "k = 2048 is below 4096"),
       (of(256, 512, 4096, "mxfp8", packed, jnp.float32), "float32 output"),
       (of(256, 512, 4096, "mxfp8", packed, precision=jax.lax.Precision.HIGHEST), "precision"),
     ):
@@ -114,7 +114,7 @@ class TestChoice:
     for text, reason in (
       (of(65, 512, 4096, "nvfp4", True), "65 rows of x meet a matrix w"),
       (of(8, 512, 4096, "nvfp4", False, jnp.float32), "w is not packed but float32"),
-      (of(8, 512, 2048, "mxfp8", True), "k = 2048 is below 4096"),
+      (of(8, 512, 2016, "mxfp8", True), "k = 2016 is no multiple of 512"),
       (of(8, 512, 4096, "mxfp8", True, jnp.float32), "float32 output"),
     ):
       assert "a kernel that streams w" not in text
@@ -294,9 +294,7 @@ class TestSplit:
   @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
   def test_the_kernel_is_that_of_a_part(self):
     """Its k decides, but not that it is summed up in float32: the whole is rounded after that."""
-    for k, kernel in ((8192, "fp8"), (4096, "16 bit")):
-      text = self.said(P(), P(None, "tensor"), k=k, m=128, mode="mxfp8", device="cuda")
-      assert f"computed by {kernel} tensor cores" in text
-    assert "k = 2048 is below 4096" in text
-    text = self.said(P(), P("tensor"), k=4096, m=128, mode="mxfp8", device="cuda")
-    assert "computed by fp8 tensor cores" in text
+    for k, kernel in ((512, "a kernel that streams w"), (384, "fp8 tensor cores")):
+      text = self.said(P(), P(None, "tensor"), k=k, m=64, mode="mxfp8", device="cuda")
+      assert f"computed by {kernel}" in text
+    assert "k = 192 is no multiple of 128" in text

@@ -31,6 +31,11 @@ def assert_right(seeds, *, small=False):
   assert len(results) == len(seeds) * DRAWS
 
 
+def assert_case_is_right(case):
+  result = products.run(case)
+  assert not result["wrong"], f"{result['wrong']}\n{result}"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seeds", seeds(SEED, PRODUCTS // DRAWS, GPU_CHUNK), ids=str)
 def test_on_a_gpu(seeds):
@@ -60,6 +65,42 @@ def test_gradients_by_xla(seeds):
   assert_gradients_are_right(seeds)
 
 
+# Every kernel where its loops are short; jaxqq/_kernels/README.md lists what only a GPU runs.
+
+# A step is 64 or 128 of k, a tile up to 256 rows and 128 columns.
+STEPS = {"one step": 64, "a step of fp8": 128, "two steps": 256, "a last part": 320}
+TILES = {"a part": (70, 40), "one": (256, 128), "a last part": (300, 200)}
+MANY_ROWS = [
+  Program(mode, m, n, k, dtype, "float32", packed=packed, highest=highest)
+  for mode in ("nvfp4", "mxfp8")
+  for packed in (False, True)
+  for dtype, highest in (("bfloat16", False), ("float16", True), ("float32", False))
+  for m, n in TILES.values()
+  for k in STEPS.values()
+]
+# Chunks of 256 and 512, which go round two or four warpgroups, and clusters of up to four CTAs.
+FEW_ROWS = [
+  Program(mode, m, n, k, dtype, packed=packed, highest=dtype == "float16")
+  for mode in ("nvfp4", "mxfp8")
+  for packed in (False, True)
+  for dtype in ("bfloat16", "float16")
+  for m, n in ((1, 64), (5, 200), (17, 64), (64, 70))
+  for k in (512, 1024, 8192)
+]
+# Packed w expanded a slab at a time; transposes and clusters are those of the gradients and of k.
+SLABS = [Program("mxfp8", 3100, n, k, packed=True) for n, k in ((128, 128), (256, 320))]
+KINDS = (("normal", "groups within reach"), ("outliers", "heavy tails"))
+EVERY = MANY_ROWS + FEW_ROWS + SLABS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [EVERY[i : i + 8] for i in range(0, len(EVERY), 8)], ids=str)
+def test_every_kernel_on_a_gpu(programs):
+  for program in programs:
+    for i, (x, w) in enumerate(KINDS):
+      assert_case_is_right(Case(program, x, w, seed=i))
+
+
 # What was found wrong on a GPU, at 45f7063.
 
 
@@ -67,7 +108,7 @@ def one_step(mode, k, m, n, x_dtype, **how):
   return Case(Program(mode, m, n, k, x_dtype, packed=True, **how))
 
 
-# Packed w, one step of k, sums promoted: nothing followed the expansion of the left operand.
+# Packed w, one step of k, sums promoted (`tensor_cores.add_promoted`): garbage.
 ONE_STEP = [
   one_step(mode, k, m, n, x_dtype, highest=x_dtype != "float32")
   for mode, sizes in (("nvfp4", (16, 32, 48, 64)), ("mxfp8", (32, 64, 96, 128)))
@@ -83,7 +124,7 @@ ONE_STEP += [
   one_step("nvfp4", 16, 40, 72, "bfloat16", highest=True, x_batch=(2, 3)),
 ]
 
-# Sums in fp8, beyond 2**-8 |exact| + 2**-12 mag by as much as the comment says.
+# Sums in fp8, so many times 2**-8 |exact| + 2**-12 mag, the bound without a term for fp8.
 BEYOND = [
   # 6.1
   Case(Program("mxfp8", 128, 333, 4096, "float16"), "heavy tails", "heavy tails"),
@@ -95,11 +136,6 @@ BEYOND = [
     "heavy tails",
   ),
 ]
-
-
-def assert_case_is_right(case):
-  result = products.run(case)
-  assert not result["wrong"], f"{result['wrong']}\n{result}"
 
 
 @pytest.mark.gpu

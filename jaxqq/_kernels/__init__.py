@@ -85,15 +85,11 @@ def _refusal_of_fp8(problem: Problem) -> str | None:
   refusal = _refusal_of_hopper(problem)
   if refusal is not None:
     return refusal
-  from jaxqq._kernels.hopper import FP8_MIN_K
-
-  fmt, k = FORMATS[problem.mode], problem.operands.k
+  fmt = FORMATS[problem.mode]
   if fmt.element != ml_dtypes.float8_e4m3fn:
     return f"{problem.mode} has no e4m3 elements to feed fp8 tensor cores with"
   if _wants_exact_sums(problem):
     return "float32 output, or precision above DEFAULT, takes exact operands and float32 sums"
-  if k < FP8_MIN_K:
-    return f"k = {k} is below {FP8_MIN_K}, where fp8 sums may leave the error bound"
   return None
 
 
@@ -184,8 +180,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     summary=(
       "fp8 tensor cores: a kernel quantizes x (and w, unless packed) to e4m3 codes under one power "
       "of two a row, another multiplies them (packed w expanded in its registers, or before) and "
-      "adds every 128 products in float32; if a row's groups lie too far apart for that, or beyond "
-      "2**+-80, hopper_exact runs"
+      "adds every 128 products in float32"
     ),
     platforms=("cuda",),
     refuses=_refusal_of_fp8,

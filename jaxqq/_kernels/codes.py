@@ -67,31 +67,9 @@ def exponents_of(amax_bits: jax.Array, fmt: Format) -> jax.Array:
   return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, exponents)
 
 
-def extremes_of(values: jax.Array, bad: int) -> tuple[jax.Array, jax.Array]:
-  """What to take the maxima of, for the extremes of all values but 0 and those from `bad` on.
-
-  Args:
-    values: int32, none negative.
-    bad: e.g. the bits of an infinity.
-
-  Returns:
-    The values to keep, else 0; and what `lowest_of` makes the smallest of them again, if there
-    is any. The second costs one instruction: it has 0 last, and bad values behind good ones.
-  """
-  return jnp.where(values < bad, values, 0), _SIGN - values
-
-
-def lowest_of(maximum: jax.Array) -> jax.Array:
-  """The smallest of the values that count; where none does, 0 or a bad one."""
-  return _SIGN - maximum
-
-
-def no_extremes(size: int, layout: Any) -> tuple[jax.Array, jax.Array]:
-  """The extremes of nothing, (size,) each, for a loop to begin with."""
-  highest, inverse_lowest = (
-    plgpu.layout_cast(jnp.full((size,), start, jnp.int32), layout) for start in (0, _SIGN)
-  )
-  return highest, inverse_lowest
+def finite_bits(amax_bits: jax.Array) -> jax.Array:
+  """The bits of amax, 0 for a group with a NaN or an infinity: what a row's largest is taken of."""
+  return jnp.where(amax_bits < _rounding.INFINITY_BITS, amax_bits, 0)
 
 
 def inverse_power(exponents: jax.Array) -> jax.Array:
@@ -104,17 +82,14 @@ def power(exponents: jax.Array) -> jax.Array:
   return as_float(jnp.maximum(exponents << 23, 0x00400000))
 
 
-# A row of fp8 codes has one scale, 2**(e - 127), that lies within 2**+-80: then sums of products of
-# codes, multiples of 2**-18 and below 2**48, lose nothing by the first of two scales.
-_LEAST_EXPONENT, _LARGEST_EXPONENT = 127 - 80, 127 + 80
+def rebasing_bits(distance: jax.Array) -> jax.Array:
+  """The bits of 2**-distance as float16: what e4m3 codes are multiplied by to be rebased.
 
-
-def is_beyond(exponents: jax.Array) -> jax.Array:
-  """Whether a row's exponent leaves that range.
-
-  0 does not count: it is that of zeros, or of numbers below 448 * 2**-127, too small to matter.
+  Float16 holds an e4m3 code times 2**-15 exactly. From 2**-19 on all codes become zero.
   """
-  return ((exponents < _LEAST_EXPONENT) & (exponents > 0)) | (exponents > _LARGEST_EXPONENT)
+  distance = jnp.maximum(distance, 0)
+  subnormal = jnp.right_shift(jnp.full_like(distance, 1 << 10), jnp.clip(distance - 14, 0, 11))
+  return jnp.where(distance < 15, (15 - distance) << 10, subnormal)
 
 
 def scales_of(

@@ -209,15 +209,20 @@ def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
 def _expand_e4m3(words: Any, factors: Any) -> list[Any]:
   """Register (b, half): a word of four codes, times their group's power of two as float16.
 
-  In float16 the products are exact; then they are rounded to nearest even. NaN stays NaN.
+  In float16 the products are exact, or so small that they become zero; then they are rounded to
+  nearest even. NaN stays NaN. `lowered_scales.rebasing_byte` says what the bytes hold.
   """
   out = []
+  downs = []
+  for half in range(2):
+    word = vector.extract(factors[0].registers.flat[half], [], [0])
+    downs.append([arith.andi(word, constant(mask)) for mask in (0x3F3F3F3F, 0xC0C0C0C0)])
   for b in range(8):
     for half in range(2):
       word = vector.extract(words.registers.flat[2 * b + half], [], [0])
-      downs = vector.extract(factors[0].registers.flat[half], [], [0])
       group = b // 2  # 8 words each, of 4 a register
-      down = word_asm(f"prmt.b32 $0, $1, 0, {hex(0x0404 | group * 0x1010)};", downs)
+      selector = hex(0x0404 + group * 0x1111)  # twice: a lower byte, then its upper one
+      down = word_asm(f"prmt.b32 $0, $1, $2, {selector};", *downs[half])
       asm = """{
         .reg .b16 low, high;
         .reg .b32 a, b;
@@ -286,7 +291,8 @@ def twin(words: Any, factors: tuple[Any, ...], expansion: Expansion) -> Any:
   codes = codes.reshape(ROWS, expansion.groups, expansion.group_size)
   if expansion.step_k == 128:
     downs = factors[0][:, None] >> (lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8))
-    downs = lax.bitcast_convert_type((downs << np.uint32(8)).astype(jnp.uint16), jnp.float16)
+    downs = (downs & np.uint32(0x3F)) << np.uint32(8) | downs & np.uint32(0xC0)
+    downs = lax.bitcast_convert_type(downs.astype(jnp.uint16), jnp.float16)
     values = lax.bitcast_convert_type(codes.astype(jnp.uint8), expansion.dtype)
     values = values.astype(jnp.float16) * downs[..., None]
     return values.astype(expansion.dtype).reshape(ROWS, expansion.step_k)

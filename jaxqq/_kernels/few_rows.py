@@ -36,8 +36,8 @@ from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
 from jaxqq._kernels import apart, cluster_sums, expand, quantized_tile, tensor_cores
-from jaxqq._kernels.codes import amax_or_nan
 from jaxqq._kernels.few_rows_config import BLOCK_N, Chunk, Config
+from jaxqq._kernels.powers import halves_of_amax, halves_of_powers
 from jaxqq._kernels.quantized_rows import CHUNK_K, QuantizedRows
 from jaxqq._kernels.store_columns import store_columns
 from jaxqq._kernels.tiles import (
@@ -178,10 +178,11 @@ def few_rows(
         else:
           begun = tensor_cores.begin(a, b, w_transforms, E4M3, parts=_GROUPS)
           products = tensor_cores.finish(begun)
+        halves = halves_of_powers(words_of_step)
         for i, product in enumerate(products):
-          of_rows = _power_of_two((words_of_step >> np.uint32(8 * i)) & np.uint32(0xFF))
-          product = product * lax.broadcast_in_dim(of_rows, product.shape, (0,))
-          sums += product * scales_of_x(slot, step * _GROUPS + i, 0)
+          first, second = (lax.broadcast_in_dim(h[i], product.shape, (0,)) for h in halves)
+          product = product * first * scales_of_x(slot, step * _GROUPS + i, 0)
+          sums += product * second
       return sums
 
     def scales_of_x(slot: Any, row: int, first: int) -> Any:
@@ -288,8 +289,9 @@ def few_rows(
       if columns is not None:
         sums = (apart.collapse_twin if interpret else apart.collapse)(sums, columns)
       out = sums * np.float32(unit)
-      for factor in factors_g:
-        out = out * amax_or_nan(factor[0])
+      halves = [halves_of_amax(factor[0]) for factor in factors_g]
+      for factor in [each[i] for i in range(2) for each in halves]:
+        out = out * factor
       out = out.astype(out_dtype)
       layout = plgpu.Layout.WGMMA if columns is None else apart.WORDS_LAYOUT
       store_columns(out, layout, out_g.at[b], ni * BLOCK_N, m, n, bool(interpret))
@@ -366,12 +368,6 @@ def few_rows(
     operands.append(x_scales)
   out = run(*operands)
   return out[:, :m, :n] if interpret else out
-
-
-def _power_of_two(scales: Any) -> Any:
-  """2**(scale - 127), and NaN for 0xFF. A scale of 0 is that of zeros."""
-  bits = jnp.where(scales == np.uint32(0xFF), np.uint32(0x7FC00000), scales << np.uint32(23))
-  return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 # For the interpreter

@@ -13,17 +13,11 @@ One matrix whose contracted axis comes first is quantized down its columns, as i
 
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
-cores' sums are short of bits; both errors shrink with k against the bound that a product must
-keep (README). At k >= FP8_MIN_K random data, outlier channels and numbers of one sign were measured
-within it; x that is zero nearly everywhere may leave it, and so do outliers in data of one sign
-(1.4 times the bound with 200 in every 64). A row whose groups lie further apart than
-a shift of its codes can bridge, or beyond 2**+-80, is found while it is quantized: then the exact
-kernel runs instead; with packed w expanded in registers, after it.
+cores keep 14 bits of a sum: README says what both lose.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -53,10 +47,6 @@ from jaxqq._kernels.quantized_rows import QuantizedRows
 from jaxqq._kernels.transposed import exact_operand_of_transpose, fp8_operand_of_transpose
 from jaxqq._quantize import alpha_factors
 from jaxqq._reference import Operands
-
-# Below, sums of few groups of unequal size exceed the bound in fp8: measured 1.04 of it at 2048 and
-# 0.88 at 4096, with an outlier of 200 times in every 64 of x's channels.
-FP8_MIN_K = 4096
 
 
 def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:
@@ -111,52 +101,39 @@ def exact(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> 
 
 
 def fp8(operands: Operands, mode: str, out_dtype: np.dtype) -> jax.Array:
-  """The product of e4m3 codes, if every row's can share one power of two; else of exact ones."""
+  """The product of e4m3 codes that are rebased: a row's share one power of two."""
   fmt, problem = FORMATS[mode], _folded(operands)
   problem = _padded_k(problem, matmul.step_k(jnp.float8_e4m3fn), fmt)
   config = tiles(operands, fmt, out_dtype, promote=True)
   factors = _factors()
-  instead = functools.partial(exact, operands, mode, out_dtype, promote=False)
 
-  def operand(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def operand(name: str) -> tuple[jax.Array, jax.Array]:
     a = getattr(problem, name)
     of = fp8_operand_of_transpose if name in problem.transposed else fp8_operand
     out = of(a.reshape(-1, a.shape[-1]), fmt)
-    return (
-      out.codes.reshape(a.shape[0], -1, problem.k),
-      out.row_scales.reshape(a.shape[0], -1),
-      out.wild,
-    )
+    return out.codes.reshape(a.shape[0], -1, problem.k), out.row_scales.reshape(a.shape[0], -1)
 
   if problem.scales is None:
-    x, x_scales, x_wild = operand("x")
-    w, w_scales, w_wild = operand("w")
-    wild = jnp.concatenate([x_wild, w_wild])
-
-    def product() -> jax.Array:
-      row_scales = x_scales, w_scales
-      return matmul.matmul(x, w, factors, row_scales, out_dtype=out_dtype, config=config)
+    x, x_scales = operand("x")
+    w, w_scales = operand("w")
+    row_scales = x_scales, w_scales
+    out = matmul.matmul(x, w, factors, row_scales, out_dtype=out_dtype, config=config)
   else:
     scales = problem.scales.reshape(-1, problem.scales.shape[-1])
     matrix = problem.x.reshape(-1, problem.k)
-    x, x_scales, downs, w_scales, wild = packed_fp8_operands(matrix, scales, fmt)
+    x, x_scales, downs, w_scales = packed_fp8_operands(matrix, scales, fmt)
     x, x_scales = x.reshape(problem.x.shape), x_scales.reshape(problem.x.shape[:-1])
     downs = downs.reshape(problem.scales.shape)
     w_scales = w_scales.reshape(problem.scales.shape[:-1])
 
-    row_scales = x_scales, w_scales
-    args = x, problem.w, downs, factors, row_scales
-    if not takes_slabs(config):
-      out, is_wild = packed_matmul.packed_matmul(
-        *args, expansion=expand.E4M3, out_dtype=out_dtype, config=config, flags=wild
+    args = x, problem.w, downs, factors, (x_scales, w_scales)
+    if takes_slabs(config):
+      out = slabs.slab_matmul(*args, fmt=fmt, out_dtype=out_dtype, config=config)
+    else:
+      out = packed_matmul.packed_matmul(
+        *args, expansion=expand.E4M3, out_dtype=out_dtype, config=config
       )
-      # After the product, which tells whether it was in vain.
-      return lax.cond(is_wild[0], instead, lambda: _unfolded(out, operands))
-
-    def product() -> jax.Array:
-      return slabs.slab_matmul(*args, fmt=fmt, out_dtype=out_dtype, config=config)
-
-  return lax.cond(jnp.any(wild > 0), instead, lambda: _unfolded(product(), operands))
+  return _unfolded(out, operands)
 
 
 def few_rows(operands: Operands, mode: str, out_dtype: np.dtype, promote: bool) -> jax.Array:

@@ -12,16 +12,17 @@ import math
 from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.codes import extremes_of, is_beyond, lowest_of, no_extremes, power
+from jaxqq._kernels.codes import power, rebasing_bits
 from jaxqq._kernels.groups import TuningConfig, View, load_gmem, per_group, store_gmem
-from jaxqq._kernels.operands import MAX_SHIFT
 
 _NAN = 0xFF
+_LOWER = 0xC0
 _VECTOR = 16  # bytes that a thread loads at once
 _LANES = 16  # that a row has at most
 _VECTORS = 4  # of 16 bytes, that a thread has of a row at once
@@ -32,6 +33,8 @@ def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:
   """Rows (rows, groups) as `lower_rows` takes them, (rows, vectors, vector)."""
   rows, groups = scales.shape
   vector = math.gcd(groups, _VECTOR)
+  if vector == groups:  # two lanes at least
+    vector //= 2
   vectors = groups // vector
   view = View(min(_LANES, 1 << (vectors.bit_length() - 1)), vector)
   return scales.reshape(rows, vectors, vector), view
@@ -44,23 +47,18 @@ def rows_a_step(rows: int, view: View) -> int:
 
 def lower_rows(
   rows: Any,
-  scales_ref: Any,  # uint8 (rows, vectors, vector), of 32 groups or more; fast from 16 in a vector
+  scales_ref: Any,  # uint8 (rows, vectors, vector); fast from 16 in a vector
   downs_ref: Any,
   row_scales_ref: Any,
-  wild_ref: Any,
-  step: Any,
   *,
   view: View,
 ) -> None:
-  """mxfp8 scales as `expand.E4M3` takes them, and whether that is close enough.
+  """mxfp8 scales as `expand.E4M3` takes them: how far each group's codes are to be rebased.
 
   Writes:
-    downs: uint8 as the scales, the upper byte of 2**(byte - largest byte of the row) as float16;
-      0 from 2**-15 on; anything in a row with a NaN.
+    downs: uint8 as the scales, `rebasing_byte` of the distance to the largest byte of the row;
+      anything in a row with a NaN.
     row_scales: float32 (rows,), the largest scale of a row; NaN where one is NaN.
-    wild: int32 (steps,), at `step` 1 if in one of the rows a scale lies more than MAX_SHIFT below
-      the largest, or that is beyond what `codes.is_beyond` allows. A byte of 0 does not count: it
-      is that of zeros, or of numbers too small to matter. Nor does a row with a NaN.
   """
   lanes, _ = view.minor
   vectors = scales_ref.shape[1]
@@ -73,22 +71,32 @@ def lower_rows(
   def load(i: Any) -> jax.Array:
     return load_gmem(scales_ref.at[chunk(i)], view.layout).astype(jnp.int32)
 
-  def find(i: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    found = (jnp.max(jnp.max(a, axis=-1), axis=-1) for a in extremes_of(load(i), _NAN + 1))
-    highest, inverse_lowest = map(jnp.maximum, so_far, found)
-    return highest, inverse_lowest
+  def find(i: Any, so_far: jax.Array) -> jax.Array:
+    return jnp.maximum(so_far, jnp.max(jnp.max(load(i), axis=-1), axis=-1))
 
   def write(i: Any, _: None) -> None:
     scales = load(i)
-    distance = per_group(highest, scales) - scales
-    downs = (15 - jnp.minimum(distance, 15)) << 2
+    downs = rebasing_byte(per_group(highest, scales) - scales)
     store_gmem(downs_ref.at[chunk(i)], downs.astype(jnp.uint8))
 
-  nothing = no_extremes(rows.size, view.reduced(1))
-  highest, inverse_lowest = lax.fori_loop(0, chunks, find, nothing)
-  nan = highest == _NAN
-  store_gmem(row_scales_ref.at[rows], jnp.where(nan, jnp.float32(np.nan), power(highest)))
-  wild = (highest - lowest_of(inverse_lowest) > MAX_SHIFT) | is_beyond(highest)
-  wild = wild & (highest != _NAN)
-  wild_ref[step] = jnp.max(wild.astype(jnp.int32))
+  nothing = plgpu.layout_cast(jnp.zeros((rows.size,), jnp.int32), view.reduced(1))
+  highest = lax.fori_loop(0, chunks, find, nothing)
+  row_scales = jnp.where(highest == _NAN, jnp.float32(np.nan), power(highest))
+  store_gmem(row_scales_ref.at[rows], row_scales)
   lax.fori_loop(0, chunks, write, None)
+
+
+def rebasing_byte(distance: jax.Array) -> jax.Array:
+  """`rebasing_bits` in a byte: the upper byte of float16, whose two highest bits are free.
+
+  Those are the two highest bits of the lower byte, which 2**-17 and 2**-18 have alone.
+  """
+  bits = rebasing_bits(distance)
+  return (bits >> 8) | (bits & _LOWER)
+
+
+def rebasing_half(byte: jax.Array) -> jax.Array:
+  """float16, of an int32 or uint16 `rebasing_byte`."""
+  lower = jnp.asarray(_LOWER, byte.dtype)
+  bits = ((byte & ~lower) << jnp.asarray(8, byte.dtype)) | (byte & lower)
+  return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)

@@ -26,12 +26,10 @@ from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
   exponents_of,
-  extremes_of,
+  finite_bits,
   inverse_power,
-  is_beyond,
-  lowest_of,
-  no_extremes,
   power,
+  rebasing_bits,
   scalar_of,
   scalars_of,
   scales_of,
@@ -49,15 +47,12 @@ from jaxqq._kernels.groups import (
   make_kernel,
   pad,
   per_group,
+  store_gmem,
 )
 
-# How far a group's codes are shifted down to the largest exponent of its row, here and where packed
-# w is expanded. The shift is made in float16, exactly: e4m3's 2**-9 becomes 2**-22 at the most, of
-# multiples of 2**-24.
-MAX_SHIFT = 13
-
 # Elements that a thread of `fp8_operand` holds side by side, 16 bytes of codes: two threads share a
-# group, and compute its factors twice. With four, that was a third of all instructions.
+# group, and compute its factors twice. With four, that was a third of all instructions. Of shorter
+# rows a thread holds fewer, so that none has to be padded.
 _FP8_VECTOR = 16
 
 _MATRIX = (8, 8)  # how the 64 elements lie that `interleave` permutes among themselves
@@ -66,19 +61,15 @@ _BLOCK = math.prod(_MATRIX)
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["codes", "row_scales", "wild"],
+  data_fields=["codes", "row_scales"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Operand:
-  """An operand for fp8 tensor cores, unless a row is `wild`: its codes mean nothing.
-
-  x_hat = codes * row_scales, but for what the shift rounded away.
-  """
+  """An operand for fp8 tensor cores: x_hat = codes * row_scales, but for what rebasing loses."""
 
   codes: Any  # float8_e4m3fn (rows, k)
   row_scales: Any  # float32 (rows,), powers of two
-  wild: Any  # int32 (rows,), 0 or 1
 
 
 def exact_operand(
@@ -130,13 +121,13 @@ def exact_operand(
 
 
 def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG) -> Fp8Operand:
-  """Quantizes rows of `a` to e4m3 codes under one power of two a row, where that is possible.
+  """Quantizes rows of `a` to e4m3 codes under one power of two a row: rebased.
 
-  With e_g the groups' exponents (section 2 of the specification) and E their maximum in the
-  row, a row whose groups all have E - e_g <= MAX_SHIFT has its codes shifted down by 2**(e_g -
-  E), to nearest even: exact until a code leaves e4m3's normal range. Groups of zeros do not
-  count, nor do groups with a NaN or an infinity, whose codes are NaN. A row is wild as well where
-  E is beyond what `codes.is_beyond` allows.
+  With e_g the groups' exponents (section 2 of the specification) and E their maximum in the row,
+  codes are multiplied by 2**(e_g - E) and rounded to e4m3, to nearest even. That is exact down to
+  e4m3's normal range, 2**-6; below, an element is off by up to 2**-10, and one below 2**-10 becomes
+  zero, all in units of 2**(E - 127), of which the row's largest element has 224 to 448. Groups with
+  a NaN or an infinity become NaN and do not count for E.
 
   Args:
     a: float32, float16 or bfloat16, (rows, k).
@@ -155,16 +146,18 @@ def fp8_operand(a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG
     out_type=(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
-      jax.ShapeDtypeStruct((rows,), jnp.int32),
     ),
   )
-  codes, row_scales, wild = run(grouped)
-  return Fp8Operand(fp8_codes(codes, a.shape), row_scales, wild)
+  codes, row_scales = run(grouped)
+  return Fp8Operand(fp8_codes(codes, a.shape), row_scales)
 
 
 def fp8_groups(a: jax.Array, fmt: Format) -> tuple[jax.Array, View]:
   """Rows (rows, k) as `fp8_row` takes them, (rows, groups, lanes, vector), zeros behind."""
-  view = View(fmt.group_size // _FP8_VECTOR, _FP8_VECTOR)
+  groups = a.shape[1] // fmt.group_size
+  # A thread has at least two elements: conversions go in pairs.
+  vector = min(_FP8_VECTOR, max(2, 1 << (groups.bit_length() - 1) >> 2))
+  view = View(fmt.group_size // vector, vector)
   return pad(a.reshape(a.shape[0], -1, *view.minor), 1, view.tile), view
 
 
@@ -225,7 +218,6 @@ def fp8_row(
   a_ref: Any,  # (rows, groups, lanes, vector)
   codes_ref: Any,  # the same
   row_scales_ref: Any,  # (rows,)
-  wild_ref: Any,  # (rows,)
   *,
   fmt: Format,
   view: View,
@@ -239,31 +231,23 @@ def fp8_row(
   def load(start: Any, size: int) -> jax.Array:
     return load_gmem(a_row.at[pl.ds(start, size)], view.layout)
 
-  def find(a: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    amax_bits = jnp.max(thread_amax_bits(a, view), axis=-1)
-    return amax_bits, extremes_of(amax_bits, _rounding.INFINITY_BITS)
+  def amax_bits_of(a: jax.Array) -> jax.Array:
+    return jnp.max(thread_amax_bits(a, view), axis=-1)
 
-  def write_row(highest: jax.Array, inverse_lowest: jax.Array) -> jax.Array:
-    top = exponents_of(highest, fmt)
+  def write_row(largest: jax.Array) -> jax.Array:
+    top = exponents_of(largest, fmt)
     row_scales_ref[pl.ds(row, 1)] = power(jnp.full((1,), top))
-    bottom = exponents_of(lowest_of(inverse_lowest), fmt)
-    wild_ref[row] = ((top - bottom > MAX_SHIFT) | is_beyond(top)).astype(jnp.int32)
     return top
 
   def write(start: Any, a: jax.Array, amax_bits: jax.Array, top: jax.Array) -> None:
-    codes = shifted_codes(a.astype(jnp.float32), amax_bits, top, fmt)
-    codes_row[pl.ds(start, a.shape[0])] = codes
+    codes = rebased_codes(a.astype(jnp.float32), amax_bits, top, fmt)
+    store_gmem(codes_row.at[pl.ds(start, a.shape[0])], codes)
 
   if row_bytes <= config.resident_bytes:
     chunks = _whole_and_rest(groups, view.tile)
     loaded = [load(start, size) for start, size in chunks]
-    amax_bits, extremes = zip(*map(find, loaded), strict=True)
-    top = write_row(
-      *(
-        functools.reduce(jnp.maximum, [jnp.max(a) for a in each])
-        for each in zip(*extremes, strict=True)
-      )
-    )
+    amax_bits = [amax_bits_of(a) for a in loaded]
+    top = write_row(functools.reduce(jnp.maximum, (jnp.max(finite_bits(b)) for b in amax_bits)))
     for (start, _), a, bits in zip(chunks, loaded, amax_bits, strict=True):
       write(start, a, bits, top)
     return
@@ -274,18 +258,15 @@ def fp8_row(
   def start_of(step: jax.Array) -> jax.Array:
     return jnp.minimum(step * size, groups - size)
 
-  def find_step(
-    step: jax.Array, so_far: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, jax.Array]:
-    _, (highest, inverse_lowest) = find(load(start_of(step), size))
-    return jnp.maximum(so_far[0], highest), jnp.maximum(so_far[1], inverse_lowest)
+  def find_step(step: jax.Array, so_far: jax.Array) -> jax.Array:
+    return jnp.maximum(so_far, finite_bits(amax_bits_of(load(start_of(step), size))))
 
-  nothing = no_extremes(size, view.reduced(1))
-  top = write_row(*map(jnp.max, lax.fori_loop(0, steps, find_step, nothing)))
+  nothing = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), view.reduced(1))
+  top = write_row(jnp.max(lax.fori_loop(0, steps, find_step, nothing)))
 
   def write_step(step: jax.Array, _: None) -> None:
     a = load(start_of(step), size)
-    write(start_of(step), a, find(a)[0], top)
+    write(start_of(step), a, amax_bits_of(a), top)
 
   lax.fori_loop(0, steps, write_step, None)
 
@@ -296,14 +277,11 @@ def _whole_and_rest(groups: int, tile: int) -> list[tuple[int, int]]:
   return [(0, whole)] + ([(groups - tile, tile)] if groups > whole else [])
 
 
-def shifted_codes(a: jax.Array, amax_bits: jax.Array, top: jax.Array, fmt: Format) -> jax.Array:
-  """e4m3 codes on the row's exponent `top`, at most MAX_SHIFT above those of its groups."""
+def rebased_codes(a: jax.Array, amax_bits: jax.Array, top: jax.Array, fmt: Format) -> jax.Array:
+  """e4m3 codes on the row's exponent `top`, the largest of those of its groups."""
   exponents = exponents_of(amax_bits, fmt)
   finite = amax_bits < _rounding.INFINITY_BITS
   factor = jnp.where(finite, inverse_power(exponents), jnp.float32(np.nan))
   codes = (a * per_group(factor, a)).astype(E4M3)
-  # float16 holds every code times 2**-MAX_SHIFT, and converts from and to e4m3 in pairs. 15 is its
-  # bias. Of NaN codes the power may be anything; of zeros it must be finite.
-  shift_bits = jnp.maximum(exponents - (top - 15), 15 - MAX_SHIFT) << 10
-  shift = lax.bitcast_convert_type(shift_bits.astype(jnp.int16), jnp.float16)
-  return (codes.astype(jnp.float16) * per_group(shift, a)).astype(E4M3)
+  rebasing = lax.bitcast_convert_type(rebasing_bits(top - exponents).astype(jnp.int16), jnp.float16)
+  return (codes.astype(jnp.float16) * per_group(rebasing, a)).astype(E4M3)

@@ -3,8 +3,7 @@
     CTA 0 .. m - 1   a row of x            `operands.fp8_row`
     CTA m ..         some rows of scales   `lowered_scales.lower_rows`
 
-Each alone is over in a few microseconds, which a launch costs too. What is wild of both is in one
-array, a number for each CTA: few enough for a warpgroup to go through (`tiles.any_of`).
+Each alone is over in a few microseconds, which a launch costs too.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jaxqq._kernels.operands import check_fp8, fp8_codes, fp8_groups, fp8_row
 
 def packed_fp8_operands(
   x: jax.Array, scales: jax.Array, fmt: Format
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """`fp8_operand` of x, and w's scales lowered.
 
   Args:
@@ -38,7 +37,6 @@ def packed_fp8_operands(
     row_scales: float32 (m,), of x.
     downs: uint8 (n, groups), as `lower_rows` writes them.
     row_scales: float32 (n,), of w.
-    wild: int32 (steps,), m of rows of x, then one for each `rows_a_step` rows of w.
   """
   check_fp8(fmt)
   m, n = x.shape[0], scales.shape[0]
@@ -56,21 +54,19 @@ def packed_fp8_operands(
     x_scales_ref: Any,
     downs_ref: Any,
     w_scales_ref: Any,
-    wild_ref: Any,
   ) -> None:
     step = lax.axis_index("step")
 
     @pl.when(step < m)
     def _x() -> None:
-      of_x = (x_ref, codes_ref, x_scales_ref, wild_ref)
+      of_x = (x_ref, codes_ref, x_scales_ref)
       fp8_row(step, *of_x, fmt=fmt, view=x_view, config=DEFAULT_CONFIG)
 
     @pl.when(step >= m)
     def _w() -> None:
       # The last step starts early enough to be a whole one.
       here = pl.ds(jnp.minimum((step - m) * block, rows - block), block)
-      of_w = (scales_ref, downs_ref, w_scales_ref, wild_ref)
-      lowered_scales.lower_rows(here, *of_w, step, view=w_view)
+      lowered_scales.lower_rows(here, scales_ref, downs_ref, w_scales_ref, view=w_view)
 
   run = make_kernel(
     kernel,
@@ -80,10 +76,9 @@ def packed_fp8_operands(
       jax.ShapeDtypeStruct((m,), jnp.float32),
       jax.ShapeDtypeStruct(vectors.shape, jnp.uint8),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
-      jax.ShapeDtypeStruct((steps,), jnp.int32),
     ),
     kernel_name="jaxqq_packed_fp8_operands",
   )
-  codes, x_scales, downs, w_scales, wild = run(grouped, vectors)
+  codes, x_scales, downs, w_scales = run(grouped, vectors)
   downs = downs[:n].reshape(scales.shape)
-  return fp8_codes(codes, x.shape), x_scales, downs, w_scales[:n], wild
+  return fp8_codes(codes, x.shape), x_scales, downs, w_scales[:n]

@@ -20,8 +20,6 @@ Three warpgroups share one CTA, and the CTAs (one a multiprocessor) walk over th
   (one or two) do. The tensor cores then read both operands from there, and every step has a fence.
 - With `split`, as many CTAs (a cluster) have a part of k each of one tile. In the end they exchange
   sums through shared memory, and each adds up and stores its share of the tile's rows.
-- Where operands carry flags, the last CTA's memory warpgroup goes through them when all its loads
-  are under way.
 - The epilogue multiplies by the global scales, or by the scales of both operands' rows, in
   float32, and writes tiles transposed.
 """
@@ -40,9 +38,7 @@ from jax.experimental import pallas as pl
 from jaxqq._kernels import cluster_sums, expand, tensor_cores
 from jaxqq._kernels.tiles import (
   COMPUTE_WARPGROUPS,
-  LEAST_FLAGS,
   Grid,
-  any_of,
   batch_of,
   compiler_params,
   keep_full,
@@ -86,12 +82,8 @@ def packed_matmul(
   out_dtype: Any,
   config: Config,
   interpret: Any = None,
-  flags: jax.Array | None = None,  # int32
 ) -> Any:
-  """(b, m, n): the sums times both factors, or times the scales of x's and of w's rows.
-
-  With `flags`, also bool (1,), whether one is above 0: XLA would have a kernel of its own for that.
-  """
+  """(b, m, n): the sums times both factors, or times the scales of x's and of w's rows."""
   m, n, k = x.shape[1], words.shape[1], x.shape[2]
   batch = max(x.shape[0], words.shape[0])
   step_k, step_words, groups = expansion.step_k, expansion.words, expansion.groups
@@ -105,7 +97,7 @@ def packed_matmul(
   # Only 16 bit matrices can be transposed on their way to shared memory.
   transposed = jnp.dtype(out_dtype).itemsize != 2
   # No stored tile may lie past the end of an axis of one tile: the copy engine drops such an axis.
-  out_shape = (
+  stored = (
     rounded_up(m, STORE) if transposed or m < STORE else rounded_up(m, 8),
     rounded_up(n, BLOCK_N),
   )
@@ -114,10 +106,7 @@ def packed_matmul(
     x_g, words_g, scales_g, factors_g, *rest = refs
     of_x: Any = rest.pop(0) if has_row_scales else None
     of_w: Any = rest.pop(0) if has_row_scales else None
-    flags_g: Any = rest.pop(0) if flags is not None else None
-    out_g, *rest = rest
-    any_g: Any = rest.pop(0) if flags is not None else None
-    x_s, words_s, out_s, *rest = rest
+    out_g, x_s, words_s, out_s, *rest = rest
     a_s: Any = rest.pop(0) if interpret else None
     sent: Any = rest.pop(0) if split > 1 else None
     full, empty = rest
@@ -144,15 +133,9 @@ def packed_matmul(
         full.at[slot],
       )
 
-    def find_any() -> None:
-      @pl.when(lax.axis_index("cta") == num_ctas - 1)  # it has the fewest tiles
-      def _() -> None:
-        any_g[0] = any_of(flags_g)
-
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _memory() -> None:
-      at_end = None if flags is None else find_any
-      keep_full(load, empty, own_tiles, k_steps, tile_of, at_end=at_end)
+      keep_full(load, empty, own_tiles, k_steps, tile_of)
       if split > 1:
         cluster_sums.meet()
         cluster_sums.meet()
@@ -316,13 +299,10 @@ def packed_matmul(
     plgpu.Barrier(num_barriers=stages, num_arrivals=2),
     plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
   ]
-  out_types = (
-    jax.ShapeDtypeStruct((batch, *(out_shape[::-1] if transposed else out_shape)), out_dtype),
-    jax.ShapeDtypeStruct((1,), jnp.bool_),
-  )
+  out_shape = (batch, *(stored[::-1] if transposed else stored))
   run = plgpu.kernel(
     kernel,
-    out_type=out_types if flags is not None else out_types[:1],
+    out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
     grid=(num_ctas,),
     grid_names=("cta",),
     cluster=(split,) if split > 1 else (),
@@ -339,9 +319,5 @@ def packed_matmul(
   operands.append(factors)
   if row_scales is not None:
     operands += [padded(row_scales[0], rows), padded(row_scales[1], columns)]
-  if flags is not None:
-    missing = LEAST_FLAGS - flags.size
-    operands.append(jnp.pad(flags, (0, missing)) if missing > 0 else flags)
-  out, *found = run(*operands)
-  out = (jnp.swapaxes(out, 1, 2) if transposed else out)[:, :m, :n]
-  return (out, *found) if found else out
+  out = run(*operands)
+  return (jnp.swapaxes(out, 1, 2) if transposed else out)[:, :m, :n]

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq import _compat
-from jaxqq._kernels.groups import ONE_EACH, WARP, WARPS
+from jaxqq._kernels.powers import halves_of_power
 
 COMPUTE_WARPGROUPS = 2
 _ASSUMED_SMS = 132  # of an H100 SXM or H200; an H100 PCIe has 114, an H20 78
@@ -67,7 +67,6 @@ def keep_full(
   own_tiles: Any,
   k_steps: int,
   tile_of: Callable[[Any], Any],
-  at_end: Callable[[], None] | None = None,  # when all loads are under way
 ) -> None:
   """What the memory warpgroup does: loads every step of every tile, once its place is free."""
   plgpu.set_max_registers(40, action="decrease")
@@ -87,8 +86,6 @@ def keep_full(
     tile = tile_of(t)
     pl.loop(0, k_steps)(lambda ki: load_when_free(t * k_steps + ki, ki, tile))
 
-  if at_end is not None:
-    at_end()
   total = own_tiles * k_steps
 
   # The last readers: no barrier is left half way.
@@ -119,22 +116,6 @@ def compiler_params() -> plgpu.CompilerParams:
   )
 
 
-LEAST_FLAGS = WARPS * WARP
-
-
-def any_of(flags: Any) -> Any:
-  """Whether one of the numbers, int32 in memory and at least LEAST_FLAGS, is above 0."""
-  (n,) = flags.shape
-  size = min(512, n // LEAST_FLAGS * LEAST_FLAGS)
-
-  def add(i: Any, so_far: Any) -> Any:
-    some = flags.at[pl.ds(jnp.minimum(i * size, n - size), size)]
-    return jnp.maximum(so_far, plgpu.load(some, layout=ONE_EACH, optimized=False))
-
-  nothing = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), ONE_EACH)
-  return jnp.max(lax.fori_loop(0, pl.cdiv(n, size), add, nothing)) > 0
-
-
 def load_row_scales(ref: Any, *, of_rows: bool) -> Any:
   """Scales of an operand's rows, which are a tile's rows or its columns, where its sums are."""
   layout = plgpu.Layout.WGMMA.reduce(1 if of_rows else 0)
@@ -142,9 +123,15 @@ def load_row_scales(ref: Any, *, of_rows: bool) -> Any:
 
 
 def scaled(a: Any, of_rows: Any, of_columns: Any) -> Any:
-  """a times the scales of its rows, then of its columns."""
-  a = a * lax.broadcast_in_dim(of_rows, a.shape, (0,))
-  return a * lax.broadcast_in_dim(of_columns, a.shape, (1,))
+  """a times the scales of its rows and of its columns, powers of two from 2**-127 to 2**127.
+
+  Those of rows in two halves, one before those of columns: no product leaves float32's range unless
+  the last one does, since |a| is zero or from 2**-18, two of e4m3's smallest codes, to 2**50.
+  """
+  first, second = halves_of_power(of_rows)
+  a = a * lax.broadcast_in_dim(first, a.shape, (0,))
+  a = a * lax.broadcast_in_dim(of_columns, a.shape, (1,))
+  return a * lax.broadcast_in_dim(second, a.shape, (0,))
 
 
 def rounded_up(size: int, multiple: int) -> int:

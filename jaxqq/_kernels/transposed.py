@@ -28,16 +28,13 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
-from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.codes import (
   E4M3,
   amax_bits_of,
   codes_of,
   exponents_of,
-  extremes_of,
-  is_beyond,
-  lowest_of,
+  finite_bits,
   power,
   scalar_of,
   scalars_of,
@@ -57,11 +54,10 @@ from jaxqq._kernels.groups import (
   store_gmem,
 )
 from jaxqq._kernels.operands import (
-  MAX_SHIFT,
   Fp8Operand,
   check_dtype,
   check_fp8,
-  shifted_codes,
+  rebased_codes,
 )
 from jaxqq._kernels.tiles import tile_transforms
 
@@ -130,27 +126,20 @@ def quantize_transpose(
 def fp8_operand_of_transpose(a: jax.Array, fmt: Format) -> Fp8Operand:
   """`fp8_operand` of the transpose of `a`, which is read twice: (k, rows).
 
-  One kernel finds the extremes of each row's exponents within each tile. A second one, knowing
-  the rows, writes the codes.
+  One kernel finds the largest exponent of each row within each tile. A second one, knowing those
+  of the rows, writes the codes.
   """
   check_fp8(fmt)
   k, rows = a.shape
-  (found,) = _by_tiles(
-    functools.partial(_extremes_kernel, fmt=fmt),
-    a,
-    (),
-    direct=_unsigned(2),
-  )
-  found = _bytes_of(found)  # (rows, tiles, 2)
-  top, depth = (jnp.max(found[:, :, i], axis=1).astype(jnp.int32) for i in (0, 1))
-  wild = ((top + depth - 255 > MAX_SHIFT) | is_beyond(top)).astype(jnp.int32)
+  (found,) = _by_tiles(functools.partial(_top_kernel, fmt=fmt), a, (), direct=_unsigned(1))
+  top = jnp.max(found, axis=1).astype(jnp.int32)
   (codes,) = _by_tiles(
     functools.partial(_fp8_kernel, fmt=fmt),
     a,
     (top,),
     staged=jax.ShapeDtypeStruct((TILE_K,), E4M3),
   )
-  return Fp8Operand(codes[:rows, :k], power(top[:rows]), wild[:rows])
+  return Fp8Operand(codes[:rows, :k], power(top[:rows]))
 
 
 # Launching.
@@ -334,16 +323,11 @@ def _quantize_kernel(
   store_gmem(scales_ref.at[here, tile], _joined(scales.byte).astype(scales_ref.dtype))
 
 
-def _extremes_kernel(
-  numbers: jax.Array, tile: Any, here: Any, found_ref: Any, *, fmt: Format
-) -> None:
-  """Bytes, of the groups that count: the largest exponent, and 255 - the smallest; else 0."""
+def _top_kernel(numbers: jax.Array, tile: Any, here: Any, found_ref: Any, *, fmt: Format) -> None:
+  """The largest exponent of the groups that are finite."""
   a, _ = _grouped(numbers, *_group_shape(fmt))
-  found = extremes_of(amax_bits_of(a), _rounding.INFINITY_BITS)
-  highest, inverse_lowest = (jnp.max(each, axis=-1) for each in found)
-  depth = jnp.where(highest > 0, 255 - exponents_of(lowest_of(inverse_lowest), fmt), 0)
-  joined = exponents_of(highest, fmt) | (depth << 8)
-  store_gmem(found_ref.at[here, tile], joined.astype(found_ref.dtype))
+  top = exponents_of(jnp.max(finite_bits(amax_bits_of(a)), axis=-1), fmt)
+  store_gmem(found_ref.at[here, tile], top.astype(found_ref.dtype))
 
 
 def _fp8_kernel(
@@ -359,5 +343,5 @@ def _fp8_kernel(
   a, layout = _grouped(numbers, *_group_shape(fmt))
   amax_bits = amax_bits_of(a)
   top = load_gmem(top_ref.at[here], layout.reduce((1, 2, 3)))
-  codes = shifted_codes(a, amax_bits, per_group(top, amax_bits), fmt)
+  codes = rebased_codes(a, amax_bits, per_group(top, amax_bits), fmt)
   staging_ref[...] = regrouped(codes, layout, (TILE_ROWS, TILE_K), _staged_layout(TILE_K, VECTOR))

@@ -22,7 +22,6 @@ if jax.__version_info__ >= (0, 11):
     codes,
     few_rows,
     few_rows_config,
-    hopper,
     matmul,
     operands,
     packed_matmul,
@@ -83,7 +82,5 @@ def interpreted(*, ctas: int = 2) -> Iterator[None]:
     put(operands, "_stage", stage_in_slices)
     put(transposed, "regrouped", transposed.regrouped_twin)
     put(slabs, "as_codes", slabs.as_codes_twin)
-    if hasattr(hopper, "FP8_MIN_K"):  # small k, as large k has it
-      put(hopper, "FP8_MIN_K", 0)
     stack.enter_context(plgpu.force_gpu_interpret_mode(params))
     yield
