@@ -416,3 +416,25 @@ def test_the_extra_that_is_missing_is_named(monkeypatch, tmp_path):
   monkeypatch.setattr(bench, "tqdm", None)
   with pytest.raises(SystemExit, match=r"tqdm .*pip install 'jaxqq\[bench\]'"):
     bench.main(["--suite", "tiny"])
+
+
+def test_accuracy(tmp_path, capsys):
+  """Kept results print the same table; the errors on a CPU are those of rounding alone."""
+  from jaxqq.bench import accuracy
+
+  path = tmp_path / "accuracy.json"
+  arguments = ["--modes", "mxfp8", "--dtypes", "bfloat16", "--k", "32", "128", "--json", str(path)]
+  rows = accuracy.main(arguments)
+  printed = capsys.readouterr().out
+  assert accuracy.main(["--show", str(path)]) == rows and capsys.readouterr().out == printed
+  assert {row["kind"] for row in rows} == set(accuracy.KINDS)
+  for row in rows:
+    assert all(1e-3 < error < 2e-3 for error in row["errors"].values()), row
+
+
+def test_accuracy_refuses_what_is_no_multiple(capsys):
+  from jaxqq.bench import accuracy
+
+  with pytest.raises(SystemExit):
+    accuracy.main(["--k", "48"])
+  assert "--k must be multiples of 32" in capsys.readouterr().err
