@@ -1,7 +1,6 @@
 """Products drawn from a seed, each element by its bound: `-m gpu` compiled, elsewhere by XLA.
 
 JAXQQ_SEED and JAXQQ_PRODUCTS choose which and how many; JAXQQ_GRADIENTS how many of those.
-Thousands at a time, in several processes: `python -m tests.support.products`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from tests.support import gradients, products
 from tests.support.cases import DRAWS, Case, Program
 
 SEED = int(os.environ.get("JAXQQ_SEED", "0"))
-PRODUCTS = int(os.environ.get("JAXQQ_PRODUCTS", "304"))
+PRODUCTS = int(os.environ.get("JAXQQ_PRODUCTS", "2000"))
 GRADIENTS = int(os.environ.get("JAXQQ_GRADIENTS", "40"))
 GPU_CHUNK = 5  # seeds a test
 
@@ -37,10 +36,22 @@ def assert_case_is_right(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("seeds", seeds(SEED, PRODUCTS // DRAWS, GPU_CHUNK), ids=str)
-def test_on_a_gpu(seeds):
+def test_thousands_on_a_gpu(tmp_path, capfd):
+  """In several processes, since most of the time is compiling."""
   assert jax.default_backend() == "gpu"
-  assert_right(seeds)
+  assert_workers_find_nothing(tmp_path, capfd, PRODUCTS, min(12, os.cpu_count() or 1))
+
+
+def test_workers_share_the_products(tmp_path, capfd):
+  assert_workers_find_nothing(tmp_path, capfd, 5, 2, "--small")
+
+
+def assert_workers_find_nothing(tmp_path, capfd, count, workers, *how):
+  out = tmp_path / "found.jsonl"
+  args = ["--seed", SEED, "--products", count, "--workers", workers, "--out", out, *how]
+  failed = products.main(list(map(str, args)))
+  told = capfd.readouterr().out
+  assert not failed and f"{count} products, 0 failures" in told, told
 
 
 @pytest.mark.parametrize("seeds", seeds(SEED, 20, 5), ids=str)

@@ -28,6 +28,7 @@ from tests import oracle
 from tests.support import bounds, cases, data
 from tests.support.cases import Arrays, Case, Program
 
+ROOT = Path(__file__).parents[2]
 KERNELS = re.compile(r"jaxqq_[a-z_0-9]+?(?=_mosaic_gpu|_\d+\b|\b)")
 
 
@@ -208,11 +209,11 @@ def start_workers(args: argparse.Namespace) -> None:
   threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
   env = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", **dict.fromkeys(threads, "1"))
   env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.8 / args.workers:.3f}"
-  command = [sys.executable, "-m", "tests.support.products", "--out", str(args.out)]
+  command = [sys.executable, "-m", "tests.support.products", "--out", str(args.out.resolve())]
   command += ["--seed", str(args.seed), "--products", str(args.products)]
   command += ["--seconds", str(args.seconds), *(["--small"] if args.small else [])]
   shares = ([*command, "--share", str(i), str(args.workers)] for i in range(args.workers))
-  workers = [subprocess.Popen(share, env=env) for share in shares]
+  workers = [subprocess.Popen(share, env=env, cwd=ROOT) for share in shares]
   for i, worker in enumerate(workers):
     if code := worker.wait():
       print(f"worker {i} ended with {code}")
