@@ -87,9 +87,9 @@ class TestChoice:
 
   def test_how_many_multiprocessors(self, monkeypatch):
     """The device's own decide on tiles; with none at hand it says so."""
-    assert "for 132 SMs (assumed: there is no GPU here)" in of(64, 512, 4096, "mxfp8", True)
+    assert "for 132 SMs (assumed: no device at hand says so)" in of(64, 512, 4096, "mxfp8", True)
     text = of(256, 8192, 8192, "nvfp4", True)
-    assert "split=2" in text and "for 132 SMs (assumed: there is no GPU here)" in text
+    assert "split=2" in text and "for 132 SMs (assumed: no device at hand says so)" in text
     monkeypatch.setattr(_compat, "cuda_sm_count", lambda: 78)  # of an H20
     text = of(256, 8192, 8192, "nvfp4", True)
     assert "split=1" in text and "for 78 SMs" in text and "assumed" not in text

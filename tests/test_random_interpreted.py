@@ -63,6 +63,25 @@ def test_few_rows(mode, sizes, packed):
   check(Program(mode, *sizes, packed=packed), "hopper_few_rows")
 
 
+# Scales of x and w as powers of two, whose product float32 holds, and not with any sum before it.
+EXTREMES = ((41, 41), (-41, -41), (100, -110), (-110, 100), (-6, 119), (119, -6), (119, -13))
+
+
+@pytest.mark.parametrize("sizes", [(70, 40, 128), (8, 64, 512), (40, 64, 1024)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_scales_near_the_ends_of_the_range(mode, packed, sizes):
+  program = Program(mode, *sizes, packed=packed, global_scales=mode == "nvfp4")
+  cases = [Case(program, "constant", "constant", *e) for e in EXTREMES]
+  cases += [Case(program, "rows apart", "normal", *e) for e in EXTREMES[:2]]
+  with interpreted():
+    compiled = products.compiled(program, products.cases.arrays_of(cases[0]).args)
+    assert compiled.implementation != "xla"
+    results = [products.run(case, compiled, twice=False) for case in cases]
+  failed = [f"{r['wrong']}\n  {r['case']}" for r in results if r["wrong"]]
+  assert not failed, "\n".join(failed)
+
+
 @pytest.mark.parametrize("seed", range(SEED, SEED + PROGRAMS))
 def test_random(seed):
   with interpreted():

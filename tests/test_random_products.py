@@ -5,11 +5,14 @@ JAXQQ_SEED and JAXQQ_PRODUCTS choose which and how many; JAXQQ_GRADIENTS how man
 
 from __future__ import annotations
 
+import functools
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import jaxqq
 from tests.support import gradients, products
 from tests.support.cases import DRAWS, Case, Program
 
@@ -98,18 +101,52 @@ FEW_ROWS = [
   for m, n in ((1, 64), (5, 200), (17, 64), (64, 70))
   for k in (512, 1024, 8192)
 ]
-# Packed w expanded a slab at a time; transposes and clusters are those of the gradients and of k.
+# Packed w expanded a slab at a time, and tiles that two CTAs share; transposes are the gradients'.
 SLABS = [Program("mxfp8", 3100, n, k, packed=True) for n, k in ((128, 128), (256, 320))]
-KINDS = (("normal", "groups within reach"), ("outliers", "heavy tails"))
-EVERY = MANY_ROWS + FEW_ROWS + SLABS
+SHARED = [Program(mode, 256, 128, 8192, packed=True) for mode in ("nvfp4", "mxfp8")]
+KINDS = (
+  ("normal", "groups within reach"),
+  ("outliers", "heavy tails"),
+  ("positive", "positive outliers"),
+  ("groups far apart", "groups far apart"),
+)
+EVERY = MANY_ROWS + FEW_ROWS + SLABS + SHARED
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("programs", [EVERY[i : i + 8] for i in range(0, len(EVERY), 8)], ids=str)
 def test_every_kernel_on_a_gpu(programs):
   for program in programs:
-    for i, (x, w) in enumerate(KINDS):
+    for i, (x, w) in enumerate(KINDS[: 2 if program in MANY_ROWS else None]):
       assert_case_is_right(Case(program, x, w, seed=i))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
+def test_every_kernel_is_among_them():
+  """With each of its ways, as `explain` tells them."""
+  told = " ".join(map(explained, EVERY))
+  implementations = ("16 bit tensor cores", "fp8 tensor cores", "a kernel that streams w")
+  for word in (*(f"computed by {name}" for name in implementations), "a slab at a time"):
+    assert word in told
+  for word in ("promote=True", "promote=False", "Columns(", *(f"warpgroups={i}" for i in (2, 4))):
+    assert word in told
+  for name, splits in zip(implementations, ((1, 2), (1, 2), (1, 2, 4)), strict=True):
+    of_it = " ".join(text for text in map(explained, EVERY) if f"computed by {name}" in text)
+    assert all(f"split={split}" in of_it for split in splits), name
+  for block in (64, 128, 256):
+    assert f"block_m={block}" in told
+
+
+@functools.cache
+def explained(program):
+  """Of a Hopper GPU."""
+  m, n, k = program.m, program.n, program.k
+  w = [jax.ShapeDtypeStruct((n, k), program.w_dtype)]
+  if program.packed:
+    w = jax.eval_shape(lambda: jaxqq.quantize(jnp.zeros((n, k)), mode=program.mode))
+  x = jax.ShapeDtypeStruct((m, k), program.x_dtype)
+  precision = jax.lax.Precision.HIGHEST if program.highest else None
+  return jaxqq.explain(x, *w, mode=program.mode, precision=precision, device="cuda")
 
 
 # What was found wrong on a GPU, at 45f7063.
@@ -135,7 +172,7 @@ ONE_STEP += [
   one_step("nvfp4", 16, 40, 72, "bfloat16", highest=True, x_batch=(2, 3)),
 ]
 
-# Sums in fp8, so many times 2**-8 |exact| + 2**-12 mag, the bound without a term for fp8.
+# Sums in fp8, so many times 2**-8 |exact| + 2**-12 mag: what the bound has a term for now.
 BEYOND = [
   # 6.1
   Case(Program("mxfp8", 128, 333, 4096, "float16"), "heavy tails", "heavy tails"),

@@ -158,7 +158,7 @@ def _sms() -> str:
   from jaxqq._kernels.tiles import num_sms
 
   known = _compat.cuda_sm_count() is not None
-  return f", for {num_sms()} SMs" + ("" if known else " (assumed: there is no GPU here)")
+  return f", for {num_sms()} SMs" + ("" if known else " (assumed: no device at hand says so)")
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (

@@ -104,7 +104,8 @@ def scales_of(
     byte = exponents_of(amax_bits, fmt)
     factor, scale, blank = inverse_power(byte), power(byte), nan
   else:
-    if global_scale is not None and enc is not None:
+    if global_scale is not None:
+      assert enc is not None
       nan = nan | (jnp.full(nan.shape, enc, jnp.float32) != enc)
       of_zeros = jnp.full(nan.shape, global_scale, jnp.float32) == 0
       nan = nan | (of_zeros & (amax_bits >= _RAISED_NORMAL_BITS))

@@ -36,8 +36,9 @@ from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
 from jaxqq._kernels import apart, cluster_sums, expand, quantized_tile, tensor_cores
+from jaxqq._kernels.codes import amax_or_nan
 from jaxqq._kernels.few_rows_config import BLOCK_N, Chunk, Config
-from jaxqq._kernels.powers import halves_of_amax, halves_of_powers
+from jaxqq._kernels.powers import factors_of_powers, factors_of_product
 from jaxqq._kernels.quantized_rows import CHUNK_K, QuantizedRows
 from jaxqq._kernels.store_columns import store_columns
 from jaxqq._kernels.tiles import (
@@ -63,7 +64,7 @@ def few_rows(
   x_scales: jax.Array | None,  # of e4m3 numbers: float32 (b or 1, k / chunk.k, .., ..)
   w: jax.Array,  # uint32 (b or 1, n, k * bits / 32); or (b or 1, n, k) of 16 bit floats
   scales: jax.Array | None,  # uint8 (b or 1, n, k / group_size); or None
-  factors: tuple[jax.Array, ...],  # float32 (1,), each the amax of a tensor
+  factors: tuple[jax.Array, ...],  # float32 (1,), the amax of x and that of w; or nothing
   m: int,  # rows of x that count: what others hold reaches no result
   *,
   chunk: Chunk,
@@ -178,9 +179,9 @@ def few_rows(
         else:
           begun = tensor_cores.begin(a, b, w_transforms, E4M3, parts=_GROUPS)
           products = tensor_cores.finish(begun)
-        halves = halves_of_powers(words_of_step)
+        of_rows = factors_of_powers(words_of_step)
         for i, product in enumerate(products):
-          first, second = (lax.broadcast_in_dim(h[i], product.shape, (0,)) for h in halves)
+          first, second = (lax.broadcast_in_dim(f[i], product.shape, (0,)) for f in of_rows)
           product = product * first * scales_of_x(slot, step * _GROUPS + i, 0)
           sums += product * second
       return sums
@@ -289,9 +290,9 @@ def few_rows(
       if columns is not None:
         sums = (apart.collapse_twin if interpret else apart.collapse)(sums, columns)
       out = sums * np.float32(unit)
-      halves = [halves_of_amax(factor[0]) for factor in factors_g]
-      for factor in [each[i] for i in range(2) for each in halves]:
-        out = out * factor
+      if factors_g:
+        first, second = factors_of_product(*(amax_or_nan(factor[0]) for factor in factors_g))
+        out = out * first * second
       out = out.astype(out_dtype)
       layout = plgpu.Layout.WGMMA if columns is None else apart.WORDS_LAYOUT
       store_columns(out, layout, out_g.at[b], ni * BLOCK_N, m, n, bool(interpret))

@@ -52,7 +52,7 @@ from jaxqq._kernels.groups import (
 
 # Elements that a thread of `fp8_operand` holds side by side, 16 bytes of codes: two threads share a
 # group, and compute its factors twice. With four, that was a third of all instructions. Of shorter
-# rows a thread holds fewer, so that none has to be padded.
+# rows a thread holds fewer, so that only those of less than 256 are padded.
 _FP8_VECTOR = 16
 
 _MATRIX = (8, 8)  # how the 64 elements lie that `interleave` permutes among themselves

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq import _compat
-from jaxqq._kernels.powers import halves_of_power
+from jaxqq._kernels.powers import factors_of_power
 
 COMPUTE_WARPGROUPS = 2
 _ASSUMED_SMS = 132  # of an H100 SXM or H200; an H100 PCIe has 114, an H20 78
@@ -125,10 +125,10 @@ def load_row_scales(ref: Any, *, of_rows: bool) -> Any:
 def scaled(a: Any, of_rows: Any, of_columns: Any) -> Any:
   """a times the scales of its rows and of its columns, powers of two from 2**-127 to 2**127.
 
-  Those of rows in two halves, one before those of columns: no product leaves float32's range unless
-  the last one does, since |a| is zero or from 2**-18, two of e4m3's smallest codes, to 2**50.
+  Those of rows as two factors, one before those of columns: no product leaves float32's range
+  unless the last one does, since |a| is 0 or from 2**-18, two of e4m3's smallest codes, to 2**50.
   """
-  first, second = halves_of_power(of_rows)
+  first, second = factors_of_power(of_rows)
   a = a * lax.broadcast_in_dim(first, a.shape, (0,))
   a = a * lax.broadcast_in_dim(of_columns, a.shape, (1,))
   return a * lax.broadcast_in_dim(second, a.shape, (0,))

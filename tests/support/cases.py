@@ -219,6 +219,11 @@ def _exponents(rng: np.random.Generator, program: Program) -> tuple[int, int]:
   little = [int(e) for e in rng.integers(-4, 5, 2)]
   if "float16" in (program.x_dtype, program.w_dtype):
     return (-12, 4) if rng.random() < 0.1 else (little[0], little[1])
+  if rng.random() < 0.08 and (program.mode == "mxfp8" or program.global_scales):
+    # Anywhere, so that the result is in range: what is multiplied first may leave it.
+    first = int(rng.integers(-110, 119))
+    second = int(rng.integers(max(-110, -110 - first), min(118, 100 - first) + 1))
+    return (first, second) if rng.random() < 0.5 else (second, first)
   kind = rng.random()
   if program.mode == "nvfp4" and not program.global_scales:  # e4m3 scales, and those alone
     return (int(rng.integers(-14, -5)), little[1]) if kind < 0.2 else (little[0], little[1])
