@@ -94,8 +94,8 @@ def dequantize(
   """Turns packed codes and scales back into numbers.
 
   out = code * scale, or code * (scale * (global_scale / 2688)) with a global scale, in float32
-  and then rounded to dtype. Under the NaN scale a whole group is NaN. Of its arguments only
-  the global scale can be differentiated by.
+  and then rounded to dtype. Under the NaN scale a whole group is NaN. Its gradient
+  is zero, the global scale's too.
 
   Args:
     w: uint32, (..., K * bits / 32), as `quantize` packs.
@@ -151,8 +151,9 @@ def checked_quantize(
   fmt = check_format(function, mode, group_size, bits)
   w = as_array(function, "w", w)
   check_dtype(function, "w", w, FLOATS)
-  if axis not in (-1, -2):
+  if not isinstance(axis, (int, np.integer)) or axis not in (-1, -2):
     raise ValueError(f"{function}: axis must be -1 or -2, counted from the last, got {axis!r}.")
+  axis = int(axis)
   if axis == -2 and len(w.shape) < 2:
     raise ValueError(
       f"{function}: w has no axis -2 to quantize along, got {describe(w)}; leave axis out."

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
@@ -25,7 +24,6 @@ from jaxqq._convert_split import Function, Shapes, out_avals, over_explicit_axes
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
-from jaxqq._reference import with_ndim
 
 quantize_p = Primitive("quantize")
 dequantize_p = Primitive("dequantize")
@@ -96,38 +94,15 @@ def _split(ctx: Any, function: Function, shapes: Shapes, label: str) -> Callable
 # Derivatives
 
 
-def _quantize_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-  """Codes and scales are integers: nothing is differentiable."""
+def _jvp(primals: Any, tangents: Any, *, primitive: Primitive, **params: Any) -> Any:
+  """Codes are integers, and of global scales the gradient is zero, as in a product."""
   del tangents
-  results = quantize_p.bind(*primals, **params)
+  results = primitive.bind(*primals, **params)
   return results, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in results]
-
-
-def _dequantize_jvp(
-  primals: Any,
-  tangents: Any,
-  *,
-  operands: tuple[str, ...],
-  mode: str,
-  out_dtype: np.dtype,
-) -> Any:
-  """out = unscaled * (global_scale / 2688) is linear in the global scale, and in nothing else."""
-  bind = functools.partial(dequantize, mode=mode, out_dtype=out_dtype)
-  out = bind(primals, operands)
-  moved = dict(zip(operands, tangents, strict=True)).get("global_scale")
-  if moved is None or isinstance(moved, ad.Zero):
-    return [out], [ad.Zero(jax.typeof(out).to_tangent_aval())]
-  # Exact in any of the dtypes: 6 bits, between 2**-10 and 2688.
-  unscaled = bind(primals[:2], operands[:2]).astype(jnp.float32)
-  factor = (moved / np.float32(FORMATS[mode].largest_value))[..., None, None]
-  ndim = max(unscaled.ndim, factor.ndim)
-  return [out], [(with_ndim(unscaled, ndim) * with_ndim(factor, ndim)).astype(out_dtype)]
 
 
 # Registrations
 
-ad.primitive_jvps[quantize_p] = _quantize_jvp
-ad.primitive_jvps[dequantize_p] = _dequantize_jvp
 quantize_p.def_abstract_eval(_quantize_abstract_eval)
 dequantize_p.def_abstract_eval(_dequantize_abstract_eval)
 
@@ -136,5 +111,6 @@ for primitive, table in (
   (dequantize_p, conversions.DEQUANTIZE),
 ):
   primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+  ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive=primitive)
   batching.primitive_batchers[primitive] = functools.partial(_primitive.batch, primitive)
   _primitive.register_lowering(primitive, functools.partial(_lowering, table=table))

@@ -115,8 +115,10 @@ def to_spec(dims: Sequence[Axes]) -> PartitionSpec:
 
 
 def dims_of_spec(spec: Sequence[Any]) -> list[Axes]:
+  """What is left to XLA, `PartitionSpec.UNCONSTRAINED`, counts as not split."""
+  open_ends = (None, PartitionSpec.UNCONSTRAINED)
   return [
-    () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec
+    () if axes in open_ends else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec
   ]
 
 

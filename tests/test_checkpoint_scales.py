@@ -42,7 +42,7 @@ def loaded(folder, *words):
 
 
 # An amax up to 2688 * TINY is what tools write in place of 0.
-NO_CALIBRATION = [(kind, scalar) for kind in KINDS for scalar in (0.0, np.inf)]
+NO_CALIBRATION = [(kind, scalar) for kind in KINDS for scalar in (0.0, -0.0, np.inf)]
 NO_CALIBRATION += [("modelopt", 1e-40), ("modelopt", TINY / 2688), ("modelopt", TINY)]
 NO_CALIBRATION += [("nvfp4-pack-quantized", 1e38), ("nvfp4-pack-quantized", 1e-37)]
 
@@ -84,9 +84,11 @@ def test_one_warning_for_all(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_calibration_in_the_other_format(kind, tmp_path):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_calibration_in_the_other_format(kind, sign, tmp_path):
   """It is what an amax of 0 is there, and the layer stays one whose activations are quantized."""
-  folder, _ = written(tmp_path / "m", kind, **{INPUT[kind]: OF_ZERO[kind]})
+  scalar = OF_ZERO[kind] or sign * 0.0
+  folder, _ = written(tmp_path / "m", kind, **{INPUT[kind]: scalar})
   other = next(name for name in KINDS if name != kind)
   format = {"modelopt": "modelopt"}.get(other, "compressed-tensors")
   checkpoint.save(tmp_path / "other", loaded(folder), format=format)

@@ -114,44 +114,20 @@ def test_vmap_of_dequantize(mode, in_axes):
 # Derivatives
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_derivative_in_the_global_scale(dtype):
-  (w,) = data((8, 64))
-  scale = amax(w)
-  packed, scales = jaxqq.quantize(w, global_scale=scale)
-
-  def f(scale):
-    return jaxqq.dequantize(packed, scales, global_scale=scale, dtype=dtype)
-
-  unscaled = values_of(packed, scales, "nvfp4")
-  out, tangent = jax.jvp(f, (scale,), (np.float32(3),))
-  np.testing.assert_array_equal(out, f(scale))
-  assert out.dtype == tangent.dtype == np.dtype(dtype)
-  eps = {"float32": 2.0**-22, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
-  np.testing.assert_allclose(np.asarray(tangent, np.float64), unscaled * 3 / 2688, eps, 2.0**-24)
-  g = jnp.asarray(np.sign(unscaled) + 2, dtype)
-  (got,) = jax.vjp(f, scale)[1](g)
-  want = (unscaled * np.asarray(g, np.float64)).sum() / 2688
-  np.testing.assert_allclose(got, want, rtol=max(eps, 1e-5))
-
-
-def test_second_derivative_and_examples_of_the_derivative():
+def test_global_scales_have_gradient_zero():
+  """As in a product: around both conversions the two would cancel, and one alone mislead."""
   (w,) = data((3, 8, 64))
-  scales = amax(w) * np.float32([1, 0.5, 2])
-  quantized = jax.vmap(lambda w, s: jaxqq.quantize(w, global_scale=s))(w, scales)
 
-  def loss(packed, bytes_, s):
-    out = jaxqq.dequantize(packed, bytes_, global_scale=s, dtype=jnp.float32)
-    return jnp.sum(out**2)
+  def there_and_back(w):
+    scale = jnp.max(jnp.abs(w))
+    packed, scales = jaxqq.quantize(w, global_scale=scale)
+    return jaxqq.dequantize(packed, scales, global_scale=scale, dtype=jnp.float32)
 
-  unscaled = values_of(*quantized, "nvfp4") / 2688
-  total = (unscaled**2).sum(axis=(1, 2))
-  first = jax.vmap(jax.grad(loss, argnums=2))(*quantized, scales)
-  np.testing.assert_allclose(first, 2 * scales * total, rtol=1e-5)
-  second = jax.vmap(jax.grad(jax.grad(loss, argnums=2), argnums=2))(*quantized, scales)
-  np.testing.assert_allclose(second, 2 * total, rtol=1e-5)
-  forward = jax.vmap(jax.jacfwd(loss, argnums=2))(*quantized, scales)
-  np.testing.assert_allclose(forward, first, rtol=1e-5)
+  out, tangent = jax.jvp(there_and_back, (w[0],), (w[0],))
+  np.testing.assert_array_equal(out, there_and_back(w[0]))
+  assert not np.asarray(tangent).any()
+  gradient = jax.vmap(jax.grad(lambda w: jnp.sum(there_and_back(w) ** 2)))(w)
+  assert gradient.shape == w.shape and not np.asarray(gradient).any()
 
 
 def test_quantize_has_no_derivative():
@@ -247,15 +223,6 @@ def test_shard_map_eagerly_and_one_operand_that_all_devices_share():
   for specs in ((P("data"), P("data"), P()), (P(), P(), P())):
     mapped = jax.shard_map(f, mesh=mesh_of(), in_specs=specs, out_specs=specs[0])
     assert_dequantized(mapped(packed, scales, scale), packed, scales, "nvfp4", scale)
-
-  def gradient(packed, scales, scale):
-    return jax.grad(lambda s: jnp.sum(f(packed, scales, s)))(scale)
-
-  mapped = jax.shard_map(
-    gradient, mesh=mesh_of(), in_specs=(P("data"), P("data"), P()), out_specs=P()
-  )
-  want = values_of(packed, scales, "nvfp4").sum() / 2688
-  np.testing.assert_allclose(jax.jit(mapped)(packed, scales, scale), want, rtol=1e-4)
 
 
 def test_shard_map_over_some_axes_only():
@@ -540,23 +507,6 @@ def test_some_axes_explicit_and_others_not():
     got = jax.jit(f)(place(w, mesh, P("data", "tensor")))
   assert_quantized(got, w, "nvfp4")
   assert [a.sharding.spec for a in got] == [P("data", "tensor")] * 2
-
-
-@QUICK
-def test_derivative_on_explicit_axes():
-  mesh = mesh_of(AxisType.Explicit)
-  (w,) = data((16, 256))
-  scale = amax(w)
-  packed, scales = jaxqq.quantize(w, global_scale=scale)
-  want = (values_of(packed, scales, "nvfp4") / 2688).sum()
-
-  def f(packed, scales, scale):
-    return jnp.sum(jaxqq.dequantize(packed, scales, global_scale=scale, dtype=jnp.float32))
-
-  with jax.set_mesh(mesh):
-    placed = [place(a, mesh, P("data", "tensor")) for a in (packed, scales)]
-    got = jax.jit(jax.grad(f, argnums=2))(*placed, scale)
-  np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 # Export

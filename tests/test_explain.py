@@ -230,6 +230,13 @@ class TestConversions:
     jax.jit(lambda w: said.append(jaxqq.explain(jaxqq.quantize, w)))(w)
     assert ("each takes w (4, 128)." in said[0]) == (kind == AxisType.Explicit)
 
+  def test_what_is_left_to_xla_is_not_split(self):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P(P.UNCONSTRAINED))
+    w = jax.ShapeDtypeStruct((8, 256), jnp.float32, sharding=sharding)
+    for args in ((jaxqq.quantize, w), (w, w)):
+      assert "(8, 256)" in jaxqq.explain(*args)
+
   def test_errors(self):
     for args, kwargs, error, words in (
       ((jnp.sum, X), {}, TypeError, "the function must be jaxqq.qqmm, jaxqq.quantize or"),
@@ -238,6 +245,8 @@ class TestConversions:
       ((jaxqq.qqmm, X), {}, TypeError, "missing a required argument: 'w'"),
       ((X,), {}, TypeError, "missing a required argument: 'w'"),
       ((jaxqq.quantize, X), {"axis": 0}, ValueError, "axis must be -1 or -2"),
+      ((jaxqq.quantize, X), {"axis": -1.0}, ValueError, "axis must be -1 or -2"),
+      ((jaxqq.quantize, X), {"axis": np.array([-1, -2])}, ValueError, "axis must be -1 or -2"),
       ((jaxqq.quantize, X), {"mode": "fp4"}, ValueError, "unknown mode 'fp4'"),
       ((jaxqq.quantize, [1.0]), {}, TypeError, "w must be a numpy or JAX array"),
       ((jaxqq.dequantize, X, X), {}, TypeError, "w must be uint32"),

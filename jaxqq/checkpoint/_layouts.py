@@ -247,7 +247,7 @@ def from_amax(layout: Layout, amax: np.ndarray) -> np.ndarray:
 
 @np.errstate(all="ignore")  # the amax of a weight of zeros has no finite reciprocal
 def _converted(convert: Callable[[np.ndarray], Any], scalar: np.ndarray) -> np.ndarray:
-  return np.asarray(convert(scalar), F32)
+  return np.asarray(convert(scalar + F32(0)), F32)  # -0 is 0
 
 
 def written_codes(weight: QuantizedWeight, layout: Layout) -> dict[str, np.ndarray]:
