@@ -141,15 +141,6 @@ def dequantize_groups(
   return jnp.where(nan, jnp.float32(np.nan), values).reshape(shape)
 
 
-def decoding_factor(global_scale: jax.Array, fmt: Format) -> jax.Array:
-  """global_scale / 2688: what dequantized numbers are multiplied by; NaN for what is no amax.
-
-  0 below 2**-126; what a product is multiplied by has a longer range: see `alpha_factors`.
-  """
-  factor = _rounding.divide(global_scale, jnp.float32(fmt.largest_value), fmt.largest_value_bits)
-  return jnp.where(_is_amax(global_scale), factor, jnp.float32(np.nan))
-
-
 def alpha_factors(
   global_scale_x: jax.Array | None,
   global_scale_w: jax.Array | None,
@@ -198,9 +189,9 @@ def alpha_factors(
 
 
 def decoding(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-  """global_scale / 2688 as factor * 2**power: 0, normal or NaN, and int32."""
+  """global_scale / 2688 as factor * 2**power: 0, normal, or NaN for what is no amax; and int32."""
   raised, power = _raised(global_scale)
-  factor = decoding_factor(raised, fmt)
+  factor = _rounding.divide(raised, jnp.float32(fmt.largest_value), fmt.largest_value_bits)
   return jnp.where(_is_amax(global_scale), factor, jnp.float32(np.nan)), -power
 
 

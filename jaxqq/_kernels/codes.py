@@ -47,7 +47,7 @@ class Scales:
   scale: jax.Array  # float32: codes times this are the elements again; NaN for NaN groups
   byte: jax.Array  # int32
   blank: jax.Array  # bool: all codes are zeros, without signs
-  raising: jax.Array | None = None  # float32 (), what elements are multiplied by before: see below
+  raising: jax.Array | None = None  # float32 (), what raises elements: see `_encoding_scale`
 
 
 def amax_bits_of(a: jax.Array) -> jax.Array:
