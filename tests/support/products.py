@@ -96,6 +96,7 @@ def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:
     bfloat16=program.mode == "mxfp8" and program.wants_exact_sums and not by_xla,
     flushes=platform == "cpu",
     norm_wise=case.x in data.NORM_WISE and case.w in data.NORM_WISE,
+    wide=case.x == case.w == "large outliers",
   )
 
 
