@@ -24,10 +24,8 @@ from tests.test_convert_primitive import Recorder
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
-from tests.test_kernels_quantize import interpreted, twins
+from tests.support.quantizers import interpreted
 from tests.test_transforms import data
-
-__all__ = ["twins"]  # a fixture
 
 W = jax.ShapeDtypeStruct((3, 40, 96), jnp.bfloat16)
 SCALE = jax.ShapeDtypeStruct((), jnp.float32)

@@ -18,7 +18,7 @@ from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.expand import E2M1
 from jaxqq._reference import Operands
 from tests import oracle
-from tests.test_kernels_matmul import (
+from tests.support.kernels import (
   BF16,
   E4M3,
   F16,
@@ -28,16 +28,15 @@ from tests.test_kernels_matmul import (
   compiled,
   e2m1_operand,
   e4m3_operand,
-  few_ctas,
   interleaved,
   interpreted,
-  no_races,
+  needs_kernels,
+  nothing_beyond,
   on_gpu,
-  pytestmark,
 )
-from tests.test_kernels_quantize import interpreter
+from tests.support.quantizers import interpreter
 
-__all__ = ["few_ctas", "no_races", "pytestmark"]  # fixtures, and which JAX has kernels
+pytestmark = needs_kernels
 
 C = frc.Config
 CASES = {
@@ -68,14 +67,6 @@ SPLIT_CASES = {
   "mxfp8 in two, many tiles": ("mxfp8", BF16, (2, 2), 3, 5000, 4096, C(4, 4, split=2)),
   "mxfp8 in four": ("mxfp8", F32, (1, 1), 60, 67, 8192, C(2, 2, split=4)),
 }
-
-
-def nothing_beyond(x, m, nothing):
-  """Rows from m on hold what must not be read."""
-  held = frc.rows_held(m)
-  out = np.full((x.shape[0], held, *x.shape[2:]), nothing, x.dtype)
-  out[:, :m] = x
-  return out
 
 
 def columns_of(codes, scales):

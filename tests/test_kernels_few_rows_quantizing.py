@@ -18,8 +18,7 @@ from jaxqq._kernels import few_rows_config as frc
 from jaxqq._kernels.operands import exact_dtype
 from jaxqq._kernels.quantized_rows import QuantizedRows
 from tests import oracle
-from tests.test_kernels_few_rows import C, nothing_beyond
-from tests.test_kernels_matmul import (
+from tests.support.kernels import (
   BF16,
   F16,
   F32,
@@ -28,16 +27,16 @@ from tests.test_kernels_matmul import (
   compiled,
   e2m1_operand,
   e4m3_operand,
-  few_ctas,
   interleaved,
   interpreted,
-  no_races,
+  needs_kernels,
+  nothing_beyond,
   on_gpu,
-  pytestmark,
 )
 
-__all__ = ["few_ctas", "no_races", "pytestmark"]  # fixtures, and which JAX has kernels
+pytestmark = needs_kernels
 
+C = frc.Config
 UNQUANTIZED_CASES = {
   # mode, x and out, (b of x, b of w), m, n, k, global scales, config
   "nvfp4, 1 row": ("nvfp4", BF16, (1, 1), 1, 133, 1024, False, C(4)),

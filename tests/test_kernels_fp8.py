@@ -13,7 +13,7 @@ import pytest
 import jaxqq
 from tests import oracle
 from tests.support import bounds, data, fp8
-from tests.test_kernels_quantize import stage_in_slices
+from tests.support.interpreter import stage_in_slices
 
 pytestmark = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"

@@ -8,21 +8,20 @@ import jax
 import numpy as np
 import pytest
 
+if jax.__version_info__ < (0, 11):
+  pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
+
 from jaxqq._kernels import operands
 from jaxqq._kernels.packed_fp8_operands import packed_fp8_operands
-from tests.test_kernels_matmul import downs_of, powers
-from tests.test_kernels_quantize import (
+from tests.support.kernels import downs_of, on_gpu, powers
+from tests.support.quantizers import (
   MX,
   check_fp8,
   compiled,
   groups_of_many_sizes,
   interpreted,
   lower,
-  on_gpu,
-  twins,
 )
-
-__all__ = ["twins"]  # a fixture
 
 # (rows, groups): of one row, of rows that end within a step, of one vector a lane and of several,
 # at multiples of 16, 8, 4 and 2 bytes, of few groups, and rows that take several steps.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -18,10 +15,19 @@ from tests import oracle
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from jaxqq._kernels import amax, codes, groups, operands, transposed
+from jaxqq._kernels import groups, operands, transposed
 from jaxqq._kernels import quantize as kernels
+from tests.support.interpreter import stage_in_slices
+from tests.support.kernels import on_gpu
+from tests.support.quantizers import (
+  MX,
+  check_fp8,
+  compiled,
+  groups_of_many_sizes,
+  interpreted,
+  lower,
+)
 
 CASES = ("nvfp4", "nvfp4 global", "mxfp8", "mxfp4")
 # Below a tile, ragged, and several steps with a rest; multiples of 64 for `interleave`.
@@ -30,40 +36,6 @@ LOWERED = ((8192, 8192, "bfloat16"), (5, 4160, "float16"), (33, 96, "float32"))
 # (rows, k) of transposes: fewer rows than a tile has, and more; k that ends within one.
 TRANSPOSED_SHAPES = ((5, 96), (133, 192))
 GPU_SHAPES = (*SHAPES, (33, 96), (1000, 14336), (3, 28704), (2048, 8192))
-MX = FORMATS["mxfp8"]
-
-on_gpu = [
-  pytest.mark.gpu,
-  pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
-]
-
-
-def interpreted(f, *args):
-  with interpreter():
-    return jax.tree.map(np.asarray, jax.jit(f)(*args))
-
-
-@contextlib.contextmanager
-def interpreter():
-  divided = mock.patch.object(codes, "quotient", codes.quotient_twin)
-  with divided, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-    yield
-
-
-def compiled(f, *args):
-  return jax.tree.map(np.asarray, jax.jit(f)(*args))
-
-
-def groups_of_many_sizes(shape, dtype, *, spread=6, seed=0):
-  """Random numbers whose groups of 16 differ by powers of two; zeros, NaN and inf among them."""
-  rng = np.random.default_rng([seed, *shape])
-  a = rng.standard_normal(shape)
-  exponents = rng.integers(-spread, spread + 1, (shape[0], shape[1] // 16))
-  a = (a * np.exp2(exponents).repeat(16, axis=1)).astype(oracle.DTYPES[dtype])
-  a[:, ::7] = np.round(a[:, ::7].astype(np.float32) * 4) / 4  # ties, and zeros of both signs
-  a[0, :32] = 0
-  a[-1, 40], a[shape[0] // 2, shape[1] - 1] = np.nan, -np.inf
-  return a
 
 
 def extremes_of_float32():
@@ -138,29 +110,6 @@ def check_exact(run, case, a, dtype="bfloat16", exact_operand=operands.exact_ope
   np.testing.assert_array_equal(out.astype(np.float32), want.astype(np.float32))
 
 
-def rebased_codes(a):
-  """Section 2's mxfp8 codes, then rebased row by row: codes and 2**(E - 127), by numpy."""
-  codes, scales = oracle.quantize_codes(a, "mxfp8")
-  amax = np.abs(a.astype(np.float32)).reshape(*scales.shape, 32).max(axis=-1)
-  counts = (amax > 0) & np.isfinite(amax)
-  top = np.max(scales.astype(np.int64), axis=1, where=counts, initial=0)
-  shift = np.where(counts, top[:, None] - scales, 0)
-  values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-  values = values * np.exp2(-shift).repeat(32, axis=1)
-  values = np.where((scales == 255).repeat(32, axis=1), np.nan, values)
-  return values.astype(ml_dtypes.float8_e4m3fn), np.exp2(top - 127.0).astype(np.float32)
-
-
-def check_fp8(run, a, fp8_operand=operands.fp8_operand):
-  out = run(lambda a: fp8_operand(a, MX), a)
-  codes, row_scales = rebased_codes(a)
-  np.testing.assert_array_equal(out.row_scales, row_scales)
-  assert codes.dtype == out.codes.dtype and codes.shape == out.codes.shape
-  nan = np.isnan(codes.astype(np.float32))
-  np.testing.assert_array_equal(out.codes.astype(np.float32), codes.astype(np.float32))
-  np.testing.assert_array_equal(out.codes.view(np.uint8)[~nan], codes.view(np.uint8)[~nan])
-
-
 def of_transpose(f):
   """A quantizer of transposes as one of rows."""
   return lambda a, *args, **kwargs: f(a.T, *args, **kwargs)
@@ -175,20 +124,7 @@ def fp8_configured(config):
   return functools.partial(operands.fp8_operand, config=config)
 
 
-def stage_in_slices(values, staging_ref):
-  """The twin of `operands._stage` without a reshaped reference."""
-  for i in range(values.shape[1]):
-    for j in range(values.shape[2]):
-      staging_ref[:, i * values.shape[2] + j, :] = values[:, i, j, :]
-
-
 # In the interpreter.
-
-
-@pytest.fixture
-def twins(monkeypatch):
-  monkeypatch.setattr(operands, "thread_amax_bits", amax.thread_amax_bits_twin)
-  monkeypatch.setattr(transposed, "regrouped", transposed.regrouped_twin)
 
 
 DEFAULT = groups.TuningConfig()
@@ -360,10 +296,6 @@ def test_float16_is_refused_where_it_is_too_narrow(f):
 
 
 # Lowered for CUDA, without one.
-
-
-def lower(f, *args):
-  return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("rows, k, dtype", LOWERED)

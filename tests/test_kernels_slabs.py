@@ -21,7 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from jaxqq._kernels import matmul as mm
 from jaxqq._kernels import slabs
-from tests.test_kernels_matmul import (
+from tests.support.kernels import (
   BF16,
   E4M3,
   F16,
@@ -33,13 +33,9 @@ from tests.test_kernels_matmul import (
   e4m3_operand,
   largest_scales,
   lowered,
+  on_gpu,
   powers,
 )
-
-on_gpu = [
-  pytest.mark.gpu,
-  pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
-]
 
 C = mm.Config
 CASES = {

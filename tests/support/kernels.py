@@ -1,0 +1,126 @@
+"""What the tests of the product kernels share: runners, operands in a kernel's form, the bound."""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxqq._kernels import few_rows_config as frc
+from tests import oracle
+
+needs_kernels = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
+)
+on_gpu = [
+  pytest.mark.gpu,
+  pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+
+E4M3 = ml_dtypes.float8_e4m3fn
+BF16 = ml_dtypes.bfloat16
+F16, F32 = np.float16, np.float32
+
+
+def interpreted(f, *args):
+  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  return jax.tree.map(np.asarray, f(*jax.tree.map(jnp.asarray, args), interpret=interpret))
+
+
+def compiled(f, *args):
+  return jax.tree.map(np.asarray, jax.jit(f)(*jax.tree.map(jnp.asarray, args)))
+
+
+# Operands
+
+
+def interleaved(x):
+  """Elements 8j + i of every 64 along k at 8i + j."""
+  return x.reshape(*x.shape[:-1], -1, 8, 8).swapaxes(-1, -2).reshape(x.shape)
+
+
+def dequantized(mode, codes, scales):
+  return oracle.values(codes, scales, mode)
+
+
+def downs_of(scales, exponents):
+  """Powers of two by which codes are rebased, float16's in a byte: 0 from 2**-19 on.
+
+  Its upper byte, and the two highest bits of its lower one where the upper byte never has any.
+  """
+  distance = np.maximum(exponents[..., None] - scales.astype(int), 0)
+  bits = np.where(distance >= 19, 0, np.ldexp(1.0, -distance)).astype(F16).view(np.uint16)
+  return ((bits >> 8) | (bits & 0xC0)).astype(np.uint8)
+
+
+def largest_scales(scales):
+  """The largest byte of each row; 0xFF in one with a NaN."""
+  return np.max(scales.astype(int), axis=-1)
+
+
+def lowered(codes, downs):
+  """e4m3 codes times `downs`, rounded to e4m3; float64."""
+  downs = np.repeat(downs, 32, axis=-1).astype(np.uint16)
+  powers = ((downs & 0x3F) << 8 | downs & 0xC0).view(F16).astype(np.float64)
+  return (codes.view(E4M3).astype(np.float64) * powers).astype(E4M3).astype(np.float64)
+
+
+def powers(exponents):
+  """float32 2**(e - 127), NaN for 0xFF."""
+  nan = exponents == 0xFF
+  return np.where(nan, np.nan, np.ldexp(1.0, np.where(nan, 127, exponents) - 127)).astype(F32)
+
+
+def without_nan_codes(codes):
+  return np.where((codes & 0x7F) == 0x7F, codes & 0x80, codes).astype(np.uint8)
+
+
+def e2m1_operand(rng, batch, n, k):
+  """Any codes and scales, zeros and negative ones too, with NaN in the last column."""
+  codes = rng.integers(0, 16, (batch, n, k)).astype(np.uint8)
+  scales = without_nan_codes(rng.integers(0, 256, (batch, n, k // 16)))
+  scales[0, -1, 1] = 0x7F
+  return codes, scales
+
+
+def e4m3_operand(rng, batch, n, k, lowest, highest):
+  """Any codes, scale bytes within bounds or 0, with NaN in the first and last columns.
+
+  Not all of a column is 0: XLA's CPU backend, which interprets, flushes subnormals to zero.
+  """
+  codes = without_nan_codes(rng.integers(0, 256, (batch, n, k)))
+  scales = rng.integers(lowest, highest + 1, (batch, n, k // 32)).astype(np.uint8)
+  scales[..., 1:][rng.random(scales[..., 1:].shape) < 0.1] = 0
+  codes[0, 0, -3] = 0xFF
+  codes[0, -1, 32:64] = 0x38  # were the scale an infinity, so would be their products
+  scales[0, -1, 1] = 0xFF
+  return codes, scales
+
+
+def nothing_beyond(x, m, nothing):
+  """Rows from m on hold what must not be read."""
+  held = frc.rows_held(m)
+  out = np.full((x.shape[0], held, *x.shape[2:]), nothing, x.dtype)
+  out[:, :m] = x
+  return out
+
+
+def assert_product(out, x, w, dtype, *, of_mag=1.0):
+  """Section 3 of the specification at HIGHEST, with columns of NaN where w has one."""
+  x, w = np.nan_to_num(x, nan=np.nan), np.asarray(w)
+  nan_columns = np.broadcast_to(np.isnan(w).any(axis=-1)[..., None, :], out.shape)
+  exact, mag = oracle.product(x, np.nan_to_num(w))
+  assert out.dtype == dtype
+  np.testing.assert_array_equal(np.isnan(out.astype(F32)), nan_columns)
+  kept = np.where(nan_columns, 0, out.astype(np.float64)).astype(dtype)
+  exact, mag = (np.where(nan_columns, 0, a) for a in (exact, mag))
+  oracle.assert_within_bound(kept, exact, mag * of_mag, highest=True)
+
+
+# Fp8 tensor cores sum up in 14 bits, the interpreter in float32: each of an instruction's 32
+# products and the sum so far may lose 2**-13 of the largest, all together 33 times that. Of long
+# sums less than 2**-12 is left, which `test_on_gpu.py` asks for.
+FP8_SUMS = 33 * 2.0 ** (18 - 13)
