@@ -17,7 +17,7 @@ from jaxqq.bench import __main__ as bench
 from jaxqq.bench import chain, check, measure, report
 from jaxqq.bench.cases import FORMS, LLAMA, MODES, Case, goal, select
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, implementations
-from tests import oracle
+from tests.support import oracle
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = measure.Settings(seconds=0.01, rounds=2)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import jaxqq
 from jaxqq import checkpoint
 from jaxqq.checkpoint import _files, _layouts
-from tests import checkpoints, oracle
+from tests.support import checkpoints, oracle
 
 KINDS = (*checkpoints.KINDS, "mlx-mxfp8")
 FORMAT = {kind: kind.removesuffix("-mxfp8") for kind in KINDS} | dict.fromkeys(

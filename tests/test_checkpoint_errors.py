@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import jaxqq
 from jaxqq import checkpoint
-from tests import checkpoints
+from tests.support import checkpoints
 
 KINDS = checkpoints.KINDS
 

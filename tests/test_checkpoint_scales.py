@@ -10,7 +10,7 @@ import pytest
 import jaxqq
 from jaxqq import checkpoint
 from jaxqq.checkpoint import _layouts
-from tests import checkpoints, oracle
+from tests.support import checkpoints, oracle
 from tests.test_checkpoint_errors import refused
 
 KINDS = ("modelopt", "nvfp4-pack-quantized")

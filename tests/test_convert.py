@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from jaxqq import _sharding
 from jaxqq._kernels import conversions
-from tests import oracle
+from tests.support import oracle
 from tests.test_convert_primitive import Recorder
 
 if jax.__version_info__ < (0, 11):

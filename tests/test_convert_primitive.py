@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from jaxqq import _sharding
 from jaxqq._compat import ShardingTypeError
-from tests import oracle
+from tests.support import oracle
 from tests.test_sharding import QUICK, collectives
 from tests.test_transforms import count, data
 

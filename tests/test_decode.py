@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 from jaxqq.nn import QQLinear
-from tests import oracle
+from tests.support import oracle
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATH = ROOT / "examples" / "decode.py"

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 from tests.test_errors import check_sentence
 
 DENSE = (((1,), (0,)), ((), ()))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from jaxqq import _compat
-from tests import oracle
+from tests.support import oracle
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
 W = jax.ShapeDtypeStruct((16, 64), jnp.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 from tests.test_product import amax
 from tests.test_quantize import GOLDEN
 

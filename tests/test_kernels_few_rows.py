@@ -17,7 +17,7 @@ from jaxqq._kernels import few_rows_config as frc
 from jaxqq._kernels.codes_operand import codes_operand
 from jaxqq._kernels.expand import E2M1
 from jaxqq._reference import Operands
-from tests import oracle
+from tests.support import oracle
 from tests.support.kernels import (
   BF16,
   E4M3,

@@ -17,7 +17,7 @@ from jaxqq._kernels import few_rows as fr
 from jaxqq._kernels import few_rows_config as frc
 from jaxqq._kernels.operands import exact_dtype
 from jaxqq._kernels.quantized_rows import QuantizedRows
-from tests import oracle
+from tests.support import oracle
 from tests.support.kernels import (
   BF16,
   F16,

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import jaxqq
-from tests import oracle
-from tests.support import bounds, data, fp8
+from tests.support import bounds, data, fp8, oracle
 from tests.support.interpreter import stage_in_slices
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import pytest
 from jaxqq._kernels import expand, tensor_cores, tuning
 from jaxqq._kernels import matmul as mm
 from jaxqq._kernels import packed_matmul as pm
-from tests import oracle
+from tests.support import oracle
 from tests.support.kernels import (
   BF16,
   E4M3,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxqq._formats import FORMATS
-from tests import oracle
+from tests.support import oracle
 
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)

@@ -12,7 +12,7 @@ import pytest
 import jaxqq
 from jaxqq import _sharding
 from jaxqq._formats import FORMATS
-from tests import oracle
+from tests.support import oracle
 
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)

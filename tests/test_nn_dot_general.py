@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 
 # The layers of Flax: a batch of numbers, one step after the other until the loss has fallen.
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 import jaxqq
 import jaxqq.nn
-from tests import oracle
+from tests.support import oracle
 from tests.test_errors import check_sentence
 from tests.test_nn_dot_general import count, falls
 

@@ -13,8 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests import oracle
-from tests.support import bounds
+from tests.support import bounds, oracle
 from tests.test_product import operands
 
 pytestmark = pytest.mark.gpu

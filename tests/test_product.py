@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 from tests.test_quantize import GOLDEN, SHORT
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "data" / "mlx_cuda.npz")
 MODES = tuple(oracle.MODES)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 from tests.test_transforms import MODES, arguments, data
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from jaxqq._sharding import decoded
-from tests import oracle
+from tests.support import oracle
 from tests.test_sharding import GRADIENTS_CLOSE, QUICK, collectives
 from tests.test_sharding_random import where_it_divides
 from tests.test_transforms import BACKWARDS, MODES, arguments, data

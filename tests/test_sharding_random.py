@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 from tests.test_transforms import BACKWARDS, MODES
 
 FIRST = int(os.environ.get("JAXQQ_SHARDING_SEED", "0"))

@@ -17,7 +17,7 @@ import pytest
 import jaxqq
 from jaxqq._formats import FORMATS
 from jaxqq._quantize import alpha_factors
-from tests import oracle
+from tests.support import oracle
 
 NVFP4 = FORMATS["nvfp4"]
 TINY = float(np.finfo(np.float32).tiny)  # 2**-126

@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests import oracle
-from tests.support import bounds, cases, climb, data, fp8, products
+from tests.support import bounds, cases, climb, data, fp8, oracle, products
 from tests.support.cases import Case, Program
 
 EXAMPLES = (

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 from tests.test_product import amax
 
 MODES = oracle.PRODUCT_MODES

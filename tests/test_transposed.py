@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from jaxqq import _primitive
 from jaxqq._reference import Operands
-from tests import oracle
+from tests.support import oracle
 from tests.test_gradient import quantized_product, vjp
 from tests.test_product import amax
 from tests.test_sharding import CLOSE, GRADIENTS_CLOSE, MOVED, QUICK, SPLITS, collectives, mesh

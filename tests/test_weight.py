@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxqq
-from tests import oracle
+from tests.support import oracle
 from tests.test_errors import check_sentence
 
 RNG = np.random.default_rng(0)

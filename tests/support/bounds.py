@@ -10,8 +10,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from tests import oracle
-from tests.support import fp8
+from tests.support import fp8, oracle
 
 # Float32 itself, and a processor that flushes what is no normal number, need not have this.
 SMALLEST_NORMAL = 2.0**-126

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests import oracle
-from tests.support import data
+from tests.support import data, oracle
 
 DRAWS = 8  # of data, for each program
 # What a case may cost: products, and elements to be quantized by the oracle.

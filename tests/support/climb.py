@@ -19,8 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests import oracle
-from tests.support import bounds, cases, data, products
+from tests.support import bounds, cases, data, oracle, products
 from tests.support.cases import Case, Program
 
 ISLANDS = 8

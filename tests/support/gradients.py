@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests import oracle
-from tests.support import bounds, cases, data
+from tests.support import bounds, cases, data, oracle
 from tests.support.cases import BATCHES, DTYPES, Case, Program
 
 BACKWARDS = ("straight_through", "quantized")

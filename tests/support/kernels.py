@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxqq._kernels import few_rows_config as frc
-from tests import oracle
+from tests.support import oracle
 
 needs_kernels = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from tests import oracle
-from tests.support import bounds, cases, data
+from tests.support import bounds, cases, data, oracle
 from tests.support.cases import Arrays, Case, Program
 
 ROOT = Path(__file__).parents[2]

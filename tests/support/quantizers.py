@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import codes, operands
-from tests import oracle
+from tests.support import oracle
 
 MX = FORMATS["mxfp8"]
 
