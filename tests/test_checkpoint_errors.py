@@ -14,18 +14,9 @@ from safetensors.numpy import save_file
 import jaxqq
 from jaxqq import checkpoint
 from tests.support import checkpoints
+from tests.support.messages import refused
 
 KINDS = checkpoints.KINDS
-
-
-def refused(folder, *words, kind=ValueError):
-  """load raises one sentence that starts with its name and holds these words."""
-  with pytest.raises(kind) as caught:
-    checkpoint.load(folder)
-  sentence = str(caught.value)
-  assert sentence.startswith("load: ") and sentence.endswith(".") and "\n" not in sentence
-  for word in words:
-    assert str(word) in sentence, sentence
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ import jaxqq
 from jaxqq import checkpoint
 from jaxqq.checkpoint import _layouts
 from tests.support import checkpoints, oracle
-from tests.test_checkpoint_errors import refused
+from tests.support.messages import refused
 
 KINDS = ("modelopt", "nvfp4-pack-quantized")
 WEIGHT = dict(zip(KINDS, ("weight_scale_2", "weight_global_scale"), strict=True))

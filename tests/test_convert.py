@@ -19,13 +19,13 @@ import jaxqq
 from jaxqq import _sharding
 from jaxqq._kernels import conversions
 from tests.support import oracle
-from tests.test_convert_primitive import Recorder
 
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
+from tests.support.operands import data
 from tests.support.quantizers import interpreted
-from tests.test_transforms import data
+from tests.support.sharding import Recorder
 
 W = jax.ShapeDtypeStruct((3, 40, 96), jnp.bfloat16)
 SCALE = jax.ShapeDtypeStruct((), jnp.float32)

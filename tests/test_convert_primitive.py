@@ -16,17 +16,14 @@ import jaxqq
 from jaxqq import _sharding
 from jaxqq._compat import ShardingTypeError
 from tests.support import oracle
-from tests.test_sharding import QUICK, collectives
-from tests.test_transforms import count, data
+from tests.support.jaxprs import count
+from tests.support.operands import amax, data
+from tests.support.sharding import QUICK, Recorder, collectives
 
 EACH_MODE = pytest.mark.parametrize("mode", oracle.MODES)
 # name: (mode, whether with a global scale)
 KINDS = {"nvfp4": ("nvfp4", False), "nvfp4 scaled": ("nvfp4", True), "mxfp8": ("mxfp8", False)}
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
-
-
-def amax(a):
-  return np.abs(np.asarray(a)).max().astype(np.float32)
 
 
 def assert_quantized(got, w, mode, global_scale=None, axis=-1):
@@ -359,16 +356,6 @@ def test_vmap_twice_of_sharded_arrays():
   for i in range(2):
     for j in range(4):
       assert_quantized([a[i, j] for a in got], w[i], "nvfp4", scales[j])
-
-
-class Recorder(_sharding.custom_partitioning):
-  """Keeps the callbacks that XLA's partitioner would call."""
-
-  rules: list[dict]
-
-  def def_partition(self, **callbacks):
-    self.rules.append(callbacks)
-    super().def_partition(**callbacks)
 
 
 def test_where_operands_and_results_are_split_differently(monkeypatch):

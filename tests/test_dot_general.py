@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests.support import oracle
-from tests.test_errors import check_sentence
+from tests.support.messages import check_sentence
 
 DENSE = (((1,), (0,)), ((), ()))
 

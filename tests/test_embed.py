@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import jaxqq
 from jaxqq import checkpoint
-from tests.test_package import load_example
+from tests.support.examples import load_example
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = {

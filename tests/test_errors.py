@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxqq
+from tests.support.messages import check_sentence
 
 X, W = np.ones((4, 64), np.float32), np.ones((8, 64), np.float32)
 Q, S = (np.asarray(a) for a in jaxqq.quantize(W))
@@ -147,14 +146,6 @@ def test_dequantize(case):
   with pytest.raises(error) as caught:
     jaxqq.dequantize(w, scales, **kwargs)
   check_sentence(str(caught.value), "dequantize", words)
-
-
-def check_sentence(message: str, function: str, words: list[str]) -> None:
-  first_line = message.splitlines()[0]
-  assert first_line.startswith(f"{function}: ") and first_line.endswith(".")
-  assert not re.search(r"\{\w", first_line), "an f-string without its f"
-  for word in words:
-    assert word in first_line, f"{word!r} is not in {first_line!r}"
 
 
 def test_scalars_of_size_one_are_global_scales():

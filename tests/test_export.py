@@ -17,10 +17,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.test_sharding import GATHERED, REDUCED, SPLITS, collectives
-from tests.test_sharding import place as place_auto
-from tests.test_sharding_explicit import mesh, place
-from tests.test_transforms import MODES, arguments, data
+from tests.support.operands import MODES, arguments, data
+from tests.support.sharding import (
+  GATHERED,
+  REDUCED,
+  SPLITS,
+  collectives,
+  explicit_mesh,
+  place,
+  place_explicit,
+)
 
 HAS_KERNELS = jax.__version_info__ >= (0, 11)
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
@@ -98,8 +104,8 @@ def test_explicit_shardings_are_exported_with_the_rule(split, packed):
   x, w = data((16, 512), (24, 512))
   args = arguments(w, "nvfp4", packed)
   x_spec, w_spec, _ = SPLITS[split]
-  with jax.set_mesh(mesh()):
-    placed = place(x, x_spec), *(place(a, w_spec) for a in args)
+  with jax.set_mesh(explicit_mesh()):
+    placed = place_explicit(x, x_spec), *(place_explicit(a, w_spec) for a in args)
     exported = export.export(jax.jit(jaxqq.qqmm), platforms=BOTH)(*placed)
     if HAS_KERNELS:
       assert "mosaic_gpu" in exported.mlir_module()
@@ -116,7 +122,7 @@ def test_automatic_shardings_are_exported_without(split):
   """XLA splits the reference by itself; the numbers are the same."""
   x, w = data((16, 512), (24, 512))
   x_spec, w_spec, _ = SPLITS[split]
-  placed = place_auto(x, x_spec), place_auto(w, w_spec)
+  placed = place(x, x_spec), place(w, w_spec)
   exported = export.deserialize(export.export(jax.jit(jaxqq.qqmm))(*placed).serialize())
   got = jax.jit(exported.call)(*placed)
   np.testing.assert_allclose(got, jaxqq.qqmm(x, w), rtol=1e-5, atol=1e-4)
@@ -127,7 +133,7 @@ def test_automatic_shardings_are_exported_without(split):
 def test_ahead_of_time_and_the_executable_as_bytes(packed):
   x, w = data((16, 512), (24, 512))
   args = arguments(w, "nvfp4", packed)
-  for put in (lambda a, spec: a, place):
+  for put in (lambda a, spec: a, place_explicit):
     placed = put(x, P("data")), *(put(a, P("tensor")) for a in args)
     compiled = jax.jit(jaxqq.qqmm).lower(*placed).compile()
     want = compiled(*placed)
@@ -145,7 +151,7 @@ def place_nowhere(a, spec):
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("put", [place_nowhere, place, place_auto])
+@pytest.mark.parametrize("put", [place_nowhere, place_explicit, place])
 def test_persistent_compilation_cache(tmp_path, put):
   """The second time nothing is compiled, and modes are not mistaken for each other."""
   x, w = data((16, 512), (24, 512))

@@ -9,8 +9,8 @@ import pytest
 
 import jaxqq
 from tests.support import oracle
-from tests.test_product import amax
-from tests.test_quantize import GOLDEN
+from tests.support.golden import GOLDEN
+from tests.support.operands import amax, quantized_product, vjp
 
 MODES = oracle.PRODUCT_MODES
 
@@ -18,23 +18,6 @@ MODES = oracle.PRODUCT_MODES
 def data(*shapes, seed=20):
   rng = np.random.default_rng(seed)
   return [oracle.random(rng, shape, "float32") for shape in shapes]
-
-
-def vjp(f, *primals, g):
-  out, pullback = jax.vjp(f, *primals)
-  assert out.shape == g.shape
-  return [np.asarray(a) for a in pullback(jnp.asarray(g, out.dtype))]
-
-
-def quantized_product(a, b, mode, scale_a=None, scale_b=None):
-  """qqmm in float64, the last axis zero-padded to whole groups."""
-  missing = -a.shape[-1] % oracle.MODES[mode].group
-
-  def hat(c, scale):
-    padded = np.pad(c, [(0, 0)] * (c.ndim - 1) + [(0, missing)])
-    return oracle.round_trip(padded.astype(np.float32), mode, scale)
-
-  return oracle.product(hat(a, scale_a), hat(b, scale_b))[0]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,26 +12,13 @@ from flax import nnx
 
 import jaxqq
 from tests.support import oracle
+from tests.support.jaxprs import count
+from tests.support.training import falls
 
 # The layers of Flax: a batch of numbers, one step after the other until the loss has fallen.
 
 INPUTS = jax.random.normal(jax.random.key(0), (16, 8, 64))
 TARGETS = jnp.sin(INPUTS[..., :32] * 2)
-
-
-def falls(loss, params, rate=0.3) -> None:
-  """Gradient descent; the loss at the end is well below that at the start."""
-
-  @jax.jit
-  def step(params):
-    value, grads = jax.value_and_grad(loss)(params)
-    return jax.tree.map(lambda p, g: p - rate * g, params, grads), value
-
-  values = []
-  for _ in range(40):
-    params, value = step(params)
-    values.append(float(value))
-  assert values[-1] < 0.8 * values[0], values
 
 
 MXFP8 = jaxqq.dot_general("mxfp8")
@@ -55,13 +42,6 @@ NNX = {
     4, 64, out_features=32, qkv_dot_general=d, out_dot_general=d, decode=False, rngs=RNGS
   ),
 }
-
-
-def count(jaxpr, name: str) -> int:
-  """How often a primitive is in a jaxpr, and in the jaxprs in it."""
-  inner = [sub for eqn in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
-  here = sum(eqn.primitive.name == name for eqn in jaxpr.eqns)
-  return here + sum(count(sub, name) for sub in inner)
 
 
 @pytest.mark.usefixtures("quick_compiles")

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec
 import jaxqq
 import jaxqq.nn
 from tests.support import oracle
-from tests.test_errors import check_sentence
-from tests.test_nn_dot_general import count, falls
+from tests.support.jaxprs import count
+from tests.support.messages import check_sentence
+from tests.support.training import falls
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (2, 5, 64))

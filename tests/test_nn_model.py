@@ -11,8 +11,8 @@ from flax import nnx
 import jaxqq
 import jaxqq.nn
 from tests.support import oracle
-from tests.test_errors import check_sentence
-from tests.test_nn_dot_general import count
+from tests.support.jaxprs import count
+from tests.support.messages import check_sentence
 
 TOKENS = jnp.arange(12).reshape(2, 6)
 

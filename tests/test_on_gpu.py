@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests.support import bounds, oracle
-from tests.test_product import operands
+from tests.support.operands import operands
 
 pytestmark = pytest.mark.gpu
 

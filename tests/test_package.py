@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib.util
 import os
 import pathlib
 import re
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 
 import jaxqq
+from tests.support.examples import load_example
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -104,14 +104,6 @@ def test_a_file_imports_only_from_files_above_it():
     above = set(order[: order.index(name)])
     others = imports(path) - {name}  # the files of a package import each other
     assert others <= above, f"{path.name} imports {others - above}"
-
-
-def load_example(name: str) -> types.ModuleType:
-  spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module
-  spec.loader.exec_module(module)
-  return module
 
 
 def test_train_lm(tmp_path, capsys):

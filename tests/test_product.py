@@ -11,26 +11,13 @@ import pytest
 
 import jaxqq
 from tests.support import oracle
-from tests.test_quantize import GOLDEN, SHORT
+from tests.support.golden import GOLDEN, SHORT
+from tests.support.operands import amax, operands
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # (M, N, K): every M with every N, and every kind of K, K = None being one group.
 SHAPES = [(m, n, 96) for m, n in itertools.product((0, 1, 5, 33, 130), repeat=2)]
 SHAPES += [(m, n, k) for m, n in ((1, 130), (33, 5), (130, 33)) for k in (None, 512, 4096)]
-
-
-def amax(a):
-  return np.float32(np.max(np.abs(np.asarray(a, np.float32)), initial=0))
-
-
-def operands(x, w, mode, *, packed=False, global_scale=False):
-  """The arguments of qqmm and what they stand for in float64."""
-  scales = {"x": amax(x), "w": amax(w)} if global_scale else {"x": None, "w": None}
-  x_hat = oracle.round_trip(x, mode, scales["x"])
-  w_hat = oracle.round_trip(w, mode, scales["w"])
-  args = oracle.quantize(w, mode, scales["w"]) if packed else (w,)
-  kwargs = {f"global_scale_{k}": v for k, v in scales.items() if v is not None}
-  return (x, *args), {"mode": mode, **kwargs}, x_hat, w_hat
 
 
 def check(x, w, mode, *, precision=None, **how):

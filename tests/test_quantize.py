@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,10 +10,9 @@ import pytest
 
 import jaxqq
 from tests.support import oracle
+from tests.support.golden import GOLDEN, SHORT
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "data" / "mlx_cuda.npz")
 MODES = tuple(oracle.MODES)
-SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 def check_bits(w, mode, global_scale=None, *, jit=True):

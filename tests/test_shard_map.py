@@ -12,8 +12,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.test_sharding import GRADIENTS_CLOSE, QUICK, collectives, mesh
-from tests.test_transforms import MODES, arguments, data
+from tests.support.operands import MODES, arguments, data
+from tests.support.sharding import GRADIENTS_CLOSE, QUICK, collectives, mesh
 
 
 def gathered_w(product):

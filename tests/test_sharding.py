@@ -3,68 +3,29 @@
 from __future__ import annotations
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests.support import oracle
-from tests.test_transforms import MODES, arguments, data
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-4}
-GRADIENTS_CLOSE = {"rtol": 1e-4, "atol": 1e-3}
-DT = ("data", "tensor")
-# name: x (M, K), w (N, K), output asked for (None: XLA's choice)
-SPLITS = {
-  "column": (P("data"), P("tensor"), None),
-  "row": (P("data", "tensor"), P(None, "tensor"), None),
-  "row, all axes": (P(None, DT), P(None, DT), None),
-  "row, output split on n": (P(None, "tensor"), P(None, "tensor"), P(None, "tensor")),
-  "row, output split on m": (P(None, "tensor"), P(None, "tensor"), P("tensor")),
-  "row, rows split on": (P("data", "tensor"), P(None, "tensor"), P(DT)),
-  "row, output split the other way": (
-    P("data", "tensor"),
-    P(None, "tensor"),
-    P(("tensor", "data")),
-  ),
-  "rows of w": (P("data"), P("data"), P("data")),
-  "columns of w": (P("data"), P(None, "data"), P("data")),
-  "x on k only": (P(None, "tensor"), P(), None),
-  "w on k only": (P(), P(None, "tensor"), None),
-  "different axes on k": (P(None, "data"), P(None, "tensor"), None),
-  "same axis on m and n": (P("tensor"), P("tensor"), None),
-  "nothing": (P(), P(), P("data", "tensor")),
-}
-REDUCED = [("all-reduce", "f32")]
-SCATTERED = [("reduce-scatter", "f32")]
-GATHERED = {
-  True: [("all-gather", "u32"), ("all-gather", "u8")],  # packed
-  False: [("all-gather", "f32")],
-}
-MOVED = {
-  "column": [],
-  "row": REDUCED,
-  "row, all axes": REDUCED,
-  "row, output split on n": SCATTERED,
-  "row, output split on m": SCATTERED,
-  "row, rows split on": SCATTERED,
-  "rows of w": GATHERED,
-  "columns of w": GATHERED,
-}
-
-
-@functools.cache
-def mesh():
-  return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-
-
-def place(a, spec):
-  return jax.device_put(a, NamedSharding(mesh(), spec))
+from tests.support.operands import MODES, arguments, data
+from tests.support.sharding import (
+  CLOSE,
+  DT,
+  EACH,
+  MOVED,
+  QUICK,
+  SCATTERED,
+  SPLITS,
+  collectives,
+  mesh,
+  place,
+)
 
 
 def compiled(f, split, x, args):
@@ -74,23 +35,12 @@ def compiled(f, split, x, args):
   return jax.jit(f, **options).lower(*placed).compile(), placed
 
 
-def collectives(executable):
-  """[(operation, type)] of every collective in the compiled text."""
-  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-  found = re.findall(rf"= (\w+)\[[^=]* ({kinds})(?:-start)?\(", executable.as_text())
-  return sorted((kind, dtype) for dtype, kind in found)
-
-
 @functools.cache
 def case(mode, packed):
   """x, w or its packed parts, and their product on one device."""
   x, w = data((16, 512), (24, 512))
   args = arguments(w, mode, packed)
   return x, args, np.asarray(jaxqq.qqmm(x, *args, mode=mode))
-
-
-QUICK = pytest.mark.usefixtures("quick_compiles")
-EACH = pytest.mark.parametrize(("mode", "packed"), [("nvfp4", True), ("mxfp8", False)])
 
 
 def table():

@@ -12,13 +12,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.test_product import amax
-from tests.test_sharding import GATHERED, GRADIENTS_CLOSE, QUICK, SPLITS, collectives, mesh, place
-from tests.test_transforms import BACKWARDS, MODES, arguments, data
+from tests.support.operands import BACKWARDS, KINDS, amax, arguments, data
+from tests.support.sharding import (
+  GATHERED,
+  GRADIENTS_CLOSE,
+  QUICK,
+  SPLITS,
+  collectives,
+  mesh,
+  place,
+)
 
 X_SPECS = {"": P(), "m": P("data"), "k": P(None, "tensor"), "m, k": P("data", "tensor")}
 W_SPECS = {"": P(), "n": P("tensor"), "k": P(None, "tensor"), "n, k": P("data", "tensor")}
-KINDS = [(mode, backward) for mode in MODES for backward in BACKWARDS]
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 
 

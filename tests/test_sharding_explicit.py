@@ -14,10 +14,18 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from jaxqq._compat import ShardingTypeError
-from tests.test_product import amax
-from tests.test_sharding import EACH, GATHERED, GRADIENTS_CLOSE, QUICK, REDUCED, collectives
-from tests.test_sharding_backward import KINDS
-from tests.test_transforms import BACKWARDS, arguments, data
+from tests.support.operands import BACKWARDS, KINDS, amax, arguments, data
+from tests.support.sharding import (
+  EACH,
+  GATHERED,
+  GRADIENTS_CLOSE,
+  QUICK,
+  REDUCED,
+  collectives,
+  explicit_mesh,
+  mesh,
+  place_explicit,
+)
 
 SPLITS = {
   "column": (P("data"), P("tensor")),
@@ -26,15 +34,6 @@ SPLITS = {
   "w on k only": (P("data"), P(None, "tensor")),
   "nothing": (P(), P()),
 }
-
-
-@functools.cache
-def mesh(kinds=(AxisType.Explicit,) * 2):
-  return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=kinds)
-
-
-def place(a, spec):
-  return jax.device_put(a, NamedSharding(mesh(), spec))
 
 
 def gradients_of(mode, backward, g, packed, **scales):
@@ -71,13 +70,15 @@ def test_product_and_gradients(split, mode, backward, packed):
   """Gradients are split as their operands, the product as jnp.einsum's, and little moves."""
   (x, *args), f, want = case(mode, backward, packed)
   x_spec, w_spec = SPLITS[split]
-  placed = place(x, x_spec), *(place(a, w_spec) for a in args)
+  placed = place_explicit(x, x_spec), *(place_explicit(a, w_spec) for a in args)
   # A mesh that is set, or only in the arrays.
-  with jax.set_mesh(mesh()) if split != "w on k only" else contextlib.nullcontext():
+  with jax.set_mesh(explicit_mesh()) if split != "w on k only" else contextlib.nullcontext():
     executable = jax.jit(f).lower(*placed).compile()
     got = executable(*placed)
     einsum = jax.eval_shape(
-      functools.partial(jnp.einsum, "mk,nk->mn"), placed[0], place(jnp.zeros((64, 256)), w_spec)
+      functools.partial(jnp.einsum, "mk,nk->mn"),
+      placed[0],
+      place_explicit(jnp.zeros((64, 256)), w_spec),
     )
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
@@ -99,13 +100,16 @@ def test_k_split_on_both_sides(mode, packed):
   """As ambiguous as for jnp.einsum; under auto_axes it is told how the output is split."""
   x, w, g = data((16, 256), (32, 256), (16, 32))
   args = arguments(w, mode, packed)
-  placed = place(x, P("data", "tensor")), *(place(a, P(None, "tensor")) for a in args)
+  placed = (
+    place_explicit(x, P("data", "tensor")),
+    *(place_explicit(a, P(None, "tensor")) for a in args),
+  )
   f = functools.partial(jaxqq.qqmm, mode=mode)
-  with jax.set_mesh(mesh()):
+  with jax.set_mesh(explicit_mesh()):
     with pytest.raises(ShardingTypeError, match="qqmm: x and w are both split along K"):
       f(*placed)
     with pytest.raises(ShardingTypeError):
-      jnp.einsum("mk,nk->mn", placed[0], place(w, P(None, "tensor")))
+      jnp.einsum("mk,nk->mn", placed[0], place_explicit(w, P(None, "tensor")))
     product = jax.jit(jax.sharding.auto_axes(f, out_sharding=P("data")))
     executable = product.lower(*placed).compile()
     assert collectives(executable) == REDUCED
@@ -122,10 +126,10 @@ def test_k_split_on_both_sides(mode, packed):
 def test_what_einsum_refuses_is_refused_in_a_sentence():
   x, w = data((16, 64), (32, 64))
   with pytest.raises(ShardingTypeError, match="qqmm: two axes of the output would be split over"):
-    jaxqq.qqmm(place(x, P("data")), place(w, P("data")))
+    jaxqq.qqmm(place_explicit(x, P("data")), place_explicit(w, P("data")))
   x, w = data((8, 16, 64), (8, 32, 64))
   with pytest.raises(ShardingTypeError, match="qqmm: a batch axis is split over 'data' in one"):
-    jaxqq.qqmm(place(x, P("data")), place(w, P("tensor")))
+    jaxqq.qqmm(place_explicit(x, P("data")), place_explicit(w, P("tensor")))
 
 
 @QUICK
@@ -134,8 +138,8 @@ def test_batch_axes_and_vmap(packed):
   x, w = data((8, 16, 64), (8, 32, 64))
   args = arguments(w, "nvfp4", packed)
   want = jaxqq.qqmm(x, *args)
-  with jax.set_mesh(mesh()):
-    placed = place(x, P("data")), *(place(a, P("data", "tensor")) for a in args)
+  with jax.set_mesh(explicit_mesh()):
+    placed = place_explicit(x, P("data")), *(place_explicit(a, P("data", "tensor")) for a in args)
     for f in (jaxqq.qqmm, jax.vmap(jaxqq.qqmm)):
       executable = jax.jit(f).lower(*placed).compile()
       assert collectives(executable) == []
@@ -143,7 +147,7 @@ def test_batch_axes_and_vmap(packed):
       assert out.sharding.spec == P("data", None, "tensor")
       np.testing.assert_allclose(out, want, **GRADIENTS_CLOSE)
     # Rows of every example against one w: dw sums over a split batch axis.
-    shared = [place(a[0], P("tensor")) for a in args]
+    shared = [place_explicit(a[0], P("tensor")) for a in args]
     out = jax.jit(jaxqq.qqmm)(placed[0], *shared)
     assert out.sharding.spec == P("data", None, "tensor")
   np.testing.assert_allclose(out, jaxqq.qqmm(x, *(a[0] for a in args)), **GRADIENTS_CLOSE)
@@ -155,8 +159,8 @@ def test_dw_sums_over_a_split_batch_axis(backward):
   x, w, g = data((8, 32, 64), (32, 64), (8, 32, 32))
   f = gradients_of("mxfp8", backward, g, False)
   want = jax.jit(f)(x, w)
-  with jax.set_mesh(mesh()):
-    got = jax.jit(f)(place(x, P("data")), place(w, P("tensor")))
+  with jax.set_mesh(explicit_mesh()):
+    got = jax.jit(f)(place_explicit(x, P("data")), place_explicit(w, P("tensor")))
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
   assert got[2].sharding.spec == P("tensor", None)
@@ -166,7 +170,7 @@ def test_dw_sums_over_a_split_batch_axis(backward):
 def test_global_scales_and_second_derivatives():
   x, w, g = data((128, 256), (64, 256), (128, 64))
   scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
-  placed = place(x, P("data")), place(w, P("tensor"))
+  placed = place_explicit(x, P("data")), place_explicit(w, P("tensor"))
   f = gradients_of("nvfp4", "quantized", g, False, **scales)
 
   def hvp(x, w):
@@ -175,7 +179,7 @@ def test_global_scales_and_second_derivatives():
 
   for function in (f, hvp):
     want = jax.jit(function)(x, w)
-    with jax.set_mesh(mesh()):
+    with jax.set_mesh(explicit_mesh()):
       got = jax.jit(function)(*placed)
     for a, b in zip(got, want, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2)
@@ -187,8 +191,8 @@ def test_some_axes_explicit_and_others_not():
   mode = "mxfp8"
   x, w = data((16, 256), (32, 256))
   for kinds in ((AxisType.Explicit, AxisType.Auto), (AxisType.Auto, AxisType.Explicit)):
-    with jax.set_mesh(mesh(kinds)):
-      put = lambda a, spec: jax.device_put(a, NamedSharding(mesh(kinds), spec))  # noqa: B023, E731
+    with jax.set_mesh(mesh(*kinds)):
+      put = lambda a, spec: jax.device_put(a, NamedSharding(mesh(*kinds), spec))  # noqa: B023, E731
       out = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))(
         put(x, P("data")), put(w, P("tensor"))
       )
@@ -200,7 +204,7 @@ def test_some_axes_explicit_and_others_not():
 def test_a_mesh_that_is_set_for_the_program(kind):
   """The rule's own functions see none of it."""
   x, w = data((16, 256), (32, 256))
-  m = mesh((kind,) * 2)
+  m = mesh(kind, kind)
   with jax.set_mesh(m):
     placed = [
       jax.device_put(a, NamedSharding(m, P(axis))) for a, axis in ((x, "data"), (w, "tensor"))

@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from jaxqq._sharding import decoded
 from tests.support import oracle
-from tests.test_sharding import GRADIENTS_CLOSE, QUICK, collectives
-from tests.test_sharding_random import where_it_divides
-from tests.test_transforms import BACKWARDS, MODES, arguments, data
+from tests.support.operands import BACKWARDS, MODES, arguments, data
+from tests.support.sharding import GRADIENTS_CLOSE, QUICK, collectives, where_it_divides
 
 
 def mesh_of(*sizes, order=None, kind=AxisType.Auto):

@@ -30,7 +30,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests.support import oracle
-from tests.test_transforms import BACKWARDS, MODES
+from tests.support.operands import BACKWARDS, MODES
+from tests.support.sharding import where_it_divides
 
 FIRST = int(os.environ.get("JAXQQ_SHARDING_SEED", "0"))
 DRAWS = int(os.environ.get("JAXQQ_SHARDING_DRAWS", "50"))
@@ -115,15 +116,6 @@ def random_spec(
     if fits and rng.random() < 0.8:
       dims[int(rng.choice(fits))].append(str(name))
   return P(*(tuple(names) or None for names in dims))
-
-
-def where_it_divides(spec: P, mesh_shape: dict[str, int], shape: tuple[int, ...]) -> P:
-  ways = [math.prod(mesh_shape[name] for name in names or ()) for names in spec]
-  return P(
-    *(
-      names if size % way == 0 else None for names, way, size in zip(spec, ways, shape, strict=True)
-    )
-  )
 
 
 # Programs

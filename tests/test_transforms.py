@@ -12,38 +12,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.support import oracle
-from tests.test_product import amax
+from tests.support.jaxprs import count
+from tests.support.operands import BACKWARDS, MODES, amax, arguments, data
 
-MODES = oracle.PRODUCT_MODES
-BACKWARDS = ("straight_through", "quantized")
 CLOSE = {"rtol": 2e-6, "atol": 2e-5}
-
-
-def data(*shapes, seed=30):
-  rng = np.random.default_rng(seed)
-  return [jnp.asarray(oracle.random(rng, shape, "float32")) for shape in shapes]
-
-
-def count(jaxpr, name):
-  """How many equations of that name a jaxpr holds, inner ones included."""
-  total = 0
-  for eqn in jaxpr.eqns:
-    total += eqn.primitive.name == name
-    for value in eqn.params.values():
-      for inner in value if isinstance(value, (tuple, list)) else (value,):
-        inner = getattr(inner, "jaxpr", inner)
-        total += count(inner, name) if hasattr(inner, "eqns") else 0
-  return total
 
 
 def equations(f, *args):
   jaxpr = jax.make_jaxpr(f)(*args).jaxpr
   return {name: count(jaxpr, name) for name in ("qqmm", "scan", "while")}
-
-
-def arguments(w, mode, packed):
-  return jaxqq.quantize(w, mode=mode) if packed else (w,)
 
 
 each = functools.partial(

@@ -16,10 +16,8 @@ import jaxqq
 from jaxqq import _primitive
 from jaxqq._reference import Operands
 from tests.support import oracle
-from tests.test_gradient import quantized_product, vjp
-from tests.test_product import amax
-from tests.test_sharding import CLOSE, GRADIENTS_CLOSE, MOVED, QUICK, SPLITS, collectives, mesh
-from tests.test_transforms import BACKWARDS, MODES, data
+from tests.support.operands import BACKWARDS, MODES, amax, data, quantized_product, vjp
+from tests.support.sharding import CLOSE, GRADIENTS_CLOSE, MOVED, QUICK, SPLITS, collectives, mesh
 
 SOME = (("x",), ("w",), ("x", "w"))
 EACH = pytest.mark.parametrize("transposed", SOME, ids="".join)

@@ -14,16 +14,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxqq
 from tests.support import oracle
-from tests.test_errors import check_sentence
+from tests.support.messages import check_sentence
+from tests.support.operands import amax
 
 RNG = np.random.default_rng(0)
 W = oracle.random(RNG, (8, 64), "float32")
 STACK = oracle.random(RNG, (3, 8, 64), "float32") * np.float32([[[1]], [[20]], [[0.1]]])
 X = oracle.random(RNG, (4, 64), "float32")
-
-
-def amax(a: np.ndarray) -> np.float32:
-  return np.max(np.abs(a.astype(np.float32)))
 
 
 CASES = [
