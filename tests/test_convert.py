@@ -24,6 +24,7 @@ if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
 from tests.support.operands import data
+from tests.support.programs import count_kernels, lowered_for_cuda
 from tests.support.quantizers import interpreted
 from tests.support.sharding import Recorder
 
@@ -33,13 +34,9 @@ BATCH_OF_SCALES = jax.ShapeDtypeStruct((3,), jnp.float32)
 EACH_MODE = pytest.mark.parametrize("mode", oracle.MODES)
 
 
-def program(f, *args):
-  return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
 def kernels(f, *args):
   """How many kernels the program holds that is lowered for CUDA."""
-  return program(f, *args).count("custom_call @mosaic_gpu_v2")
+  return count_kernels(lowered_for_cuda(f, *args))
 
 
 def quantize_and_back(w, global_scale=None, *, mode="nvfp4", axis=-1, scale_back=None):
@@ -70,10 +67,10 @@ def test_a_global_scale():
 def test_no_transpose_is_written_of_one_matrix(mode):
   f = lambda w: jaxqq.quantize(w, mode=mode, axis=-2)  # noqa: E731
   for shape in ((96, 130), (1, 96, 130)):
-    text = program(f, W.update(shape=shape))
-    assert "mosaic_gpu_v2" in text and "stablehlo.transpose" not in text
-  several = program(f, W.update(shape=(2, 96, 130)))
-  assert "mosaic_gpu_v2" in several and "stablehlo.transpose" in several
+    text = lowered_for_cuda(f, W.update(shape=shape))
+    assert count_kernels(text) == 1 and "stablehlo.transpose" not in text
+  several = lowered_for_cuda(f, W.update(shape=(2, 96, 130)))
+  assert count_kernels(several) == 1 and "stablehlo.transpose" in several
 
 
 def test_with_64_bit_types():
@@ -122,7 +119,7 @@ def test_on_explicit_axes(spec, axis):
   with jax.set_mesh(mesh):
     assert kernels(of_mode("mxfp8", axis=axis), w) == 2
     exported = export.export(jax.jit(of_mode("mxfp8", axis=axis)), platforms=("cpu", "cuda"))(w)
-    assert exported.mlir_module().count("custom_call @mosaic_gpu_v2") == 2
+    assert count_kernels(exported.mlir_module()) == 2
 
 
 def test_on_explicit_axes_of_one_device():
@@ -135,7 +132,7 @@ def partitioned_kernels(monkeypatch, f, mesh, args, results):
   """How many kernels a device's part of one conversion has under `jit` of sharded arrays."""
   monkeypatch.setattr(_sharding, "custom_partitioning", Recorder)
   monkeypatch.setattr(Recorder, "rules", [], raising=False)
-  text = program(f, *args)
+  text = lowered_for_cuda(f, *args)
   assert text.count("@CustomSPMDPartitioning") == 1 and "mosaic_gpu" not in text
   (rule,) = Recorder.rules
   _, part, _, shardings = rule["partition"](mesh, args, results)
@@ -169,7 +166,7 @@ def test_what_the_partitioner_gets(mode, axis, monkeypatch):
 
 def test_exported_where_there_is_no_gpu():
   exported = export.export(jax.jit(with_scale_on_both_ways), platforms=("cpu", "cuda"))(W, SCALE)
-  assert exported.mlir_module().count("custom_call @mosaic_gpu_v2") == 2
+  assert count_kernels(exported.mlir_module()) == 2
 
 
 def test_sizes_that_are_not_known():

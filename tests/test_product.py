@@ -104,9 +104,8 @@ def test_golden(case, dtype):
   mode = case.removesuffix("g")
   x, w = (GOLDEN[name].astype(oracle.DTYPES[SHORT[dtype]]) for name in "xw")
   scales = (amax(x), amax(w)) if case.endswith("g") else (None, None)
-  for rows in (1, 5):
-    if (name := f"{case}.{dtype}.y{rows}") not in GOLDEN:
-      continue
+  for rows in (5,) if case == "nvfp4g" else (1, 5):
+    name = f"{case}.{dtype}.y{rows}"
     exact, mag = oracle.product(
       oracle.round_trip(x[8 : 8 + rows], mode, scales[0]), oracle.round_trip(w, mode, scales[1])
     )

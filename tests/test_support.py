@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.support import bounds, cases, climb, data, fp8, oracle, products
+from tests.support import bounds, cases, climb, data, fp8, messages, oracle, products
 from tests.support.cases import Case, Program
 
 EXAMPLES = (
@@ -180,3 +180,17 @@ def test_climbing_climbs():
   climber.step()
   first = climber.best
   assert first < climber.run(25) <= 1
+
+
+@pytest.mark.parametrize("word", ["x", "8", "got 4"])
+def test_a_word_within_another_is_not_said(word):
+  sentence = "mode must be one of 'nvfp4', 'mxfp8', got 48"
+  assert word in sentence and not messages.says(sentence, word)
+  assert messages.says(sentence, "mode") and messages.says(sentence, "'mxfp8'")
+
+
+def test_a_sentence_without_a_word_is_refused():
+  messages.check_sentence("qqmm: x must be a matrix.", "qqmm", ["x"])
+  for sentence in ("qqmm: mxfp8 must be a matrix.", "explain: x is not.", "qqmm: x", "qqmm: {x}."):
+    with pytest.raises(AssertionError):
+      messages.check_sentence(sentence, "qqmm", ["x"])

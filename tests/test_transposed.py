@@ -17,6 +17,7 @@ from jaxqq import _primitive
 from jaxqq._reference import Operands
 from tests.support import oracle
 from tests.support.operands import BACKWARDS, MODES, amax, data, quantized_product, vjp
+from tests.support.programs import lowered_for_cuda
 from tests.support.sharding import CLOSE, GRADIENTS_CLOSE, MOVED, QUICK, SPLITS, collectives, mesh
 
 SOME = (("x",), ("w",), ("x", "w"))
@@ -221,9 +222,7 @@ def test_kernels_in_the_interpreter(which, x_batch, w_batch, transposed, twins):
 
 
 def lowered(f, *shapes):
-  """The text of a program for CUDA."""
-  structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-  return jax.jit(f).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+  return lowered_for_cuda(f, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
 
 
 def transposes(text):
