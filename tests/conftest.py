@@ -11,6 +11,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
+from jax.experimental.custom_partitioning import custom_partitioning
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,6 +36,20 @@ def quick_compiles():
   with jax.enable_checks(False):
     yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def partition_rules(monkeypatch):
+  """The callbacks of each rule that a traced program gives to XLA's partitioner."""
+  rules = []
+  def_partition = custom_partitioning.def_partition
+
+  def recorded(self, **callbacks):
+    rules.append(callbacks)
+    def_partition(self, **callbacks)
+
+  monkeypatch.setattr(custom_partitioning, "def_partition", recorded)
+  return rules
 
 
 # For tests of kernels, in Mosaic GPU's interpreter.

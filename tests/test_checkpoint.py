@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import os
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 import jaxqq
 from jaxqq import checkpoint
-from jaxqq.checkpoint import _files, _layouts
+from jaxqq.checkpoint import _layouts
 from tests.support import checkpoints, oracle
 
 KINDS = (*checkpoints.KINDS, "mlx-mxfp8")
@@ -97,15 +98,13 @@ def test_scalars_that_float32_cannot_give_back_are_kept(kind, tmp_path):
   """Not every s is to be had from float32(2688 s), nor from float32(2688 / s)."""
   rng = np.random.default_rng(0)
   s = rng.uniform(1.53, 1.99, 1000).astype(np.float32) * np.float32(2.0**-12)
-  there = np.float32(2688) * s if kind == "modelopt" else np.float32(2688) / s
-  back = there / np.float32(2688) if kind == "modelopt" else np.float32(2688) / there
+  back = checkpoints.scalar_of(kind, checkpoints.amax_of(kind, s))
   awkward = s[back != s][:4]
   assert awkward.size == 4
   names = ("up", "down")
-  suffixes = next(row for row in _layouts.LAYOUTS if kind in (row.format, row.name)).scalars
   folder, _, _ = checkpoints.write_kind(tmp_path / "m", kind)
   tensors, _ = checkpoints.layers(kind, rng)
-  scalars = [f"{name}.{suffix}" for name in names for suffix in suffixes.values()]
+  scalars = [f"{name}.{suffix}" for name in names for suffix in checkpoints.SCALARS[kind]]
   for name, value in zip(scalars, awkward, strict=True):
     tensors[name] = np.full_like(tensors[name], value)
   checkpoints.write(folder, tensors)
@@ -133,12 +132,12 @@ def test_scalars_that_come_from_an_amax_survive_without_what_was_stored():
     assert_same(_layouts.from_amax(layout, _layouts.to_amax(layout, stored)), stored)
 
 
-@pytest.mark.parametrize("format", ["modelopt", "compressed-tensors"])
-def test_every_amax_comes_back(format, tmp_path):
+@pytest.mark.parametrize("kind", ["modelopt", "nvfp4-pack-quantized"])
+def test_every_amax_comes_back(kind, tmp_path):
   """Also one that no scalar of the format stands for, as long as its scalar is not changed."""
-  layout = _layouts.layout_of(format, "nvfp4")
+  format = FORMAT[kind]
   amax = np.random.default_rng(0).uniform(1, 32, 1000).astype(np.float32)
-  lost = amax[_layouts.to_amax(layout, _layouts.from_amax(layout, amax)) != amax]
+  lost = amax[checkpoints.amax_of(kind, checkpoints.scalar_of(kind, amax)) != amax]
   assert 100 < lost.size < 900
   packed, scales = jaxqq.quantize(jnp.ones((4, 64)))
   tensors = {
@@ -156,19 +155,18 @@ def test_every_amax_comes_back(format, tmp_path):
   assert checkpoints.read_raw(tmp_path / "again") == raw
 
   # Somebody changed a scalar and kept the metadata.
-  suffix = layout.scalars["global_scale"]
   with safetensors.safe_open(tmp_path / "again" / "model.safetensors", "np") as file:
     metadata = file.metadata()
   assert "0" in json.loads(metadata["jaxqq.amax"])
-  changed = np.full(layout.global_scales.shape, 0.25, np.float32)
+  changed = np.full(() if kind == "modelopt" else (1,), 0.25, np.float32)
   kept = {
-    f"0.{layout.codes}": np.asarray(packed).view(np.uint8),
-    f"0.{layout.scales}": np.asarray(scales).view(checkpoints.E4M3),
-    f"0.{suffix}": changed,
+    f"0.{checkpoints.CODES[kind]}": np.asarray(packed).view(np.uint8),
+    "0.weight_scale": np.asarray(scales).view(checkpoints.E4M3),
+    f"0.{checkpoints.SCALARS[kind][0]}": changed,
   }
   save_file(kept, tmp_path / "again" / "model.safetensors", metadata)
   weight = checkpoint.load(tmp_path / "again")["0.weight"]
-  assert_same(weight.global_scale, _layouts.to_amax(layout, changed.reshape(())))
+  assert_same(weight.global_scale, checkpoints.amax_of(kind, changed.reshape(())))
 
 
 def test_from_one_project_to_another(tmp_path):
@@ -477,14 +475,14 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 def test_a_replacement_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
   folder, _, _ = checkpoints.write_kind(tmp_path / "m", "mlx")
   loaded = checkpoint.load(folder)
-  replace = _files.os.replace
+  replace = os.replace
 
   def fail(source, target):
     if str(source).endswith(".tmp"):
       raise OSError("no")
     replace(source, target)
 
-  monkeypatch.setattr(_files.os, "replace", fail)
+  monkeypatch.setattr(os, "replace", fail)
   with pytest.raises(OSError, match="no"):
     checkpoint.save(folder, loaded, format="mlx", overwrite=True)
   assert [path.name for path in tmp_path.iterdir()] == ["m"]

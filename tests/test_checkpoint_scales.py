@@ -9,13 +9,12 @@ import pytest
 
 import jaxqq
 from jaxqq import checkpoint
-from jaxqq.checkpoint import _layouts
 from tests.support import checkpoints, oracle
 from tests.support.messages import refused
 
 KINDS = ("modelopt", "nvfp4-pack-quantized")
-WEIGHT = dict(zip(KINDS, ("weight_scale_2", "weight_global_scale"), strict=True))
-INPUT = dict(zip(KINDS, ("input_scale", "input_global_scale"), strict=True))
+WEIGHT = {kind: weight for kind, (weight, _) in checkpoints.SCALARS.items()}
+INPUT = {kind: own for kind, (_, own) in checkpoints.SCALARS.items()}
 OF_ZERO = dict(zip(KINDS, (0.0, np.inf), strict=True))  # what an amax of 0 is stored as
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -133,8 +132,7 @@ def test_a_weight_of_infinite_amax(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_of_amax_zero(kind, tmp_path):
   """That of zeros, whether its codes or its scales say so, and of nothing else."""
-  codes = _layouts.layout_of(*{"modelopt": ("modelopt", "nvfp4")}.get(
-    kind, ("compressed-tensors", "nvfp4"))).codes  # fmt: skip
+  codes = checkpoints.CODES[kind]
   zero = {WEIGHT[kind]: OF_ZERO[kind]}
   folder, _ = written(tmp_path / "codes", kind, **zero)
   refused(folder, f"'up.{WEIGHT[kind]}' must be", f"found {OF_ZERO[kind]}", "not zeros")

@@ -16,7 +16,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from jaxqq import _sharding
 from jaxqq._kernels import conversions
 from tests.support import oracle
 
@@ -26,7 +25,6 @@ if jax.__version_info__ < (0, 11):
 from tests.support.operands import data
 from tests.support.programs import count_kernels, lowered_for_cuda
 from tests.support.quantizers import interpreted
-from tests.support.sharding import Recorder
 
 W = jax.ShapeDtypeStruct((3, 40, 96), jnp.bfloat16)
 SCALE = jax.ShapeDtypeStruct((), jnp.float32)
@@ -128,13 +126,12 @@ def test_on_explicit_axes_of_one_device():
     assert kernels(quantize_and_back, W.update(sharding=NamedSharding(mesh, P("data")))) == 2
 
 
-def partitioned_kernels(monkeypatch, f, mesh, args, results):
+def partitioned_kernels(rules, f, mesh, args, results):
   """How many kernels a device's part of one conversion has under `jit` of sharded arrays."""
-  monkeypatch.setattr(_sharding, "custom_partitioning", Recorder)
-  monkeypatch.setattr(Recorder, "rules", [], raising=False)
+  rules.clear()
   text = lowered_for_cuda(f, *args)
   assert text.count("@CustomSPMDPartitioning") == 1 and "mosaic_gpu" not in text
-  (rule,) = Recorder.rules
+  (rule,) = rules
   _, part, _, shardings = rule["partition"](mesh, args, results)
   parts = [
     jax.ShapeDtypeStruct(sharding.shard_shape(a.shape), a.dtype)
@@ -147,7 +144,7 @@ def partitioned_kernels(monkeypatch, f, mesh, args, results):
 
 @pytest.mark.parametrize("axis", [-1, -2])
 @EACH_MODE
-def test_what_the_partitioner_gets(mode, axis, monkeypatch):
+def test_what_the_partitioner_gets(mode, axis, partition_rules):
   """XLA asks for a device's part when it compiles."""
   mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -158,10 +155,10 @@ def test_what_the_partitioner_gets(mode, axis, monkeypatch):
   (w,) = split(P("data", "tensor"), W.update(shape=(256, 256)))
   back = P("tensor", "data") if axis == -2 else P("data", "tensor")
   results = split(back, *jax.eval_shape(quantize, w))
-  assert partitioned_kernels(monkeypatch, quantize, mesh, [w], results) == 1
+  assert partitioned_kernels(partition_rules, quantize, mesh, [w], results) == 1
   dequantize = functools.partial(jaxqq.dequantize, mode=mode)
   out = split(back, jax.eval_shape(dequantize, *results))
-  assert partitioned_kernels(monkeypatch, dequantize, mesh, results, out) == 1
+  assert partitioned_kernels(partition_rules, dequantize, mesh, results, out) == 1
 
 
 def test_exported_where_there_is_no_gpu():

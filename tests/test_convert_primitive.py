@@ -13,12 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from jaxqq import _sharding
-from jaxqq._compat import ShardingTypeError
 from tests.support import oracle
 from tests.support.jaxprs import count
 from tests.support.operands import amax, data
-from tests.support.sharding import QUICK, Recorder, collectives
+from tests.support.sharding import QUICK, collectives, sharding_error
 
 EACH_MODE = pytest.mark.parametrize("mode", oracle.MODES)
 # name: (mode, whether with a global scale)
@@ -358,10 +356,8 @@ def test_vmap_twice_of_sharded_arrays():
       assert_quantized([a[i, j] for a in got], w[i], "nvfp4", scales[j])
 
 
-def test_where_operands_and_results_are_split_differently(monkeypatch):
+def test_where_operands_and_results_are_split_differently(partition_rules):
   """quantize runs where w is, dequantize where its result is to be."""
-  monkeypatch.setattr(_sharding, "custom_partitioning", Recorder)
-  monkeypatch.setattr(Recorder, "rules", [], raising=False)
   mesh = mesh_of()
 
   def split(spec, *shapes):
@@ -371,7 +367,7 @@ def test_where_operands_and_results_are_split_differently(monkeypatch):
   def parts(f, operands, results):
     """Shapes of what one device has."""
     jax.jit(lambda *a: f(*a)).trace(*operands).lower()  # traced anew
-    partition = Recorder.rules.pop()["partition"]
+    partition = partition_rules.pop()["partition"]
     _, _, of_results, of_operands = partition(mesh, operands, results)
     pairs = zip([*operands, *results], [*of_operands, *of_results], strict=True)
     return [sharding.shard_shape(a.shape) for a, sharding in pairs]
@@ -471,9 +467,9 @@ def test_explicit_axes_that_would_cut_a_group_or_differ():
     packed, scales = (jax.sharding.reshard(a, P()) for a in got)
     one_of_them = jax.jit(jaxqq.dequantize)(place(packed, mesh, P("data")), scales)
     assert one_of_them.sharding.spec == P("data", None)
-    with pytest.raises(ShardingTypeError, match=r"^dequantize: an axis is split over 'data' in "):
+    with pytest.raises(sharding_error(), match=r"^dequantize: an axis is split over 'data' in "):
       jaxqq.dequantize(place(packed, mesh, P("data")), place(scales, mesh, P("tensor")))
-    with pytest.raises(ShardingTypeError, match=r"^dequantize: two axes of the result would be "):
+    with pytest.raises(sharding_error(), match=r"^dequantize: two axes of the result would be "):
       jaxqq.dequantize(place(packed, mesh, P("tensor")), place(scales, mesh, P(None, "tensor")))
 
 

@@ -13,6 +13,12 @@ E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 KINDS = ("mlx", "modelopt", "nvfp4-pack-quantized", "mxfp8-quantized")
 N, K = 8, 64
+# Where a layer of nvfp4 has its codes, and its scalars of the weight and of the activations.
+CODES = {"modelopt": "weight", "nvfp4-pack-quantized": "weight_packed"}
+SCALARS = {
+  "modelopt": ("weight_scale_2", "input_scale"),
+  "nvfp4-pack-quantized": ("weight_global_scale", "input_global_scale"),
+}
 NVFP4_GROUP = {
   "targets": ["Linear"],
   "weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
@@ -34,6 +40,18 @@ def mxfp8(rng, n=N, k=K):
   scales = rng.integers(120, 134, (n, k // 32)).astype(np.uint8)
   values = codes.view(E4M3).astype(np.float64) * np.exp2(np.repeat(scales, 32, axis=1) - 127.0)
   return codes, scales, values
+
+
+def scalar_of(kind, amax):
+  """What a layer of nvfp4 stores for an amax, in float32."""
+  amax = np.asarray(amax, np.float32)
+  return amax / np.float32(2688) if kind == "modelopt" else np.float32(2688) / amax
+
+
+def amax_of(kind, scalar):
+  """And back, which may be off by a rounding."""
+  scalar = np.asarray(scalar, np.float32)
+  return np.float32(2688) * scalar if kind == "modelopt" else np.float32(2688) / scalar
 
 
 def others(rng):
@@ -69,7 +87,7 @@ def layers(kind, rng):
       "mode": "mxfp8" if quantized is mxfp8 else "nvfp4",
       "values": values,
     }
-    scalars = [np.float32(amax) / np.float32(2688) for amax in (0.7 + i, 30.1 + i)]
+    scalars = [scalar_of(kind, amax) for amax in (0.7 + i, 30.1 + i)]
     fields = ("global_scale", "input_global_scale")
     if kind in ("mlx", "mlx-mxfp8"):
       tensors |= {f"{name}.weight": codes.view("<u4"), f"{name}.scales": scales}
@@ -77,15 +95,12 @@ def layers(kind, rng):
       tensors |= {f"{name}.weight": codes.view(E4M3), f"{name}.weight_scale": scales}
     elif kind == "modelopt":
       tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scales.view(E4M3)}
-      tensors |= {f"{name}.weight_scale_2": scalars[0], f"{name}.input_scale": scalars[1]}
-      amax = [np.float32(2688) * s for s in scalars]
     else:
       tensors |= {f"{name}.weight_packed": codes, f"{name}.weight_scale": scales.view(E4M3)}
-      scalars = [np.float32([2688]) / np.float32(amax) for amax in (0.7 + i, 30.1 + i)]
-      tensors |= {f"{name}.weight_global_scale": scalars[0]}
-      tensors |= {f"{name}.input_global_scale": scalars[1]}
-      amax = [(np.float32(2688) / s).reshape(()) for s in scalars]
-    if kind in ("modelopt", "nvfp4-pack-quantized"):
+      scalars = [s.reshape(1) for s in scalars]
+    if kind in SCALARS:
+      tensors |= {f"{name}.{suffix}": s for suffix, s in zip(SCALARS[kind], scalars, strict=True)}
+      amax = [amax_of(kind, s).reshape(()) for s in scalars]
       wanted[f"{name}.weight"] |= dict(zip(fields, amax, strict=True))
       factor = float(scalars[0]) if kind == "modelopt" else 1 / float(scalars[0].item())
       wanted[f"{name}.weight"]["values"] = values * factor
