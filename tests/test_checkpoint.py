@@ -5,8 +5,6 @@ from __future__ import annotations
 import doctest
 import json
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ import jaxqq
 from jaxqq import checkpoint
 from jaxqq.checkpoint import _layouts
 from tests.support import checkpoints, oracle
+from tests.support.processes import run_without
 
 KINDS = (*checkpoints.KINDS, "mlx-mxfp8")
 FORMAT = {kind: kind.removesuffix("-mxfp8") for kind in KINDS} | dict.fromkeys(
@@ -522,26 +521,13 @@ def test_examples_in_docstrings(name):
   assert doctest.DocTestRunner().run(example).failed == 0
 
 
-def run_without(package, code):
-  hide = f"""
-import sys
-class Hide:
-  def find_spec(self, name, path=None, target=None):
-    if name.partition(".")[0] == {package!r}: raise ImportError(name)
-sys.meta_path.insert(0, Hide())
-"""
-  return subprocess.run(
-    [sys.executable, "-c", hide + code], capture_output=True, text=True, check=False
-  )
-
-
-def test_the_extra_that_is_missing():
-  done = run_without("safetensors", "import jaxqq; import jaxqq.checkpoint")
+def test_the_extra_that_is_missing(tmp_path):
+  done = run_without("safetensors", "import jaxqq; import jaxqq.checkpoint", tmp_path)
   assert done.returncode and "ImportError" in done.stderr and "jaxqq[checkpoint]" in done.stderr
 
 
 def test_no_progress_bar_is_no_obstacle(tmp_path):
   folder, _, _ = checkpoints.write_kind(tmp_path / "m", "modelopt")
   code = f"from jaxqq import checkpoint; print(len(checkpoint.load({str(folder)!r})))"
-  done = run_without("tqdm", code)
+  done = run_without("tqdm", code, tmp_path)
   assert done.stdout.strip() == "8", done.stderr

@@ -8,8 +8,6 @@ import importlib
 import itertools
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from flax import nnx
 
 from jaxqq.nn import QQLinear
 from tests.support import oracle
+from tests.support.processes import run_example_without
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATH = ROOT / "examples" / "decode.py"
@@ -332,20 +331,8 @@ def test_refuses_what_cannot_be(flags, capsys):
   assert f"{flags[0]} must" in capsys.readouterr().err
 
 
-def test_names_the_extra_that_is_missing():
-  """Run with an import hook that hides tqdm."""
-  code = f"""
-import runpy, sys
-class Hide:
-  def find_spec(self, name, path=None, target=None):
-    if name.partition(".")[0] == "tqdm": raise ImportError(name)
-sys.meta_path.insert(0, Hide())
-sys.argv = ["decode.py", "--tiny"]
-sys.path.insert(0, {str(PATH.parent)!r})
-runpy.run_path({str(PATH)!r}, run_name="__main__")
-"""
-  command = [sys.executable, "-c", code]
-  done = subprocess.run(command, cwd=PATH.parents[1], capture_output=True, text=True, check=False)
+def test_names_the_extra_that_is_missing(tmp_path):
+  done = run_example_without("tqdm", "decode", tmp_path, "--tiny")
   assert done.returncode == 1 and "tqdm" in done.stderr and "jaxqq[examples]" in done.stderr
 
 

@@ -6,10 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 import jaxqq
 from jaxqq import checkpoint
 from tests.support.examples import load_example
+from tests.support.processes import run_example_without
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = {
@@ -225,18 +223,7 @@ def test_arguments_that_are_refused(example, flags, words, capsys):
 
 @pytest.mark.parametrize("missing", ["flax", "safetensors", "tokenizers"])
 def test_the_extra_that_is_missing(missing, tmp_path):
-  code = f"""
-import sys, runpy
-class Hide:
-  def find_spec(self, name, path=None, target=None):
-    if name.partition(".")[0] == {missing!r}: raise ImportError(name)
-sys.meta_path.insert(0, Hide())
-runpy.run_path({str(ROOT / "examples" / "embed.py")!r}, run_name="__main__")
-"""
-  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  done = subprocess.run(
-    [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-  )
+  done = run_example_without(missing, "embed", tmp_path)
   assert done.returncode and "jaxqq[examples]" in done.stderr
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
-import os
-import pathlib
-import subprocess
-import sys
 
 import flax.linen
 import jax
@@ -22,6 +18,7 @@ import jaxqq.nn
 from tests.support import oracle
 from tests.support.jaxprs import count
 from tests.support.messages import check_sentence
+from tests.support.processes import run_without
 from tests.support.training import falls
 
 KEY = jax.random.key(0)
@@ -301,22 +298,5 @@ def test_examples_in_docstrings(name):
 
 
 def test_without_flax_the_extra_is_named(tmp_path):
-  code = """
-import sys
-class Hide:
-  def find_spec(self, name, path=None, target=None):
-    if name.partition(".")[0] == "flax": raise ImportError(name)
-sys.meta_path.insert(0, Hide())
-import jaxqq
-jaxqq.nn
-"""
-  root = pathlib.Path(__file__).parent.parent
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=tmp_path,
-    env={**os.environ, "PYTHONPATH": str(root)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = run_without("flax", "import jaxqq; jaxqq.nn", tmp_path)
   assert done.returncode != 0 and 'pip install "jaxqq[flax]"' in done.stderr
