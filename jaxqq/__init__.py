@@ -1,21 +1,44 @@
 """jaxqq: products of block-quantized matrices (nvfp4, mxfp8) as a primitive of JAX."""
 
 import importlib as _importlib
-from typing import Any as _Any
+import typing as _typing
+from importlib import util as _util
 
-from jaxqq._convert import dequantize as dequantize
-from jaxqq._convert import quantize as quantize
-from jaxqq._dot_general import dot_general as dot_general
-from jaxqq._explain import explain as explain
-from jaxqq._qqmm import qqmm as qqmm
-from jaxqq._weight import QuantizedWeight as QuantizedWeight
-from jaxqq._weight import quantize_weight as quantize_weight
+from jaxqq._convert import dequantize, quantize
+from jaxqq._dot_general import dot_general
+from jaxqq._explain import explain
+from jaxqq._qqmm import qqmm
+from jaxqq._weight import QuantizedWeight, quantize_weight
 
-__version__ = "0.1.0"
+__all__ = [
+  "QuantizedWeight",
+  "dequantize",
+  "dot_general",
+  "explain",
+  "qqmm",
+  "quantize",
+  "quantize_weight",
+]
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
+# Subpackages and the package that each needs. They are imported when first asked for, and not in
+# `__all__`: `from jaxqq import *` would need them all.
+_SUBPACKAGES = {"bench": "jax", "checkpoint": "safetensors", "nn": "flax"}
+
+if _typing.TYPE_CHECKING:
+  from . import bench as bench
+  from . import checkpoint as checkpoint
+  from . import nn as nn
+else:  # a type checker that saw this would let any misspelled name pass
+
+  def __getattr__(name: str):
+    if name in _SUBPACKAGES:
+      return _importlib.import_module(f"jaxqq.{name}")
+    raise AttributeError(f"module 'jaxqq' has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> _Any:
-  """Subpackages that need more than jaxqq does are imported when they are first asked for."""
-  if name in ("bench", "checkpoint", "nn"):
-    return _importlib.import_module(f"jaxqq.{name}")
-  raise AttributeError(f"module 'jaxqq' has no attribute {name!r}")
+def __dir__() -> list[str]:
+  """Subpackages that can be imported only: `help` and `inspect` get each name they find here."""
+  ready = [name for name, needs in _SUBPACKAGES.items() if _util.find_spec(needs)]
+  return sorted([*__all__, *ready, "__version__"])

@@ -4,6 +4,15 @@ No number is computed anew: codes and scales are the bytes of the files. `pip in
 'jaxqq[checkpoint]'` brings safetensors, which this needs, and tqdm for a progress bar.
 """
 
-from jaxqq.checkpoint._load import Checkpoint as Checkpoint
-from jaxqq.checkpoint._load import load as load
-from jaxqq.checkpoint._save import save as save
+from jaxqq.checkpoint._load import Checkpoint, load
+from jaxqq.checkpoint._save import save
+
+__all__ = [
+  "Checkpoint",
+  "load",
+  "save",
+]
+
+
+def __dir__() -> list[str]:
+  return list(__all__)

@@ -11,15 +11,28 @@ except ImportError as _error:
     'jaxqq.nn needs flax, which is not installed: pip install "jaxqq[flax]".'
   ) from _error
 
-from jaxqq.nn.base import Packed as Packed
-from jaxqq.nn.convert import pack as pack
-from jaxqq.nn.convert import quantize_model as quantize_model
-from jaxqq.nn.convert import unpack as unpack
-from jaxqq.nn.layers import QQEinsum as QQEinsum
-from jaxqq.nn.layers import QQLinear as QQLinear
-from jaxqq.nn.layers import QQLinearGeneral as QQLinearGeneral
-from jaxqq.nn.linen import QQDense as QQDense
-from jaxqq.nn.linen import quantized_apply as quantized_apply
-from jaxqq.nn.params import quantize_params as quantize_params
-from jaxqq.nn.report import LayerReport as LayerReport
-from jaxqq.nn.report import Report as Report
+from jaxqq.nn.base import Packed
+from jaxqq.nn.convert import pack, quantize_model, unpack
+from jaxqq.nn.layers import QQEinsum, QQLinear, QQLinearGeneral
+from jaxqq.nn.linen import QQDense, quantized_apply
+from jaxqq.nn.params import quantize_params
+from jaxqq.nn.report import LayerReport, Report
+
+__all__ = [
+  "LayerReport",
+  "Packed",
+  "QQDense",
+  "QQEinsum",
+  "QQLinear",
+  "QQLinearGeneral",
+  "Report",
+  "pack",
+  "quantize_model",
+  "quantize_params",
+  "quantized_apply",
+  "unpack",
+]
+
+
+def __dir__() -> list[str]:
+  return list(__all__)
