@@ -23,6 +23,7 @@ from jaxqq._checks import (
   describe,
 )
 from jaxqq._checks import names as names_of
+from jaxqq._formats import Mode
 from jaxqq._reference import TRANSPOSED
 from jaxqq._sharding import vary_alike
 
@@ -31,7 +32,7 @@ def quantize(
   w: ArrayLike,
   group_size: int | None = None,
   bits: int | None = None,
-  mode: str = "nvfp4",
+  mode: Mode = "nvfp4",
   *,
   global_scale: ArrayLike | None = None,
   axis: int = -1,
@@ -86,7 +87,7 @@ def dequantize(
   scales: ArrayLike,
   group_size: int | None = None,
   bits: int | None = None,
-  mode: str = "nvfp4",
+  mode: Mode = "nvfp4",
   *,
   global_scale: ArrayLike | None = None,
   dtype: DTypeLike = jnp.bfloat16,
@@ -146,7 +147,7 @@ def checked_quantize(
   mode: Any,
   global_scale: Any,
   axis: Any,
-) -> tuple[list[Any], tuple[str, ...], str]:
+) -> tuple[list[Any], tuple[str, ...], Mode]:
   """Arrays, their names and the mode, or the error that the caller of `quantize` should see."""
   fmt = check_format(function, mode, group_size, bits)
   w = as_array(function, "w", w)
@@ -173,7 +174,7 @@ def checked_dequantize(
   mode: Any,
   global_scale: Any,
   dtype: Any,
-) -> tuple[list[Any], tuple[str, ...], str, np.dtype]:
+) -> tuple[list[Any], tuple[str, ...], Mode, np.dtype]:
   """Arrays, their names, mode and dtype, or the error that `dequantize`'s caller should see."""
   fmt = check_format(function, mode, group_size, bits)
   w, scales = check_packed(function, w, scales, fmt)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq import _einsum
 from jaxqq._checks import FLOATS, check_format, check_has_global_scale, describe, names
@@ -30,18 +31,20 @@ from jaxqq._contraction import (
   rows,
   sizes,
 )
-from jaxqq._formats import FORMATS
-from jaxqq._gradient import BACKWARDS
+from jaxqq._formats import FORMATS, Mode, ProductMode
+from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._qqmm import product
 from jaxqq._reference import Operands
 from jaxqq._weight import QuantizedWeight, amax_of_each_matrix
 
+OutSharding: TypeAlias = jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None
+
 
 def dot_general(
-  mode: str = "nvfp4",
+  mode: ProductMode = "nvfp4",
   *,
-  backward: str = "straight_through",
-  global_scale: str | None = None,
+  backward: Backward = "straight_through",
+  global_scale: Literal["amax"] | None = None,
 ) -> DotGeneral:
   """Makes a `jax.lax.dot_general` that quantizes both operands, for layers that take one.
 
@@ -82,11 +85,34 @@ def dot_general(
 
 @dataclasses.dataclass(frozen=True)
 class DotGeneral:
-  """What `dot_general` returns."""
+  """A `jax.lax.dot_general` that quantizes both operands, made by `dot_general`.
 
-  mode: str
-  backward: str = "straight_through"
-  global_scale: str | None = None
+  out = sum_k x_hat[..., k] * w_hat[..., k], x_hat and w_hat the operands quantized along the
+  contracted axes. Two with the same attributes are equal and hash alike, so that one may be a
+  static argument of `jax.jit` or an attribute of a layer.
+
+  Attributes:
+    mode: "nvfp4" or "mxfp8".
+    backward: "straight_through" or "quantized", as for `qqmm`.
+    global_scale: "amax" or None, as for `dot_general`.
+
+  Raises:
+    ValueError: mode, backward or global_scale is not as above.
+
+  Example:
+    >>> import functools
+    >>> @functools.partial(jax.jit, static_argnames="dot")
+    ... def project(x, kernel, dot):
+    ...   return dot(x, kernel, (((1,), (0,)), ((), ())))
+    >>> project(jnp.ones((2, 64)), jnp.ones((64, 8)), jaxqq.dot_general("mxfp8")).shape
+    (2, 8)
+
+  Source: `jax.lax.dot_general`; `mlx.core.qqmm`.
+  """
+
+  mode: Mode
+  backward: Backward = "straight_through"
+  global_scale: Literal["amax"] | None = None
   function: dataclasses.InitVar[str] = FUNCTION  # that its errors name
 
   def __post_init__(self, function: str) -> None:
@@ -109,13 +135,34 @@ class DotGeneral:
     self,
     lhs: ArrayLike,
     rhs: ArrayLike,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
+    dimension_numbers: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
     *,
-    out_sharding: Any = None,
+    out_sharding: OutSharding = None,
   ) -> jax.Array:
-    """`jax.lax.dot_general(lhs, rhs, dimension_numbers)` of the quantized operands."""
+    """`jax.lax.dot_general(lhs, rhs, dimension_numbers)` of the quantized operands.
+
+    Args:
+      lhs: x, float32, float16 or bfloat16; any shape with an axis to contract.
+      rhs: w, float32, float16 or bfloat16.
+      dimension_numbers: ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), as of
+        `jax.lax.dot_general`. The product of the contracted sizes is a multiple of the group size.
+      precision: None, a `jax.lax.Precision` or its name, or two of them, of which the higher
+        counts; HIGHEST is as for `qqmm`.
+      preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is that
+        of `jax.lax.dot_general`.
+      out_sharding: where the result goes, as of `jax.lax.dot_general`.
+
+    Returns:
+      (batch, free axes of lhs, free axes of rhs).
+
+    Raises:
+      TypeError: an operand or preferred_element_type is none of float32, float16 and bfloat16, or
+        precision is not as above.
+      ValueError: dimension_numbers do not fit the operands, contract no axis, or contract what
+        makes no whole groups.
+    """
     lhs, rhs = operand("lhs", lhs), operand("rhs", rhs)
     of_lhs, of_rhs = checked_axes(lhs, rhs, dimension_numbers)
     self._check_groups(lhs, of_lhs)
@@ -124,7 +171,7 @@ class DotGeneral:
     if self.global_scale is not None:
       amaxes = amax_of_each_matrix(x, len(of_lhs.batch)), amax_of_each_matrix(w, w.ndim - 2)
       operands = Operands(x, w, None, *amaxes, transposed)
-    out_dtype = _out_dtype(lhs.dtype, rhs.dtype, preferred_element_type)
+    out_dtype = _out_dtype(lhs.dtype, rhs.dtype, cast(Hashable, preferred_element_type))
     out = self._product(operands, self.mode, precision, out_dtype)
     return placed(out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free)), out_sharding)
 
@@ -134,11 +181,20 @@ class DotGeneral:
     x: ArrayLike,
     w: ArrayLike,
     *,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    out_sharding: Any = None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
   ) -> jax.Array:
     """`jnp.einsum(subscripts, x, w)` of the quantized operands, for layers that take an einsum.
+
+    Args:
+      subscripts: two operands and the output, as "...d,df->...f".
+      x: float32, float16 or bfloat16.
+      w: float32, float16 or bfloat16.
+      precision, preferred_element_type, out_sharding: as in a call.
+
+    Returns:
+      The axes that subscripts name after the arrow.
 
     Raises:
       TypeError, ValueError: as in a call; subscripts without an output, or that sum over an
@@ -157,16 +213,36 @@ class DotGeneral:
   def packed(
     self,
     lhs: ArrayLike,
-    weight: QuantizedWeight,  # (batch, n, k)
-    contracting: Axes,  # of lhs
-    batch: Axes,  # of lhs
-    out_features: Axes,  # whose product is n
-    precision: Any = None,
-    preferred_element_type: Any = None,
+    weight: QuantizedWeight,
+    contracting: Axes,
+    batch: Axes,
+    out_features: Axes,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
   ) -> jax.Array:
-    """The same product by a weight quantized before: (batch, free axes of lhs, out_features).
+    """The same product by a weight quantized before, whose mode and global scale it takes.
 
-    Mode and global scale are the weight's.
+    Args:
+      lhs: x, float32, float16 or bfloat16.
+      weight: of logical shape (batch, N, K), K the contracted axes of lhs, flattened. Where it has
+        a global scale, that of x is its input_global_scale, or without one the amax of each matrix.
+      contracting: axes of lhs.
+      batch: axes of lhs.
+      out_features: sizes whose product is N.
+      precision, preferred_element_type: as in a call.
+
+    Returns:
+      (batch, free axes of lhs, out_features), of lhs's dtype unless another is preferred.
+
+    Raises:
+      TypeError: as in a call.
+      ValueError: weight does not have that shape, or is of a mode that is not multiplied.
+
+    Example:
+      >>> weight = jaxqq.quantize_weight(jnp.ones((12, 64)))
+      >>> dot_general = jaxqq.dot_general("nvfp4")
+      >>> dot_general.packed(jnp.ones((2, 5, 64)), weight, (2,), (), (3, 4)).shape
+      (2, 5, 3, 4)
     """
     fmt = check_format(FUNCTION, weight.mode, None, None, multiplies=True)
     lhs = operand("lhs", lhs)
@@ -185,7 +261,7 @@ class DotGeneral:
       if global_scale_x is None:
         global_scale_x = amax_of_each_matrix(x, len(axes.batch))
     operands = Operands(x, weight.packed, weight.scales, global_scale_x, weight.global_scale)
-    out_dtype = _out_dtype(lhs.dtype, lhs.dtype, preferred_element_type)
+    out_dtype = _out_dtype(lhs.dtype, lhs.dtype, cast(Hashable, preferred_element_type))
     out = self._product(operands, fmt.mode, precision, out_dtype)
     return out.reshape(*rows(lhs, axes), *out_features)
 
@@ -250,7 +326,7 @@ def _precision(precision: Any) -> lax.Precision | None:
     ) from None
 
 
-def placed(out: jax.Array, out_sharding: Any) -> jax.Array:
+def placed(out: jax.Array, out_sharding: OutSharding) -> jax.Array:
   if out_sharding is None:
     return out
   mesh = getattr(out_sharding, "mesh", None) or jax.sharding.get_abstract_mesh()

@@ -8,6 +8,7 @@ scale, and the type of that scale. Everything else follows from those, most of i
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 class Format:
   """A block format; see `FORMATS` for the rows."""
 
-  mode: str
+  mode: Mode
   element: np.dtype
   group_size: int
   scale: np.dtype
@@ -81,6 +82,10 @@ _NVFP4 = (
   "https://developer.nvidia.com/blog/"
   "introducing-nvfp4-for-efficient-and-accurate-low-precision-inference/"
 )
+
+# The modes of the table below, and those that `multiplies`, as signatures name them.
+Mode: TypeAlias = Literal["nvfp4", "mxfp8", "mxfp4"]
+ProductMode: TypeAlias = Literal["nvfp4", "mxfp8"]
 
 FORMATS: dict[str, Format] = {
   row.mode: row

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,8 @@ from jaxqq._row_sums import (
 from jaxqq._sharding import out_aval
 from jaxqq._split import forward, pullback
 
-BACKWARDS = ("straight_through", "quantized")
+Backward: TypeAlias = Literal["straight_through", "quantized"]
+BACKWARDS: tuple[Backward, ...] = get_args(Backward)
 
 qqmm_tangent_p = Primitive("qqmm_tangent")
 qqmm_pullback_p = Primitive("qqmm_pullback")

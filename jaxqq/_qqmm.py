@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from jaxqq._checks import (
   describe,
   names,
 )
-from jaxqq._formats import Format
-from jaxqq._gradient import BACKWARDS
+from jaxqq._formats import Format, ProductMode
+from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._reference import Operands, named
 from jaxqq._sharding import vary_alike
 from jaxqq._weight import QuantizedWeight
@@ -34,7 +34,7 @@ class _DefaultMode(str):
   """A mode that nobody asked for, so that a `QuantizedWeight` may bring another."""
 
 
-DEFAULT_MODE = _DefaultMode("nvfp4")
+DEFAULT_MODE = cast(ProductMode, _DefaultMode("nvfp4"))
 
 
 def qqmm(
@@ -43,11 +43,11 @@ def qqmm(
   scales: ArrayLike | None = None,
   group_size: int | None = None,
   bits: int | None = None,
-  mode: str = DEFAULT_MODE,
+  mode: ProductMode = DEFAULT_MODE,
   global_scale_x: ArrayLike | None = None,
   global_scale_w: ArrayLike | None = None,
   *,
-  backward: str = "straight_through",
+  backward: Backward = "straight_through",
   precision: lax.Precision | None = None,
 ) -> jax.Array:
   """Multiplies two block-quantized matrices: x quantized on the fly, w packed or on the fly too.

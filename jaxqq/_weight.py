@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.tree_util import GetAttrKey
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq import _rounding
 from jaxqq._checks import (
@@ -27,7 +27,7 @@ from jaxqq._checks import (
   names,
 )
 from jaxqq._convert import dequantize, quantize
-from jaxqq._formats import FORMATS, Format
+from jaxqq._formats import FORMATS, Format, Mode
 
 LEAVES = ("packed", "scales", "global_scale", "input_global_scale")
 
@@ -65,35 +65,35 @@ class QuantizedWeight:
   Source: the operands of `mlx.core.qqmm`; OCP Microscaling Formats v1.0.
   """
 
-  packed: Any
-  scales: Any
-  global_scale: Any
-  input_global_scale: Any
-  mode: str
+  packed: jax.Array
+  scales: jax.Array
+  global_scale: jax.Array | None
+  input_global_scale: jax.Array | None
+  mode: Mode
   dtype: np.dtype
 
   def __init__(
     self,
-    packed: Any,
-    scales: Any,
-    mode: str = "nvfp4",
-    global_scale: Any = None,
+    packed: ArrayLike | jax.ShapeDtypeStruct,
+    scales: ArrayLike | jax.ShapeDtypeStruct,
+    mode: Mode = "nvfp4",
+    global_scale: ArrayLike | jax.ShapeDtypeStruct | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-    input_global_scale: Any = None,
-  ):
+    input_global_scale: ArrayLike | jax.ShapeDtypeStruct | None = None,
+  ) -> None:
     function = "QuantizedWeight"
     fmt = check_format(function, mode, None, None)
-    packed, scales = check_packed(function, packed, scales, fmt, name="packed", abstract=True)
-    if len(packed.shape) < 2:
+    codes, of_groups = check_packed(function, packed, scales, fmt, name="packed", abstract=True)
+    if len(codes.shape) < 2:
       raise ValueError(
         f"{function}: packed must have at least two dimensions, (N, K * {fmt.bits} / 32) or "
-        f"(..., N, K * {fmt.bits} / 32), got {describe(packed)}."
+        f"(..., N, K * {fmt.bits} / 32), got {describe(codes)}."
       )
-    batch_shape = tuple(packed.shape[:-2])
+    batch_shape = tuple(codes.shape[:-2])
     scale_of = functools.partial(_scale_of_each_matrix, function, fmt=fmt, batch_shape=batch_shape)
     self._set(
-      packed=packed,
-      scales=_as_bytes(scales),
+      packed=codes,
+      scales=_as_bytes(of_groups),
       global_scale=scale_of("global_scale", global_scale),
       input_global_scale=scale_of("input_global_scale", input_global_scale),
       mode=fmt.mode,
@@ -165,10 +165,10 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-  w: Any,
-  mode: str = "nvfp4",
+  w: ArrayLike,
+  mode: Mode = "nvfp4",
   *,
-  global_scale: Any = None,
+  global_scale: Literal["amax"] | ArrayLike | None = None,
 ) -> QuantizedWeight:
   """Quantizes a weight along its last axis, the one that `qqmm` sums over.
 
@@ -198,22 +198,23 @@ def quantize_weight(
   """
   function = "quantize_weight"
   fmt = check_format(function, mode, None, None)
-  w = as_array(function, "w", w)
-  check_dtype(function, "w", w, FLOATS)
-  if len(w.shape) < 2:
+  checked = as_array(function, "w", w)
+  check_dtype(function, "w", checked, FLOATS)
+  if len(checked.shape) < 2:
     raise ValueError(
-      f"{function}: w must have at least two dimensions, (N, K) or (..., N, K), got {describe(w)}."
+      f"{function}: w must have at least two dimensions, (N, K) or (..., N, K), got "
+      f"{describe(checked)}."
     )
-  check_groups(function, "w", w, fmt)
-  w = jnp.asarray(w)
-  batch_shape = w.shape[:-2]
+  check_groups(function, "w", checked, fmt)
+  matrices = jnp.asarray(checked)
+  batch_shape = matrices.shape[:-2]
   if isinstance(global_scale, str):
     if global_scale != "amax":
       raise ValueError(
         f"{function}: unknown global_scale {global_scale!r}; it must be 'amax', float32 or None."
       )
     check_has_global_scale(function, "global_scale", fmt)
-    global_scale = amax_of_each_matrix(w, len(batch_shape))
+    global_scale = amax_of_each_matrix(matrices, len(batch_shape))
   scale = _scale_of_each_matrix(
     function, "global_scale", global_scale, fmt=fmt, batch_shape=batch_shape
   )
@@ -224,8 +225,8 @@ def quantize_weight(
   of_each = one
   for _ in range(0 if scale is None else len(batch_shape)):
     of_each = jax.vmap(of_each)
-  packed, scales = of_each(w, scale)
-  return QuantizedWeight(packed, scales, fmt.mode, scale, w.dtype)
+  packed, scales = of_each(matrices, scale)
+  return QuantizedWeight(packed, scales, fmt.mode, scale, matrices.dtype)
 
 
 def amax_of_each_matrix(a: jax.Array, batch_ndim: int) -> jax.Array:

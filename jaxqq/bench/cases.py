@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
-from jaxqq._formats import FORMATS
+from jaxqq._formats import FORMATS, ProductMode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Case:
   """One piece of work; n is 0 where the form has none."""
 
   form: str
-  mode: str
+  mode: ProductMode
   m: int
   n: int
   k: int
@@ -124,7 +125,7 @@ SUITES = {
   ),
   "tiny": Suite("a test of the bench itself", tuple(FORMS), (64,), ((48, 64),)),
 }
-MODES = tuple(mode for mode, fmt in FORMATS.items() if fmt.multiplies)
+MODES: tuple[ProductMode, ...] = get_args(ProductMode)
 
 # The speed relative to cuBLAS in bfloat16 that is aimed at, at this (n, k), by mode, form and m;
 # at the other shapes of Llama, 0.9 of it, or 0.85 where there are few rows. The smallest shape is
@@ -156,7 +157,7 @@ def goal(mode: str, form: str, m: int, n: int, k: int) -> float | None:
 
 def select(
   suites: Sequence[str],
-  modes: Sequence[str] = MODES,
+  modes: Sequence[ProductMode] = MODES,
   rows: Sequence[int] = (),
   forms: Sequence[str] = (),
   *,

@@ -23,7 +23,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,13 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxqq
+from jaxqq._formats import ProductMode
 from jaxqq.bench import report
 from jaxqq.bench.cases import MODES, Case
 from jaxqq.bench.check import error_share
 
 HIDDEN, INTERMEDIATE = 8192, 28672  # of Llama 3 70B
-BFLOAT16 = "bfloat16"
+BFLOAT16: Final = "bfloat16"
 FORWARD, TRAINING = "forward", "training step"
 _AXIS = "tensor"
 _SPECS = {
@@ -49,6 +50,7 @@ _COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "col
 _ROUNDS = 7
 _LEARNING_RATE = 1e-7  # the loss is a sum
 
+Mode: TypeAlias = ProductMode | Literal["bfloat16"]
 Arrays = dict[str, jax.Array]
 Weights = dict[str, tuple[jax.Array, ...]]
 
@@ -69,7 +71,7 @@ class Result:
   error_shares: dict[str, float | None]  # worst error of a product / bound of the specification
 
 
-def _dot(x: jax.Array, w: tuple[jax.Array, ...], mode: str) -> jax.Array:
+def _dot(x: jax.Array, w: tuple[jax.Array, ...], mode: Mode) -> jax.Array:
   """x w^T. By the barriers it multiplies what the result has, x and cotangents rounded."""
   x = lax.optimization_barrier(x)
   if mode == BFLOAT16:
@@ -84,14 +86,14 @@ def _activation(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.silu(gate) * up
 
 
-def forward(x: jax.Array, weights: Weights, mode: str) -> Arrays:
+def forward(x: jax.Array, weights: Weights, mode: Mode) -> Arrays:
   """y, and what its products are made of; x (rows, hidden)."""
   gate, up = (_dot(x, weights[name], mode) for name in ("gate", "up"))
   hidden = _activation(gate, up)
   return {"gate": gate, "hidden": hidden, "y": _dot(hidden, weights["down"], mode)}
 
 
-def training_step(x: jax.Array, weights: Weights, target: jax.Array, mode: str) -> Arrays:
+def training_step(x: jax.Array, weights: Weights, target: jax.Array, mode: Mode) -> Arrays:
   """The weights after a step on sum((y - target)**2) / 2, and what it was made of."""
 
   def with_pullback(x: jax.Array, name: str) -> Any:
@@ -132,7 +134,7 @@ _PRODUCTS = {
 }
 
 
-def _error_shares(result: Arrays, x: jax.Array, weights: Weights, mode: str) -> dict[str, Any]:
+def _error_shares(result: Arrays, x: jax.Array, weights: Weights, mode: Any) -> dict[str, Any]:
   arrays = {"x": x} | {f"w {name}": w for name, (w,) in weights.items()} | result
   shares = {}
   for name, (form, *names) in _PRODUCTS.items():
@@ -161,7 +163,7 @@ def make_weights(hidden: int, intermediate: int, mesh: jax.sharding.Mesh) -> Wei
   return weights
 
 
-def _packed(weights: Weights, mode: str, mesh: jax.sharding.Mesh) -> Weights:
+def _packed(weights: Weights, mode: ProductMode, mesh: jax.sharding.Mesh) -> Weights:
   packed: Weights = {}
   for name, (w,) in weights.items():
     split = NamedSharding(mesh, _SPECS[name])
@@ -184,7 +186,7 @@ def _shardings(mesh: jax.sharding.Mesh, result: Arrays) -> dict[str, NamedShardi
 
 
 def measure(
-  modes: Sequence[str],
+  modes: Sequence[Mode],
   all_work: Sequence[tuple[str, int]],  # and rows of x
   all_devices: Sequence[int],
   hidden: int,

@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 
 import jaxqq
-from jaxqq._formats import FORMATS, Format
-from jaxqq._gradient import BACKWARDS
+from jaxqq._formats import FORMATS, Format, ProductMode
+from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq.bench.cases import FORMS, Case
 
 CUBLAS = "cublas bf16"  # jnp.dot, which XLA gives to cuBLAS on an NVIDIA GPU
@@ -88,12 +88,12 @@ def _jaxqq_product(case: Case) -> list[Implementation]:
 
 
 @functools.cache
-def _qqmm(mode: str) -> Run:
+def _qqmm(mode: ProductMode) -> Run:
   return functools.partial(jaxqq.qqmm, mode=mode)
 
 
 @functools.cache
-def _pack_last(mode: str) -> Run:
+def _pack_last(mode: ProductMode) -> Run:
   """The last operand packed, the others as they are."""
   return lambda *operands: (*operands[:-1], *jaxqq.quantize(operands[-1], mode=mode))
 
@@ -111,7 +111,7 @@ def _jaxqq_backward(case: Case) -> list[Implementation]:
 
 
 @functools.cache
-def _gradient(mode: str, form: str, backward: str) -> Run:
+def _gradient(mode: ProductMode, form: str, backward: Backward) -> Run:
   """The gradient of one operand; neither its value nor the forward product enters."""
   product = functools.partial(jaxqq.qqmm, mode=mode, backward=backward)
 
@@ -132,7 +132,7 @@ def _jaxqq_format(case: Case) -> list[Implementation]:
 
 
 @functools.cache
-def _format(mode: str, form: str) -> Run:
+def _format(mode: ProductMode, form: str) -> Run:
   quantize = functools.partial(jaxqq.quantize, mode=mode)
   functions: dict[str, Run] = {
     "quantize": quantize,
@@ -162,7 +162,7 @@ def _xla(case: Case) -> Implementation:
 
 
 @functools.cache
-def _dequantize_and_dot(mode: str, packed: bool) -> Run:
+def _dequantize_and_dot(mode: ProductMode, packed: bool) -> Run:
   fmt = FORMATS[mode]
 
   def round_trip(a: jax.Array) -> jax.Array:
@@ -190,7 +190,7 @@ def _scaled_matmul(case: Case) -> Implementation:
 
 
 @functools.cache
-def _typed_operand(mode: str) -> Run:
+def _typed_operand(mode: ProductMode) -> Run:
   """Elements and scales as arrays of their own dtypes, (1, rows, k) and (1, rows, groups)."""
   fmt = FORMATS[mode]
 
@@ -202,7 +202,7 @@ def _typed_operand(mode: str) -> Run:
 
 
 @functools.cache
-def _quantize_and_scaled_matmul(mode: str, packed: bool) -> Run:
+def _quantize_and_scaled_matmul(mode: ProductMode, packed: bool) -> Run:
   typed = _typed_operand(mode)
 
   def run(x: jax.Array, *w: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS
+from jaxqq._formats import FORMATS, Mode
 from jaxqq._weight import LEAVES, QuantizedWeight, quantize_weight
 from jaxqq.nn.kernel import Axes, KernelAxes
 
@@ -107,7 +107,7 @@ class QuantizedLayer(nnx.Module):
     raise NotImplementedError
 
   @property
-  def mode(self) -> str:
+  def mode(self) -> Mode:
     return self.dot_general.mode
 
   @property

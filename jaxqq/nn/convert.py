@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
 from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS
+from jaxqq._formats import FORMATS, Mode, ProductMode
+from jaxqq._gradient import Backward
 from jaxqq.nn.base import Packed, QuantizedLayer, why_not
 from jaxqq.nn.layers import LAYERS
 from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
@@ -22,12 +23,12 @@ Predicate = Callable[[str, nnx.Module], bool | str]
 
 def quantize_model(
   model: nnx.Module,
-  mode: str = "nvfp4",
+  mode: ProductMode = "nvfp4",
   *,
   predicate: Predicate | None = None,
   packed: bool = False,
-  backward: str = "straight_through",
-  global_scale: str | None = None,
+  backward: Backward = "straight_through",
+  global_scale: Literal["amax"] | None = None,
 ) -> Report:
   """Converts the layers of a Flax NNX model, in place, to layers that multiply by `qqmm`.
 
@@ -179,7 +180,7 @@ class _Conversion:
     self.rows.append(dataclasses.replace(row, bytes_after=after, relative_error=error))
     return layer
 
-  def choice(self, path: str, node: nnx.Module) -> tuple[str | None, str | None]:
+  def choice(self, path: str, node: nnx.Module) -> tuple[Mode | None, str | None]:
     """The mode to convert to, or None and why not."""
     kind = LAYERS.get(type(node))
     if kind is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from flax import nnx
 
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral, placed
-from jaxqq._formats import FORMATS
+from jaxqq._formats import FORMATS, ProductMode
+from jaxqq._gradient import Backward
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import NO_NUMBERS, QuantizedLayer
 from jaxqq.nn.kernel import KernelAxes, axes_of_einsum
@@ -63,9 +64,9 @@ class QQLinear(QuantizedLayer):
     in_features: int,
     out_features: int,
     *,
-    mode: str = "nvfp4",
-    backward: str = "straight_through",
-    global_scale: str | None = None,
+    mode: ProductMode = "nvfp4",
+    backward: Backward = "straight_through",
+    global_scale: Literal["amax"] | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
@@ -77,9 +78,9 @@ class QQLinear(QuantizedLayer):
     cls,
     linear: nnx.Linear,
     *,
-    mode: str = "nvfp4",
-    backward: str = "straight_through",
-    global_scale: str | None = None,
+    mode: ProductMode = "nvfp4",
+    backward: Backward = "straight_through",
+    global_scale: Literal["amax"] | None = None,
   ) -> Self:
     """The same layer as an `nnx.Linear`, whose variables it shares.
 
@@ -166,9 +167,9 @@ class QQLinearGeneral(QuantizedLayer):
     *,
     axis: int | Sequence[int] = -1,
     batch_axis: Mapping[int, int] | None = None,
-    mode: str = "nvfp4",
-    backward: str = "straight_through",
-    global_scale: str | None = None,
+    mode: ProductMode = "nvfp4",
+    backward: Backward = "straight_through",
+    global_scale: Literal["amax"] | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
@@ -184,9 +185,9 @@ class QQLinearGeneral(QuantizedLayer):
     cls,
     linear: nnx.LinearGeneral,
     *,
-    mode: str = "nvfp4",
-    backward: str = "straight_through",
-    global_scale: str | None = None,
+    mode: ProductMode = "nvfp4",
+    backward: Backward = "straight_through",
+    global_scale: Literal["amax"] | None = None,
   ) -> Self:
     """The same layer as an `nnx.LinearGeneral`, whose variables it shares; as for `QQLinear`."""
     return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale))
@@ -245,9 +246,9 @@ class QQEinsum(QuantizedLayer):
     kernel_shape: Sequence[int],
     bias_shape: Sequence[int] | None = None,
     *,
-    mode: str = "nvfp4",
-    backward: str = "straight_through",
-    global_scale: str | None = None,
+    mode: ProductMode = "nvfp4",
+    backward: Backward = "straight_through",
+    global_scale: Literal["amax"] | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
@@ -259,17 +260,18 @@ class QQEinsum(QuantizedLayer):
     cls,
     einsum: nnx.Einsum,
     *,
-    mode: str = "nvfp4",
-    backward: str = "straight_through",
-    global_scale: str | None = None,
+    mode: ProductMode = "nvfp4",
+    backward: Backward = "straight_through",
+    global_scale: Literal["amax"] | None = None,
   ) -> Self:
     """The same layer as an `nnx.Einsum`, whose variables it shares; as `QQLinear.from_linear`."""
     return cls._from("from_einsum", einsum, DotGeneral(mode, backward, global_scale))
 
   @classmethod
   def _placeholder(cls, dot_general: DotGeneral, **options: Any) -> Self:
+    build: Any = cls
     shape = (FORMATS[dot_general.mode].group_size, 1)
-    return cls("ab,bc->ac", shape, mode=dot_general.mode, **NO_NUMBERS, **options)
+    return build("ab,bc->ac", shape, mode=dot_general.mode, **NO_NUMBERS, **options)
 
   def kernel_axes(self) -> KernelAxes:
     return axes_of_einsum("QQEinsum", self.einsum_str, self.kernel_shape)

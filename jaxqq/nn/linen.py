@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from flax.linen.dtypes import promote_dtype
 
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral
+from jaxqq._formats import ProductMode
+from jaxqq._gradient import Backward
 from jaxqq._weight import LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum
 
@@ -49,9 +51,9 @@ class QQDense(linen.Module):
   """
 
   features: int
-  mode: str = "nvfp4"
-  backward: str = "straight_through"
-  global_scale: str | None = None
+  mode: ProductMode = "nvfp4"
+  backward: Backward = "straight_through"
+  global_scale: Literal["amax"] | None = None
   use_bias: bool = True
   dtype: Any = None
   param_dtype: Any = jnp.float32
@@ -158,11 +160,11 @@ LAYERS: dict[type[linen.Module], Callable[..., Contraction]] = {
 
 def quantized_apply(
   model: linen.Module,
-  mode: str | None = None,
+  mode: ProductMode | None = None,
   *,
   predicate: Predicate | None = None,
-  backward: str = "straight_through",
-  global_scale: str | None = None,
+  backward: Backward = "straight_through",
+  global_scale: Literal["amax"] | None = None,
 ) -> Callable[..., Any]:
   """`model.apply`, in which the layers of any Linen model multiply by `qqmm`.
 

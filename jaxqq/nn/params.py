@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax.core import meta
 
 from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS
+from jaxqq._formats import FORMATS, Mode, ProductMode
 from jaxqq._weight import QuantizedWeight, quantize_weight
 from jaxqq.nn.kernel import KernelAxes
 from jaxqq.nn.linen import LAYERS, planned
@@ -38,11 +38,11 @@ class Seen:
 
 def quantize_params(
   params: Mapping[str, Any],
-  mode: str = "nvfp4",
+  mode: ProductMode = "nvfp4",
   *,
   apply: Callable[[Any], Any] | None = None,
   predicate: Predicate | None = None,
-  global_scale: str | None = None,
+  global_scale: Literal["amax"] | None = None,
 ) -> tuple[dict[str, Any], Report]:
   """Packs the kernels in a tree of parameters of Flax Linen, for serving.
 
@@ -177,7 +177,7 @@ class _Conversion:
 
   def choice(
     self, path: Path, own: dict[str, Any], kernel: Any, seen: Seen
-  ) -> tuple[str | None, str | None]:
+  ) -> tuple[Mode | None, str | None]:
     """The mode to convert to, or None and why not."""
     if isinstance(kernel, QuantizedWeight):
       return None, "it is quantized already"
@@ -193,7 +193,7 @@ class _Conversion:
     reason = seen.axes.why_not(kernel, mode)
     return (mode, None) if reason is None else (None, reason)
 
-  def quantized(self, kernel: Any, seen: Seen, mode: str) -> QuantizedWeight:
+  def quantized(self, kernel: Any, seen: Seen, mode: Mode) -> QuantizedWeight:
     axes, scale = seen.axes, self.dot_general.global_scale
     assert axes is not None
 

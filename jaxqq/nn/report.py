@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxqq._formats import Mode
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.kernel import KernelAxes
 
@@ -46,7 +47,7 @@ class LayerReport:
   path: str
   kind: str
   shape: tuple[int, ...]
-  mode: str | None
+  mode: Mode | None
   reason: str | None
   bytes_before: int
   bytes_after: int
