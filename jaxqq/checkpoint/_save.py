@@ -35,7 +35,7 @@ from jaxqq.checkpoint._layouts import (
   written_codes,
   written_scalars,
 )
-from jaxqq.checkpoint._load import DTYPE_KEYS, Checkpoint
+from jaxqq.checkpoint._load import DTYPE_KEYS, Checkpoint, Tensor
 from jaxqq.checkpoint._schemes import CONFIG, MODELOPT_CONFIG
 
 # The "format" of a file's metadata, which transformers and mlx-lm look at.
@@ -45,7 +45,7 @@ SUFFIX = ".weight"
 
 def save(
   path: str | os.PathLike[str],
-  tensors: Mapping[str, Any],
+  tensors: Mapping[str, Tensor],
   *,
   format: str,
   config: Mapping[str, Any] | None = None,

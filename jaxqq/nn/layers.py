@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxqq import _einsum
-from jaxqq._dot_general import DotGeneral, placed
+from jaxqq._dot_general import DotGeneral, OutSharding, placed
 from jaxqq._formats import FORMATS, ProductMode
 from jaxqq._gradient import Backward
 from jaxqq._weight import QuantizedWeight
@@ -98,7 +99,7 @@ class QQLinear(QuantizedLayer):
 
   @classmethod
   def from_weight(
-    cls, weight: QuantizedWeight, bias: jax.Array | None = None, *, dtype: Any = None
+    cls, weight: QuantizedWeight, bias: jax.Array | None = None, *, dtype: DTypeLike | None = None
   ) -> Self:
     """A packed layer of a weight that exists, as one from a checkpoint.
 
@@ -123,7 +124,7 @@ class QQLinear(QuantizedLayer):
   def kernel_axes(self) -> KernelAxes:
     return KernelAxes((self.in_features, self.out_features), (), (1,), (0,))
 
-  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+  def __call__(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
     """(..., in_features) to (..., out_features)."""
     inputs, kernel, bias = self._promoted(inputs)
     y = placed(self._product(inputs, kernel, (inputs.ndim - 1,), ()), out_sharding)
@@ -202,7 +203,7 @@ class QQLinearGeneral(QuantizedLayer):
       contracting=tuple(range(batch, contracting)),
     )
 
-  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+  def __call__(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
     """Contracts the axes `axis`: (batch, others, in_features) to (batch, others, out_features)."""
     axis, batch = (
       tuple(sorted(i % inputs.ndim for i in axes)) for axes in (self.axis, self.batch_axis)
@@ -277,7 +278,7 @@ class QQEinsum(QuantizedLayer):
     return axes_of_einsum("QQEinsum", self.einsum_str, self.kernel_shape)
 
   def __call__(
-    self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
+    self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: OutSharding = None
   ) -> jax.Array:
     """einsum(inputs, kernel) + bias; einsum_str may only be the layer's own."""
     if einsum_str is not None and einsum_str.replace(" ", "") != self.einsum_str:

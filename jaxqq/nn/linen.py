@@ -12,6 +12,8 @@ import numpy as np
 from flax import linen, serialization
 from flax.core import meta
 from flax.linen.dtypes import promote_dtype
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral
@@ -55,9 +57,9 @@ class QQDense(linen.Module):
   backward: Backward = "straight_through"
   global_scale: Literal["amax"] | None = None
   use_bias: bool = True
-  dtype: Any = None
-  param_dtype: Any = jnp.float32
-  precision: Any = None
+  dtype: DTypeLike | None = None
+  param_dtype: DTypeLike = jnp.float32
+  precision: lax.PrecisionLike = None
   kernel_init: Any = linen.initializers.lecun_normal()
   bias_init: Any = linen.initializers.zeros_init()
   promote_dtype: Any = promote_dtype
