@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -14,7 +15,7 @@ import pytest
 
 import jaxqq
 from jaxqq.bench import __main__ as bench
-from jaxqq.bench import chain, check, measure, report
+from jaxqq.bench import chain, check, measure, report, results_page
 from jaxqq.bench.cases import FORMS, LLAMA, MODES, Case, goal, select
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, implementations
 from tests.support import oracle
@@ -133,6 +134,43 @@ def test_the_report_in_markdown(results, tmp_path, capsys):
   assert "quantize columns mxfp8 64x64" in printed
   assert printed.count("\n| ") > len(rows)
   assert plot.stat().st_size > 1000
+
+
+def test_the_page_of_results_is_what_the_command_writes():
+  """If this fails: python -m jaxqq.bench.report."""
+  committed = (results_page.FOLDER / results_page.PAGE).read_text()
+  assert committed == results_page.page()
+  for path in results_page.FOLDER.glob("*.json"):
+    assert f"[`{path.name}`]({path.name}): NVIDIA " in committed
+
+
+def test_the_readme_has_the_ratios_of_the_kept_results():
+  assert results_page.ratios_markdown() in (ROOT / "README.md").read_text()
+
+
+def test_the_report_without_files_writes_the_page(results, tmp_path, monkeypatch, capsys):
+  """Sections whose files are there, and what no section names."""
+  for name in results_page.RATIO_FILES:
+    (tmp_path / name).write_text((results_page.FOLDER / name).read_text())
+  (tmp_path / "mine.json").write_text(results[1].read_text())
+  monkeypatch.setattr(results_page, "write", functools.partial(results_page.write, tmp_path))
+  report.main([])
+  page = tmp_path / "README.md"
+  picture = tmp_path / results_page.PICTURE
+  assert capsys.readouterr().out.split() == [str(page), str(picture)]
+  assert re.findall("^## .*", page.read_text(), re.MULTILINE) == [
+    *("## `h200.json`", "## `h200_few_rows.json`", "## `mine.json`")
+  ]
+  commit = json.loads(results[1].read_text())["header"]["commit"]
+  assert (f"commit {commit};" if commit else "commit not recorded;") in page.read_text()
+  assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("flag", ["--goals", "--all", "--plot=a.png"])
+def test_flags_of_the_report_need_files(flag, capsys):
+  with pytest.raises(SystemExit):
+    report.main([flag])
+  assert "needs files of results" in capsys.readouterr().err
 
 
 def test_the_table_of_the_goals():

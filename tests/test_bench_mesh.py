@@ -1,16 +1,11 @@
-"""The MLP on a mesh, on a CPU's forced devices, and that the README has what was kept."""
+"""The MLP on a mesh, on a CPU's forced devices."""
 
 from __future__ import annotations
 
-import pathlib
-
 import pytest
 
-from jaxqq.bench import mesh, report
+from jaxqq.bench import mesh
 from jaxqq.bench.cases import MODES
-
-ROOT = pathlib.Path(__file__).parent.parent
-KEPT = ROOT / "jaxqq" / "bench" / "results"
 
 
 def test_one_device_and_two(tmp_path, capsys):
@@ -46,16 +41,3 @@ def test_more_devices_than_there_are_is_said(capsys):
   with pytest.raises(SystemExit):
     mesh.main(["--devices", "1000"])
   assert "--devices: there are" in capsys.readouterr().err
-
-
-def test_the_readme_has_the_tables_of_the_kept_results():
-  readme = (ROOT / "README.md").read_text()
-  assert mesh.markdown(mesh.read(KEPT / "h200_mesh.json")[1]) in readme
-  for files in (
-    ("h200.json", "h200_few_rows.json", "h200_few_rows_llama.json"),
-    ("h200_llama.json",),
-    ("h100.json", "h100_few_rows.json"),
-    ("h200_backward.json",),
-  ):
-    _, rows = report.read([KEPT / file for file in files])
-    assert report.goals_markdown(rows, with_goals=False) in readme, files

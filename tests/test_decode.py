@@ -334,12 +334,3 @@ def test_refuses_what_cannot_be(flags, capsys):
 def test_names_the_extra_that_is_missing(tmp_path):
   done = run_example_without("tqdm", "decode", tmp_path, "--tiny")
   assert done.returncode == 1 and "tqdm" in done.stderr and "jaxqq[examples]" in done.stderr
-
-
-def test_readme_shows_what_is_kept():
-  """Of the results that are kept, the README has the tables that --show prints, and no others."""
-  path = ROOT / "jaxqq" / "bench" / "results" / "h200_decode.json"
-  printed = example.table(json.loads(path.read_text())["models"])
-  section = (ROOT / "README.md").read_text().partition("\n## Decoding\n")[2].partition("\n## ")[0]
-  assert section
-  assert cells_of(section) == cells_of(printed)

@@ -109,7 +109,7 @@ class Suite:
 LLAMA = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
 SUITES = {
   "goals": Suite(
-    "what the README's table shows",
+    "what is shown of one shape",
     ("packed", "on the fly"),
     (256, 1024, 4096, 8192),
     ((8192,) * 2,),

@@ -1,6 +1,7 @@
 """Results as a table, JSON, Markdown and a plot; `python -m jaxqq.bench.report FILE.json`.
 
-The README's table and plot are made by this from the JSON that is kept, so that none is typed.
+Without a file, `python -m jaxqq.bench.report` writes the page of all results that are kept, and its
+picture (`results_page.py`), so that no number of a table is typed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def make_header(timing: str, **settings: Any) -> Header:
     "driver": _driver(),
     "jax": jax.__version__,
     "jaxqq": jaxqq.__version__,
+    "commit": _commit(),
     "python": platform.python_version(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "timing": timing,
@@ -56,6 +58,17 @@ def _driver() -> str | None:
   command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
   done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
   return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
+
+
+def _commit() -> str | None:
+  """The commit of the checkout that jaxqq runs from, "-dirty" where files differ from it."""
+  package = pathlib.Path(jaxqq.__file__).parent
+  command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--match="]
+  # A checkout of jaxqq, not of a project whose environment it is installed in.
+  if shutil.which("git") is None or not (package.parent / ".git").exists():
+    return None
+  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+  return done.stdout.strip() or None
 
 
 def write(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
@@ -363,13 +376,18 @@ def plot(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
-    prog="python -m jaxqq.bench.report", description="Prints kept results as Markdown."
+    prog="python -m jaxqq.bench.report",
+    description="Prints kept results as Markdown. Without "
+    "files, writes the page of all results in jaxqq/bench/results and its picture anew.",
   )
-  parser.add_argument("files", nargs="+", type=pathlib.Path, help="what --json wrote")
+  parser.add_argument("files", nargs="*", type=pathlib.Path, help="what --json wrote")
   parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw it anew")
   parser.add_argument("--goals", action="store_true", help="beside each ratio, what is aimed at")
   parser.add_argument("--all", action="store_true", help="every row, behind the goals")
   options = parser.parse_args(arguments)
+  if not options.files:
+    _write_page(parser, options)
+    return
   try:
     header, rows = read(options.files)
   except (OSError, ValueError, KeyError, TypeError) as error:
@@ -382,6 +400,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("", rows_markdown(rows), sep="\n")
   if options.plot:
     plot(options.plot, header, rows)
+
+
+def _write_page(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+  """The page of all kept results; the flags are for files."""
+  flags = [name for name in ("plot", "goals", "all") if getattr(options, name)]
+  if flags:
+    parser.error(f"--{flags[0]} needs files of results.")
+  from jaxqq.bench import results_page  # which is built on this file
+
+  for path in results_page.write():
+    print(path)
 
 
 if __name__ == "__main__":

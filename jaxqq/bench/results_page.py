@@ -1,0 +1,270 @@
+"""The page of all kept results, `results/README.md`, and its picture, from the JSON beside them.
+
+`python -m jaxqq.bench.report` without arguments writes both. A file of results that no section
+below names is shown at the end, under its own name, so that none is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxqq.bench import accuracy, decode_tables, mesh, report
+from jaxqq.bench.cases import FORMS, GOAL_SHAPE, MODES
+from jaxqq.bench.measure import Row
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+PAGE, PICTURE = "README.md", "ratios.png"
+# What the picture and the README's table of ratios are drawn from.
+RATIO_FILES = ("h200.json", "h200_few_rows.json")
+
+_INTRO = f"""\
+# Results
+
+`python -m jaxqq.bench.report` writes this page and its picture from the JSON files beside it.
+The commands named below measure; add `--json FILE` to keep the results.
+
+How to read the tables:
+
+- Times are medians. {report.TIMES} is the time of cuBLAS's bfloat16 product divided by jaxqq's:
+  above 1, jaxqq is faster. Both run in turn in one process.
+- x and the result are bfloat16. The time of a product includes the quantization of x, and of w
+  where w is "on the fly"; "packed" w is quantized beforehand.
+- GB/s counts every input and the output once, packed arrays as they are packed. "Of a copy's"
+  compares that with a copy on the same device. A copy reads and writes; a kernel that mostly reads
+  may be faster.
+- `quantize columns` is `quantize(x, axis=-2)`.
+
+![Speed relative to a bfloat16 product over the number of rows]({PICTURE})"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A part of the page: some files whose rows make one table."""
+
+  title: str
+  files: tuple[str, ...]
+  about: str = ""
+  command: str = ""  # that measured them
+
+
+SECTIONS = (
+  Section(
+    "Products and conversions on an H200",
+    ("h200.json", "h200_few_rows.json", "h200_few_rows_llama.json"),
+    """\
+Packed mxfp8 is faster than bfloat16 at every number of rows measured, nvfp4 up to 64 rows. From
+256 rows on nvfp4 has 0.94 to 0.98 of bfloat16's speed at N = K = 8192, and saves memory. In a
+second run it had 0.92 to 0.99, and mxfp8 1.15 to 1.55. With w on the fly and up to 64 rows, a
+product takes up to a third more time than in bfloat16; with 256 rows, up to 2.5 times as much.
+From 1024 rows on, mxfp8 on the fly is faster than bfloat16.
+
+Products with up to 64 rows of x run a skinny GEMM that is designed to be limited by memory
+bandwidth, that is by reading w. It does not reach that limit yet with 64 rows, nor in nvfp4 with
+8 rows or more. Where w has few rows, clusters of CTAs share them, and each CTA sums a part of K.
+With 4096 rows of w the launch is most of the time.
+
+From 1024 rows on cuBLAS runs at 822 to 828 TFLOP/s, where the card is at its power limit. On
+cards where cuBLAS was slower, the ratios were higher.
+
+The rows up to 64 were measured a day before the others. All of them are older than the removal
+of mxfp8's fallback (a second path for data of large range); "Chains" below has newer times of
+packed mxfp8.""",
+    "python -m jaxqq.bench --suite goals quantize (then few-rows, few-rows-llama)",
+  ),
+  Section(
+    "Layers of Llama 3 with many rows on an H200",
+    ("h200_llama.json",),
+    command="python -m jaxqq.bench --suite llama --forms packed",
+  ),
+  Section(
+    "Products and conversions on an H100",
+    ("h100.json", "h100_few_rows.json"),
+    "From 1024 rows on cuBLAS runs at 771 to 807 TFLOP/s.",
+    "python -m jaxqq.bench --suite goals quantize (then few-rows)",
+  ),
+  Section(
+    "Gradients on an H200",
+    ("h200_backward.json",),
+    """\
+The gradients under `jax.grad`, with w on the fly: of x (dx) and of w (dw), in both backward
+modes. The quantized ones write no transposed operand to memory.""",
+    "python -m jaxqq.bench --backward --forms dx dw --rows 8192",
+  ),
+  Section(
+    "Chains",
+    ("h200_chain.json",),
+    """\
+A program also launches its kernels, so the second table has wall clock: 24 packed products in
+one compiled program under XLA's defaults, each with its own w and dependent on the result before
+it. Times are for one product. "Unrolled" passes every w as an argument. Under `lax.scan` over
+the stacked weights, XLA may copy each slice of w first, which the time includes. The ratio is to
+the same program in bfloat16. The column of bfloat16 is the median of two runs, one a mode, which
+were up to 12% apart.""",
+    "python -m jaxqq.bench --suite chain --peers cublas",
+  ),
+  Section(
+    "The MLP of Llama 3 70B on one device and on two",
+    ("h200_mesh.json",),
+    """\
+Gate and up are split along N, down along K, with one all-reduce. Forward uses packed weights. In
+the training step every product quantizes on the fly, those of the gradients too. The times are
+older than a cheaper computation of nvfp4's scales and than the removal of mxfp8's fallback.
+Every product checked on a sample was within 0.65 of its bound, on two devices as on one.""",
+    "python -m jaxqq.bench.mesh",
+  ),
+  Section(
+    "Decoding with the shapes of Llama 3 8B",
+    ("h200_decode.json",),
+    """\
+`weights GB/s` counts what one token reads: the packed linear layers and the head. `logits off
+by` is ‖difference‖/‖logits‖ after the prompt, against the bfloat16 model with the same random
+weights. `same tokens` counts the prompts for which both models choose the same next token.
+Random weights leave many logits nearly equal, so a trained model agrees more often.
+
+Besides its products, every layer runs 14 to 16 small XLA kernels (attention, norms, rotary
+positions), in each of the models. On an H100 these take 22 to 27 µs a layer: in nvfp4 at batch
+1, a fourth of the time.""",
+    "python examples/decode.py",
+  ),
+  Section(
+    "Errors by kind of data",
+    ("h200_accuracy.json",),
+    """\
+‖error‖/‖exact‖ in units of 1e-3, of products of (256, K) by (256, K). `exact` is the float64
+product of the dequantized operands, so the error of quantization itself is not counted. `plain`
+is a bfloat16 product of the unquantized x and w, compared with their float64 product. Rounding
+the result to bfloat16 alone makes about 1.65.
+
+What loses more, and why, is in [EXACTNESS.md](../../EXACTNESS.md#norm-wise-errors).""",
+    "python -m jaxqq.bench.accuracy",
+  ),
+)
+
+
+def page(folder: pathlib.Path = FOLDER) -> str:
+  """The whole page, from every JSON file of a folder; sections that lack a file are left out."""
+  present = {path.name for path in folder.glob("*.json")}
+  sections = [section for section in SECTIONS if present.issuperset(section.files)]
+  shown = {name for section in sections for name in section.files}
+  sections += [Section(f"`{name}`", (name,)) for name in sorted(present - shown)]
+  return "\n\n".join([_INTRO, *(_section(folder, section) for section in sections)]) + "\n"
+
+
+def write(folder: pathlib.Path = FOLDER) -> list[pathlib.Path]:
+  """The page and the picture, in the folder of the results; what was written."""
+  files = folder / PAGE, folder / PICTURE
+  files[0].write_text(page(folder))
+  plot_ratios(files[1], folder)
+  return list(files)
+
+
+def _section(folder: pathlib.Path, section: Section) -> str:
+  contents = {name: json.loads((folder / name).read_text()) for name in section.files}
+  parts = [f"## {section.title}", section.about]
+  if section.command:
+    parts.append(f"Measured by `{section.command}`:")
+  parts.append("\n".join(_origin(name, c["header"]) for name, c in contents.items()))
+  parts.append(_tables(list(contents.values())))
+  return "\n\n".join(part for part in parts if part)
+
+
+def _origin(name: str, header: report.Header) -> str:
+  """Where and when a file's results came about."""
+  driver = f" (driver {header['driver']})" if header.get("driver") else ""
+  commit = f"commit {header['commit']}" if header.get("commit") else "commit not recorded"
+  date = header["date"][:10]
+  return (
+    f"- [`{name}`]({name}): {header['device']}{driver}, JAX {header['jax']}, {date}, {commit}; "
+    f"{header['timing']}."
+  )
+
+
+def _tables(contents: Sequence[dict[str, Any]]) -> str:
+  """By what the first of some files holds."""
+  first = contents[0]
+  if "mlp" in first:
+    return mesh.markdown([mesh.Result(**result) for result in first["mlp"]])
+  if "models" in first:
+    return decode_tables.tables(first["models"])
+  rows = [row for content in contents for row in content["rows"]]
+  if "kind" in first["rows"][0]:
+    kinds = dict.fromkeys((row["mode"], row["dtype"]) for row in rows)
+    return "\n\n".join("\n".join(accuracy.table(rows, *kind)).strip() for kind in kinds)
+  products = [Row(**row) for row in rows]
+  tables = (
+    report.goals_markdown(products, with_goals=False).strip(),
+    report.chain_markdown(products),
+  )
+  return "\n\n".join(table for table in tables if table)
+
+
+# ---- ratios
+
+
+def _ratios(folder: pathlib.Path) -> dict[tuple[str, str], dict[int, float]]:
+  """By mode and form, at the shape of the goals, of each number of rows the ratio to cuBLAS."""
+  _, rows = report.read([folder / name for name in RATIO_FILES])
+  found: dict[tuple[str, str], dict[int, float]] = {}
+  for row in rows:
+    is_product = FORMS[row.form].is_product and (row.n, row.k) == GOAL_SHAPE
+    if is_product and row.implementation == "jaxqq" and row.ratio is not None:
+      found.setdefault((row.mode, row.form), {}).setdefault(row.m, row.ratio)
+  return {kind: dict(sorted(of_m.items())) for kind, of_m in found.items()}
+
+
+def ratios_markdown(folder: pathlib.Path = FOLDER) -> str:
+  """The README's table: w's mode and form down, rows of x across."""
+  ratios = _ratios(folder)
+  rows = sorted({m for of_m in ratios.values() for m in of_m})
+  lines = ["| rows of x | " + " | ".join(map(str, rows)) + " |", "|" + "---|" * (1 + len(rows))]
+  for (mode, form), of_m in ratios.items():
+    cells = (f"{of_m[m]:.2f}{report.TIMES}" if m in of_m else "-" for m in rows)
+    lines.append(f"| {mode}, w {form} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+# Colors that are told apart by eyes of every kind, on a ground of their own: the picture is the
+# same on light pages and on dark ones.
+_INK, _GROUND = "#24292f", "#ffffff"
+_COLORS = dict(zip(MODES, ("#0072b2", "#d55e00"), strict=True))
+
+
+def plot_ratios(path: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
+  """Draws the ratios over the number of rows: a panel a form, a line a mode."""
+  figure_class: Callable[..., Any]
+  try:
+    from matplotlib.figure import Figure as figure_class
+  except ImportError:
+    raise SystemExit(report.install("matplotlib")) from None
+  ratios = _ratios(folder)
+  header, _ = report.read([folder / RATIO_FILES[0]])
+  titles = {"packed": "w packed beforehand", "on the fly": "w quantized in the call"}
+  figure = figure_class(figsize=(9, 3.7), layout="constrained", facecolor=_GROUND)
+  panels = figure.subplots(1, len(titles), sharey=True)
+  for panel, (form, title) in zip(panels, titles.items(), strict=True):
+    panel.axhline(1, color=_INK, linewidth=1.2, linestyle="--")
+    for mode, color in _COLORS.items():
+      points = ratios[mode, form]
+      panel.plot(list(points), list(points.values()), "o-", color=color, linewidth=2, label=mode)
+    sizes = list(ratios[MODES[0], form])
+    panel.set_title(title, color=_INK)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sizes, labels=[str(m) for m in sizes], rotation=45)
+    panel.minorticks_off()
+    panel.set_xlabel("rows of x", color=_INK)
+    panel.grid(alpha=0.3)
+    panel.set_facecolor(_GROUND)
+    panel.tick_params(colors=_INK)
+    panel.legend(loc="upper right", frameon=False)
+  panels[0].annotate(
+    "cuBLAS, bfloat16", (1, 1), (0, -4), textcoords="offset points", va="top", color=_INK
+  )
+  panels[0].set_ylim(bottom=0)
+  panels[0].set_ylabel("speed relative to bfloat16", color=_INK)
+  n, k = GOAL_SHAPE
+  figure.suptitle(f"{header['device']}, N = {n}, K = {k}, device time", color=_INK)
+  figure.savefig(path, dpi=110, metadata={"Software": None})
