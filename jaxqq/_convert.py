@@ -50,8 +50,9 @@ def quantize(
     group_size: the mode's own, or None.
     bits: the mode's own, or None.
     mode: "nvfp4", "mxfp8" or "mxfp4".
-    global_scale: nvfp4 only, a float32 scalar: the amax of the tensor, 0 for zeros only. Under
-      0, a group with a number of 2**-126 or more becomes NaN, as under what is no amax.
+    global_scale: nvfp4 only, a float32 scalar: the amax of the tensor (compressed-tensors has a
+      reciprocal under this name), 0 for zeros only. Under 0, a group with a number of 2**-126 or
+      more becomes NaN, as under what is no amax.
     axis: -1, or -2 for w of (..., K, N): the results are those of its transpose (..., N, K),
       which a Hopper GPU never writes (with one matrix w).
 

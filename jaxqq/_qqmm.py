@@ -67,15 +67,19 @@ def qqmm(
     group_size: the mode's own, or None.
     bits: the mode's own, or None.
     mode: "nvfp4" or "mxfp8".
-    global_scale_x: nvfp4 only, a float32 scalar: the amax of x, 0 for zeros only (beside other
-      numbers of x it makes NaN of them). With global_scale_w or not at all.
-      None beside a `QuantizedWeight` is the weight's own input_global_scale.
-    global_scale_w: nvfp4 only, a float32 scalar: the amax of w.
-    backward: "straight_through": dx = g w, dw = g^T x. "quantized", as in MLX:
-      dx = qqmm(g, w^T), dw = qqmm(g^T, x^T). For packed w, which receives no gradient, dx is
-      taken through the dequantized w.
+    global_scale_x: nvfp4 only, a float32 scalar: the amax of x (compressed-tensors has a
+      reciprocal under this name), 0 for zeros only (beside other numbers of x it makes NaN of
+      them). With global_scale_w or not at all. None beside a `QuantizedWeight` is the weight's own
+      input_global_scale.
+    global_scale_w: nvfp4 only, a float32 scalar: the amax of w. A w packed with a global scale
+      must be multiplied with it; without it the result is off by a factor.
+    backward: "straight_through": dx = g w, dw = g^T x, of the unquantized operands. "quantized", as
+      in MLX: dx = qqmm(g, w^T), dw = qqmm(g^T, x^T), each operand quantized again along the axis
+      that is then contracted, with rows zero-padded to whole groups; with global scales, g's is its
+      amax. For packed w, which receives no gradient, dx is taken through the dequantized w. Global
+      scales have gradient zero. Forward mode is the straight-through tangent.
     precision: `jax.lax.Precision.HIGHEST` asks for exact operands and float32 sums, within
-      2^-18 of |x_hat| |w_hat|^T, where fp8 tensor cores would lose more (README, Exactness).
+      2^-18 of |x_hat| |w_hat|^T, where fp8 tensor cores would lose more (jaxqq/EXACTNESS.md).
 
   Returns:
     x's dtype, x.shape[:-1] + (N,), batch axes broadcast.

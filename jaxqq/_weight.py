@@ -46,7 +46,8 @@ class QuantizedWeight:
     scales: (..., N, K / group_size), uint8 or the same bytes as float8_e4m3fn (nvfp4) or
       float8_e8m0fnu (mxfp8, mxfp4).
     mode: "nvfp4", "mxfp8" or "mxfp4" (which `qqmm` cannot multiply).
-    global_scale: nvfp4 only, float32, (...) or of size 1: the amax each matrix was quantized with.
+    global_scale: nvfp4 only, float32, (...) or of size 1: the amax each matrix was quantized with
+      (compressed-tensors has a reciprocal under this name).
     dtype: float32, float16 or bfloat16: that of the weight before, and of `dequantize`.
     input_global_scale: nvfp4 only, float32, (...) or of size 1: a static amax of the activations,
       as some checkpoints bring it. `qqmm` uses it as global_scale_x where it is given none.

@@ -57,24 +57,74 @@ def test_examples_in_docstrings(name):
   assert doctest.DocTestRunner().run(example).failed == 0
 
 
-def snippets() -> list[str]:
-  return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def pages() -> list[str]:
+  """Every Markdown file of the project, as a path from its root."""
+  found = list(ROOT.glob("*.md"))
+  for folder in ("jaxqq", "examples", "tests"):
+    found += (ROOT / folder).rglob("*.md")
+  return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
-def test_readme_has_snippets():
-  assert len(snippets()) >= 4
+def snippets() -> dict[str, str]:
+  """The python blocks of every page, by page and number."""
+  return {
+    f"{page} {i}": block
+    for page in pages()
+    for i, block in enumerate(
+      re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    )
+  }
 
 
-@pytest.mark.parametrize("index", range(len(snippets())))
-def test_readme_snippets_run(index):
+def test_the_pages_have_snippets():
+  for page in ("README.md", *(f"jaxqq/{p}README.md" for p in ("", "nn/", "checkpoint/"))):
+    assert f"{page} 0" in snippets()
+  assert "README.md 2" in snippets() and "jaxqq/SHARDING.md 1" in snippets()
+
+
+@pytest.mark.parametrize("name", snippets())
+def test_snippets_run(name):
   """Each python block runs by itself; `# ...` behind an expression is what it prints."""
   names: dict = {}
-  exec(compile(snippets()[index], f"README snippet {index}", "exec"), names)
+  exec(compile(snippets()[name], f"snippet of {name}", "exec"), names)
 
 
-def test_readme_names_files_that_exist():
-  for name in re.findall(r"`((?:jaxqq|tests|examples)/[\w./]*)`", README):
+def test_the_readme_is_short():
+  lines = README.splitlines()
+  assert len(lines) <= 250 and max(map(len, lines)) <= 150
+
+
+def test_the_readme_has_the_two_commands_of_a_newcomer():
+  """One that trains a model, then one that runs the tests, in one line each, as CI reads it."""
+  commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+  assert len(commands) == 2
+  assert commands[0].endswith("train_lm.py") and commands[1].endswith("-m pytest")
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page != "CHANGELOG.md"])
+def test_pages_name_files_that_exist(page):
+  for name in re.findall(r"`((?:jaxqq|tests|examples)/[\w./]*)`", (ROOT / page).read_text()):
     assert (ROOT / name).exists(), name
+
+
+def anchors(path: pathlib.Path) -> set[str]:
+  """The headings of a page, as GitHub names them in links."""
+  titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links_point_to_something(page):
+  """Relative links, to files, folders and headings."""
+  path = ROOT / page
+  text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
+  for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    if re.match(r"[a-z]+:", link):
+      continue
+    name, _, anchor = link.partition("#")
+    target = path.parent / name if name else path
+    assert target.exists(), link
+    assert not anchor or anchor in anchors(target), link
 
 
 def imports(path: pathlib.Path) -> set[str]:
