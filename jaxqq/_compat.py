@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import dispatch
+from jax._src import config, dispatch
 
 # The effect of arrays that kernels write to in place: no public name tells which functions have it.
 from jax._src.core import InternalMutableArrayEffect
@@ -51,6 +51,11 @@ def without_refs(function: Callable[..., Any]) -> Callable[..., Any]:
   return of_values
 
 
+def interprets_kernels() -> bool:
+  """Within Pallas's `force_gpu_interpret_mode`, whose state has no public name."""
+  return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
 def cuda_compute_capability() -> str:
   """That of the device programs are made for: an abstract one, the GPU at hand, or Hopper's.
 
@@ -64,7 +69,7 @@ def cuda_compute_capability() -> str:
 
 
 def cuda_sm_count() -> int | None:
-  """How many multiprocessors the device has that programs are made for; None where none is at hand.
+  """How many SMs the device has that programs are made for; None where none is at hand.
 
   An abstract device says so, else the GPU at hand.
   """

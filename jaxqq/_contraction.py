@@ -38,7 +38,7 @@ def as_x(lhs: jax.Array, axes: AxesOf) -> jax.Array:
 
 
 def as_w(rhs: jax.Array, axes: AxesOf) -> tuple[jax.Array, tuple[str, ...]]:
-  """(batch, n, k), or (batch, k, n) where it lies so, and what of it is `Operands.transposed`.
+  """(batch, n, k), or (batch, k, n) where it is stored so, and what of it is `Operands.transposed`.
 
   Kernels of Flax are (k, n), and nothing moves them.
   """

@@ -24,6 +24,7 @@ from jaxqq._convert_split import Function, Shapes, out_avals, over_explicit_axes
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
+from jaxqq._kernels.plan import Implementation
 
 quantize_p = Primitive("quantize")
 dequantize_p = Primitive("dequantize")
@@ -62,7 +63,7 @@ def _dequantize_abstract_eval(
 def _lowering(
   ctx: Any,
   *args: Any,
-  table: tuple[_kernels.Implementation, ...],
+  table: tuple[Implementation, ...],
   operands: tuple[str, ...],
   mode: str,
   out_dtype: np.dtype | None = None,
@@ -70,9 +71,8 @@ def _lowering(
   platform = _primitive.platform_of(ctx)
 
   def one_device(*arrays: jax.Array) -> list[jax.Array]:
-    problem = Conversion(mode, operands, arrays, out_dtype)
-    implementation, _ = _kernels.choose(problem, platform, table)
-    return implementation.run(arrays, problem)
+    problem = Conversion.of(FORMATS[mode], operands, arrays, out_dtype)
+    return conversions.plan(problem, _kernels.device_of(platform), table).run(arrays)
 
   shapes = Shapes(operands, tuple(ctx.avals_in), FORMATS[mode])
   dtypes = (out_dtype.name,) if out_dtype else ()

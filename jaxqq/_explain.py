@@ -18,6 +18,7 @@ from jaxqq._convert_split import described as described_conversion
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
+from jaxqq._kernels.plan import Implementation, Plan
 from jaxqq._qqmm import checked, qqmm
 from jaxqq._reference import matrix_ndim
 from jaxqq._split import described, named_sharding
@@ -26,7 +27,25 @@ from jaxqq._split import described, named_sharding
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 
 
-def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> str:
+class Explanation(str):
+  """What `explain` returns: some sentences, and the plan that they tell of.
+
+  Attributes:
+    plan: what runs on one device. `plan.name` is the implementation's name, `plan.kernel` its own
+      plan (tiles, and what becomes of the operands), `plan.refusals` why not those before it.
+      Fields may change from version to version; the text is for readers.
+  """
+
+  __slots__ = ("plan",)
+  plan: Plan
+
+  def __new__(cls, text: str, plan: Plan) -> Explanation:
+    self = super().__new__(cls, text)
+    self.plan = plan
+    return self
+
+
+def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> Explanation:
   """Says which implementation a call of `qqmm`, `quantize` or `dequantize` runs, and why.
 
   Args:
@@ -38,7 +57,7 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
     kwargs: what the function takes by name.
 
   Returns:
-    Some sentences.
+    Some sentences, a `str`, whose attribute `plan` is what they tell of.
 
   Raises:
     TypeError, ValueError: as the function; or it is none of the three, or does not take these.
@@ -70,7 +89,7 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
   return explained(device, **call.arguments)
 
 
-def _explain_qqmm(device: Any, **arguments: Any) -> str:
+def _explain_qqmm(device: Any, **arguments: Any) -> Explanation:
   operands, params = checked("explain", **arguments)
   platform = _platform(operands.x, device)
   as_matrix = operands
@@ -78,28 +97,32 @@ def _explain_qqmm(device: Any, **arguments: Any) -> str:
     as_matrix = dataclasses.replace(operands, x=_as_matrix(operands.x))
   part, summed, about_split = described(as_matrix, FORMATS[params["mode"]])
   part_dtype = np.dtype(np.float32) if summed else params["out_dtype"]
-  problem = _kernels.Problem(
-    params["mode"], part, part_dtype, params["precision"], params["out_dtype"]
-  )
+  fmt = FORMATS[params["mode"]]
+  problem = _kernels.Problem.of(part, fmt, part_dtype, params["precision"], params["out_dtype"])
   w_words = _of("w", operands.w)
   w_words += " quantized on the fly" if operands.scales is None else " packed"
   heading = f"qqmm {params['mode']}, {_of('x', operands.x)}, {w_words}"
-  return _sentences(heading, problem, platform, _kernels.IMPLEMENTATIONS, about_split)
+  plan = _kernels.plan(problem, _kernels.device_of(platform))
+  return _sentences(heading, plan, platform, about_split)
 
 
-def _explain_quantize(device: Any, *, axis: int, **arguments: Any) -> str:
+def _explain_quantize(device: Any, *, axis: int, **arguments: Any) -> Explanation:
   (w, *scale), names, mode = checked_quantize("explain", axis=axis, **arguments)
   heading = f"quantize {mode}, {_of('w', w)}" + (f" along axis {axis}" if axis == -2 else "")
   problem, about_split = _conversion([w, *scale], names, mode)
-  return _sentences(heading, problem, _platform(w, device), conversions.QUANTIZE, about_split)
+  return _explain_conversion(
+    heading, problem, _platform(w, device), conversions.QUANTIZE, about_split
+  )
 
 
-def _explain_dequantize(device: Any, **arguments: Any) -> str:
+def _explain_dequantize(device: Any, **arguments: Any) -> Explanation:
   arrays, names, mode, out_dtype = checked_dequantize("explain", **arguments)
   w, scales = arrays[:2]
   heading = f"dequantize {mode}, {_of('w', w)}, {_of('scales', scales)}, to {out_dtype.name}"
   problem, about_split = _conversion(arrays, names, mode, out_dtype)
-  return _sentences(heading, problem, _platform(w, device), conversions.DEQUANTIZE, about_split)
+  return _explain_conversion(
+    heading, problem, _platform(w, device), conversions.DEQUANTIZE, about_split
+  )
 
 
 def _conversion(
@@ -111,26 +134,29 @@ def _conversion(
     for name, a in zip(names, arrays, strict=True)
   ]
   part, about_split = described_conversion(Shapes(names, tuple(matrices), FORMATS[mode]))
-  return Conversion(mode, names, part.operands, out_dtype), about_split
+  return Conversion.of(FORMATS[mode], names, part.operands, out_dtype), about_split
 
 
-def _sentences(
+def _explain_conversion(
   heading: str,
-  problem: Any,
+  problem: Conversion,
   platform: str,
-  table: tuple[_kernels.Implementation, ...],
+  table: tuple[Implementation, ...],
   about_split: list[str],
-) -> str:
-  implementation, refusals = _kernels.choose(problem, platform, table)
-  details = implementation.details and implementation.details(problem)
+) -> Explanation:
+  plan = conversions.plan(problem, _kernels.device_of(platform), table)
+  return _sentences(heading, plan, platform, about_split)
+
+
+def _sentences(heading: str, plan: Plan, platform: str, about_split: list[str]) -> Explanation:
   sentences = [
-    f"{heading}, on {platform}: computed by {implementation.summary}"
-    + (f"; {details}." if details else "."),
-    *(f"Not {refusal}." for refusal in refusals),
+    f"{heading}, on {platform}: computed by {plan.implementation.summary}"
+    + (f"; {plan.details}." if plan.details else "."),
+    *(f"Not {refusal}." for refusal in plan.refusals),
   ]
-  if implementation.platforms is None and not refusals:
+  if plan.implementation.platforms is None and not plan.refusals:
     sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
-  return " ".join([*sentences, *about_split])
+  return Explanation(" ".join([*sentences, *about_split]), plan)
 
 
 def _of(name: str, a: Any) -> str:
@@ -145,7 +171,7 @@ def _as_matrix(a: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1, *a.shape), a.dtype, sharding=sharding)
 
 
-_EXPLAINED: tuple[tuple[Any, Callable[..., str]], ...] = (
+_EXPLAINED: tuple[tuple[Any, Callable[..., Explanation]], ...] = (
   (qqmm, _explain_qqmm),
   (quantize, _explain_quantize),
   (dequantize, _explain_dequantize),

@@ -40,7 +40,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jaxqq import _primitive
 from jaxqq._formats import FORMATS
 from jaxqq._primitive import qqmm_p
-from jaxqq._reference import Operands, dequantize_packed, matmul, named, times_alpha
+from jaxqq._reference import Operands, dequantize_packed, matmul, times_alpha, unflatten
 from jaxqq._row_sums import (
   amax,
   dequantized_for,
@@ -66,7 +66,7 @@ qqmm_pullback_p = Primitive("qqmm_pullback")
 def _jvp(primals: Any, tangents: Any, *, operands: tuple[str, ...], **params: Any) -> Any:
   """y' = x' w^T + x w'^T."""
   out = qqmm_p.bind(*primals, operands=operands, **params)
-  at, tangent = named(operands, primals), named(operands, tangents)
+  at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
   _refuse_gradient_of_packed(tangent)
   terms = []
   if not _is_zero(tangent.x):
@@ -95,14 +95,14 @@ def _total(terms: list[jax.Array], out: jax.Array) -> Any:
 
 def _tangent(operands: Operands, *, wrt: str, **params: Any) -> jax.Array:
   """x @ w.T of unquantized operands (or a packed w), linear in the one `wrt` names."""
-  return qqmm_tangent_p.bind(*operands.present, operands=operands.names, wrt=wrt, **params)
+  return qqmm_tangent_p.bind(*operands.flatten(), operands=operands.names, wrt=wrt, **params)
 
 
 def _tangent_product(
   *args: jax.Array, operands: tuple[str, ...], mode: str, out_dtype: np.dtype, **_: Any
 ) -> jax.Array:
   """What `qqmm_tangent` computes: a product in which nothing is quantized on the fly."""
-  ops = named(operands, args).untransposed()
+  ops = unflatten(operands, args).untransposed()
   if ops.scales is None:
     out = matmul(ops.x, jnp.swapaxes(ops.w, -1, -2))
   else:
@@ -120,7 +120,7 @@ def _tangent_lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params:
 
   def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
     own = {**params, "out_dtype": out_dtype}
-    return _tangent_product(*values.present, operands=operands, **own)
+    return _tangent_product(*values.flatten(), operands=operands, **own)
 
   if fmt is None and not mesh.explicit_axes:
     whole = functools.partial(_tangent_product, operands=operands, **params)
@@ -134,7 +134,7 @@ def _tangent_jvp(
 ) -> Any:
   """The product rule: linear in one operand, and straight-through in the other."""
   out = qqmm_tangent_p.bind(*primals, operands=operands, wrt=wrt, **params)
-  at, tangent = named(operands, primals), named(operands, tangents)
+  at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
   _refuse_gradient_of_packed(tangent)
   terms = []
   for name in ("x", "w"):
@@ -160,7 +160,7 @@ def _transpose(
   del out_dtype  # it is the cotangent's
   if _is_zero(cotangent):
     return [None for _ in operands]
-  target = getattr(named(operands, args), wrt).aval
+  target = getattr(unflatten(operands, args), wrt).aval
   known = [None if ad.is_undefined_primal(a) else a for a in args]
   pull: Callable[..., jax.Array] = functools.partial(
     _pulled, operands=operands, target=target, wrt=wrt, **params
@@ -182,7 +182,7 @@ def _pulled(
   precision: lax.Precision | None,
 ) -> jax.Array:
   """The cotangent of x or w, of that operand's shape and dtype."""
-  fmt, ops = FORMATS[mode], named(operands, known)
+  fmt, ops = FORMATS[mode], unflatten(operands, known)
   others, global_scale, amax_g = ops.x, ops.global_scale_x, None
   if wrt == "x":
     others, global_scale = ops.w, ops.global_scale_w
@@ -220,7 +220,7 @@ def _pullback(
   precision: lax.Precision | None,
 ) -> jax.Array:
   return qqmm_pullback_p.bind(
-    *operands.present,
+    *operands.flatten(),
     operands=operands.names,
     mode=mode,
     out_dtype=np.dtype(out_dtype),
@@ -232,7 +232,7 @@ def _pullback(
 def _pullback_abstract_eval(
   *avals: Any, operands: tuple[str, ...], mode: str, out_dtype: np.dtype, **_: Any
 ) -> Any:
-  return out_aval(named(operands, avals), pullback(FORMATS[mode], quantized=False), out_dtype)
+  return out_aval(unflatten(operands, avals), pullback(FORMATS[mode], quantized=False), out_dtype)
 
 
 def _pullback_lowering(
@@ -264,11 +264,11 @@ def _pullback_jvp(
 ) -> Any:
   """Linear in g, straight-through where g is quantized."""
   out = qqmm_pullback_p.bind(*primals, operands=operands, backward=backward, **params)
-  tangent = named(operands, tangents)
+  tangent = unflatten(operands, tangents)
   _refuse_gradient_of_packed(tangent)
   if _is_zero(tangent.x):
     return out, _total([], out)
-  moved = dataclasses.replace(named(operands, primals), x=tangent.x, global_scale_x=None)
+  moved = dataclasses.replace(unflatten(operands, primals), x=tangent.x, global_scale_x=None)
   return out, _pullback(moved, backward=BACKWARDS[0], **params)
 
 
@@ -278,7 +278,7 @@ def _pullback_transpose(
   """The cotangent of g, of `qqmm_pullback` as its jvp has it: a product with w as it came."""
   if _is_zero(cotangent):
     return [None for _ in operands]
-  ops = named(operands, args)
+  ops = unflatten(operands, args)
   g = ops.x.aval
   at = dataclasses.replace(ops, x=cotangent)
   result = _tangent(at, wrt="x", out_dtype=np.dtype(jnp.float32), **params)

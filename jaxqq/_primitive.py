@@ -18,7 +18,7 @@ from jax.interpreters import batching, mlir, xla
 
 from jaxqq import _compat, _kernels
 from jaxqq._formats import FORMATS
-from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, named
+from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, unflatten
 from jaxqq._sharding import out_aval, over_explicit_axes, partitioned
 from jaxqq._split import Layout, forward
 
@@ -35,7 +35,7 @@ def qqmm(
 ) -> jax.Array:
   """out[..., m, n] = sum_k x_hat[..., m, k] * w_hat[..., n, k], in out_dtype."""
   return qqmm_p.bind(
-    *operands.present,
+    *operands.flatten(),
     operands=operands.names,
     mode=mode,
     out_dtype=np.dtype(out_dtype),
@@ -48,7 +48,7 @@ def qqmm(
 
 
 def abstract_eval(*avals: Any, operands: tuple[str, ...], out_dtype: np.dtype, **_: Any) -> Any:
-  return out_aval(named(operands, avals), forward(None), out_dtype)
+  return out_aval(unflatten(operands, avals), forward(None), out_dtype)
 
 
 # Lowering
@@ -84,10 +84,9 @@ def run(
   platform: str,
   result_dtype: np.dtype | None = None,
 ) -> jax.Array:
-  """The product by the implementation that is chosen for it, on one device."""
-  problem = _kernels.Problem(mode, operands, out_dtype, precision, result_dtype)
-  implementation, _ = _kernels.choose(problem, platform)
-  return implementation.run(operands, problem)
+  """The product as it is planned for one device."""
+  problem = _kernels.Problem.of(operands, FORMATS[mode], out_dtype, precision, result_dtype)
+  return _kernels.plan(problem, _kernels.device_of(platform)).run(operands)
 
 
 def lower_split(
@@ -111,7 +110,7 @@ def lower_split(
     split = None
 
   def whole(*values: jax.Array) -> jax.Array:
-    return product(named(names, values), out.dtype)
+    return product(unflatten(names, values), out.dtype)
 
   return mlir.lower_fun(split or whole, multiple_results=False)(ctx, *args)
 

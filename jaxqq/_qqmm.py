@@ -25,7 +25,7 @@ from jaxqq._checks import (
 )
 from jaxqq._formats import Format, ProductMode
 from jaxqq._gradient import BACKWARDS, Backward
-from jaxqq._reference import Operands, named
+from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
 from jaxqq._weight import QuantizedWeight
 
@@ -118,11 +118,11 @@ def qqmm(
 
 def product(operands: Operands, params: dict[str, Any]) -> jax.Array:
   """What `checked` returns, multiplied."""
-  arrays = [jnp.asarray(a) for a in operands.present]
+  arrays = [jnp.asarray(a) for a in operands.flatten()]
   is_vector = arrays[0].ndim == 1
   if is_vector:
     arrays[0] = arrays[0][None, :]
-  out = _primitive.qqmm(named(operands.names, vary_alike(arrays)), **params)
+  out = _primitive.qqmm(unflatten(operands.names, vary_alike(arrays)), **params)
   return out.squeeze(-2) if is_vector else out
 
 

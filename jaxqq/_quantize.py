@@ -152,7 +152,7 @@ def alpha_factors(
     first * second = (global_scale_x / 2688) * (global_scale_w / 2688) * 2**power
 
   Each quotient is rounded to float32's 24 bits. The exponent of the whole is shared out evenly
-  between the two, so sums * first lies between sums and the result: it is in range where these
+  between the two, so sums * first is between sums and the result: it is in range where these
   are. They must not be multiplied by each other before: XLA does that to constants.
 
   Args:

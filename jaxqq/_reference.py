@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxqq._formats import FORMATS, Format
+from jaxqq._formats import Format
 from jaxqq._quantize import (
   alpha_factors,
   dequantize_groups,
@@ -29,7 +29,7 @@ class Operands:
   """What a product multiplies; the axes before the named ones are batch axes.
 
   Batch axes broadcast as in numpy: aligned from the right, each of size 1 or the common one.
-  A primitive takes the operands that are `present`, and their `names` as a parameter: "x",
+  A primitive takes the operands, `flatten`, and their `names` as a parameter: "x",
   "w_transposed" are those of x and of a w whose contracted axis comes first.
   """
 
@@ -38,7 +38,7 @@ class Operands:
   scales: Any = None  # (..., n, k / group_size)
   global_scale_x: Any = None  # (...)
   global_scale_w: Any = None  # (...)
-  # Which of "x" and "w" lie as (..., k, m), (..., k, n). None does beside scales.
+  # Which of "x" and "w" are stored as (..., k, m), (..., k, n). None is beside scales.
   transposed: tuple[str, ...] = ()
 
   @property
@@ -49,8 +49,8 @@ class Operands:
       if getattr(self, name) is not None
     )
 
-  @property
-  def present(self) -> tuple[Any, ...]:
+  def flatten(self) -> tuple[Any, ...]:
+    """Those that are there, in the order of `names`."""
     return tuple(a for a in (getattr(self, name) for name in _ARRAYS) if a is not None)
 
   def axes(self, name: str) -> tuple[int, int]:
@@ -79,10 +79,10 @@ class Operands:
 
   @property
   def batch_shapes(self) -> tuple[tuple[int, ...], ...]:
-    """The batch axes of each operand that is present."""
+    """The batch axes of each operand that is there."""
     return tuple(
       a.shape[: len(a.shape) - matrix_ndim(name)]
-      for name, a in zip(self.names, self.present, strict=True)
+      for name, a in zip(self.names, self.flatten(), strict=True)
     )
 
   @property
@@ -90,7 +90,7 @@ class Operands:
     return lax.broadcast_shapes(*self.batch_shapes)
 
 
-def named(names: Sequence[str], values: Sequence[Any]) -> Operands:
+def unflatten(names: Sequence[str], values: Sequence[Any]) -> Operands:
   """The operands of a primitive, by their names."""
   transposed = tuple(n.removesuffix(TRANSPOSED) for n in names if n.endswith(TRANSPOSED))
   fields = (name.removesuffix(TRANSPOSED) for name in names)
@@ -102,14 +102,14 @@ def matrix_ndim(name: str) -> int:
   return 0 if name.startswith("global_scale") else 2
 
 
-def product(operands: Operands, *, mode: str, out_dtype: np.dtype) -> jax.Array:
+def product(operands: Operands, *, fmt: Format, out_dtype: np.dtype) -> jax.Array:
   """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], summed in float32.
 
   x_hat and w_hat are dequantized without their global scales, which float32 holds exactly;
   alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, as two factors of about the same
   exponent: the sum is large where alpha itself would underflow.
   """
-  fmt, operands = FORMATS[mode], operands.untransposed()
+  operands = operands.untransposed()
   x_hat = round_trip(operands.x, fmt, operands.global_scale_x)
   if operands.scales is None:
     w_hat = round_trip(operands.w, fmt, operands.global_scale_w)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxqq import _compat
 from jaxqq._compat import ShardingTypeError
-from jaxqq._reference import Operands, matrix_ndim, named
+from jaxqq._reference import Operands, matrix_ndim, unflatten
 from jaxqq._split import Axes, Layout, dims_of, dims_of_spec, propagated, split_of, to_spec
 
 
@@ -51,12 +51,12 @@ def out_aval(operands: Operands, layout: Layout, dtype: np.dtype) -> jax.core.Sh
   In a mesh of explicit axes the output is split as the operands' batch axes and rows are.
   """
   x, w = operands.x, operands.w
-  letters = layout.out
-  row, column = map(layout.axis, operands.names, letters)
+  dims = layout.out
+  row, column = map(layout.axis, operands.names, dims)
   # Packed, an axis of w is shorter than that of what it stands for.
   size = w.shape[column]
-  if operands.scales is not None and letters[1] in layout.units:
-    size = operands.scales.shape[column] * layout.unit(letters[1])
+  if operands.scales is not None and dims[1] in layout.units:
+    size = operands.scales.shape[column] * layout.unit(dims[1])
   shape = (*operands.batch_shape, x.shape[row], size)
   mesh_of = w if x.sharding.mesh.empty else x
   spec = _explicit_spec(operands, layout, row, column)
@@ -73,7 +73,7 @@ def _explicit_spec(operands: Operands, layout: Layout, row: int, column: int) ->
   x, w = operands.x, operands.w
   ndim = len(operands.batch_shape)
   batch: list[Any] = [None] * ndim
-  for a, shape in zip(operands.present, operands.batch_shapes, strict=True):
+  for a, shape in zip(operands.flatten(), operands.batch_shapes, strict=True):
     for axis in range(len(shape)):
       at, own = axis + ndim - len(shape), a.sharding.spec[axis]
       if None not in (own, batch[at]) and own != batch[at]:
@@ -113,7 +113,7 @@ def over_explicit_axes(
   """`product` as a function of operands whose types say how they are split."""
   mesh = out.sharding.mesh
   split = split_of(
-    named(names, avals), layout, dims_of(out.sharding, out.ndim), out.shape, dict(mesh.shape)
+    unflatten(names, avals), layout, dims_of(out.sharding, out.ndim), out.shape, dict(mesh.shape)
   )
   specs = split.operand_specs(names, avals, layout)
 
@@ -148,14 +148,14 @@ def partitioned(
   """`product` as a function of its operands that XLA's partitioner splits by the rule above."""
 
   def whole(*values: jax.Array) -> jax.Array:
-    return product(named(names, values), out_dtype)
+    return product(unflatten(names, values), out_dtype)
 
   def infer(args: Any, result: Any) -> PartitionSpec:
-    return to_spec(propagated(named(names, args), layout))
+    return to_spec(propagated(unflatten(names, args), layout))
 
   def partition(mesh: Mesh, args: Any, result: Any) -> Partition:
     out_dims = dims_of(result.sharding, len(result.shape))
-    split = split_of(named(names, args), layout, out_dims, result.shape, dict(mesh.shape))
+    split = split_of(unflatten(names, args), layout, out_dims, result.shape, dict(mesh.shape))
     part = split.part(product, names, out_dtype)
     return Partition(part, split.operand_specs(names, args, layout), split.out_spec())
 
@@ -303,23 +303,23 @@ def _rule(names: tuple[str, ...], args: Any, result: Any, layout: Layout) -> Sdy
   sizes[layout.out[1]] = out_shape[-1]
   # An axis that is no multiple of its unit is one unit.
   num_units = {
-    letter: size // layout.unit(letter) if size % layout.unit(letter) == 0 else 1
-    for letter, size in sizes.items()
+    dim: size // layout.unit(dim) if size % layout.unit(dim) == 0 else 1
+    for dim, size in sizes.items()
   }
   inner: dict[str, int] = {}
 
-  def matrix_dims(letters: str, shape: tuple[int, ...]) -> list[str | CompoundFactor]:
-    dims: list[str | CompoundFactor] = []
-    for letter, size in zip(letters, shape[-2:], strict=True):
-      whole = size // num_units[letter]
-      factor = f"{letter}{whole}"
-      if layout.unit(letter) == 1 or size == num_units[letter] != 1:
-        dims.append(letter)
+  def matrix_factors(dims: str, shape: tuple[int, ...]) -> list[str | CompoundFactor]:
+    factors: list[str | CompoundFactor] = []
+    for dim, size in zip(dims, shape[-2:], strict=True):
+      whole = size // num_units[dim]
+      factor = f"{dim}{whole}"
+      if layout.unit(dim) == 1 or size == num_units[dim] != 1:
+        factors.append(dim)
       else:
         inner[factor] = whole
         # Shardy has no compound factors of size 1.
-        dims.append(factor if num_units[letter] == 1 else CompoundFactor(letter, factor))
-    return dims
+        factors.append(factor if num_units[dim] == 1 else CompoundFactor(dim, factor))
+    return factors
 
   mappings = []
   for operand, (name, shape) in enumerate(zip(names, shapes, strict=True)):
@@ -328,10 +328,10 @@ def _rule(names: tuple[str, ...], args: Any, result: Any, layout: Layout) -> Sdy
     for axis, size in enumerate(shape[:own], num_batch - own):
       dims.append(f"b{axis}" if size == out_shape[axis] else f"one{operand}{axis}")
     if matrix_ndim(name):
-      dims += matrix_dims(layout.operands[name], shape)
+      dims += matrix_factors(layout.operands[name], shape)
     mappings.append(ArrayMapping(*dims))
   batch = [f"b{axis}" for axis in range(num_batch)]
-  out = ArrayMapping(*batch, *matrix_dims(layout.out, out_shape))
+  out = ArrayMapping(*batch, *matrix_factors(layout.out, out_shape))
   # Sizes are to be told of the factors that are nowhere an axis of their own.
   flat = [dim for mapping in (*mappings, out) for dim in mapping]
   compound = {factor for dim in flat if isinstance(dim, CompoundFactor) for factor in dim}

@@ -24,33 +24,33 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxqq._formats import Format
-from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, named
+from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, unflatten
 
 Axes = tuple[str, ...]  # mesh axes that one axis of an array is split over
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The last two axes of every array of a product, by letters; arrays by their names."""
+  """The last two axes of every array of a product, by dims; arrays by their names."""
 
   operands: Mapping[str, str]
   out: str
   contracted: str
   units: Mapping[str, int]  # how many numbers along an axis no split may part
 
-  def unit(self, letter: str) -> int:
-    return self.units.get(letter, 1)
+  def unit(self, dim: str) -> int:
+    return self.units.get(dim, 1)
 
-  def axis(self, name: str, letter: str) -> int:
+  def axis(self, name: str, dim: str) -> int:
     """That of an operand, counted from the last one, which is -1."""
-    return self.operands[name].index(letter) - 2
+    return self.operands[name].index(dim) - 2
 
 
 def forward(fmt: Format | None) -> Layout:
   """out[m, n] = sum_k x[m, k] * w[n, k], in groups along k; without a format, in none."""
-  letters = {"x": "mk", "w": "nk", "scales": "nk"}
-  letters |= {name + TRANSPOSED: letters[name][::-1] for name in ("x", "w")}
-  return Layout(letters, "mn", "k", {"k": fmt.group_size} if fmt else {})
+  dims = {"x": "mk", "w": "nk", "scales": "nk"}
+  dims |= {name + TRANSPOSED: dims[name][::-1] for name in ("x", "w")}
+  return Layout(dims, "mn", "k", {"k": fmt.group_size} if fmt else {})
 
 
 def pullback(fmt: Format, *, quantized: bool) -> Layout:
@@ -79,14 +79,14 @@ class Split:
     if self.scatter is not None:
       before[self.scatter] = before[self.scatter][: -len(self.contracted)]
     *batch, row, column = before
-    by_letter = {layout.out[0]: row, layout.out[1]: column, layout.contracted: self.contracted}
+    by_dim = {layout.out[0]: row, layout.out[1]: column, layout.contracted: self.contracted}
     specs = []
     for name, a in zip(names, shapes, strict=True):
       num_batch = len(a.shape) - matrix_ndim(name)
       own = batch[len(batch) - num_batch :]
       dims = [axes if size > 1 else () for axes, size in zip(own, a.shape[:num_batch], strict=True)]
       if matrix_ndim(name):
-        dims += [by_letter[letter] for letter in layout.operands[name]]
+        dims += [by_dim[dim] for dim in layout.operands[name]]
       specs.append(to_spec(dims))
     return tuple(specs)
 
@@ -100,7 +100,7 @@ class Split:
 
     def part(*values: jax.Array) -> jax.Array:
       dtype = np.dtype(jnp.float32) if self.contracted else out_dtype
-      out = product(named(names, values), dtype)
+      out = product(unflatten(names, values), dtype)
       if self.scatter is not None:
         out = lax.psum_scatter(out, self.contracted, scatter_dimension=self.scatter, tiled=True)
       elif self.contracted:
@@ -142,7 +142,7 @@ def split_of(
   def fits(axes: Axes, size: int, unit: int) -> bool:
     return size % (math.prod(mesh_shape[axis] for axis in axes) * unit) == 0
 
-  units = [1] * (len(out_shape) - 2) + [layout.unit(letter) for letter in layout.out]
+  units = [1] * (len(out_shape) - 2) + [layout.unit(dim) for dim in layout.out]
   out = [
     axes if fits(axes, size, unit) else ()
     for axes, size, unit in zip(out_dims, out_shape, units, strict=True)
@@ -174,16 +174,16 @@ def described(operands: Operands, fmt: Format) -> tuple[Operands, bool, list[str
 
   As far as it can be seen from the operands, if nothing else is asked of the output.
   """
-  shardings = [named_sharding(a) for a in operands.present]
+  shardings = [named_sharding(a) for a in operands.flatten()]
   meshes = [s.mesh for s in shardings if s is not None and s.mesh.size > 1]
   if not meshes:
     return operands, False, []
   shape = dict(meshes[0].shape)
-  typed = named(
+  typed = unflatten(
     operands.names,
     [
       jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
-      for a, s in zip(operands.present, shardings, strict=True)
+      for a, s in zip(operands.flatten(), shardings, strict=True)
     ],
   )
   layout = forward(fmt)
@@ -191,12 +191,12 @@ def described(operands: Operands, fmt: Format) -> tuple[Operands, bool, list[str
   split = split_of(typed, layout, propagated(typed, layout), out_shape, shape)
   parts = []
   for a, spec in zip(
-    typed.present, split.operand_specs(typed.names, typed.present, layout), strict=True
+    typed.flatten(), split.operand_specs(typed.names, typed.flatten(), layout), strict=True
   ):
     ways = [math.prod(shape[axis] for axis in axes) for axes in dims_of_spec(tuple(spec))]
     local = tuple(size // way for size, way in zip(a.shape, ways, strict=True))
     parts.append(jax.ShapeDtypeStruct(local, a.dtype))
-  own = named(operands.names, parts)
+  own = unflatten(operands.names, parts)
   sentence = (
     f"Split over {math.prod(shape.values())} devices ({shape}): each multiplies x "
     f"{own.x.shape} with w {own.w.shape}"
@@ -229,13 +229,13 @@ def propagated(operands: Operands, layout: Layout) -> list[Axes]:
   """How the output is split if nobody asks for anything else: as the operands are."""
   ndim = len(operands.batch_shape)
   dims: list[Axes] = [()] * ndim
-  for a, shape in zip(operands.present, operands.batch_shapes, strict=True):
+  for a, shape in zip(operands.flatten(), operands.batch_shapes, strict=True):
     for axis, axes in enumerate(dims_of(a.sharding, len(a.shape))[: len(shape)]):
       at = axis + ndim - len(shape)
       dims[at] = dims[at] or axes
   matrices = zip(operands.names, (operands.x, operands.w), layout.out, strict=False)
-  for name, a, letter in matrices:
-    dims.append(dims_of(a.sharding, len(a.shape))[layout.axis(name, letter)])
+  for name, a, dim in matrices:
+    dims.append(dims_of(a.sharding, len(a.shape))[layout.axis(name, dim)])
   taken: set[str] = set()
   for axis, axes in enumerate(dims):
     dims[axis] = axes if taken.isdisjoint(axes) else ()

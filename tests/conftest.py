@@ -56,25 +56,7 @@ def partition_rules(monkeypatch):
 
 
 @pytest.fixture
-def few_ctas(monkeypatch):
-  """Each CTA walks over several tiles, as on a GPU with larger matrices."""
-  from jaxqq._kernels import matmul, tiles
-
-  monkeypatch.setattr(tiles, "num_sms", lambda: 2)
-  assert matmul.Config(128, 64, 2).grid.num_ctas(1, 300, 300) == 2
-
-
-@pytest.fixture
 def no_races(capfd):
   """The interpreter's race detector knows what each barrier orders, and prints what none does."""
   yield
   assert "RACE DETECTED" not in "".join(capfd.readouterr())
-
-
-@pytest.fixture
-def twins(monkeypatch):
-  """Stand-ins for what the interpreter cannot run of the quantization kernels."""
-  from jaxqq._kernels import amax, operands, transposed
-
-  monkeypatch.setattr(operands, "thread_amax_bits", amax.thread_amax_bits_twin)
-  monkeypatch.setattr(transposed, "regrouped", transposed.regrouped_twin)

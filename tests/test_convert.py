@@ -16,7 +16,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from jaxqq._kernels import conversions
+from jaxqq._formats import FORMATS
+from jaxqq._kernels import conversions, device_of
 from tests.support import oracle
 
 if jax.__version_info__ < (0, 11):
@@ -184,16 +185,20 @@ def test_empty_axes():
   ("name", "shape"),
   [("w", (2, 1, 3, 64)), ("w_transposed", (2, 64, 5)), ("w_transposed", (1, 64, 5))],
 )
-def test_rows_of_the_tables_agree(name, shape, scaled, twins):
+def test_rows_of_the_tables_agree(name, shape, scaled):
   """Kernels run by the interpreter, and the definition: batch axes, and codes of one matrix."""
   (w,) = data(shape)
   scale = [np.float32([3])] if scaled else []
 
   def run(table, row, names, arrays, *dtype):
     arrays, names = [*arrays, *scale], (*names, *["global_scale"] * scaled)
+    platform = {0: "cuda", -1: "cpu"}[row]
 
     def f(*arrays):
-      return table[row].run(arrays, conversions.Conversion("nvfp4", names, arrays, *dtype))
+      problem = conversions.Conversion.of(FORMATS["nvfp4"], names, arrays, *dtype)
+      plan = conversions.plan(problem, device_of(platform), table)
+      assert plan.implementation is table[row]
+      return plan.run(arrays)
 
     return interpreted(f, *arrays) if row == 0 else jax.jit(f)(*arrays)
 

@@ -85,26 +85,41 @@ class TestChoice:
       assert "computed by 16 bit tensor cores" in text
       assert f"Not hopper_fp8: {reason}" in text or reason in text
 
-  def test_how_many_multiprocessors(self, monkeypatch):
+  def test_how_many_sms(self, monkeypatch):
     """The device's own decide on tiles; with none at hand it says so."""
-    assert "for 132 SMs (assumed: no device at hand says so)" in of(64, 512, 4096, "mxfp8", True)
+    assumed = "for 132 SMs (assumed: no device at hand says so)"
+    assert assumed in of(64, 512, 4096, "mxfp8", True)
     text = of(256, 8192, 8192, "nvfp4", True)
-    assert "split=2" in text and "for 132 SMs (assumed: no device at hand says so)" in text
+    assert text.plan.kernel.tiles.cluster == 2 and assumed in text
     monkeypatch.setattr(_compat, "cuda_sm_count", lambda: 78)  # of an H20
     text = of(256, 8192, 8192, "nvfp4", True)
-    assert "split=1" in text and "for 78 SMs" in text and "assumed" not in text
+    assert text.plan.kernel.tiles.cluster == 1 and text.plan.kernel.num_sms == 78
+    assert "for 78 SMs" in text and "assumed" not in text
 
   def test_tiles_follow_the_rows(self):
+    def tiles(*problem):
+      tiles = of(*problem).plan.kernel.tiles
+      return tiles.block_m, tiles.cluster
+
     expected = {65: (128, 2), 256: (256, 2), 1024: (256, 1), 8192: (256, 1)}
-    for m, (block, split) in expected.items():
-      text = of(m, 8192, 8192, "nvfp4", True)
-      assert f"block_m={block}" in text and f"split={split}" in text
+    for m, want in expected.items():
+      assert tiles(m, 8192, 8192, "nvfp4", True) == want
     # Sums are exchanged by 16 bit results' tiles only, and k is to have a half.
-    assert "split=1" in of(256, 8192, 8192, "nvfp4", True, jnp.float32)
-    assert "split=1" in of(256, 8192, 8192 + 128, "nvfp4", True)
-    assert "block_m=64" in of(65, 4096, 4096, "mxfp8", True)
-    assert "a slab at a time" in of(8192, 8192, 8192, "mxfp8", True)
-    assert "a slab at a time" not in of(8192, 8192, 8192, "mxfp8", False)
+    assert tiles(256, 8192, 8192, "nvfp4", True, jnp.float32)[1] == 1
+    assert tiles(256, 8192, 8192 + 128, "nvfp4", True)[1] == 1
+    assert tiles(65, 4096, 4096, "mxfp8", True)[0] == 64
+
+  def test_kernels_follow_the_rows(self):
+    for m, packed, kernel in (
+      (64, True, "skinny_gemm"),
+      (65, True, "dequant_gemm"),
+      (65, False, "gemm"),
+      (8192, True, "staged_gemm"),
+      (8192, False, "gemm"),
+    ):
+      text = of(m, 8192, 8192, "mxfp8", packed)
+      assert text.plan.kernel.kernel == kernel and f"{kernel} with" in text
+      assert ("a panel at a time" in text) == (kernel == "staged_gemm")
 
   def test_few_rows_have_a_kernel_of_their_own(self):
     for mode in oracle.PRODUCT_MODES:
@@ -118,7 +133,7 @@ class TestChoice:
       (of(8, 512, 4096, "mxfp8", True, jnp.float32), "float32 output"),
     ):
       assert "a kernel that streams w" not in text
-      assert f"hopper_few_rows: {reason}" in text
+      assert f"hopper_skinny: {reason}" in text
 
   def test_a_vector_is_one_row(self):
     w, row = (
@@ -146,7 +161,7 @@ class TestChoice:
     args = jax.eval_shape(lambda a: jaxqq.quantize(a, mode=mode), w) if packed else (w,)
     traced = jax.jit(lambda *a: jaxqq.qqmm(*a, mode=mode)).trace(x, *args)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert ("jaxqq_packed_matmul" if packed else "jaxqq_matmul") in text
+    assert ("jaxqq_dequant_gemm" if packed else "jaxqq_gemm") in text
     assert "dot_general" not in text
 
 

@@ -101,7 +101,7 @@ def test_dtypes(mode, how, dtype, k, data, precision):
 )
 @pytest.mark.parametrize("precision", [None, HIGHEST])
 def test_thousands_of_rows(mode, shape, precision):
-  """mxfp8 from where packed w is expanded a slab at a time, nvfp4 of which it never is."""
+  """mxfp8 from where packed w is expanded a panel at a time, nvfp4 of which it never is."""
   m, n, k = shape
   rng = np.random.default_rng(k)
   x, w = oracle.random(rng, (m, k), "bfloat16"), oracle.random(rng, (n, k), "bfloat16")

@@ -149,11 +149,51 @@ def test_a_file_imports_only_from_files_above_it():
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
   files["_kernels"] = ROOT / "jaxqq" / "_kernels" / "__init__.py"
   assert set(files) == set(order)
-  kernels = [("_kernels", path) for path in files["_kernels"].parent.glob("*.py")]
+  kernels = [("_kernels", path) for path in files["_kernels"].parent.rglob("*.py")]
   for name, path in [*files.items(), *kernels]:
     above = set(order[: order.index(name)])
     others = imports(path) - {name}  # the files of a package import each other
     assert others <= above, f"{path.name} imports {others - above}"
+
+
+# From top to bottom, jaxqq/_kernels/: a file imports only from those above it.
+KERNELS = (
+  *("plan", "problem", "xla", "hopper.tiles", "hopper.plan", "__init__"),
+  *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
+  *("ptx.rounding", "ptx.reshape", "ptx.scales", "ptx.expand", "ptx.stores", "ptx.wgmma"),
+  *("pipeline", "epilogue"),
+  *("quantize.groups", "quantize.codes", "quantize.packed", "quantize.exact", "quantize.rebased"),
+  *("quantize.group_rescale", "quantize.columns", "quantize.code_words", "quantize.blockdiag"),
+  *("quantize.in_kernel", "mainloops.packed_e2m1", "mainloops.packed_e4m3", "mainloops.expanded"),
+  *("mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
+  *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "launch", "conversions"),
+)
+
+
+def test_a_file_of_the_kernels_imports_only_from_files_above_it():
+  order = [
+    name
+    if name in ("plan", "problem", "xla", "__init__", "conversions") or name[:3] == "hop"
+    else f"hopper.{name}"
+    for name in KERNELS
+  ]
+  root = ROOT / "jaxqq" / "_kernels"
+  paths = {
+    ".".join(path.relative_to(root).with_suffix("").parts): path for path in root.rglob("*.py")
+  }
+  packages = {name for name in paths if name.endswith(".__init__")}
+  assert set(paths) - packages == set(order)
+  for name in packages:  # nothing but what they are for
+    assert not imports(paths[name]), name
+  for index, name in enumerate(order):
+    tree = ast.parse(paths[name].read_text())
+    found = set()
+    for node in tree.body:  # what a function imports when it runs does not count
+      if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxqq._kernels"):
+        module = node.module.removeprefix("jaxqq._kernels").removeprefix(".")
+        names = {f"{module}.{alias.name}".removeprefix(".") for alias in node.names}
+        found |= {n for n in names if n in paths} or {module or "__init__"}
+    assert found <= set(order[:index]), f"{name} imports {found - set(order[:index])}"
 
 
 def test_train_lm(tmp_path, capsys):

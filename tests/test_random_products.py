@@ -101,8 +101,8 @@ FEW_ROWS = [
   for m, n in ((1, 64), (5, 200), (17, 64), (64, 70))
   for k in (512, 1024, 8192)
 ]
-# Packed w expanded a slab at a time, and tiles that two CTAs share; transposes are the gradients'.
-SLABS = [Program("mxfp8", 3100, n, k, packed=True) for n, k in ((128, 128), (256, 320))]
+# Packed w expanded a panel at a time, and tiles that two CTAs share; transposes are the gradients'.
+PANELS = [Program("mxfp8", 3100, n, k, packed=True) for n, k in ((128, 128), (256, 320))]
 SHARED = [Program(mode, 256, 128, 8192, packed=True) for mode in ("nvfp4", "mxfp8")]
 KINDS = (
   ("normal", "groups within reach"),
@@ -110,7 +110,7 @@ KINDS = (
   ("positive", "positive outliers"),
   ("groups far apart", "groups far apart"),
 )
-EVERY = MANY_ROWS + FEW_ROWS + SLABS + SHARED
+EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED
 
 
 @pytest.mark.gpu
@@ -123,18 +123,27 @@ def test_every_kernel_on_a_gpu(programs):
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
 def test_every_kernel_is_among_them():
-  """With each of its ways, as `explain` tells them."""
-  told = " ".join(map(explained, EVERY))
-  implementations = ("16 bit tensor cores", "fp8 tensor cores", "a kernel that streams w")
-  for word in (*(f"computed by {name}" for name in implementations), "a slab at a time"):
-    assert word in told
-  for word in ("promote=True", "promote=False", "Columns(", *(f"warpgroups={i}" for i in (2, 4))):
-    assert word in told
-  for name, splits in zip(implementations, ((1, 2), (1, 2), (1, 2, 4)), strict=True):
-    of_it = " ".join(text for text in map(explained, EVERY) if f"computed by {name}" in text)
-    assert all(f"split={split}" in of_it for split in splits), name
-  for block in (64, 128, 256):
-    assert f"block_m={block}" in told
+  """With each of its ways."""
+  plans = [explained(program).plan for program in EVERY]
+  kernels = [plan.kernel for plan in plans]
+  names = {plan.name for plan in plans}
+  assert names == {"hopper_skinny", "hopper_fp8", "hopper_exact"}
+  wide, skinny = (
+    [kernel for kernel in kernels if (kernel.kernel == "skinny_gemm") == is_skinny]
+    for is_skinny in (False, True)
+  )
+  assert {kernel.kernel for kernel in wide} == {"gemm", "dequant_gemm", "staged_gemm"}
+  assert {kernel.tiles.promote for kernel in kernels} == {True, False}
+  assert {kernel.tiles.block_m for kernel in wide} == {64, 128, 256}
+  for name, clusters in (
+    ("hopper_fp8", {1, 2}),
+    ("hopper_exact", {1, 2}),
+    ("hopper_skinny", {1, 2, 4}),
+  ):
+    assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name
+  assert {kernel.tiles.compute_warpgroups for kernel in skinny} == {2, 4}
+  assert {kernel.blockdiag is None for kernel in skinny} == {True, False}
+  assert len({kernel.x for kernel in skinny}) == 2
 
 
 @functools.cache

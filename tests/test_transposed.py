@@ -13,9 +13,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from jaxqq import _primitive
+from jaxqq import _kernels, _primitive
+from jaxqq._formats import FORMATS
 from jaxqq._reference import Operands
 from tests.support import oracle
+from tests.support.interpreter import interpreted
 from tests.support.operands import BACKWARDS, MODES, amax, data, quantized_product, vjp
 from tests.support.programs import lowered_for_cuda
 from tests.support.sharding import CLOSE, GRADIENTS_CLOSE, MOVED, QUICK, SPLITS, collectives, mesh
@@ -183,41 +185,23 @@ def test_split_gradients(backward, kind, transposed):
 # The kernels
 
 
-@pytest.fixture
-def twins(monkeypatch):
-  """What stands in the interpreter for what it cannot run."""
-  import jax.experimental.pallas.mosaic_gpu as plgpu
-
-  from jaxqq._kernels import amax as amaxes
-  from jaxqq._kernels import matmul, operands, transposed
-
-  interpret = plgpu.InterpretGPUParams()
-  monkeypatch.setattr(matmul, "matmul", functools.partial(matmul.matmul, interpret=interpret))
-  monkeypatch.setattr(operands, "thread_amax_bits", amaxes.thread_amax_bits_twin)
-  monkeypatch.setattr(transposed, "regrouped", transposed.regrouped_twin)
-  with plgpu.force_gpu_interpret_mode(interpret):
-    yield
-
-
 @kernels
 @EACH
 @pytest.mark.parametrize(("x_batch", "w_batch"), [((), ()), ((2,), ()), ((), (2,))], ids=str)
 @pytest.mark.parametrize("which", ["exact nvfp4", "exact mxfp8", "fp8 mxfp8"])
-def test_kernels_in_the_interpreter(which, x_batch, w_batch, transposed, twins):
+def test_kernels_in_the_interpreter(which, x_batch, w_batch, transposed):
   """k is no whole step of theirs."""
-  from jaxqq._kernels import hopper
-
   name, mode = which.split()
-  run = functools.partial(hopper.exact, promote=False) if name == "exact" else hopper.fp8
+  precision = jax.lax.Precision.HIGHEST if which == "exact mxfp8" else None
   x, w = (a.astype(jnp.bfloat16) for a in data((*x_batch, 40, 96), (*w_batch, 72, 96)))
-
-  @jax.jit
-  def f(x, w):
-    operands = Operands(x, w, transposed=transposed)
-    return run(operands, mode=mode, out_dtype=np.dtype(jnp.bfloat16))
-
+  operands = Operands(*lay(transposed, x, w), transposed=transposed)
+  out_dtype = np.dtype(jnp.bfloat16)
+  with interpreted():
+    problem = _kernels.Problem.of(operands, FORMATS[mode], out_dtype, precision)
+    plan = _kernels.plan(problem, _kernels.device_of("cuda"))
+    assert plan.name == f"hopper_{name}"
+    out = np.asarray(plan.run(operands))
   hats = (oracle.round_trip(np.asarray(a), mode) for a in (x, w))
-  out = np.asarray(f(*lay(transposed, x, w)))
   oracle.assert_within_bound(out, *oracle.product(*hats))
 
 

@@ -6,15 +6,19 @@ Both refuse what the product's kernels refuse, so that one runs wherever the oth
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxqq._formats import FORMATS, Format
-from jaxqq._kernels import Implementation, refusal_of_arrays
+from jaxqq._formats import Format
+from jaxqq._kernels.hopper.plan import check_hopper
+from jaxqq._kernels.plan import Device, Implementation, Plan
+from jaxqq._kernels.plan import plan as plan_by_table
+from jaxqq._kernels.problem import obstacle
 from jaxqq._quantize import pack, quantize_groups
 from jaxqq._reference import TRANSPOSED, dequantize_packed
 
@@ -23,94 +27,141 @@ from jaxqq._reference import TRANSPOSED, dequantize_packed
 class Conversion:
   """One `quantize` or `dequantize`, as far as the choice of an implementation depends on it."""
 
-  mode: str
+  fmt: Format
   names: tuple[str, ...]  # of the arrays, as the primitives' parameter `operands` has them
-  arrays: tuple[Any, ...]  # of shapes and dtypes
-  out_dtype: Any = None  # that `dequantize` rounds to
+  shapes: tuple[tuple[Any, ...], ...]
+  obstacle: str | None  # what no kernel takes, if there is such
+  out_dtype: np.dtype | None = None  # that `dequantize` rounds to
 
-  @property
-  def fmt(self) -> Format:
-    return FORMATS[self.mode]
+  @classmethod
+  def of(
+    cls,
+    fmt: Format,
+    names: tuple[str, ...],
+    arrays: Sequence[Any],  # or their shapes and dtypes
+    out_dtype: np.dtype | None = None,
+  ) -> Conversion:
+    scale = arrays[-1] if names[-1] == "global_scale" else None
+    shapes = tuple(tuple(a.shape) for a in arrays)
+    return cls(fmt, names, shapes, obstacle(arrays, (scale,)), out_dtype)
 
   @property
   def is_transposed(self) -> bool:
     return self.names[0].endswith(TRANSPOSED)
 
-  def global_scale(self, arrays: Sequence[Any]) -> Any:
-    return arrays[-1] if self.names[-1] == "global_scale" else None
+  @property
+  def has_global_scale(self) -> bool:
+    return self.names[-1] == "global_scale"
 
   @property
   def batch_shape(self) -> tuple[int, ...]:
-    shapes = [a.shape[:-2] for a in self.arrays]
-    scale = self.global_scale(self.arrays)
-    if scale is not None:
-      shapes[-1] = scale.shape
+    shapes = [shape[:-2] for shape in self.shapes]
+    if self.has_global_scale:
+      shapes[-1] = self.shapes[-1]
     return lax.broadcast_shapes(*shapes)
 
   @property
   def rows(self) -> int:
-    return self.arrays[0].shape[-1 if self.is_transposed else -2]
+    return self.shapes[0][-1 if self.is_transposed else -2]
 
   @property
   def is_one_matrix(self) -> bool:
-    return all(size == 1 for size in self.arrays[0].shape[:-2])
+    return all(size == 1 for size in self.shapes[0][:-2])
 
 
-def _refusal(problem: Conversion) -> str | None:
-  return refusal_of_arrays(problem.arrays, (problem.global_scale(problem.arrays),))
+@dataclasses.dataclass(frozen=True)
+class ConversionPlan:
+  """A conversion, and the function that runs it."""
+
+  problem: Conversion
+  function: Callable[[Sequence[jax.Array], Conversion], list[jax.Array]]
+  details: str | None = None
+
+  def run(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    return self.function(arrays, self.problem)
 
 
-def _scalar(global_scale: Any) -> Any:
-  return None if global_scale is None else global_scale.reshape(())
+def plan(problem: Conversion, device: Device, table: tuple[Implementation, ...]) -> Plan:
+  """What runs a conversion on a device: `table` is QUANTIZE or DEQUANTIZE."""
+  return plan_by_table(problem, device, table)
 
 
-def _quantize_by_kernel(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
-  from jaxqq._kernels import quantize as kernels
-  from jaxqq._kernels import transposed
+def _global_scale(arrays: Sequence[Any], problem: Conversion) -> Any:
+  return arrays[-1] if problem.has_global_scale else None
 
-  w, one = arrays[0], _scalar(problem.global_scale(arrays))
-  if problem.is_transposed and problem.is_one_matrix:
-    results = transposed.quantize_transpose(w.reshape(w.shape[-2:]), problem.fmt, one)
-  else:
-    w = _in_order(w, problem)
-    results = kernels.quantize(w.reshape(-1, w.shape[-1]), problem.fmt, one)
-  return [a.reshape(*problem.batch_shape, problem.rows, a.shape[-1]) for a in results]
+
+def _scalar(arrays: Sequence[Any], problem: Conversion) -> Any:
+  return arrays[-1].reshape(()) if problem.has_global_scale else None
 
 
 def _in_order(w: jax.Array, problem: Conversion) -> jax.Array:
   return jnp.swapaxes(w, -1, -2) if problem.is_transposed else w
 
 
-def _quantize_by_xla(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
-  w = _in_order(arrays[0], problem)
-  codes, scales = quantize_groups(w, problem.fmt, problem.global_scale(arrays))
-  return [pack(codes, problem.fmt), scales.astype(jnp.uint8)]
+# Kernels
+
+
+def _quantize_by_kernel(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
+  from jaxqq._kernels.hopper.quantize import columns, packed
+
+  w, scale = arrays[0], _scalar(arrays, problem)
+  if problem.is_transposed and problem.is_one_matrix:
+    results = columns.quantize_transpose(w.reshape(w.shape[-2:]), problem.fmt, scale)
+  else:
+    w = _in_order(w, problem)
+    results = packed.quantize(w.reshape(-1, w.shape[-1]), problem.fmt, scale)
+  return [a.reshape(*problem.batch_shape, problem.rows, a.shape[-1]) for a in results]
 
 
 def _dequantize_by_kernel(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
-  from jaxqq._kernels import quantize as kernels
+  from jaxqq._kernels.hopper.quantize import packed
 
   codes, scales = (  # one of them may be the same for every matrix
     jnp.broadcast_to(a, (*problem.batch_shape, *a.shape[-2:])).reshape(-1, a.shape[-1])
     for a in arrays[:2]
   )
-  one = _scalar(problem.global_scale(arrays))
-  out = kernels.dequantize(codes, scales, problem.fmt, one, problem.out_dtype)
+  scale = _scalar(arrays, problem)
+  out = packed.dequantize(codes, scales, problem.fmt, scale, np.dtype(problem.out_dtype))
   return [out.reshape(*problem.batch_shape, problem.rows, out.shape[-1])]
+
+
+def _plan_quantize(problem: Conversion, device: Device) -> ConversionPlan:
+  check_hopper(problem.obstacle, device)
+  details = None
+  if problem.is_transposed and problem.is_one_matrix:
+    details = "it reads columns as they are stored, and no transpose is written"
+  elif problem.is_transposed:
+    details = "of several matrices XLA writes the transpose first"
+  return ConversionPlan(problem, _quantize_by_kernel, details)
+
+
+def _plan_dequantize(problem: Conversion, device: Device) -> ConversionPlan:
+  check_hopper(problem.obstacle, device)
+  return ConversionPlan(problem, _dequantize_by_kernel)
+
+
+# XLA
+
+
+def _quantize_by_xla(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
+  w = _in_order(arrays[0], problem)
+  codes, scales = quantize_groups(w, problem.fmt, _global_scale(arrays, problem))
+  return [pack(codes, problem.fmt), scales.astype(jnp.uint8)]
 
 
 def _dequantize_by_xla(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
   w, scales = arrays[:2]
-  out = dequantize_packed(w, scales, problem.fmt, problem.global_scale(arrays))
+  out = dequantize_packed(w, scales, problem.fmt, _global_scale(arrays, problem))
   return [out.astype(problem.out_dtype)]
 
 
-def _order_of_quantize(problem: Conversion) -> str | None:
-  if not problem.is_transposed:
-    return None
-  if problem.is_one_matrix:
-    return "it reads columns as they are stored, and no transpose is written"
-  return "of several matrices XLA writes the transpose first"
+def _by_xla(function: Callable[..., list[jax.Array]]) -> Implementation:
+  return Implementation(
+    name="xla",
+    summary="XLA, from the definition (jaxqq/_quantize.py)",
+    platforms=None,
+    plan=lambda problem, device: ConversionPlan(problem, function),
+  )
 
 
 QUANTIZE: tuple[Implementation, ...] = (
@@ -118,17 +169,9 @@ QUANTIZE: tuple[Implementation, ...] = (
     name="hopper_quantize",
     summary="a kernel that reads w once and writes codes and scales, bound by memory",
     platforms=("cuda",),
-    refuses=_refusal,
-    run=_quantize_by_kernel,
-    details=_order_of_quantize,
+    plan=_plan_quantize,
   ),
-  Implementation(
-    name="xla",
-    summary="XLA, from the definition (jaxqq/_quantize.py)",
-    platforms=None,
-    refuses=lambda problem: None,
-    run=_quantize_by_xla,
-  ),
+  _by_xla(_quantize_by_xla),
 )
 
 DEQUANTIZE: tuple[Implementation, ...] = (
@@ -136,14 +179,7 @@ DEQUANTIZE: tuple[Implementation, ...] = (
     name="hopper_dequantize",
     summary="a kernel that reads codes and scales once and writes numbers, bound by memory",
     platforms=("cuda",),
-    refuses=_refusal,
-    run=_dequantize_by_kernel,
+    plan=_plan_dequantize,
   ),
-  Implementation(
-    name="xla",
-    summary="XLA, from the definition (jaxqq/_quantize.py)",
-    platforms=None,
-    refuses=lambda problem: None,
-    run=_dequantize_by_xla,
-  ),
+  _by_xla(_dequantize_by_xla),
 )

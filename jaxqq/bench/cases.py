@@ -14,7 +14,7 @@ from jaxqq._formats import FORMATS, ProductMode
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """A kind of work, written as an einsum; what is quantized is so along the last letter."""
+  """A kind of work, written as an einsum; what is quantized is so along the last dim."""
 
   name: str
   equation: str
@@ -35,7 +35,7 @@ class Form:
 
   @property
   def contracted(self) -> str:
-    """The letter that a product sums over; for the rest, the one that groups run along."""
+    """The dim that a product sums over; for the rest, the one that groups run along."""
     return next((a for a in self.inputs[0] if a not in self.out), self.out[-1])
 
 
@@ -70,8 +70,8 @@ class Case:
     sizes = (str(size) for size in (self.m, self.n, self.k) if size)
     return f"{self.form} {self.mode} {'x'.join(sizes)}"
 
-  def shape(self, letters: str) -> tuple[int, ...]:
-    return tuple(getattr(self, letter) for letter in letters)
+  def shape(self, dims: str) -> tuple[int, ...]:
+    return tuple(getattr(self, dim) for dim in dims)
 
   @property
   def flops(self) -> int:
@@ -86,8 +86,8 @@ class Case:
     form = FORMS[self.form]
     roles = dict(zip(("lhs", "rhs"), form.inputs, strict=False)) | {"out": form.out}
     total = 0
-    for role, letters in roles.items():
-      size = math.prod(self.shape(letters))
+    for role, dims in roles.items():
+      size = math.prod(self.shape(dims))
       if packed and role == form.packed:
         fmt = FORMATS[self.mode]
         total += size * fmt.bits // 8 + size // fmt.group_size

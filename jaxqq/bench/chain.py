@@ -180,8 +180,8 @@ class _Operands:
 
   def _shapes(self) -> list[jax.ShapeDtypeStruct]:
     return [
-      jax.ShapeDtypeStruct(self._case.shape(letters), np.dtype(self._case.dtype))
-      for letters in FORMS[self._case.form].inputs
+      jax.ShapeDtypeStruct(self._case.shape(dims), np.dtype(self._case.dtype))
+      for dims in FORMS[self._case.form].inputs
     ]
 
 

@@ -89,10 +89,9 @@ def error_share(
   """
   form = FORMS[case.form]
   rng = np.random.default_rng(seed)
-  samples = {letter: _sample(rng, getattr(case, letter)) for letter in form.out}
+  samples = {dim: _sample(rng, getattr(case, dim)) for dim in form.out}
   rows = [
-    _take(a, letters, form.contracted, samples)
-    for a, letters in zip(operands, form.inputs, strict=True)
+    _take(a, dims, form.contracted, samples) for a, dims in zip(operands, form.inputs, strict=True)
   ]
   if not form.is_product:
     return _bits_share(case, rows[0], out, samples[form.out[0]])
@@ -134,7 +133,7 @@ def _bits_share(
 
 
 def _packed_bytes(codes: np.ndarray, mode: str) -> np.ndarray:
-  """Codes as they lie in memory: one a byte, or two with the first in the low half."""
+  """Codes as they are stored: one a byte, or two with the first in the low half."""
   per_byte = 8 // int(ml_dtypes.finfo(_MODES[mode].element).bits)
   pairs = codes.reshape(*codes.shape[:-1], -1, per_byte)
   shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(8 // per_byte)
@@ -148,10 +147,10 @@ def _sample(rng: np.random.Generator, size: int) -> np.ndarray:
   return sample
 
 
-def _take(a: Any, letters: str, last: str, samples: dict[str, np.ndarray]) -> np.ndarray:
+def _take(a: Any, dims: str, last: str, samples: dict[str, np.ndarray]) -> np.ndarray:
   """The sampled rows of a, as numpy, with the axis named `last` behind."""
-  axis = 1 - letters.index(last)
-  taken = np.asarray(_rows(a, samples[letters[axis]], axis=axis))
+  axis = 1 - dims.index(last)
+  taken = np.asarray(_rows(a, samples[dims[axis]], axis=axis))
   return taken if axis == 0 else taken.T
 
 

@@ -164,8 +164,8 @@ class _Operands:
       first = self._seed * 1_000_003 + len(self._made) * len(inputs)
       self._made.append(
         tuple(
-          normal(np.uint32(first + i), self._case.shape(letters), self._case.dtype)
-          for i, letters in enumerate(inputs)
+          normal(np.uint32(first + i), self._case.shape(dims), self._case.dtype)
+          for i, dims in enumerate(inputs)
         )
       )
     return self._made[index]

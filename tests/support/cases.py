@@ -127,7 +127,7 @@ def program_of(seed: int, *, small: bool = False) -> Program:
   k, m, n = _k(rng, mode, small), _m(rng), _n(rng)
   packed = bool(rng.random() < 0.6)
   if mode == "mxfp8" and packed and not small and rng.random() < 0.04:
-    # So many rows that packed w is expanded a slab at a time.
+    # So many rows that packed w is expanded a panel at a time.
     m, n, k = int(rng.integers(3072, 3300)), 128, int(32 * rng.integers(1, 9))
   x_batch, w_batch = BATCHES[rng.integers(len(BATCHES))] if rng.random() < 0.3 else ((), ())
   program = Program(

@@ -1,54 +1,21 @@
 """The kernels' whole path on a CPU: `qqmm` lowered as for a Hopper GPU, its kernels interpreted.
 
-Here is every place that the interpreter cannot follow, and what stands there instead. What only a
-GPU runs is what these replace, and the `interpret` branches of the kernels themselves.
+Which functions a GPU runs otherwise is told by `interpreting()` in `jaxqq/_kernels/hopper/`, whose
+README lists them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from unittest import mock
 
 import jax
 
+from jaxqq import _explain, _kernels, _primitive
+
 if jax.__version_info__ >= (0, 11):
   import jax.experimental.pallas.mosaic_gpu as plgpu
-
-  from jaxqq import _explain, _primitive
-  from jaxqq._kernels import (
-    amax,
-    codes,
-    few_rows,
-    few_rows_config,
-    matmul,
-    operands,
-    packed_matmul,
-    slabs,
-    tiles,
-    transposed,
-    tuning,
-  )
-
-# Entry points that must be told: what they run differs.
-ENTRY_POINTS = (
-  (
-    (matmul, "matmul"),
-    (packed_matmul, "packed_matmul"),
-    (few_rows, "few_rows"),
-    (slabs, "slab_matmul"),
-  )
-  if jax.__version_info__ >= (0, 11)
-  else ()
-)
-
-
-def stage_in_slices(values, staging_ref):
-  """`operands._stage` without a reshaped reference."""
-  for i in range(values.shape[1]):
-    for j in range(values.shape[2]):
-      staging_ref[:, i * values.shape[2] + j, :] = values[:, i, j, :]
 
 
 def _as_on_a_gpu(operands, *, mode, out_dtype, precision, backward):
@@ -58,29 +25,22 @@ def _as_on_a_gpu(operands, *, mode, out_dtype, precision, backward):
 
 
 @contextlib.contextmanager
-def interpreted(*, ctas: int = 2) -> Iterator[None]:
-  """Within it a CPU is taken for a Hopper GPU of so many multiprocessors.
+def interpreted(*, sms: int = 2) -> Iterator[None]:
+  """Within it a CPU is taken for a Hopper GPU of so many SMs, and without clusters.
 
-  Each then has several tiles, as on a GPU with larger matrices. It has no clusters: there is but
-  one multiprocessor to share a tile.
+  Each SM then has several tiles, as on a GPU with larger matrices.
   """
-  params = plgpu.InterpretGPUParams()
+  device = _kernels.Device("cuda", "9.0", sms, max_cluster=1)
+
+  def device_of(platform: str) -> _kernels.Device:
+    return device if platform == "cuda" else _kernels.Device(platform)
+
   with contextlib.ExitStack() as stack:
-
-    def put(module, name, value):
+    for module, name, value in (
+      (_primitive, "qqmm", _as_on_a_gpu),
+      (_explain, "_platform", lambda x, device: "cuda"),
+      (_kernels, "device_of", device_of),
+    ):
       stack.enter_context(mock.patch.object(module, name, value))
-
-    put(_primitive, "qqmm", _as_on_a_gpu)
-    put(_explain, "_platform", lambda x, device: "cuda")
-    for module, name in ENTRY_POINTS:
-      put(module, name, functools.partial(getattr(module, name), interpret=params))
-    put(tiles, "num_sms", lambda: ctas)
-    put(tuning, "num_sms", lambda: 1)
-    put(few_rows_config, "num_sms", lambda: 1)
-    put(codes, "quotient", codes.quotient_twin)
-    put(operands, "thread_amax_bits", amax.thread_amax_bits_twin)
-    put(operands, "_stage", stage_in_slices)
-    put(transposed, "regrouped", transposed.regrouped_twin)
-    put(slabs, "as_codes", slabs.as_codes_twin)
-    stack.enter_context(plgpu.force_gpu_interpret_mode(params))
+    stack.enter_context(plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()))
     yield

@@ -9,7 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxqq._kernels import few_rows_config as frc
+from jaxqq._formats import FORMATS
+from jaxqq._kernels import Problem
+from jaxqq._kernels.hopper.plan import SkinnyPlan
+from jaxqq._reference import Operands
 from tests.support import oracle
 
 needs_kernels = pytest.mark.skipif(
@@ -25,9 +28,12 @@ BF16 = ml_dtypes.bfloat16
 F16, F32 = np.float16, np.float32
 
 
+SMS = 2  # of the device that kernels are run for: each CTA walks over several tiles
+
+
 def interpreted(f, *args):
-  interpret = plgpu.InterpretGPUParams(detect_races=True)
-  return jax.tree.map(np.asarray, f(*jax.tree.map(jnp.asarray, args), interpret=interpret))
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    return jax.tree.map(np.asarray, f(*jax.tree.map(jnp.asarray, args)))
 
 
 def compiled(f, *args):
@@ -46,7 +52,7 @@ def dequantized(mode, codes, scales):
   return oracle.values(codes, scales, mode)
 
 
-def downs_of(scales, exponents):
+def rescale_bytes(scales, exponents):
   """Powers of two by which codes are rebased, float16's in a byte: 0 from 2**-19 on.
 
   Its upper byte, and the two highest bits of its lower one where the upper byte never has any.
@@ -61,10 +67,10 @@ def largest_scales(scales):
   return np.max(scales.astype(int), axis=-1)
 
 
-def lowered(codes, downs):
-  """e4m3 codes times `downs`, rounded to e4m3; float64."""
-  downs = np.repeat(downs, 32, axis=-1).astype(np.uint16)
-  powers = ((downs & 0x3F) << 8 | downs & 0xC0).view(F16).astype(np.float64)
+def rebased(codes, rescale):
+  """e4m3 codes times `rescale_bytes`, rounded to e4m3; float64."""
+  rescale = np.repeat(rescale, 32, axis=-1).astype(np.uint16)
+  powers = ((rescale & 0x3F) << 8 | rescale & 0xC0).view(F16).astype(np.float64)
   return (codes.view(E4M3).astype(np.float64) * powers).astype(E4M3).astype(np.float64)
 
 
@@ -100,10 +106,26 @@ def e4m3_operand(rng, batch, n, k, lowest, highest):
   return codes, scales
 
 
+def padded_rows(m):
+  """How many rows of x `skinny_gemm` has: a power of two, since the TMA moves 8 at a time."""
+  return max(8, 1 << (m - 1).bit_length())
+
+
+def skinny_plan(mode, m, n, k, block, tiles, *, blockdiag=None, out_dtype=BF16, **how):
+  """One for `skinny_gemm`, whatever the planner would choose."""
+  spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
+  w = spec((n, k), np.float16)
+  scales = None if block.group_size is None else spec((n, k // fmt.group_size), np.uint8)
+  operands = Operands(spec((m, k), np.float16), w, scales)
+  problem = Problem.of(operands, fmt, np.dtype(out_dtype), None)
+  padded_m = padded_rows(m) if blockdiag is None else blockdiag.columns
+  how = {"x": "quantized before"} | how
+  return SkinnyPlan(block, padded_m, blockdiag, how["x"], tiles, problem, SMS, "")
+
+
 def nothing_beyond(x, m, nothing):
   """Rows from m on hold what must not be read."""
-  held = frc.rows_held(m)
-  out = np.full((x.shape[0], held, *x.shape[2:]), nothing, x.dtype)
+  out = np.full((x.shape[0], padded_rows(m), *x.shape[2:]), nothing, x.dtype)
   out[:, :m] = x
   return out
 

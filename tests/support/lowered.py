@@ -68,7 +68,7 @@ def product(
 
 
 def gradient(mode: str, m: int, n: int, k: int, backward: str, *, is_packed: bool = False) -> Case:
-  f, (x, w, scales) = product(mode, m, n, k, is_packed=is_packed)
+  _, (x, w, _) = product(mode, m, n, k, is_packed=is_packed)
 
   def loss(x: Any, *w: Any) -> Any:
     out = jaxqq.qqmm(x, *w, mode=mode, backward=backward)
@@ -149,14 +149,15 @@ def fingerprint(case: Case) -> str:
     lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
   text = re.sub(r'(module|kernel_hash) = "(?:[^"\\]|\\.)*"', "", lowered.as_text())
   assert kernels or "mosaic" not in text
+  whole = "\n".join(anonymous(part) for part in (text, *kernels))
+  return f"{hashlib.sha256(whole.encode()).hexdigest()[:16]} {len(kernels)}"
+
+
+def anonymous(text: str) -> str:
+  """With names numbered, in the order in which they come."""
   names = iter(range(1 << 20))
   known: dict[str, str] = {}
-
-  def anonymous(match: re.Match[str]) -> str:
-    return known.setdefault(match[0], f"name{next(names)}")
-
-  whole = "\n".join(re.sub(NAMES, anonymous, part) for part in (text, *kernels))
-  return f"{hashlib.sha256(whole.encode()).hexdigest()[:16]} {len(kernels)}"
+  return re.sub(NAMES, lambda m: known.setdefault(m[0], f"name{next(names)}"), text)
 
 
 def main() -> int:

@@ -31,15 +31,6 @@ ROOT = Path(__file__).parents[2]
 KERNELS = re.compile(r"jaxqq_[a-z_0-9]+?(?=_mosaic_gpu|_\d+\b|\b)")
 
 
-# What `explain` says, and the row of the table that it says it of.
-COMPUTED_BY = {
-  "a kernel that streams w": "hopper_few_rows",
-  "fp8 tensor cores": "hopper_fp8",
-  "16 bit tensor cores": "hopper_exact",
-  "XLA": "xla",
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Compiled:
   """A program, and which implementation and kernels it became."""
@@ -88,8 +79,7 @@ def implementation_of(program: Program, args: tuple[Any, ...]) -> str:
     how["global_scale_x"], how["global_scale_w"] = rest
   if program.highest:
     how["precision"] = jax.lax.Precision.HIGHEST
-  text = jaxqq.explain(x, w, **how)
-  return next((name for words, name in COMPUTED_BY.items() if f"computed by {words}" in text), text)
+  return jaxqq.explain(x, w, **how).plan.name
 
 
 def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from unittest import mock
-
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import ml_dtypes
 import numpy as np
 
 from jaxqq._formats import FORMATS
-from jaxqq._kernels import codes, operands
+from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from tests.support import oracle
 
 MX = FORMATS["mxfp8"]
 
 
 def interpreted(f, *args):
-  with interpreter():
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
     return jax.tree.map(np.asarray, jax.jit(f)(*args))
-
-
-@contextlib.contextmanager
-def interpreter():
-  divided = mock.patch.object(codes, "quotient", codes.quotient_twin)
-  with divided, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-    yield
 
 
 def compiled(f, *args):
@@ -62,8 +52,8 @@ def rebased_codes(a):
   return values.astype(ml_dtypes.float8_e4m3fn), np.exp2(top - 127.0).astype(np.float32)
 
 
-def check_fp8(run, a, fp8_operand=operands.fp8_operand):
-  out = run(lambda a: fp8_operand(a, MX), a)
+def check_rebased(run, a, operand=rebased_operand):
+  out = run(lambda a: operand(a, MX), a)
   codes, row_scales = rebased_codes(a)
   np.testing.assert_array_equal(out.row_scales, row_scales)
   assert codes.dtype == out.codes.dtype and codes.shape == out.codes.shape

@@ -1,0 +1,305 @@
+"""out = x_hat w_hat^T on the tensor cores, from packed w, expanded in registers.
+
+One CTA an SM, with a producer and two compute warpgroups (`pipeline.py`):
+
+    warpgroup 0, compute  | wgmma k       | wgmma k+1     | wgmma k+2     | ... | store
+                          |    expand k+1 |    expand k+2 |    expand k+3 | ...
+    warpgroup 1, compute      likewise
+
+- A compute warpgroup has 64 rows of w and all rows of the x tile: out^T = w_hat x_hat^T. It expands
+  the words of a step in its registers (`mainloops/`), from where the tensor cores take them, while
+  they work on the step before. No expanded w is ever written to memory.
+- Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
+  bit formats). With `promote` they cover one step, and are then added to float32 sums.
+- Of 256 rows of x there are not registers enough for two operands and the sums of a step. Then
+  the warpgroups multiply in ping-pong (`wgmma.add_promoted`): one expands while the other
+  multiplies.
+- In a cluster, two CTAs have a part of k each of one tile. In the end they exchange sums through
+  shared memory (`ptx/cluster.py`), and each adds up and stores its share of the tile's rows.
+- The epilogue multiplies by alpha, or by the scales of both operands' rows, in float32, and writes
+  tiles transposed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper import epilogue, pipeline
+from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
+from jaxqq._kernels.hopper.ptx import cluster, named_barriers, wgmma
+from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
+from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles
+
+COMPUTE_WARPGROUPS = 2
+STORE = 64  # rows of x that are stored at a time
+PING_PONG_ROWS = 256  # of x: from here on, sums to be promoted leave no registers to expand into
+
+
+@pipeline.arrays
+class Operands:
+  x: Any  # (b or 1, m, k) of mainloop.dtype, k a multiple of mainloop.step_k
+  w: Any  # uint32 (b or 1, n, k * bits / 32)
+  scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
+  alpha: Any  # float32 (b or 1, 2), see `epilogue.alpha_operand`
+  x_scales: Any = None  # float32 (b or 1, m), of rebased codes
+  w_scales: Any = None  # float32 (b or 1, n)
+
+
+@pipeline.arrays
+class Scratch:
+  x: Any  # (stages, block_m, step_k)
+  w: Any  # (stages, block_n, words)
+  out: Any  # pieces of 64 x 64 on their way out
+  from_cluster: Any  # sums of the other CTA
+  full: Any
+  empty: Any
+
+
+def dequant_gemm(
+  operands: Operands, mainloop: Any, out_dtype: Any, tiles: WideTiles, grid: Grid
+) -> jax.Array:
+  """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows."""
+  kernel = _DequantGemm(operands, mainloop, out_dtype, tiles, grid)
+  out = pipeline.launch(
+    kernel,
+    kernel.padded(operands),
+    kernel.out_type(),
+    kernel.scratch(),
+    name="dequant_gemm",
+    grid=grid,
+    num_ctas=grid.num_ctas(kernel.batch, kernel.m, kernel.n),
+    compute_warpgroups=COMPUTE_WARPGROUPS,
+  )
+  if kernel.writes_transpose:
+    out = jnp.swapaxes(out, 1, 2)
+  return out[:, : kernel.m, : kernel.n]
+
+
+class _DequantGemm:
+  """The kernel: called with references, it is one CTA."""
+
+  def __init__(
+    self, operands: Operands, mainloop: Any, out_dtype: Any, tiles: WideTiles, grid: Grid
+  ):
+    x, w = operands.x, operands.w
+    self.batch, self.m, self.n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
+    self.mainloop, self.tiles, self.grid = mainloop, tiles, grid
+    self.out_dtype = jnp.dtype(out_dtype)
+    self.k_steps = x.shape[2] // mainloop.step_k // tiles.cluster  # of a CTA
+    self.own_m = tiles.block_m // tiles.cluster  # rows of x that a CTA stores
+    self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
+    self.has_row_scales = operands.x_scales is not None
+    self.x_transforms = tile_transforms(mainloop.step_k, mainloop.dtype)
+    # Only 16 bit matrices can be transposed on their way to shared memory.
+    self.writes_transpose = self.out_dtype.itemsize != 2
+
+  def out_type(self) -> jax.ShapeDtypeStruct:
+    """No stored tile may be past the end of an axis of one tile: the TMA drops such an axis."""
+    whole_pieces = self.writes_transpose or self.m < STORE
+    rows, columns = rounded_up(self.m, STORE if whole_pieces else 8), self.padded_n
+    shape = (columns, rows) if self.writes_transpose else (rows, columns)
+    return jax.ShapeDtypeStruct((self.batch, *shape), self.out_dtype)
+
+  @property
+  def padded_n(self) -> int:
+    return rounded_up(self.n, self.tiles.block_n)
+
+  def scratch(self) -> Scratch:
+    tiles, mainloop, stages = self.tiles, self.mainloop, self.tiles.num_stages
+    words, out = (stages, tiles.block_n, mainloop.words), (tiles.store_stages, STORE, ROWS)
+    return Scratch(
+      plgpu.SMEM(
+        (stages, tiles.block_m, mainloop.step_k), mainloop.dtype, transforms=self.x_transforms
+      ),
+      plgpu.SMEM(words, jnp.uint32, transforms=tile_transforms(mainloop.words, jnp.uint32)),
+      plgpu.SMEM(
+        (COMPUTE_WARPGROUPS, *out), self.out_dtype, transforms=tile_transforms(ROWS, self.out_dtype)
+      ),
+      cluster.dsmem_buffer(self.own_m) if tiles.cluster > 1 else None,
+      plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
+    )
+
+  def padded(self, operands: Operands) -> Operands:
+    """With whole rows of eight, and scales for whole tiles."""
+    of_x, of_w = operands.x_scales, operands.w_scales
+    x, w = pad_rows(operands.x, rounded_up(self.m, 8)), pad_rows(operands.w, rounded_up(self.n, 8))
+    scales = pad_rows(operands.scales, self.padded_n)
+    if of_x is not None:
+      of_x = pad_rows(of_x, rounded_up(self.m, self.tiles.block_m))
+      of_w = pad_rows(of_w, self.padded_n)
+    return Operands(x, w, scales, operands.alpha, of_x, of_w)
+
+  def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
+    _Cta(self, gmem, out, smem).run()
+
+
+class _Cta:
+  """One CTA of the kernel, with its references."""
+
+  def __init__(self, kernel: _DequantGemm, gmem: Operands, out: Any, smem: Scratch):
+    self.kernel, self.mainloop, self.tiles = kernel, kernel.mainloop, kernel.tiles
+    self.gmem, self.out, self.smem = gmem, out, smem
+    self.warpgroup = lax.axis_index("warpgroup")
+    self.cluster_index = pipeline.cluster_index(kernel.grid)
+    self.own = pipeline.walk(kernel.grid, kernel.batch, kernel.m, kernel.n)
+
+  def run(self) -> None:
+    kernel, warpgroup = self.kernel, self.warpgroup
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    @jax.named_scope("producer")
+    def _producer() -> None:
+      pipeline.produce(self.load, self.smem.empty, self.own, kernel.k_steps)
+      if self.tiles.cluster > 1:
+        cluster.cluster_sync()
+        cluster.cluster_sync()
+
+    self.own_rows = pl.ds(warpgroup * ROWS, ROWS)
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def _compute() -> None:
+      plgpu.set_max_registers(232, action="increase")
+      if kernel.ping_pong:
+        # The first is warpgroup 0's.
+        pl.when(warpgroup == 1)(lambda: named_barriers.arrive(warpgroup))
+
+      @pl.loop(0, self.own.num_tiles)
+      def _tile(t: Any) -> None:
+        tile = self.own.tile(t)
+        with jax.named_scope("mainloop"):
+          sums, w_scales = self.sums(t * kernel.k_steps, tile)
+        with jax.named_scope("epilogue"):
+          if self.tiles.cluster > 1:
+            self.exchange_and_store(sums, w_scales, tile)
+          else:
+            self.store(sums, w_scales, tile, 0)
+
+      if kernel.ping_pong:  # no barrier mid-phase at exit
+        pl.when(warpgroup == 0)(lambda: named_barriers.wait(warpgroup))
+
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  # Loads
+
+  def load(self, stage: Any, ki: Any, tile: Tile) -> None:
+    gmem, full, mainloop = self.gmem, self.smem.full.at[stage], self.mainloop
+    ki = ki + self.cluster_index * self.kernel.k_steps
+    rows = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
+    words = pl.ds(ki * mainloop.words, mainloop.words)
+    w = gmem.w.at[batch_of(gmem.w, tile.batch), rows, words]
+    plgpu.copy_gmem_to_smem(w, self.smem.w.at[stage], full)
+    rows = pl.ds(tile.m * self.tiles.block_m, self.tiles.block_m)
+    ks = pl.ds(ki * mainloop.step_k, mainloop.step_k)
+    x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
+    plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
+
+  def own_columns(self, tile: Tile) -> Any:
+    return pl.ds(tile.n * self.tiles.block_n + self.warpgroup * ROWS, ROWS)
+
+  def load_group_scales(self, ki: Any, tile: Tile) -> Any:
+    groups, scales = self.mainloop.groups, self.gmem.scales
+    ks = pl.ds((ki + self.cluster_index * self.kernel.k_steps) * groups, groups)
+    ref = scales.at[batch_of(scales, tile.batch), self.own_columns(tile), ks]
+    return self.mainloop.load_scales(ref)
+
+  def stage_of(self, step: Any) -> Any:
+    return lax.rem(step, jnp.int32(self.tiles.num_stages))
+
+  # A tile's sums
+
+  def expanded(self, step: Any, scales: Any) -> Any:
+    """The operand of one step, from its packed words; x's is there then as well."""
+    stage = self.stage_of(step)
+    factors = self.mainloop.factors(scales)
+    plgpu.barrier_wait(self.smem.full.at[stage])
+    words = self.mainloop.load_words(self.smem.w.at[stage, self.own_rows])
+    return self.mainloop.expand(words, factors)
+
+  def step(self, step: Any, a: Any, total: Any, scales: Any) -> tuple[Any, Any]:
+    """total + a x_hat^T and, by its scales, the next step's a; without scales there is none."""
+    kernel, dtype = self.kernel, self.mainloop.dtype
+    b, empty = self.smem.x.at[self.stage_of(step)], self.smem.empty.at[self.stage_of(step)]
+
+    def following() -> Any:
+      return None if scales is None else self.expanded(step + 1, scales)
+
+    if kernel.ping_pong:
+      total = wgmma.add_promoted(total, a, b, self.warpgroup, kernel.x_transforms, dtype)
+      plgpu.barrier_arrive(empty)
+      return total, following()
+    promote = self.tiles.promote
+    begun = wgmma.begin(a, b, kernel.x_transforms, dtype, sums=None if promote else total)
+    next_a = following()
+    (sums,) = wgmma.finish(begun, a, next_a)
+    plgpu.barrier_arrive(empty)
+    return total + sums if promote else sums, next_a
+
+  def sums(self, first: Any, tile: Tile) -> tuple[Any, Any]:
+    """Over all steps, (64, block_m), and the scales of the own rows of w."""
+    k_steps = self.kernel.k_steps
+
+    def body(ki: Any, state: Any) -> Any:
+      a, scales, total = state
+      following = self.load_group_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
+      total, a = self.step(first + ki, a, total, scales)
+      return a, following, total
+
+    total = wgmma.zeros(self.tiles.block_m)
+    a = self.expanded(first, self.load_group_scales(jnp.int32(0), tile))
+    scales = self.load_group_scales(jnp.int32(min(1, k_steps - 1)), tile)
+    a, _, total = lax.fori_loop(0, k_steps - 1, body, (a, scales, total))
+    w_scales = None
+    if self.kernel.has_row_scales:  # here, so that they arrive while the last step is multiplied
+      ref = self.gmem.w_scales
+      own = ref.at[batch_of(ref, tile.batch), self.own_columns(tile)]
+      w_scales = epilogue.load_row_scales(own, of_rows=True)
+    total, _ = self.step(first + k_steps - 1, a, total, None)
+    return total, w_scales
+
+  # The epilogue
+
+  def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
+    """Scales and writes the sums of a tile's rows from `first_row` on, 64 after the other."""
+    kernel, b = self.kernel, tile.batch
+    columns = self.own_columns(tile)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for i in range(sums.shape[1] // STORE):
+      piece = sums[:, i * STORE : (i + 1) * STORE]
+      rows = pl.ds(tile.m * self.tiles.block_m + first_row + i * STORE, STORE)
+      if kernel.has_row_scales:
+        of_x = self.gmem.x_scales
+        x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
+        piece = epilogue.times_row_scales(piece, w_scales, x_scales)
+      else:
+        piece = epilogue.times_alpha(piece, self.gmem.alpha, b)
+      stage = i % self.tiles.store_stages
+      plgpu.wait_smem_to_gmem(self.tiles.store_stages - 1, wait_read_only=True)
+      staged = self.smem.out.at[self.warpgroup, stage]
+      if kernel.writes_transpose:
+        staged[...] = piece.astype(kernel.out_dtype)
+      else:
+        staged.T[...] = piece.astype(kernel.out_dtype)
+      plgpu.commit_smem()
+      where = (columns, rows) if kernel.writes_transpose else (rows, columns)
+      plgpu.copy_smem_to_gmem(staged, self.out.at[b, *where])
+
+  def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
+    """Adds up and stores the own rows, and hands over the others."""
+    own_m, buffer = self.kernel.own_m, self.smem.from_cluster
+    parts = [sums[:, i * own_m : (i + 1) * own_m] for i in range(self.tiles.cluster)]
+    for own, other in ((0, 1), (1, 0)):
+
+      @pl.when(self.cluster_index == own)
+      def _exchange(own: int = own, other: int = other) -> None:
+        cluster.dsmem_store(parts[other], buffer, other)
+        cluster.cluster_sync()
+        total = parts[own] + cluster.dsmem_load(buffer, own_m)
+        self.store(total, w_scales, tile, own * own_m)
+        cluster.cluster_sync()  # none ends before it has been read

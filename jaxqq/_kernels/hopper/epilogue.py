@@ -1,0 +1,103 @@
+"""What sums are multiplied by before they are stored, with no step out of float32's range.
+
+Sums times two scales may fit float32 where sums times one of them do not: 2**120 and 2**-120. A
+scale's first factor, up to 2**64, keeps sums well within the range, whatever they are. The rest of
+it, which nearly always is 1, comes after the other operand's scale. So no product leaves float32's
+range unless the last one does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq._kernels.hopper.pipeline import batch_of
+
+_LEAST, _LARGEST = 127 - 64, 127 + 64  # exponent fields of a first factor
+
+
+# Alpha: the global scales
+
+
+def alpha_operand(first: Any = 1.0, second: Any = 1.0) -> jax.Array:
+  """float32 (1, 2), whose product is that of both, as the wide kernels take alpha.
+
+  They are made to differ: an array of equal constants XLA has a kernel fill, of others it knows
+  the bytes. No array of numpy's: `custom_partitioning` refuses functions that hold one.
+  """
+  both = (jnp.float32(0.5) * first, jnp.float32(2) * second)
+  return jnp.stack([jnp.asarray(a, jnp.float32) for a in both]).reshape(1, 2)
+
+
+def times_alpha(sums: Any, alpha: Any, b: Any) -> Any:
+  """Sums times both factors of matrix b, a reference to `alpha_operand`."""
+  index = batch_of(alpha, b)
+  return sums * alpha[index, 0] * alpha[index, 1]
+
+
+def factors_of_product(a: Any, b: Any) -> tuple[Any, Any]:
+  """Of a * b, scalars of which none is negative: in turn, where it is out of float32's range.
+
+  The larger one first: then sums times that are between the sums and the result. NaN stays NaN.
+  """
+  both = a * b
+  fits = (both >= np.float32(2.0**-126)) & (both <= np.finfo(np.float32).max)
+  fits = fits | (a == 0) | (b == 0)
+  is_larger = a > b
+  larger, smaller = jnp.where(is_larger, a, b), jnp.where(is_larger, b, a)
+  return jnp.where(fits, both, larger), jnp.where(fits, np.float32(1), smaller)
+
+
+# Scales of rows: powers of two, of rebased codes
+
+
+def load_row_scales(ref: Any, *, of_rows: bool) -> Any:
+  """Scales of an operand's rows, which are a tile's rows or its columns, where its sums are."""
+  layout = plgpu.Layout.WGMMA.reduce(1 if of_rows else 0)
+  return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def times_row_scales(sums: Any, of_rows: Any, of_columns: Any) -> Any:
+  """Sums times the scales of their rows and of their columns, powers of two, 2**-127 to 2**127.
+
+  Those of rows as two factors, one before those of columns: |sums| is 0 or from 2**-18, two of
+  e4m3's smallest codes, to 2**50.
+  """
+  first, second = factors_of_power(of_rows)
+  sums = sums * lax.broadcast_in_dim(first, sums.shape, (0,))
+  sums = sums * lax.broadcast_in_dim(of_columns, sums.shape, (1,))
+  return sums * lax.broadcast_in_dim(second, sums.shape, (0,))
+
+
+def factors_of_power(scales: Any) -> tuple[Any, Any]:
+  """Of float32 powers of two, 2**-127 to 2**127, or NaN, which the second one is then."""
+  first, second = _factors_of_field(lax.bitcast_convert_type(scales, jnp.int32) >> 23)
+  return first, jnp.where(scales == scales, second, jnp.float32(np.nan))
+
+
+def factors_of_powers(words: Any) -> tuple[list[Any], list[Any]]:
+  """Of four scales in a word, 2**(byte - 127), 0xFF being NaN.
+
+  The first group has the NaN for all four, since the whole row is NaN then.
+  """
+  magnitudes = words & np.uint32(0x7F7F7F7F)
+  nan = (magnitudes + np.uint32(0x01010101)) & words & np.uint32(0x80808080)
+  words = lax.bitcast_convert_type(words, jnp.int32)
+  fields = [(words >> (8 * i)) & 0xFF for i in range(4)]
+  first, second = map(list, zip(*map(_factors_of_field, fields), strict=True))
+  second[0] = jnp.where(nan == np.uint32(0), second[0], jnp.float32(np.nan))
+  return first, second
+
+
+def _factors_of_field(field: Any) -> tuple[Any, Any]:
+  """2**(field - 127), field of 0 to 254; of 255, numbers."""
+  first = jnp.minimum(jnp.maximum(field, _LEAST), _LARGEST)
+  one, other = (
+    lax.bitcast_convert_type(e << 23, jnp.float32) for e in (first, field + 127 - first)
+  )
+  return one, other

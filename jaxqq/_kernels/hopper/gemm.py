@@ -1,0 +1,244 @@
+"""out = x_hat w_hat^T on the tensor cores, both operands ready in memory.
+
+One CTA an SM, with a producer and two compute warpgroups (`pipeline.py`), each of which has half of
+the rows of the x tile, and its sums in registers.
+
+- Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
+  bit formats). With `promote` they cover one step, and are then added to float32 sums: 64 rows
+  after the other, for want of registers. Else they stay in one accumulator over all of k.
+- The epilogue multiplies by alpha, or by the scales of both operands' rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper import epilogue, pipeline
+from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
+from jaxqq._kernels.hopper.ptx import wgmma
+from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
+from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles
+
+COMPUTE_WARPGROUPS = 2
+STORE = 64  # rows and columns that a warpgroup stores at a time
+
+
+@pipeline.arrays
+class Operands:
+  x: Any  # (b or 1, m, k) of float16, bfloat16 or float8_e4m3fn; k a multiple of step_k
+  w: Any  # (b or 1, n, k) of the same dtype
+  alpha: Any  # float32 (b or 1, 2), see `epilogue.alpha_operand`
+  x_scales: Any = None  # float32 (b or 1, m), of fp8
+  w_scales: Any = None  # float32 (b or 1, n); with a panel, of all columns
+  panel: Any = None  # int32 (first column, ...): of `out`, where those of w go, whole tiles on
+  out: Any = None  # a reference to all columns, `out_type`
+
+
+@pipeline.arrays
+class Scratch:
+  x: Any  # (stages, block_m, step_k)
+  w: Any  # (stages, block_n, step_k)
+  out: Any  # pieces of 64 x 64 on their way out
+  full: Any
+  empty: Any
+
+
+def step_k(dtype: Any) -> int:
+  """Elements of k a step: one swizzled row of 128 bytes in shared memory."""
+  return wgmma.STEP_BYTES // int(jnp.dtype(dtype).itemsize)
+
+
+def gemm(operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid) -> Any:
+  """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows.
+
+  With a panel the results are written to `operands.out`, and nothing is returned.
+  """
+  kernel = _Gemm(operands, out_dtype, tiles, grid)
+  operands = kernel.padded(operands)
+  is_panel = operands.panel is not None
+  out = pipeline.launch(
+    kernel,
+    operands,
+    () if is_panel else out_type(kernel.batch, kernel.m, kernel.n, out_dtype, tiles),
+    kernel.scratch(),
+    name="gemm",
+    grid=grid,
+    num_ctas=grid.num_ctas(kernel.batch, kernel.m, kernel.n),
+    compute_warpgroups=COMPUTE_WARPGROUPS,
+  )
+  return out if is_panel else out[:, : kernel.m, : kernel.n]
+
+
+def out_type(batch: int, m: int, n: int, dtype: Any, tiles: WideTiles) -> jax.ShapeDtypeStruct:
+  """What the kernel writes to: (b, m, n) and what the last tiles have beyond.
+
+  No stored tile may be past the end of an axis of one tile: the TMA drops such an axis.
+  """
+  shape = (batch, max(rounded_up(m, 8), STORE), rounded_up(n, tiles.block_n))
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class _Gemm:
+  """The kernel: called with references, it is one CTA."""
+
+  def __init__(self, operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid):
+    x, w = operands.x, operands.w
+    self.batch, self.m, self.n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
+    self.dtype, self.out_dtype = x.dtype, out_dtype
+    self.tiles, self.grid = tiles, grid
+    self.step_k = step_k(x.dtype)
+    self.k_steps = x.shape[2] // self.step_k
+    self.own_m = tiles.block_m // COMPUTE_WARPGROUPS  # rows of a compute warpgroup
+    self.transforms = tile_transforms(self.step_k, x.dtype)
+
+  def scratch(self) -> Scratch:
+    tiles, stages = self.tiles, self.tiles.num_stages
+    return Scratch(
+      plgpu.SMEM((stages, tiles.block_m, self.step_k), self.dtype, transforms=self.transforms),
+      plgpu.SMEM((stages, tiles.block_n, self.step_k), self.dtype, transforms=self.transforms),
+      plgpu.SMEM(
+        (COMPUTE_WARPGROUPS, tiles.store_stages, STORE, STORE),
+        self.out_dtype,
+        transforms=tile_transforms(STORE, self.out_dtype),
+      ),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
+    )
+
+  def padded(self, operands: Operands) -> Operands:
+    """With whole rows of eight, and scales for whole tiles."""
+    x, w = pad_rows(operands.x, rounded_up(self.m, 8)), pad_rows(operands.w, rounded_up(self.n, 8))
+    x_scales, w_scales = operands.x_scales, operands.w_scales
+    if x_scales is not None:
+      x_scales = pad_rows(x_scales, rounded_up(self.m, self.tiles.block_m))
+      w_scales = pad_rows(w_scales, rounded_up(w_scales.shape[1], self.tiles.block_n))
+    return Operands(x, w, operands.alpha, x_scales, w_scales, operands.panel, operands.out)
+
+  def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
+    first_column: Any = 0
+    if gmem.panel is not None:
+      out, first_column = gmem.out, pl.multiple_of(gmem.panel[0], self.tiles.block_n)
+    warpgroup = lax.axis_index("warpgroup")
+    own = pipeline.walk(self.grid, self.batch, self.m, self.n)
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    @jax.named_scope("producer")
+    def _producer() -> None:
+      def load(stage: Any, ki: Any, tile: Tile) -> None:
+        self.load(gmem, smem, stage, ki, tile)
+
+      pipeline.produce(load, smem.empty, own, self.k_steps)
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def _compute() -> None:
+      plgpu.set_max_registers(232, action="increase")
+
+      @pl.loop(0, own.num_tiles)
+      def _tile(t: Any) -> None:
+        first = t * self.k_steps
+        with jax.named_scope("mainloop"):
+          sums = (self.promoted_sums if self.tiles.promote else self.sums)(smem, warpgroup, first)
+        with jax.named_scope("epilogue"):
+          self.store(gmem, out, smem, sums, own.tile(t), warpgroup, first_column)
+
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  def load(self, gmem: Operands, smem: Scratch, stage: Any, ki: Any, tile: Tile) -> None:
+    ks = pl.ds(ki * self.step_k, self.step_k)
+    full = smem.full.at[stage]
+    rows = pl.ds(tile.m * self.tiles.block_m, self.tiles.block_m)
+    columns = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
+    x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
+    plgpu.copy_gmem_to_smem(x, smem.x.at[stage], full)
+    w = gmem.w.at[batch_of(gmem.w, tile.batch), columns, ks]
+    plgpu.copy_gmem_to_smem(w, smem.w.at[stage], full)
+
+  # A tile's sums, (64, block_n) each
+
+  def stage_of(self, step: Any) -> Any:
+    return lax.rem(step, jnp.int32(self.tiles.num_stages))
+
+  def sums(self, smem: Scratch, warpgroup: Any, first: Any) -> list[Any]:
+    """In one accumulator over all of k, two steps under way."""
+
+    def scope(acc: Any) -> Any:
+      @pl.loop(0, self.k_steps)
+      def _step(ki: Any) -> None:
+        stage = self.stage_of(first + ki)
+        plgpu.barrier_wait(smem.full.at[stage])
+        own_rows = pl.ds(warpgroup * self.own_m, self.own_m)
+        plgpu.wgmma(acc, smem.x.at[stage, own_rows], smem.w.at[stage].T)
+        plgpu.wgmma_wait(1)
+
+        @pl.when(ki > 0)
+        def _release() -> None:
+          plgpu.barrier_arrive(smem.empty.at[self.stage_of(first + ki - 1)])
+
+      plgpu.wgmma_wait(0)
+      plgpu.barrier_arrive(smem.empty.at[self.stage_of(first + self.k_steps - 1)])
+      return acc[...]
+
+    shape = (self.own_m, self.tiles.block_n)
+    acc = pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    return [acc[i : i + ROWS] for i in range(0, self.own_m, ROWS)]
+
+  def promoted_sums(self, smem: Scratch, warpgroup: Any, first: Any) -> list[Any]:
+    """Taken out of the tensor cores after every step."""
+    parts = self.own_m // ROWS
+    totals = tuple(wgmma.zeros(self.tiles.block_n) for _ in range(parts))
+
+    def do_step(ki: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
+      stage = self.stage_of(first + ki)
+      plgpu.barrier_wait(smem.full.at[stage])
+      results = []
+      for part, total in enumerate(totals):
+        rows = pl.ds(warpgroup * self.own_m + part * ROWS, ROWS)
+        x, w = smem.x.at[stage, rows], smem.w.at[stage]
+        (sums,) = wgmma.finish(wgmma.begin(x, w, self.transforms, self.dtype))
+        if part == parts - 1:
+          plgpu.barrier_arrive(smem.empty.at[stage])
+        results.append(total + sums)
+      return tuple(results)
+
+    return list(lax.fori_loop(0, self.k_steps, do_step, totals))
+
+  # The epilogue
+
+  def store(
+    self,
+    gmem: Operands,
+    out: Any,
+    smem: Scratch,
+    parts: list[Any],
+    tile: Tile,
+    warpgroup: Any,
+    first_column: Any,
+  ) -> None:
+    """Scales and writes a tile, 64 by 64 after the other."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    stage, stages = 0, self.tiles.store_stages
+    for i, part in enumerate(parts):
+      first_row = tile.m * self.tiles.block_m + warpgroup * self.own_m
+      rows = pl.ds(first_row + i * STORE, STORE)
+      for j in range(0, self.tiles.block_n, STORE):
+        columns = pl.ds(first_column + tile.n * self.tiles.block_n + j, STORE)
+        piece = self.scaled(gmem, part[:, j : j + STORE], tile.batch, rows, columns)
+        plgpu.wait_smem_to_gmem(stages - 1, wait_read_only=True)
+        smem.out[warpgroup, stage] = piece.astype(self.out_dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem.out.at[warpgroup, stage], out.at[tile.batch, rows, columns])
+        stage = (stage + 1) % stages
+
+  def scaled(self, gmem: Operands, piece: Any, b: Any, rows: Any, columns: Any) -> Any:
+    of_x, of_w = gmem.x_scales, gmem.w_scales
+    if of_x is None:
+      return epilogue.times_alpha(piece, gmem.alpha, b)
+    of_rows = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
+    of_columns = epilogue.load_row_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
+    return epilogue.times_row_scales(piece, of_rows, of_columns)

@@ -1,0 +1,38 @@
+"""skinny_gemm: packed e2m1 codes, expanded in registers to exact float16, as x is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
+from jaxqq._kernels.hopper.ptx import wgmma
+
+
+def add_step(cta: Any, sums: Any, a: Any, stage: Any, step: int) -> Any:
+  """sums + the product of a, 64 of k in 16 bits in registers, and a step of a stage's x."""
+  b = cta.smem.x.at[stage, :, pl.ds(step * a.shape[1], a.shape[1])]
+  promote = cta.tiles.promote
+  begun = wgmma.begin(
+    a, b, cta.kernel.x_transforms, cta.kernel.x_dtype, sums=None if promote else sums
+  )
+  (done,) = wgmma.finish(begun)
+  return sums + done if promote else done
+
+
+class Expanded:
+  """Steps of 64 of k."""
+
+  @staticmethod
+  def add(cta: Any, sums: Any, stage: Any) -> Any:
+    """sums + the product of one block of k."""
+    form = PackedE2M1
+    words = form.load_words(cta.smem.w.at[stage])
+    all_scales = form.load_scales(cta.smem.scales.at[stage])
+    for step in range(cta.plan.block.words // form.words):
+      its = slice(step * form.words, (step + 1) * form.words)
+      groups = slice(step * form.groups, (step + 1) * form.groups)
+      factors = form.factors(all_scales[:, groups])
+      sums = add_step(cta, sums, form.expand(words[:, its], factors), stage, step)
+    return sums

@@ -1,0 +1,40 @@
+"""skinny_gemm: mxfp8, whose codes go to the fp8 tensor cores as they are.
+
+An instruction's 32 elements of k are one group. Its sums are multiplied by the group's two scales
+in float32, and then added up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper import epilogue
+from jaxqq._kernels.hopper.ptx import wgmma
+from jaxqq._kernels.hopper.ptx.scales import scale_words
+
+STEP_WORDS = wgmma.STEP_BYTES // 4
+GROUPS = wgmma.STEP_BYTES // 32  # in a step
+_E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+
+
+class GroupSums:
+  """Steps of 128 of k, four groups."""
+
+  @staticmethod
+  def add(cta: Any, sums: Any, stage: Any) -> Any:
+    """sums + the product of one block of k."""
+    row_words = scale_words(cta.smem.scales.at[stage])
+    for step, words_of_step in enumerate(row_words):
+      columns = pl.ds(step * STEP_WORDS, STEP_WORDS)
+      a, b = cta.smem.w.at[stage, :, columns], cta.smem.x.at[stage, :, columns]
+      products = wgmma.finish(wgmma.begin(a, b, cta.kernel.w_transforms, _E4M3, parts=GROUPS))
+      of_rows = epilogue.factors_of_powers(words_of_step)
+      for i, product in enumerate(products):
+        first, second = (lax.broadcast_in_dim(f[i], product.shape, (0,)) for f in of_rows)
+        product = product * first * cta.x_scales(stage, step * GROUPS + i, 0)
+        sums += product * second
+    return sums

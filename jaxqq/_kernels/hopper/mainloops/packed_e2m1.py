@@ -1,0 +1,50 @@
+"""Packed e2m1 codes under e4m3 scales, expanded to exact float16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq._kernels.hopper.ptx import expand
+from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR
+
+# Codes become float16 numbers of 2**-14 their value (their exponent field ends up on float16's
+# lowest bits), and their scales 2**7 times theirs. What is missing, the epilogue multiplies.
+_CODES_EXPONENT, _SCALES_EXPONENT = -14, 7
+
+
+class PackedE2M1:
+  """64 rows and 64 of k a step: 8 words and 4 scales a row. x is interleaved (`ptx/expand.py`)."""
+
+  dtype = jnp.dtype(jnp.float16)
+  step_k = 64
+  words = 8
+  groups = 4
+  unit_exponent = -(_CODES_EXPONENT + _SCALES_EXPONENT)  # what the product misses
+
+  @staticmethod
+  def load_words(ref: Any) -> Any:
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+
+  @staticmethod
+  def load_scales(ref: Any) -> Any:
+    """Of 64 rows, as they are stored: they stay in flight for a step."""
+    return plgpu.load(ref, layout=ONE_OF_FOUR, optimized=False)
+
+  @staticmethod
+  def factors(scales: Any) -> Any:
+    """The scales as float16 times 2**7; NaN stays NaN."""
+    s = scales.astype(jnp.int32)
+    magnitude = s & 0x7F
+    bits = (magnitude << 7) | ((s & 0x80) << 8)  # 2**-8 of the scale, as float16
+    value = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+    value = value * jnp.float16(2.0 ** (8 + _SCALES_EXPONENT))
+    return jnp.where(magnitude == 0x7F, jnp.float16(np.nan), value)
+
+  @staticmethod
+  def expand(words: Any, factors: Any) -> Any:
+    return expand.e2m1_to_float16(words, factors)

@@ -1,0 +1,179 @@
+"""What the products share: the walk over tiles, the TMA's producer, barriers, and the launch.
+
+A CTA has compute warpgroups and, behind them, one that loads:
+
+    producer, warpgroup C   | load k+3 | load k+4  | load k+5  | ...
+    warpgroup 0, compute    |  step k   |  step k+1   |  step k+2   | ... | epilogue
+    warpgroup 1, compute    |  step k   |  step k+1   |  step k+2   | ... | epilogue
+
+A stage is one step of both operands in shared memory. Its barrier `full` says that the TMA has
+filled it, `empty` that the compute warpgroups have released it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper.ptx import cluster
+from jaxqq._kernels.hopper.tiles import Grid, cdiv
+
+PRODUCER_REGISTERS = 40  # a thread: the rest is the compute warpgroups'
+
+
+# Named operands and scratch
+
+
+_T = TypeVar("_T")
+
+
+@dataclass_transform(frozen_default=True)
+def arrays(cls: type[_T]) -> type[_T]:
+  """A dataclass of arrays or, in a kernel, their references; None where there is none."""
+  frozen: Any = dataclasses.dataclass(frozen=True)(cls)
+  fields = [field.name for field in dataclasses.fields(frozen)]
+  return jax.tree_util.register_dataclass(frozen, data_fields=fields, meta_fields=[])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """One of the output, counted in tiles: which matrix, rows and columns."""
+
+  batch: Any
+  m: Any
+  n: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+  """Within a kernel: how many tiles this CTA has, and which its t-th is."""
+
+  num_tiles: Any
+  tile: Callable[[Any], Tile]
+
+
+def walk(grid: Grid, batch: int, m: int, n: int) -> Walk:
+  num_ctas, cta = grid.num_ctas(batch, m, n), lax.axis_index("cta")
+  own_tiles = lax.div(grid.num_tiles(batch, m, n) - cta + num_ctas - 1, jnp.int32(num_ctas))
+  return Walk(own_tiles, lambda t: tile_of(grid, cta + t * num_ctas, m, n))
+
+
+def tile_of(grid: Grid, index: Any, m: int, n: int) -> Tile:
+  m_tiles, n_tiles = grid.tiles(m, n)
+  a_matrix = jnp.int32(m_tiles * n_tiles)
+  within = lax.rem(index, a_matrix)
+  mi, ni = plgpu.planar_snake(within, (m_tiles, n_tiles), grid.minor, grid.group_width)
+  return Tile(lax.div(index, a_matrix), mi, ni)
+
+
+def produce(
+  load: Callable[[Any, Any, Tile], None],  # (stage, k step within the tile, tile)
+  empty: Any,  # barriers, one a stage
+  own: Walk,
+  k_steps: int,
+) -> None:
+  """The producer's work: loads every step of every tile, once its stage is free."""
+  plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+  (stages,) = empty.shape
+
+  def load_when_free(step: Any, ki: Any, tile: Tile) -> None:
+    stage = lax.rem(step, jnp.int32(stages))
+
+    @pl.when(step >= stages)
+    def _wait() -> None:
+      plgpu.barrier_wait(empty.at[stage])
+
+    load(stage, ki, tile)
+
+  @pl.loop(0, own.num_tiles)
+  def _tile(t: Any) -> None:
+    tile = own.tile(t)
+    pl.loop(0, k_steps)(lambda ki: load_when_free(t * k_steps + ki, ki, tile))
+
+  total = own.num_tiles * k_steps
+
+  # The last readers: no mbarrier is mid-phase at exit.
+  @pl.loop(jnp.maximum(total - stages, 0), total)
+  def _drain(step: Any) -> None:
+    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+
+
+def batch_of(ref: Any, b: Any) -> Any:
+  """The batch index of an operand that may be shared by all batches."""
+  return b if ref.shape[0] > 1 else 0
+
+
+def cluster_index(grid: Grid) -> Any:
+  """Which CTA of those that share a tile this is."""
+  return lax.axis_index(cluster.AXIS) if grid.cluster > 1 else 0
+
+
+# Launching
+
+
+def compiler_params() -> plgpu.CompilerParams:
+  """Barriers are where the kernels put them: no shared memory is both written and read by one."""
+  return plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
+  )
+
+
+def launch(
+  body: Callable[[Any, Any, Any], None],
+  operands: Any,
+  out_type: Any,
+  scratch: Any,
+  *,
+  name: str,
+  grid: Grid,
+  num_ctas: int,
+  compute_warpgroups: int,
+) -> Any:
+  """Runs body(operands, out, scratch), each of which is references, named as they came.
+
+  Args:
+    operands, scratch: dataclasses of `arrays`; scratch has the types.
+    out_type: the result's, or () where an operand is written to; `out` then is None.
+  """
+  leaves, structure = jax.tree.flatten(operands)
+
+  def kernel(*refs: Any) -> None:
+    named = jax.tree.unflatten(structure, refs[: len(leaves)])
+    *out, scratch_refs = refs[len(leaves) :]
+    body(named, out[0] if out else None, scratch_refs)
+
+  shared = grid.cluster > 1
+  run = plgpu.kernel(
+    kernel,
+    out_type=out_type,
+    grid=(num_ctas,),
+    grid_names=("cta",),
+    cluster=(grid.cluster,) if shared else (),
+    cluster_names=(cluster.AXIS,) if shared else (),
+    num_threads=compute_warpgroups + 1,
+    thread_name="warpgroup",
+    compiler_params=compiler_params(),
+    scratch_types=[scratch],
+    kernel_name=f"jaxqq_{name}",
+  )
+  return run(*leaves)
+
+
+# Sizes
+
+
+def rounded_up(size: int, multiple: int) -> int:
+  return cdiv(size, multiple) * multiple
+
+
+def pad_rows(a: jax.Array, rows: int) -> jax.Array:
+  """Zero rows along axis 1: the TMA moves 8 rows at a time, and loads know no end."""
+  missing = rows - a.shape[1]
+  return jnp.pad(a, ((0, 0), (0, missing), (0, 0))[: a.ndim]) if missing else a

@@ -1,0 +1,243 @@
+"""Packed codes into the left operand of the tensor cores, without leaving the registers.
+
+The tensor cores take 64 rows of w from registers: a thread holds, of rows r and r + 8, what its
+lane q = 0..3 of the row's four has in each block of 32 bytes of k (the layouts WGMMA and
+WGMMA_8BIT). The order along k is free, as long as x has the same. It is chosen so that each thread
+loads the words it needs with few instructions, and needs few scales.
+
+    e2m1_to_float16     thread q holds words 2q and 2q + 1 of 64 codes: one group of 16. Register i
+    (2.6 a code)        pairs nibble i of both, so x is interleaved: k = 8j + i at 8i + j.
+    rebase_e4m3         thread q holds words 4b + q: register b is a word, rebased to the largest
+    (1.6 a code)        exponent of its row. x is in order.
+    e4m3_to_bfloat16    thread q holds words 4q to 4q + 3; x is interleaved as for e2m1.
+    e2m1_to_e4m3        thread q holds words 4b + q: register b has a word's odd codes, b + 1 its
+    (0.9 a code)        even ones, times 2**-6. Of each 32 elements, x has the odd ones first.
+
+In brackets: instructions. Array operations cannot pair codes within a register, so these are
+written on MLIR values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+from jaxlib.mlir.dialects import arith, vector
+
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
+from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, layout_of
+from jaxqq._kernels.hopper.ptx.registers import (
+  asm,
+  constant,
+  in_both_halves,
+  operand_array,
+  word_asm,
+)
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+# Of the words of one step, and of what e4m3_to_bfloat16 multiplies them by.
+E4M3_WORDS = layout_of(16, 4, (-3, -2))
+E4M3_FACTORS = layout_of(2, 1, (-3, -2, plgpu.Replicated(2)))
+
+
+def _left_operand(body: Any, args: tuple[Any, ...], layouts: tuple[Any, ...], dtype: Any) -> Any:
+  """(64, 128 bytes) in the layout of a left operand, by `body` on MLIR values."""
+  is_byte = jnp.dtype(dtype).itemsize == 1
+  columns = 128 if is_byte else 64
+  layout = plgpu.Layout.WGMMA_8BIT if is_byte else plgpu.Layout.WGMMA
+
+  @plgpu.inline_mgpu(
+    arg_types=layouts, return_type=plgpu.ShapeDtypeStruct((ROWS, columns), dtype, layout=layout)
+  )
+  def in_registers(ctx: Any, *args: Any) -> Any:
+    del ctx
+    return operand_array(body(*args), columns, dtype, layout)
+
+  return in_registers(*args)
+
+
+# e2m1 to float16
+
+
+def e2m1_to_float16(words: Any, factors: Any) -> Any:
+  """Words (64, 8) in the layout WGMMA times 2**-14 and float16 (64, 4): float16 (64, 64)."""
+  dtype = jnp.dtype(jnp.float16)
+  if interpreting():
+    codes = _codes(words, 4)
+    bits = ((codes & np.uint32(8)) << np.uint32(12)) | ((codes & np.uint32(7)) << np.uint32(9))
+    values = lax.bitcast_convert_type(bits.astype(jnp.uint16), dtype)
+    return _interleaved(values, factors, dtype)
+  return _left_operand(_e2m1_to_float16, (words, factors), (plgpu.Layout.WGMMA, ONE_OF_FOUR), dtype)
+
+
+def _e2m1_to_float16(words: Any, factors: Any) -> list[Any]:
+  """Register (i, half): nibble i of a row's two words, as float16 times the group's factor."""
+  halves = []
+  for half in range(2):
+    pair = words.registers.flat[half]
+    a, b = (vector.extract(pair, [], [j]) for j in range(2))
+    factor = vector.extract(factors.registers.flat[half], [], [0])
+    factor = in_both_halves(factor)
+    zipped = [
+      word_asm("prmt.b32 $0, $1, $2, 0x5410;", a, b),
+      word_asm("prmt.b32 $0, $1, $2, 0x7632;", a, b),
+    ]
+    halves.append([_e2m1_pair(zipped[i // 4], i % 4, factor) for i in range(8)])
+  return [halves[half][i] for i in range(8) for half in range(2)]
+
+
+def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
+  """Nibble i of both half words: the sign to bit 15, the rest to float16's bits 11 to 9."""
+  top = word if i == 3 else arith.shli(word, constant(12 - 4 * i))
+  magnitude = arith.andi(arith.shrui(top, constant(3)), constant(0x0E000E00))
+  value = arith.ori(arith.andi(top, constant(0x80008000)), magnitude)
+  return word_asm("mul.rn.f16x2 $0, $1, $2;", value, factor)
+
+
+# e4m3 to e4m3
+
+
+REBASED_WORDS = layout_of(4, 1, (-3, -2))
+
+
+def rebase_e4m3(words: Any, rescale: Any) -> Any:
+  """Words (64, 32) times powers of two, four `rescale_byte` in a word (64,): e4m3 (64, 128).
+
+  In float16 the products are exact, or so small that they become zero; then they are rounded to
+  nearest even. NaN stays NaN.
+  """
+  if interpreting():
+    bits = rescale[:, None] >> (lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8))
+    bits = (bits & np.uint32(0x3F)) << np.uint32(8) | bits & np.uint32(0xC0)
+    powers = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+    values = lax.bitcast_convert_type(_codes(words, 8).astype(jnp.uint8), E4M3)
+    values = values.reshape(ROWS, 4, 32).astype(jnp.float16) * powers[..., None]
+    return values.astype(E4M3).reshape(ROWS, 128)
+  return _left_operand(_rebase_e4m3, (words, rescale), (REBASED_WORDS, ROW), E4M3)
+
+
+def _rebase_e4m3(words: Any, rescale: Any) -> list[Any]:
+  """Register (b, half): a word of four codes, times their group's power of two as float16."""
+  out = []
+  parts = []  # of the bytes: float16's upper byte, and the two bits of its lower one
+  for half in range(2):
+    word = vector.extract(rescale.registers.flat[half], [], [0])
+    parts.append([arith.andi(word, constant(mask)) for mask in (0x3F3F3F3F, 0xC0C0C0C0)])
+  for b in range(8):
+    for half in range(2):
+      word = vector.extract(words.registers.flat[2 * b + half], [], [0])
+      group = b // 2  # 8 words each, of 4 a register
+      selector = hex(0x0404 + group * 0x1111)  # twice: a lower byte, then its upper one
+      power = word_asm(f"prmt.b32 $0, $1, $2, {selector};", *parts[half])
+      text = """{
+        .reg .b16 low, high;
+        .reg .b32 a, b;
+        mov.b32 {low, high}, $1;
+        cvt.rn.f16x2.e4m3x2 a, low;
+        cvt.rn.f16x2.e4m3x2 b, high;
+        mul.rn.f16x2 a, a, $2;
+        mul.rn.f16x2 b, b, $2;
+        cvt.rn.satfinite.e4m3x2.f16x2 low, a;
+        cvt.rn.satfinite.e4m3x2.f16x2 high, b;
+        mov.b32 $0, {low, high};
+      }"""
+      out.append(asm(text, [word, power], "=r,r,r"))
+  return out
+
+
+# e4m3 to bfloat16
+
+
+def e4m3_to_bfloat16(words: Any, factors: Any) -> Any:
+  """Words (64, 16), E4M3_WORDS, times float32 (64, 2) a group, E4M3_FACTORS: bfloat16 (64, 64)."""
+  dtype = jnp.dtype(jnp.bfloat16)
+  if interpreting():
+    values = lax.bitcast_convert_type(_codes(words, 8).astype(jnp.uint8), E4M3)
+    return _interleaved(values, factors, dtype)
+  return _left_operand(_e4m3_to_bfloat16, (words, factors), (E4M3_WORDS, E4M3_FACTORS), dtype)
+
+
+def _e4m3_to_bfloat16(words: Any, factors: Any) -> list[Any]:
+  """Register (i, half): code i of a row's two units of 8, as bfloat16 times the group's factor."""
+  halves = []
+  for half in range(2):
+    quad = words.registers.flat[half]
+    w = [vector.extract(quad, [], [j]) for j in range(4)]
+    factor = vector.extract(factors.registers.flat[half], [], [0])
+    registers = []
+    for i in range(8):
+      text = """{
+        .reg .b16 codes, a, b;
+        .reg .b32 pair;
+        .reg .f32 fa, fb;
+        prmt.b32 pair, $1, $2, SELECTOR;
+        cvt.u16.u32 codes, pair;
+        cvt.rn.f16x2.e4m3x2 pair, codes;
+        mov.b32 {a, b}, pair;
+        cvt.f32.f16 fa, a;
+        cvt.f32.f16 fb, b;
+        mul.rn.f32 fa, fa, $3;
+        mul.rn.f32 fb, fb, $3;
+        cvt.rn.bf16x2.f32 $0, fb, fa;
+      }""".replace("SELECTOR", hex(i % 4 | (4 + i % 4) << 4))
+      registers.append(asm(text, [w[i // 4], w[2 + i // 4], factor], "=r,r,r,f"))
+    halves.append(registers)
+  return [halves[half][i] for i in range(8) for half in range(2)]
+
+
+# e2m1 to e4m3
+
+
+def e2m1_to_e4m3(words: Any) -> Any:
+  """Words (64, 16), ONE_OF_FOUR: e4m3 (64, 128), of 2**-6 their value."""
+  if interpreting():
+    codes = _codes(words, 4)
+    numbers = ((codes & np.uint32(8)) << np.uint32(4)) | ((codes & np.uint32(7)) << np.uint32(2))
+    numbers = lax.bitcast_convert_type(numbers.astype(jnp.uint8), E4M3)
+    # block, q, j, odd  ->  block, h, q, j
+    numbers = numbers.reshape(ROWS, 4, 4, 4, 2)[..., ::-1]
+    return numbers.transpose(0, 1, 4, 2, 3).reshape(ROWS, 128)
+  return _left_operand(_e2m1_to_e4m3, (words,), (ONE_OF_FOUR,), E4M3)
+
+
+def _e2m1_to_e4m3(words: Any) -> list[Any]:
+  registers: list[Any] = [None] * 16
+  for i, register in enumerate(words.registers.flat):  # block, rows r and r + 8
+    word = vector.extract(register, [], [0])
+    block, half = divmod(i, 2)
+    odd, even = (
+      word_asm(
+        f"""{{
+            .reg .b32 high, low;
+            {"mov.b32 high, $1" if h == 0 else "shl.b32 high, $1, 4"};
+            {"shr.b32 low, $1, 2" if h == 0 else "shl.b32 low, $1, 2"};
+            and.b32 low, low, 0x1C1C1C1C;
+            lop3.b32 $0, high, 0x80808080, low, 0xEA;
+          }}""",
+        word,
+      )
+      for h in range(2)
+    )
+    registers[4 * block + half], registers[4 * block + 2 + half] = odd, even
+  return registers
+
+
+# For the interpreter
+
+
+def _codes(words: Any, bits: int) -> Any:
+  """uint32 (64, codes), in order."""
+  shifts = lax.broadcasted_iota(jnp.uint32, (1, 1, 32 // bits), 2) * np.uint32(bits)
+  codes = (words[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+  return codes.reshape(ROWS, -1)
+
+
+def _interleaved(values: Any, factors: Any, dtype: Any) -> Any:
+  """Values (64, 64) times the factors of their groups, with k = 8j + i at 8i + j."""
+  grouped = values.reshape(ROWS, factors.shape[1], -1).astype(jnp.float32)
+  values = (grouped * factors.astype(jnp.float32)[..., None]).reshape(ROWS, 8, 8).swapaxes(1, 2)
+  return values.reshape(ROWS, 64).astype(dtype)

@@ -1,0 +1,42 @@
+"""How arrays are stored in registers and in shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
+WARP, WARPS = 32, 4  # lanes in a warp, warps in a warpgroup
+
+
+def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
+  """(64, columns): a warp has 16 rows, a thread vectors of rows r and r + 8."""
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((ROWS, columns), (16, columns), (8, columns), (length,))),
+    warp_dims=(-7,),
+    lane_dims=lanes,
+    vector_dim=-1,
+  )
+
+
+ROW = plgpu.Layout.WGMMA.reduce(1)  # (64,): the four lanes of a row hold the same
+
+# (64, 4 i): of every four neighbours of a row, each of its four lanes has one.
+ONE_OF_FOUR = layout_of(4, 1, (-3, -2))
+
+# Of the last axis, a thread has one of each 128 neighbours.
+ONE_EACH = plgpu.Layout.TILED(
+  plgpu.Tiling(((WARPS * WARP,), (WARP,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)
+
+
+def tile_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+  """How a tile is stored in shared memory: 8 rows of up to 128 bytes, swizzled."""
+  itemsize = jnp.dtype(dtype).itemsize
+  swizzle = plgpu.find_swizzle(columns * itemsize * 8)
+  # Abstract to a type checker, for a method that they do not need.
+  transform: Any = plgpu.SwizzleTransform
+  tiling: Any = plgpu.TilingTransform
+  return tiling((8, swizzle // itemsize)), transform(swizzle)

@@ -1,0 +1,238 @@
+"""Scales of groups and codes of elements, in registers.
+
+The bits are those of `jaxqq._quantize`, which defines them. What differs is how they are
+found: floats are rounded by the hardware where it rounds as the definition does, and the
+steps that XLA cannot be trusted with are trusted to PTX, where mul.f32 keeps subnormals and
+div.rn.f32 rounds to nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+
+from jaxqq import _rounding
+from jaxqq._formats import Format
+from jaxqq._kernels.hopper.ptx.rounding import MAGNITUDE, quotient
+from jaxqq._kernels.hopper.quantize.groups import per_group
+from jaxqq._quantize import RAISED, SMALL
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_SIGN = np.int32(-(2**31))
+_ONE_BITS = 0x3F800000
+_EXPONENT_FIELD = 0x7F800000
+_FLOAT32_MAX = np.finfo(np.float32).max
+# Of 2**-126, raised: beside such a number a global scale of 0 is no amax.
+_RAISED_NORMAL_BITS = int(np.float32(2.0 ** (RAISED - 126)).view(np.int32))
+
+
+# Scales of groups, and codes of elements.
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+  """What a group's elements are quantized with; all of them arrays of the groups' shape."""
+
+  factor: jax.Array  # float32: elements (raised) times this are what is rounded to codes
+  scale: jax.Array  # float32: codes times this are the elements again; NaN for NaN groups
+  byte: jax.Array  # int32
+  blank: jax.Array  # bool: all codes are zeros, without signs
+  raising: jax.Array | None = None  # float32 (), what raises elements: see `_encoding_scale`
+
+
+def amax_bits_of(a: jax.Array) -> jax.Array:
+  """The bits of the largest magnitude of each group, NaN being the largest."""
+  bits = as_bits(a) & MAGNITUDE
+  return jnp.max(jnp.max(bits, axis=-1), axis=-1)
+
+
+def exponents_of(amax_bits: jax.Array, fmt: Format) -> jax.Array:
+  """e with 2**(e - 127) = amax / max rounded up: see `_quantize_by_power_of_two`.
+
+  Subnormal amax are far below what gets 0, so float32's fields are all that is needed.
+  """
+  max_bits = int(np.float32(fmt.element_max).view(np.int32))
+  max_mantissa, max_exponent = max_bits & 0x7FFFFF, (max_bits >> 23) - 127
+  exponents = ((amax_bits + (0x7FFFFF - max_mantissa)) >> 23) - max_exponent
+  return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, exponents)
+
+
+def finite_bits(amax_bits: jax.Array) -> jax.Array:
+  """The bits of amax, 0 for a group with a NaN or an infinity: what a row's largest is taken of."""
+  return jnp.where(amax_bits < _rounding.INFINITY_BITS, amax_bits, 0)
+
+
+def inverse_power(exponents: jax.Array) -> jax.Array:
+  """2**(127 - e), normal for all e up to 253, which is the most that a finite amax gets."""
+  return as_float((254 - exponents) << 23)
+
+
+def power(exponents: jax.Array) -> jax.Array:
+  """2**(e - 127) for e of 0 to 254; only 2**-127 is subnormal."""
+  return as_float(jnp.maximum(exponents << 23, 0x00400000))
+
+
+def rebasing_bits(distance: jax.Array) -> jax.Array:
+  """The bits of 2**-distance as float16: what e4m3 codes are multiplied by to be rebased.
+
+  Float16 holds an e4m3 code times 2**-15 exactly. From 2**-19 on all codes become zero.
+  """
+  distance = jnp.maximum(distance, 0)
+  subnormal = jnp.right_shift(jnp.full_like(distance, 1 << 10), jnp.clip(distance - 14, 0, 11))
+  return jnp.where(distance < 15, (15 - distance) << 10, subnormal)
+
+
+def scales_of(
+  amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None, dtype: Any
+) -> Scales:
+  """Of groups with these amax, whose elements came as `dtype`."""
+  nan, enc, raising = amax_bits >= _rounding.INFINITY_BITS, None, None
+  if global_scale is not None:
+    enc, raising = _encoding_scale(global_scale, fmt)
+    amax_bits = as_bits(as_float(amax_bits) * raising)
+  if fmt.scale_is_power_of_two:
+    byte = exponents_of(amax_bits, fmt)
+    factor, scale, blank = inverse_power(byte), power(byte), nan
+  else:
+    if global_scale is not None:
+      assert enc is not None
+      nan = nan | (jnp.full(nan.shape, enc, jnp.float32) != enc)
+      of_zeros = jnp.full(nan.shape, global_scale, jnp.float32) == 0
+      nan = nan | (of_zeros & (amax_bits >= _RAISED_NORMAL_BITS))
+      amax_bits = jnp.where(of_zeros, 0, amax_bits)
+    ideal = _sixth(amax_bits, dtype, enc)
+    largest = np.float32(ml_dtypes.finfo(fmt.scale).max)
+    rounded = jnp.minimum(ideal, largest).astype(fmt.scale)
+    scale = rounded.astype(jnp.float32)
+    byte = lax.bitcast_convert_type(rounded, jnp.uint8).astype(jnp.int32)
+    factor = _over_scale(enc, scale)
+    blank = nan | (byte == 0)
+  scale = jnp.where(nan, jnp.float32(np.nan), scale)
+  return Scales(factor, scale, jnp.where(nan, fmt.scale_nan, byte), blank, raising)
+
+
+def _sixth(amax_bits: jax.Array, dtype: Any, enc: jax.Array | None) -> jax.Array:
+  """amax / 6 * enc before it is rounded to e4m3; amax / 6 is zero below float32's normal range.
+
+  Of 16 bit numbers, with nothing to multiply by, a product will do: it is 2**-25 too large before
+  it is rounded. Where amax is six times a number between two e4m3 numbers, a tie, that is a quarter
+  to half of its last bit, so the tie stays; any other amax is 2**-11 of itself from there. Else the
+  mantissa is divided by 3 in integers, with enough bits and a sticky one that converting the
+  quotient to float32 rounds it as the division would; the rest is its exponent.
+  """
+  if enc is None and jnp.dtype(dtype).itemsize == 2:
+    return as_float(amax_bits) * np.float32(1 / 6)
+  mantissa = ((amax_bits & 0x7FFFFF) | 0x800000) << 7
+  quotient = lax.div(mantissa, jnp.full_like(mantissa, 3))
+  sticky = (quotient * 3 != mantissa).astype(jnp.int32)
+  # amax = mantissa * 2**(field - 157), and 6 = 3 * 2.
+  bits = as_bits((quotient | sticky).astype(jnp.float32))
+  bits = bits + ((amax_bits & _EXPONENT_FIELD) - (158 << 23))
+  ideal = as_float(jnp.where(bits < 0x00800000, 0, bits))
+  return ideal if enc is None else ideal * enc
+
+
+def _over_scale(enc: jax.Array | None, scale: jax.Array) -> jax.Array:
+  """enc / scale, or 1 / scale, rounded to nearest: divisions of floats are approximate here.
+
+  An e4m3 scale is eight to fifteen eighths times a power of two: eight quotients are all there are.
+  None is subnormal: enc is 2688 / global_scale, above 2**-117, and scales go up to 448.
+  """
+  eighths = [np.float32(i / 8) for i in range(8, 16)]
+  if enc is None:
+    quotients: list[Any] = [np.float32(1) / eighth for eighth in eighths]
+  else:
+    quotients = [enc, *(quotient(enc, jnp.float32(eighth)) for eighth in eighths[1:])]
+  bits = as_bits(scale)
+  for i in range(3):
+    odd = (bits & (1 << (20 + i))) != 0
+    quotients = [jnp.where(odd, b, a) for a, b in zip(quotients[::2], quotients[1::2], strict=True)]
+  factor = quotients[0] * as_float((254 << 23) - (bits & _EXPONENT_FIELD))
+  return factor if enc is None else jnp.minimum(factor, _FLOAT32_MAX)
+
+
+def _round_to_e2m1(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Magnitudes to e2m1, to nearest even and saturating: the values, and bits that hold codes.
+
+  Adding 2**(exponent + 22) leaves float32 one bit after the leading one, or a step of 0.5
+  below 1, and the hardware rounds. No fused multiply-add may take the product before it
+  is rounded: the minimum stands between.
+  """
+  magnitudes = jnp.minimum(magnitudes, 6.0)
+  exponents = jnp.maximum(as_bits(magnitudes), _ONE_BITS) & _EXPONENT_FIELD
+  shifter = as_float(exponents + (22 << 23))
+  shifted = magnitudes + shifter
+  return shifted - shifter, as_bits(shifted)
+
+
+def codes_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
+  """int32 codes, signs included; of blank groups, anything."""
+  a, factor = _raised(a, scales), per_group(scales.factor, a)
+  if fmt.element == E4M3:
+    codes = (a * factor).astype(E4M3)
+    return lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
+  _, bits = _round_to_e2m1(jnp.abs(a) * factor)
+  # The shifted number counts halves, wholes or twos in its last bits, and its exponent field,
+  # 149 to 151, says which: a step of two codes each.
+  codes = (bits & 7) + ((bits >> 22) - 2 * 149)
+  return codes | ((as_bits(a) >> 28) & 8)
+
+
+def values_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
+  """code * scale, float32."""
+  factor, scale = per_group(scales.factor, a), per_group(scales.scale, a)
+  a = _raised(a, scales)
+  if fmt.element == E4M3:
+    return (a * factor).astype(E4M3).astype(jnp.float32) * scale
+  rounded, _ = _round_to_e2m1(jnp.abs(a) * factor)
+  sign = per_group(jnp.where(scales.blank, 0, _SIGN), a)
+  return as_float(as_bits(rounded) | (as_bits(a) & sign)) * scale
+
+
+def scalars_of(global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
+  """What a kernel is given for a global scale: (1,), or nothing without one."""
+  return () if global_scale is None else (jnp.asarray(global_scale, jnp.float32).reshape(1),)
+
+
+def scalar_of(refs: list[Any]) -> Any:
+  """In a kernel, the global scale that `scalars_of` gave it, or None."""
+  return refs[0][0] if refs else None
+
+
+def _raised(a: jax.Array, scales: Scales) -> jax.Array:
+  return a if scales.raising is None else a * scales.raising
+
+
+def _encoding_scale(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+  """enc = 2688 / global_scale, NaN where that is no amax, of a tensor that is raised: by how much.
+
+  `jaxqq._quantize` says why: tensors with an amax below 2**-40 are taken 2**64 times.
+  """
+  largest, magnitude = jnp.float32(fmt.largest_value), jnp.abs(global_scale)
+  is_small = magnitude < np.float32(2.0**-SMALL)
+  raising = jnp.where(is_small, np.float32(2.0**RAISED), np.float32(1))
+  enc = jnp.minimum(quotient(largest, magnitude * raising), _FLOAT32_MAX)
+  return jnp.where(_is_amax(global_scale), enc, jnp.float32(np.nan)), raising
+
+
+def amax_or_nan(global_scale: jax.Array) -> jax.Array:
+  """A global scale, or NaN where that is no amax: negative, infinite or NaN."""
+  return jnp.where(_is_amax(global_scale), global_scale, jnp.float32(np.nan))
+
+
+def _is_amax(global_scale: jax.Array) -> jax.Array:
+  return (global_scale >= 0) & (global_scale <= _FLOAT32_MAX)
+
+
+def as_bits(a: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(a, jnp.int32)
+
+
+def as_float(bits: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(bits, jnp.float32)

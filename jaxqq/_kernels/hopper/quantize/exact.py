@@ -1,0 +1,112 @@
+"""Code * scale in 16 bits, in one kernel: what the exact products multiply."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from jaxqq._formats import Format
+from jaxqq._kernels.hopper.ptx.layouts import WARPS
+from jaxqq._kernels.hopper.ptx.reshape import store_flat
+from jaxqq._kernels.hopper.quantize.codes import (
+  amax_bits_of,
+  scalar_of,
+  scalars_of,
+  scales_of,
+  values_of,
+)
+from jaxqq._kernels.hopper.quantize.groups import (
+  DEFAULT_CONFIG,
+  VECTOR,
+  TuningConfig,
+  View,
+  by_blocks,
+  load_elements,
+)
+
+_MATRIX = (8, 8)  # how the 64 elements are seen that `interleave` permutes among themselves
+_BLOCK = math.prod(_MATRIX)
+
+
+def exact_operand(
+  a: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None = None,
+  *,
+  dtype: Any = jnp.bfloat16,
+  interleave: bool = False,
+  rows: int | None = None,
+  config: TuningConfig = DEFAULT_CONFIG,
+) -> jax.Array:
+  """What is left of `a` after quantization, without its global scale: code * scale.
+
+  bfloat16 holds it exactly, down to its smallest subnormal, 2**-133. float16 holds what has float
+  scales: 6 * 448 down to 0.5 * 2**-9.
+
+  Args:
+    a: float32, float16 or bfloat16, (rows, k).
+    fmt: the format.
+    global_scale: None, or a float32 scalar.
+    dtype: bfloat16 or float16.
+    interleave: within every 64 of k, put k = 8 * j + i at 8 * i + j. The caller pads: k is a
+      multiple of 64, any number of rows will do.
+    rows: how many the result has, None for those of `a`: further ones are not written.
+
+  Returns:
+    dtype (rows, k).
+  """
+  check_dtype(dtype, fmt)
+  k = a.shape[1]
+  rows = a.shape[0] if rows is None else rows
+  entry = _BLOCK if interleave else fmt.group_size
+  lanes = fmt.group_size // VECTOR
+  view = View(_BLOCK // fmt.group_size, lanes, VECTOR) if interleave else View(lanes, VECTOR)
+  blocks = a.reshape(-1, *view.minor)
+  body = _interleaved_kernel if interleave else _exact_kernel
+  (out,) = by_blocks(
+    functools.partial(body, fmt=fmt, view=view),
+    "exact_operand",
+    (blocks,),
+    (jax.ShapeDtypeStruct(_MATRIX if interleave else view.minor, dtype),),
+    view,
+    config,
+    scalars_of(global_scale),
+    staging=jax.ShapeDtypeStruct(_MATRIX, dtype) if interleave else None,
+    entries=rows * k // entry,
+  )
+  return out.reshape(rows, k)
+
+
+def check_dtype(dtype: Any, fmt: Format) -> None:
+  if fmt.scale_is_power_of_two and jnp.dtype(dtype) == jnp.float16:
+    raise NotImplementedError(
+      f"exact_operand: float16 does not have the exponents of {fmt.mode}'s scales; bfloat16 does."
+    )
+
+
+def _exact_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
+  *global_scale, out_ref = refs
+  a = load_elements(a_ref, rows, view)
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
+  out_ref[rows] = values_of(a, scales, fmt).astype(out_ref.dtype)
+
+
+def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
+  """As `_exact_kernel`, then every block of 8 by 8 is transposed on its way out.
+
+  Blocks go to shared memory as they are and come back through ldmatrix, which transposes
+  8 by 8 matrices of 16 bits: a warp then holds a block, and a thread two neighbours of a row.
+  """
+  *global_scale, out_ref, staging_ref = refs
+  a = load_elements(a_ref, rows, view)
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
+  store_flat(values_of(a, scales, fmt).astype(staging_ref.dtype), staging_ref)
+  plgpu.commit_smem()
+  tiling = plgpu.Tiling(((WARPS, *_MATRIX), (2,)))
+  layout = plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+  out_ref[rows] = plgpu.load(staging_ref.transpose((0, 2, 1)), layout=layout)

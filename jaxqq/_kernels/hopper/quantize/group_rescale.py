@@ -1,0 +1,184 @@
+"""Packed w in fp8: by how much each group's codes are rebased, and to what.
+
+A row's bytes are in up to 16 lanes of a warp, 16 in each if rows start at multiples of 16 bytes: a
+warpgroup has several rows, and their maxima take a few shuffles. Rows are walked along twice; the
+second time their bytes are in the L1 cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._formats import Format
+from jaxqq._kernels.hopper.quantize.codes import E4M3, power, rebasing_bits
+from jaxqq._kernels.hopper.quantize.groups import (
+  DEFAULT_CONFIG,
+  TuningConfig,
+  View,
+  load_gmem,
+  make_kernel,
+  pad,
+  per_group,
+  store_gmem,
+)
+from jaxqq._kernels.hopper.quantize.rebased import (
+  check_rebasable,
+  rebase_row,
+  row_codes,
+  row_groups,
+)
+
+_NAN = 0xFF
+_LOWER_BITS = 0xC0
+_VECTOR = 16  # bytes that a thread loads at once
+_LANES = 16  # that a row has at most
+_VECTORS = 4  # of 16 bytes, that a thread has of a row at once
+CONFIG = TuningConfig(tiles_per_step=2)
+
+
+def rebased_operands_of_packed(
+  x: jax.Array, scales: jax.Array, fmt: Format
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """`rebased_operand` of x, and how far w's codes are to be rebased, in one launch.
+
+      CTA 0 .. m - 1   a row of x            `rebase_row`
+      CTA m ..         some rows of scales   `rescale_rows`
+
+  Each alone is over in a few microseconds, which a launch costs too.
+
+  Args:
+    x: float32, float16 or bfloat16, (m, k).
+    scales: uint8 (n, groups).
+    fmt: a format of e4m3 elements and power of two scales.
+
+  Returns:
+    codes: float8_e4m3fn (m, k).
+    row_scales: float32 (m,), of x.
+    rescale: uint8 (n, groups), as `rescale_rows` writes them.
+    row_scales: float32 (n,), of w.
+  """
+  check_rebasable(fmt)
+  m, n = x.shape[0], scales.shape[0]
+  grouped, x_view = row_groups(x, fmt)
+  vectors, w_view = scale_vectors(scales)
+  vectors = pad(vectors, 0, w_view.tile)
+  rows = vectors.shape[0]
+  block = rows_a_step(rows, w_view)
+  steps = m + pl.cdiv(rows, block)
+
+  def kernel(
+    x_ref: Any,
+    scales_ref: Any,
+    codes_ref: Any,
+    x_scales_ref: Any,
+    rescale_ref: Any,
+    w_scales_ref: Any,
+  ) -> None:
+    step = lax.axis_index("step")
+
+    @pl.when(step < m)
+    def _x() -> None:
+      of_x = (x_ref, codes_ref, x_scales_ref)
+      rebase_row(step, *of_x, fmt=fmt, view=x_view, config=DEFAULT_CONFIG)
+
+    @pl.when(step >= m)
+    def _w() -> None:
+      # The last step starts early enough to be a whole one.
+      here = pl.ds(jnp.minimum((step - m) * block, rows - block), block)
+      rescale_rows(here, scales_ref, rescale_ref, w_scales_ref, view=w_view)
+
+  run = make_kernel(
+    kernel,
+    "rebased_operands_of_packed",
+    grid=(steps,),
+    out_type=(
+      jax.ShapeDtypeStruct(grouped.shape, E4M3),
+      jax.ShapeDtypeStruct((m,), jnp.float32),
+      jax.ShapeDtypeStruct(vectors.shape, jnp.uint8),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ),
+  )
+  codes, x_scales, rescale, w_scales = run(grouped, vectors)
+  rescale = rescale[:n].reshape(scales.shape)
+  return row_codes(codes, x.shape), x_scales, rescale, w_scales[:n]
+
+
+def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:
+  """Rows (rows, groups) as `rescale_rows` takes them, (rows, vectors, vector)."""
+  rows, groups = scales.shape
+  vector = math.gcd(groups, _VECTOR)
+  if vector == groups:  # two lanes at least
+    vector //= 2
+  vectors = groups // vector
+  view = View(min(_LANES, 1 << (vectors.bit_length() - 1)), vector)
+  return scales.reshape(rows, vectors, vector), view
+
+
+def rows_a_step(rows: int, view: View) -> int:
+  """How many rows `rescale_rows` has, of so many in `scale_vectors`."""
+  return view.tile * min(CONFIG.tiles_per_step, rows // view.tile)
+
+
+def rescale_rows(
+  rows: Any,
+  scales_ref: Any,  # uint8 (rows, vectors, vector); fast from 16 in a vector
+  rescale_ref: Any,
+  row_scales_ref: Any,
+  *,
+  view: View,
+) -> None:
+  """mxfp8 scales as `expand.E4M3` takes them: how far each group's codes are to be rebased.
+
+  Writes:
+    rescale: uint8 as the scales, `rescale_byte` of the distance to the largest byte of the row;
+      anything in a row with a NaN.
+    row_scales: float32 (rows,), the largest scale of a row; NaN where one is NaN.
+  """
+  lanes, _ = view.minor
+  vectors = scales_ref.shape[1]
+  size = lanes * min(_VECTORS, vectors // lanes)
+  spans = pl.cdiv(vectors, size)
+
+  def span(i: Any) -> tuple[Any, Any]:
+    return rows, pl.ds(jnp.minimum(i * size, vectors - size), size)
+
+  def load(i: Any) -> jax.Array:
+    return load_gmem(scales_ref.at[span(i)], view.layout).astype(jnp.int32)
+
+  def find(i: Any, so_far: jax.Array) -> jax.Array:
+    return jnp.maximum(so_far, jnp.max(jnp.max(load(i), axis=-1), axis=-1))
+
+  def write(i: Any, _: None) -> None:
+    scales = load(i)
+    rescale = rescale_byte(per_group(highest, scales) - scales)
+    store_gmem(rescale_ref.at[span(i)], rescale.astype(jnp.uint8))
+
+  nothing = plgpu.layout_cast(jnp.zeros((rows.size,), jnp.int32), view.reduced(1))
+  highest = lax.fori_loop(0, spans, find, nothing)
+  row_scales = jnp.where(highest == _NAN, jnp.float32(np.nan), power(highest))
+  store_gmem(row_scales_ref.at[rows], row_scales)
+  lax.fori_loop(0, spans, write, None)
+
+
+def rescale_byte(distance: jax.Array) -> jax.Array:
+  """`rebasing_bits` in a byte: the upper byte of float16, whose two highest bits are free.
+
+  Those are the two highest bits of the lower byte, which 2**-17 and 2**-18 have alone.
+  """
+  bits = rebasing_bits(distance)
+  return (bits >> 8) | (bits & _LOWER_BITS)
+
+
+def rescale_half(byte: jax.Array) -> jax.Array:
+  """float16, of an int32 or uint16 `rescale_byte`."""
+  lower = jnp.asarray(_LOWER_BITS, byte.dtype)
+  bits = ((byte & ~lower) << jnp.asarray(8, byte.dtype)) | (byte & lower)
+  return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)

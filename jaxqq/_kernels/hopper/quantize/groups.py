@@ -1,0 +1,177 @@
+"""Groups in registers: how the quantizers look at arrays, load them and are launched.
+
+All of them look at an array as (n, ..., lanes, vector): a group of neighbours that share a
+scale is in a few neighbouring lanes of a warp, and each thread holds `vector` neighbouring
+elements, 16 bytes of a 16 bit float. A group's maximum is then a few instructions in the
+thread and one or two shuffles, and needs no shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper.pipeline import compiler_params
+from jaxqq._kernels.hopper.ptx.layouts import WARP, WARPS
+
+VECTOR = 8  # elements a thread holds side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+  """What may change the speed and nothing else."""
+
+  # Tiles that a warpgroup loads before it works on any: bytes in flight against registers. A
+  # tile is 1024 elements: eight a thread, in `fp8_operand` twice as many.
+  tiles_per_step: int = 4
+  # A row of so many bytes or fewer stays in registers between the two sweeps of `fp8_operand`
+  # (32 KiB are 64 registers a thread); a longer one is read again, from the caches.
+  resident_bytes: int = 32768
+
+
+DEFAULT_CONFIG = TuningConfig()
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["first"], meta_fields=["rows"])
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """Some rows of an operand."""
+
+  first: Any  # int32 (first row, ...), known when the kernel runs
+  rows: int
+
+
+# How an array is stored in registers.
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class View:
+  """Arrays (n, *minor): minor[-1] elements in a thread, minor[:-1] over the lanes of a warp."""
+
+  minor: tuple[int, ...]
+
+  def __init__(self, *minor: int):
+    object.__setattr__(self, "minor", minor)
+
+  @property
+  def tile(self) -> int:
+    """The n of the smallest array that a warpgroup can hold."""
+    return WARPS * WARP // math.prod(self.minor[:-1])
+
+  @property
+  def layout(self) -> Any:
+    whole, of_warp = (self.tile, *self.minor), (self.tile // WARPS, *self.minor)
+    lane_dims = tuple(i - len(of_warp) for i, size in enumerate(of_warp[:-1]) if size > 1)
+    # Where a warp has one entry, JAX takes no second tile.
+    tiles = (whole, of_warp) if of_warp[0] > 1 else (whole,)
+    warp_dim = -len(tiles) * len(whole)
+    return plgpu.Layout.TILED(
+      plgpu.Tiling(tiles), warp_dims=(warp_dim,), lane_dims=lane_dims, vector_dim=-1
+    )
+
+  def reduced(self, ndim: int) -> Any:
+    """The layout of what is left of such an array when only its first axes are."""
+    return self.layout.reduce(tuple(range(ndim, 1 + len(self.minor))))
+
+
+def per_group(values: jax.Array, like: jax.Array) -> jax.Array:
+  """Broadcasts values of groups over the elements of `like`."""
+  return lax.broadcast_in_dim(values, like.shape, tuple(range(values.ndim)))
+
+
+def positions(shape: tuple[int, ...], layout: Any) -> jax.Array:
+  """0, 1, ... along the elements of a thread."""
+  iota = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+  return plgpu.layout_cast(iota, layout)
+
+
+# Launching.
+
+
+def make_kernel(body: Callable[..., None], name: str, **kwargs: Any) -> Callable[..., Any]:
+  """No kernel here reads what it has written, but through shared memory, and there it waits."""
+  return plgpu.kernel(
+    body,
+    grid_names=("step",),
+    compiler_params=compiler_params(),
+    kernel_name=f"jaxqq_{name}",
+    **kwargs,
+  )
+
+
+def pad(a: jax.Array, axis: int, least: int) -> jax.Array:
+  """Zeros at the end of an axis shorter than `least`."""
+  missing = [(0, max(0, least - a.shape[axis]) if i == axis else 0) for i in range(a.ndim)]
+  return jnp.pad(a, missing) if any(after for _, after in missing) else a
+
+
+def by_blocks(
+  body: Callable[..., None],
+  name: str,
+  operands: tuple[jax.Array, ...],
+  out_types: tuple[jax.ShapeDtypeStruct, ...],
+  view: View,
+  config: TuningConfig,
+  scalars: tuple[jax.Array, ...] = (),
+  staging: jax.ShapeDtypeStruct | None = None,
+  entries: int = 0,
+  window: Window | None = None,
+) -> list[jax.Array]:
+  """Runs body(slice, *refs) over the first axis of all operands; scalars, (1,), come behind them.
+
+  out_types are those of one entry of the first axis. The last step starts early enough to be a
+  whole one, and writes some of the same values again. staging is an entry in shared memory. The
+  results have at least so many entries; what goes beyond the operands' is not written. Of operands
+  with a window, whose rows have `entries` together, nothing else is seen.
+  """
+  n = operands[0].shape[0] if window is None else entries
+  if window is None:
+    operands = tuple(pad(a, 0, view.tile) for a in operands)
+  padded = max(n, view.tile)
+  block = view.tile * min(config.tiles_per_step, padded // view.tile)
+
+  def kernel(*refs: Any) -> None:
+    if window is not None:
+      *whole, first_ref = refs[: len(operands) + 1]
+      seen = pl.ds(first_ref[0] * (n // window.rows), n)
+      refs = (*(a.at[seen] for a in whole), *refs[len(operands) + 1 :])
+    start = jnp.minimum(lax.axis_index("step") * block, padded - block)
+    body(pl.ds(start, block), *refs)
+
+  run = make_kernel(
+    kernel,
+    name,
+    grid=(pl.cdiv(padded, block),),
+    out_type=tuple(
+      jax.ShapeDtypeStruct((max(padded, entries), *t.shape), t.dtype) for t in out_types
+    ),
+    scratch_types=(plgpu.SMEM((block, *staging.shape), staging.dtype),) if staging else (),
+  )
+  first = () if window is None else (window.first,)
+  return [out[: max(n, entries)] for out in run(*operands, *first, *scalars)]
+
+
+def load_gmem(ref: Any, layout: Any) -> jax.Array:
+  return plgpu.load(ref, layout=layout, optimized=False)  # optimized is for shared memory
+
+
+def store_gmem(ref: Any, values: jax.Array) -> None:
+  """ref[...] = values, of any number of bytes a thread: JAX 0.12 must be told not to refuse."""
+  store = getattr(plgpu, "store", None)  # there since JAX 0.12
+  if store is None:
+    ref[...] = values
+  else:
+    store(ref, values, optimized=False)
+
+
+def load_elements(a_ref: Any, rows: Any, view: View) -> jax.Array:
+  return load_gmem(a_ref.at[rows], view.layout).astype(jnp.float32)

@@ -1,0 +1,165 @@
+"""`quantize` and `dequantize` on Hopper: packed codes and scales, bound by memory, read once.
+
+`groups` says how the arrays are stored in registers, `codes` what is computed there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq import _rounding
+from jaxqq._formats import Format
+from jaxqq._kernels.hopper.quantize.codes import (
+  E4M3,
+  amax_bits_of,
+  codes_of,
+  power,
+  scalar_of,
+  scalars_of,
+  scales_of,
+)
+from jaxqq._kernels.hopper.quantize.groups import (
+  DEFAULT_CONFIG,
+  TuningConfig,
+  View,
+  Window,
+  by_blocks,
+  load_elements,
+  load_gmem,
+  per_group,
+  positions,
+  store_gmem,
+)
+from jaxqq._quantize import decoding
+
+
+def quantize(
+  a: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None = None,
+  config: TuningConfig = DEFAULT_CONFIG,
+) -> tuple[jax.Array, jax.Array]:
+  """Packed codes and scale bytes: `jaxqq._quantize.quantize_groups`, packed.
+
+  Args:
+    a: float32, float16 or bfloat16, (rows, k).
+    fmt: the format.
+    global_scale: None, or a float32 scalar.
+
+  Returns:
+    packed: uint32 (rows, k * bits / 32).
+    scales: uint8 (rows, k / group_size).
+  """
+  rows, k = a.shape
+  view = _word_view(fmt)
+  packed, scales = by_blocks(
+    functools.partial(_quantize_kernel, fmt=fmt, view=view),
+    "quantize",
+    (a.reshape(-1, *view.minor),),
+    (
+      jax.ShapeDtypeStruct(view.minor[:-1], jnp.uint32),
+      jax.ShapeDtypeStruct((), jnp.uint8),
+    ),
+    view,
+    config,
+    scalars_of(global_scale),
+  )
+  return packed.reshape(rows, k // fmt.codes_per_word), scales.reshape(rows, k // fmt.group_size)
+
+
+def dequantize(
+  packed: jax.Array,
+  scales: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None,
+  dtype: np.dtype,
+  config: TuningConfig = DEFAULT_CONFIG,
+  window: Window | None = None,
+) -> jax.Array:
+  """`jaxqq._quantize.dequantize_groups` of packed codes.
+
+  Args:
+    packed: uint32 (rows, k * bits / 32).
+    scales: uint8 (rows, k / group_size).
+    fmt: the format.
+    global_scale: None, or a float32 scalar.
+    dtype: float32, float16 or bfloat16.
+    window: which rows, None for all of them.
+
+  Returns:
+    dtype (rows, k).
+  """
+  rows = packed.shape[0] if window is None else window.rows
+  view = _word_view(fmt)
+  scalars: tuple[jax.Array, ...] = ()
+  if global_scale is not None:
+    factor, power = decoding(global_scale.reshape(1), fmt)
+    scalars = factor, _rounding.times_power_of_two(jnp.ones((1,), jnp.int32), power)
+  (out,) = by_blocks(
+    functools.partial(_dequantize_kernel, fmt=fmt, view=view),
+    "dequantize",
+    (packed.reshape(-1, *view.minor[:-1]), scales.reshape(-1)),
+    (jax.ShapeDtypeStruct(view.minor, dtype),),
+    view,
+    config,
+    scalars,
+    entries=rows * scales.shape[1],
+    window=window,
+  )
+  return out.reshape(rows, packed.shape[1] * fmt.codes_per_word)
+
+
+def _word_view(fmt: Format) -> View:
+  """A thread holds the codes of one 32 bit word."""
+  return View(fmt.group_size // fmt.codes_per_word, fmt.codes_per_word)
+
+
+def _quantize_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
+  *global_scale, packed_ref, scales_ref = refs
+  a = load_elements(a_ref, rows, view)
+  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
+  codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)
+  words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
+  words = jnp.where(per_group(scales.blank, words), 0, words)
+  packed_ref[rows] = lax.bitcast_convert_type(words, jnp.uint32)
+  store_gmem(scales_ref.at[rows], scales.byte.astype(jnp.uint8))
+
+
+def _dequantize_kernel(
+  rows: Any, packed_ref: Any, scales_ref: Any, *refs: Any, fmt: Format, view: View
+) -> None:
+  *scalars, out_ref = refs
+  words = load_gmem(packed_ref.at[rows], view.reduced(2))
+  scales = load_gmem(scales_ref.at[rows], view.reduced(1))
+  shape = (*words.shape, fmt.codes_per_word)
+  words = lax.broadcast_in_dim(words, shape, (0, 1))
+  shifts = (positions(shape, view.layout) * fmt.bits).astype(jnp.uint32)
+  codes = (words >> shifts) & np.uint32((1 << fmt.bits) - 1)
+  factor, power = (ref[0] for ref in scalars) if scalars else (None, None)
+  values = _decode(codes, fmt) * per_group(_decode_scales(scales, fmt, factor), codes)
+  if power is not None:  # apart from the factor, which it would take out of float32's range
+    values = values * power
+  store_gmem(out_ref.at[rows], values.astype(out_ref.dtype))
+
+
+def _decode_scales(byte: jax.Array, fmt: Format, factor: jax.Array | None) -> jax.Array:
+  if not fmt.scale_is_power_of_two:
+    scale = lax.bitcast_convert_type(byte, fmt.scale).astype(jnp.float32)
+    return scale if factor is None else scale * factor
+  exponents = byte.astype(jnp.int32)
+  return jnp.where(exponents == fmt.scale_nan, jnp.float32(np.nan), power(exponents))
+
+
+def _decode(codes: jax.Array, fmt: Format) -> jax.Array:
+  if fmt.element == E4M3:
+    return lax.bitcast_convert_type(codes.astype(jnp.uint8), E4M3).astype(jnp.float32)
+  # As float16, whose exponent field then ends where theirs does: 2**-14 of their value.
+  bits = ((codes & 7) << 9) | ((codes & 8) << 12)
+  halves = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+  return halves.astype(jnp.float32) * jnp.float32(2.0**14)

@@ -1,0 +1,323 @@
+"""out = x_hat w_hat^T for up to 64 rows of x, from w that is read once.
+
+A CTA has 64 rows of w at a time and all of k, in blocks that go round its compute warpgroups:
+
+    producer, warpgroup C | load block 8 | load block 9 | load block 10 | ...
+    warpgroup 0, compute  |  block 0  |  block 4  |  block 8  | ... | add up, store | next 64 rows
+    warpgroup 1, compute  |  block 1  |  block 5  |  block 9  | ... | hand over     | next 64 rows
+    warpgroup 2, ...
+
+- The producer has the TMA keep all of shared memory full: packed words and scales of w, or its
+  numbers, and of x what belongs to them, in one block of k. Where x meets packed w with so few rows
+  that their quantization is little work, a compute warpgroup does that itself, while it waits for
+  its block of w (`quantize/in_kernel.py`).
+- A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, 64 rows of w by all of x. How it
+  does is the mainloop's (`mainloops/`): `blockdiag`, `expanded`, `group_sums` or `quantized`.
+- Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
+- Where w has so few rows that half of the SMs or more would idle, a cluster of CTAs has 64 rows
+  together, each a part of k, and adds up its sums (`ptx/cluster.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper import epilogue, pipeline
+from jaxqq._kernels.hopper.mainloops.blockdiag import BlockDiagonalX
+from jaxqq._kernels.hopper.mainloops.expanded import Expanded
+from jaxqq._kernels.hopper.mainloops.group_sums import GroupSums
+from jaxqq._kernels.hopper.mainloops.quantized import Quantized
+from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
+from jaxqq._kernels.hopper.plan import SkinnyPlan
+from jaxqq._kernels.hopper.ptx import cluster, stores
+from jaxqq._kernels.hopper.ptx.interpreter import finish_loads
+from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, tile_transforms
+from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
+from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
+from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
+from jaxqq._kernels.hopper.tiles import ROWS
+
+# A thread of a compute warpgroup, by how many there are: what the producer leaves.
+_REGISTERS = {2: 232, 4: 104}
+
+
+@pipeline.arrays
+class Operands:
+  # (b or 1, padded_m, k) of 16 bit floats, or (.., .., k / 4) of four e4m3 numbers in a uint32; or
+  # (b or 1, m, k) to be quantized here
+  x: Any
+  w: Any  # uint32 (b or 1, n, k * bits / 32); or (b or 1, n, k) of 16 bit floats
+  scales: Any  # uint8 (b or 1, n, k / group_size); or None
+  alpha: tuple[Any, ...]  # float32 (1,), the amax of x and that of w; or nothing
+  x_scales: Any = None  # of e4m3 numbers: float32 (b or 1, k / block.k, .., ..)
+
+
+@pipeline.arrays
+class Scratch:
+  x: Any  # (stages, padded_m, columns)
+  w: Any  # (stages, 64, words or numbers)
+  sums: Any  # of all warpgroups but the first
+  scales: Any
+  x_scales: Any
+  own_sums: Any  # that the first CTA of a cluster reads
+  full: Any
+  empty: Any
+  sums_full: Any
+  sums_empty: Any
+
+
+def skinny_gemm(
+  operands: Operands, m: int, plan: SkinnyPlan, unit: float, out_dtype: Any
+) -> jax.Array:
+  """(b, m, n): the sums times `unit` and alpha. k is a multiple of block.k.
+
+  Args:
+    operands: of shapes as above; what rows of x from m on hold reaches no result.
+    m: rows of x that count.
+    plan: for the sizes at hand.
+    unit: what the mainloop's sums miss, and 1 / 2688 for each global scale.
+    out_dtype: of the result.
+  """
+  kernel = _SkinnyGemm(operands, m, plan, unit, out_dtype)
+  out = pipeline.launch(
+    kernel,
+    kernel.padded(operands),
+    kernel.out_type(),
+    kernel.scratch(),
+    name="skinny_gemm",
+    grid=plan.grid,
+    num_ctas=plan.grid.num_ctas(kernel.batch, m, kernel.n),
+    compute_warpgroups=plan.tiles.compute_warpgroups,
+  )
+  return out if out.shape[1:] == (m, kernel.n) else out[:, :m, : kernel.n]
+
+
+class _SkinnyGemm:
+  """The kernel: called with references, it is one CTA."""
+
+  def __init__(self, operands: Operands, m: int, plan: SkinnyPlan, unit: float, out_dtype: Any):
+    x, w, block, fmt = operands.x, operands.w, plan.block, plan.problem.fmt
+    self.plan, self.m, self.unit, self.out_dtype = plan, m, unit, out_dtype
+    self.batch, self.n = max(x.shape[0], w.shape[0]), w.shape[1]
+    self.is_packed = operands.scales is not None
+    self.w_dtype, self.w_columns = w.dtype, block.words if self.is_packed else block.k
+    all_steps = w.shape[2] // self.w_columns
+    self.k_steps = all_steps // plan.tiles.cluster
+    self.quantizer: InKernelQuantizer | None = None
+    self.x_scales_shape: tuple[int, int] | None = None
+    if plan.x == "quantized in the kernel":
+      self.quantizer = InKernelQuantizer(m, fmt, plan.blockdiag, plan.padded_m)
+      self.x_dtype, self.x_columns = jnp.dtype(jnp.uint32), block.k // 4
+      self.x_scales_shape = self.quantizer.scales_shape
+    else:
+      self.x_dtype, self.x_columns = x.dtype, x.shape[2] // all_steps
+      if operands.x_scales is not None:
+        rows, size = operands.x_scales.shape[2:]
+        # The TMA writes to multiples of 128 bytes.
+        self.x_scales_shape = rows, max(size, 32 // rows)
+    self.x_transforms = tile_transforms(self.x_columns, self.x_dtype)
+    self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
+    self.mainloop: Any = Expanded
+    if plan.blockdiag is not None:
+      self.mainloop = BlockDiagonalX
+    elif plan.scales_group_sums:
+      self.mainloop = GroupSums
+    elif not self.is_packed:
+      self.mainloop = Quantized
+
+  def padded(self, operands: Operands) -> Operands:
+    """With w in whole rows of eight, and x as its quantizer takes it."""
+    x = operands.x if self.quantizer is None else self.quantizer.operand(operands.x)
+    rows = rounded_up(self.n, 8)
+    scales = operands.scales
+    w, scales = pad_rows(operands.w, rows), None if scales is None else pad_rows(scales, rows)
+    return Operands(x, w, scales, operands.alpha, operands.x_scales)
+
+  def out_type(self) -> jax.ShapeDtypeStruct:
+    shape = stores.stored_shape(self.m, self.n, self.plan.padded_m, ROWS)
+    return jax.ShapeDtypeStruct((self.batch, *shape), self.out_dtype)
+
+  def scratch(self) -> Scratch:
+    plan, tiles = self.plan, self.plan.tiles
+    stages, workers, padded_m = tiles.num_stages, tiles.compute_warpgroups, plan.padded_m
+    sums_transforms = tile_transforms(padded_m, jnp.float32)
+    loads = 1 + self.is_packed  # w
+    if self.quantizer is None:
+      loads += 1 + (self.x_scales_shape is not None)
+
+    def smem(shape: tuple[int, ...], dtype: Any, transforms: Any = ()) -> Any:
+      return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    return Scratch(
+      x=smem((stages, padded_m, self.x_columns), self.x_dtype, self.x_transforms),
+      w=smem((stages, ROWS, self.w_columns), self.w_dtype, self.w_transforms),
+      sums=smem((workers - 1, ROWS, padded_m), jnp.float32, sums_transforms),
+      scales=smem((stages, ROWS, plan.block.scales), jnp.uint8) if self.is_packed else None,
+      x_scales=smem((stages, *self.x_scales_shape), jnp.float32) if self.x_scales_shape else None,
+      own_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
+      full=plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
+      empty=plgpu.Barrier(num_barriers=stages),
+      sums_full=plgpu.Barrier(num_arrivals=workers - 1),
+      sums_empty=plgpu.Barrier(),
+    )
+
+  def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
+    _Cta(self, gmem, out, smem).run()
+
+
+class _Cta:
+  """One CTA of the kernel, with its references."""
+
+  def __init__(self, kernel: _SkinnyGemm, gmem: Operands, out: Any, smem: Scratch):
+    self.kernel, self.plan, self.tiles = kernel, kernel.plan, kernel.plan.tiles
+    self.gmem, self.out, self.smem = gmem, out, smem
+    self.warpgroup = lax.axis_index("warpgroup")
+    self.cluster_index = pipeline.cluster_index(self.plan.grid)
+    self.own = pipeline.walk(self.plan.grid, kernel.batch, kernel.m, kernel.n)
+
+  def run(self) -> None:
+    kernel, warpgroup, workers = self.kernel, self.warpgroup, self.tiles.compute_warpgroups
+
+    @pl.when(warpgroup == workers)
+    @jax.named_scope("producer")
+    def _producer() -> None:
+      pipeline.produce(self.load, self.smem.empty, self.own, kernel.k_steps)
+
+    @pl.when(warpgroup < workers)
+    def _compute() -> None:
+      plgpu.set_max_registers(_REGISTERS[workers], action="increase")
+      if kernel.quantizer is not None:
+        for i in range(0, self.tiles.num_stages, workers):
+          kernel.quantizer.clear(self.smem.x.at[warpgroup + i])
+
+      @pl.loop(0, self.own.num_tiles)
+      def _tile(t: Any) -> None:
+        with jax.named_scope("mainloop"):
+          sums = self.own_sums(t)
+        with jax.named_scope("epilogue"):
+          lax.cond(warpgroup == 0, self.add_up, self.hand_over, sums, t)
+
+      # No mbarrier is mid-phase at exit.
+      @pl.when(warpgroup > 0)
+      def _drain() -> None:
+        plgpu.barrier_wait(self.smem.sums_empty)
+
+    if self.tiles.cluster > 1:  # and so a cluster has one tile
+      cluster.cluster_sync()
+
+      @pl.when((warpgroup == 0) & (self.cluster_index == 0))
+      def _total() -> None:
+        self.store(cluster.cluster_sum(self.smem.own_sums, self.tiles.cluster), 0)
+
+      cluster.cluster_sync()
+
+  # Loads
+
+  def load(self, stage: Any, ki: Any, tile: Tile) -> None:
+    kernel, gmem, smem, full = self.kernel, self.gmem, self.smem, self.smem.full.at[stage]
+    ki = ki + self.cluster_index * kernel.k_steps
+    rows = pl.ds(tile.n * ROWS, ROWS)
+
+    def copy(a: Any, rows: Any, columns: int, to: Any) -> None:
+      source = a.at[batch_of(a, tile.batch), rows, pl.ds(ki * columns, columns)]
+      plgpu.copy_gmem_to_smem(source, to.at[stage], full)
+
+    copy(gmem.w, rows, kernel.w_columns, smem.w)
+    if gmem.scales is not None:
+      copy(gmem.scales, rows, self.plan.block.scales, smem.scales)
+    if kernel.quantizer is None:
+      copy(gmem.x, pl.ds(0, self.plan.padded_m), kernel.x_columns, smem.x)
+    if gmem.x_scales is not None:
+      source = gmem.x_scales.at[batch_of(gmem.x_scales, tile.batch), ki]
+      size = pl.ds(0, gmem.x_scales.shape[3])
+      plgpu.copy_gmem_to_smem(source, smem.x_scales.at[stage, :, size], full)
+
+  # A warpgroup's sums, (64, padded_m)
+
+  def own_sums(self, t: Any) -> Any:
+    """What a warpgroup's blocks of a tile add up to.
+
+    Blocks go round without regard to tiles: a stage, of which there are a multiple of the
+    warpgroups, always belongs to the same one, which sees all its barrier's phases.
+    """
+    smem, k_steps, workers = self.smem, self.kernel.k_steps, self.tiles.compute_warpgroups
+    first = t * k_steps
+    own_first = lax.rem(
+      self.warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
+    )
+    count = lax.div(k_steps - own_first + workers - 1, jnp.int32(workers))
+
+    def add_block(i: Any, sums: Any) -> Any:
+      ki = own_first + i * workers
+      stage = lax.rem(first + ki, jnp.int32(self.tiles.num_stages))
+      if self.kernel.quantizer is not None:
+        self.quantize_x(self.kernel.quantizer, stage, ki, t)
+      plgpu.barrier_wait(smem.full.at[stage])
+      sums = self.kernel.mainloop.add(self, sums, stage)
+      finish_loads()
+      plgpu.barrier_arrive(smem.empty.at[stage])
+      return sums
+
+    zeros = jnp.zeros((ROWS, self.plan.padded_m), jnp.float32)
+    return lax.fori_loop(0, count, add_block, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+
+  def quantize_x(self, quantizer: InKernelQuantizer, stage: Any, ki: Any, t: Any) -> None:
+    b = self.own.tile(t).batch if self.gmem.x.shape[0] > 1 else 0
+    quantizer.write(
+      self.gmem.x.at[b],
+      ki + self.cluster_index * self.kernel.k_steps,
+      self.smem.x.at[stage],
+      self.smem.x_scales.at[stage],
+      self.gmem.alpha[0][0] if self.gmem.alpha else None,
+    )
+
+  def x_scales(self, stage: Any, row: int, first: int) -> Any:
+    """A row of x's scales from `first` on, those of the columns of sums: (64, padded_m)."""
+    padded_m = self.plan.padded_m
+    scales = plgpu.load(
+      self.smem.x_scales.at[stage, row, pl.ds(first, padded_m)],
+      layout=plgpu.Layout.WGMMA.reduce(0),
+      optimized=False,
+    )
+    return lax.broadcast_in_dim(scales, (ROWS, padded_m), (1,))
+
+  # The epilogue
+
+  def hand_over(self, sums: Any, t: Any) -> None:
+    @pl.when(t > 0)
+    def _wait() -> None:
+      plgpu.barrier_wait(self.smem.sums_empty)
+
+    self.smem.sums[self.warpgroup - 1] = sums
+    plgpu.barrier_arrive(self.smem.sums_full)
+
+  def add_up(self, sums: Any, t: Any) -> None:
+    plgpu.barrier_wait(self.smem.sums_full)
+    for i in range(self.tiles.compute_warpgroups - 1):
+      sums += plgpu.load(self.smem.sums.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
+    plgpu.barrier_arrive(self.smem.sums_empty)
+    if self.tiles.cluster > 1:
+      self.smem.own_sums[...] = sums
+    else:
+      self.store(sums, t)
+
+  def store(self, sums: Any, t: Any) -> None:
+    kernel, blockdiag, alpha = self.kernel, self.plan.blockdiag, self.gmem.alpha
+    tile, layout = self.own.tile(t), plgpu.Layout.WGMMA
+    if blockdiag is not None:
+      sums = blockdiag_sum(sums, blockdiag.rows, blockdiag.k_blocks_per_acc)
+      layout = ONE_OF_FOUR
+    out = sums * np.float32(kernel.unit)
+    if alpha:
+      first, second = epilogue.factors_of_product(*(amax_or_nan(scale[0]) for scale in alpha))
+      out = out * first * second
+    out = out.astype(kernel.out_dtype)
+    rows = self.out.at[tile.batch]
+    stores.store_columns(out, layout, rows, tile.n * ROWS, kernel.m, kernel.n)

@@ -1,0 +1,122 @@
+"""out = x_hat w_hat^T from packed w, expanded a panel of rows at a time, for many rows of x.
+
+Where packed w meets many tiles of x, `dequant_gemm` expands it anew for each of them. Here two
+kernels run in turn, and each number of w is expanded once (staged dequantization):
+
+    expand w[0:4096]  |  gemm -> out[:, 0:4096]  |  expand w[4096:8192]  |  gemm -> ...
+
+- A panel is written to memory and read again, but is small enough to stay in the L2 cache, and the
+  next one takes its place: there is never more of expanded w than `PANEL_BYTES`.
+- Expanded, e4m3 codes are rebased to one scale a row; those that must stay exact become 16 bit
+  floats (`packed.dequantize`).
+- All panels have the same size, so that the kernels are compiled once: the last one starts early
+  enough to be a whole one, and some columns are computed twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxqq._formats import Format
+from jaxqq._kernels.hopper import dequant_gemm, gemm
+from jaxqq._kernels.hopper.ptx.reshape import words_as_codes
+from jaxqq._kernels.hopper.quantize.codes import E4M3
+from jaxqq._kernels.hopper.quantize.group_rescale import rescale_half
+from jaxqq._kernels.hopper.quantize.groups import (
+  DEFAULT_CONFIG,
+  View,
+  Window,
+  by_blocks,
+  load_gmem,
+  per_group,
+)
+from jaxqq._kernels.hopper.quantize.packed import dequantize
+from jaxqq._kernels.hopper.tiles import STAGED_BLOCK_N, Grid, WideTiles, cdiv
+
+PANEL_BYTES = 32 << 20  # of an H200's 50 MB of L2 cache
+
+_WORDS = View(2, 4)  # of a group: 8 words of four codes
+_CODES = View(2, 16)
+
+
+def staged_gemm(
+  operands: dequant_gemm.Operands,  # of one matrix; of exact x, scales are as they came
+  fmt: Format,
+  out_dtype: Any,
+  tiles: WideTiles,
+  grid: Grid,
+) -> jax.Array:
+  """(1, m, n), as `gemm` has it of expanded w; n is a multiple of STAGED_BLOCK_N."""
+  x, words = operands.x, operands.w
+  m, n, k = x.shape[1], words.shape[1], x.shape[2]
+  rows = panel_rows(n, k, x.dtype)
+  out = jax.freeze(jax.empty_ref(gemm.out_type(1, m, n, out_dtype, tiles)))
+  for start in range(0, n, rows):
+    first = min(start, n - rows)
+    # Two numbers that differ: an array of one constant XLA has a kernel fill.
+    bounds = jnp.stack([jnp.int32(first), jnp.int32(first + rows)])
+    # Else XLA might expand all panels before it multiplies one.
+    bounds, out = lax.optimization_barrier((bounds, out))
+    out = _with_panel(out, Window(bounds, rows), operands, fmt=fmt, tiles=tiles, grid=grid)
+  return out[:, :m, :n]
+
+
+# Under a jit of its own it is traced and lowered once, not once for each panel.
+@functools.partial(jax.jit, static_argnames=("fmt", "tiles", "grid"))
+def _with_panel(
+  out: jax.Array,
+  window: Window,
+  operands: dequant_gemm.Operands,
+  *,
+  fmt: Format,
+  tiles: WideTiles,
+  grid: Grid,
+) -> jax.Array:
+  """`out` with the columns of one panel."""
+  x, words, scales = operands.x, operands.w[0], operands.scales[0]
+  if x.dtype == E4M3:
+    w = rebased_panel(words, scales, window)
+  else:
+    w = dequantize(words, scales, fmt, None, x.dtype, window=window)
+  ref, row_scales = jax.new_ref(out), (operands.x_scales, operands.w_scales)
+  panel = gemm.Operands(x, w[None], operands.alpha, *row_scales, panel=window.first, out=ref)
+  gemm.gemm(panel, out.dtype, tiles, grid)
+  return jax.freeze(ref)
+
+
+def panel_rows(n: int, k: int, dtype: Any) -> int:
+  """How many rows of w are expanded at a time, in panels of about the same size."""
+  block_n = STAGED_BLOCK_N
+  most = max(PANEL_BYTES // (k * jnp.dtype(dtype).itemsize) // block_n, 1)
+  return cdiv(n, cdiv(n, most * block_n) * block_n) * block_n
+
+
+def rebased_panel(
+  words: jax.Array,  # uint32 (n, k / 4)
+  rescale: jax.Array,  # uint8 (n, k / 32), of `rescale_rows`
+  window: Window,
+) -> jax.Array:
+  """float8_e4m3fn (rows, k): the codes rebased as `dequant_gemm` rebases them."""
+  (out,) = by_blocks(
+    _rebase_kernel,
+    "rebase_panel",
+    (words.reshape(-1, *_WORDS.minor), rescale.reshape(-1)),
+    (jax.ShapeDtypeStruct(_CODES.minor, E4M3),),
+    _WORDS,
+    DEFAULT_CONFIG,
+    entries=window.rows * rescale.shape[1],
+    window=window,
+  )
+  return out.reshape(window.rows, -1)
+
+
+def _rebase_kernel(rows: Any, words_ref: Any, rescale_ref: Any, out_ref: Any) -> None:
+  words = load_gmem(words_ref.at[rows], _WORDS.layout)
+  codes = words_as_codes(words, _WORDS.layout, _CODES.layout)
+  rescale = rescale_half(load_gmem(rescale_ref.at[rows], _CODES.reduced(1)).astype(jnp.uint16))
+  out_ref[rows] = (codes.astype(jnp.float16) * per_group(rescale, codes)).astype(E4M3)

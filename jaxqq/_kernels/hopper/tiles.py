@@ -1,0 +1,95 @@
+"""Tiles of the kernels, and the grid that they make. Nothing here imports Pallas."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+ROWS = 64  # of an operand that one warpgroup multiplies
+STAGED_BLOCK_N = 128  # rows of w that are expanded at a time are a multiple of this, and so is n
+
+
+def cdiv(a: int, b: int) -> int:
+  return -(-a // b)
+
+
+def power_of_two_from(a: int) -> int:
+  return 1 << (a - 1).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """The output in tiles, walked in bands of `group_width` tiles so that the L2 cache is reused."""
+
+  block_m: int
+  block_n: int
+  num_sms: int
+  group_width: int = 8
+  minor: int = 0  # the axis along which bands are cut; 0: m, 1: n
+  cluster: int = 1  # CTAs that share a tile
+
+  def tiles(self, m: int, n: int) -> tuple[int, int]:
+    return cdiv(m, self.block_m), cdiv(n, self.block_n)
+
+  def num_tiles(self, batch: int, m: int, n: int) -> int:
+    return batch * math.prod(self.tiles(m, n))
+
+  def num_ctas(self, batch: int, m: int, n: int) -> int:
+    """Of those that share a tile, which is the only one that they have, one counts."""
+    num_tiles = self.num_tiles(batch, m, n)
+    return num_tiles if self.cluster > 1 else min(self.num_sms, num_tiles)
+
+
+@dataclasses.dataclass(frozen=True)
+class WideTiles:
+  """Of `gemm` and `dequant_gemm`."""
+
+  block_m: int  # rows of x a CTA: a multiple of 64 * cluster, up to 256; of `gemm` 128 or 256
+  num_stages: int  # steps of both operands in shared memory
+  promote: bool = False  # add to float32 sums after every step
+  store_stages: int = 2  # pieces of 64 x 64 on their way out, a warpgroup
+  cluster: int = 1  # CTAs that share a tile, each with a part of k: 2 at most, of `gemm` 1
+  block_n: int = 2 * ROWS  # rows of w a CTA
+
+
+@dataclasses.dataclass(frozen=True)
+class SkinnyTiles:
+  """Of `skinny_gemm`: all rows of x against 64 rows of w."""
+
+  num_stages: int  # a multiple of the warpgroups
+  compute_warpgroups: int = 4
+  promote: bool = False  # 16 bit operands: add to float32 sums after every step
+  cluster: int = 1  # CTAs that share a tile, each with a part of k
+
+
+@dataclasses.dataclass(frozen=True)
+class KBlock:
+  """What `skinny_gemm` loads of a row of w at once: words, and 16 bytes of scales; or numbers."""
+
+  k: int
+  bits: int  # of a code, or of a number
+  group_size: int | None  # None of unquantized w
+
+  @property
+  def words(self) -> int:
+    return self.k * self.bits // 32
+
+  @property
+  def scales(self) -> int:
+    return 0 if self.group_size is None else self.k // self.group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal:
+  """x with a column for each group of a block of 32 elements (`mainloops/blockdiag.py`)."""
+
+  rows: int  # of x, rounded up to a power of two
+
+  @property
+  def k_blocks_per_acc(self) -> int:
+    """Blocks of 32 elements of k that an accumulator has side by side."""
+    return max(1, 4 // self.rows)
+
+  @property
+  def columns(self) -> int:
+    return 2 * self.rows * self.k_blocks_per_acc

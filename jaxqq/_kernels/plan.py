@@ -1,0 +1,89 @@
+"""What runs a problem, and why: a lowering runs the plan, `explain` prints it, tests read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxqq import _compat
+
+_ASSUMED_SMS = 132  # of an H100 SXM or H200; an H100 PCIe has 114, an H20 78
+
+
+class Unsupported(Exception):
+  """Why an implementation cannot take a problem. `plan` catches it, and goes on to the next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a plan depends on of the device that a program is made for."""
+
+  platform: str  # as JAX names it when it lowers: cpu, cuda, rocm, tpu
+  compute_capability: str | None = None  # of NVIDIA's
+  num_sms: int = _ASSUMED_SMS
+  knows_sms: bool = True  # else that number is an assumption
+  max_cluster: int = 8  # CTAs in one
+
+
+def device_of(platform: str) -> Device:
+  """The device at hand, or one as Hopper's where a program is lowered for none at hand."""
+  if platform != "cuda":
+    return Device(platform)
+  known = _compat.cuda_sm_count()
+  capability = _compat.cuda_compute_capability()
+  return Device(platform, capability, known or _ASSUMED_SMS, known is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+  """One row of a table: all that a new kernel needs."""
+
+  name: str
+  summary: str  # what it does, to follow "The product is computed by"
+  platforms: tuple[str, ...] | None  # as JAX names them; None is any
+  # (problem, device) -> something with `run(operands)` and `details`; raises Unsupported.
+  plan: Callable[[Any, Device], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What runs a problem on a device.
+
+  Attributes:
+    implementation: the first row of the table that takes the problem.
+    kernel: its own plan: which kernels, tiles, operands and epilogue.
+    refusals: why not the rows before it, a sentence each.
+  """
+
+  implementation: Implementation
+  kernel: Any
+  refusals: tuple[str, ...] = ()
+
+  @property
+  def name(self) -> str:
+    return self.implementation.name
+
+  @property
+  def details(self) -> str | None:
+    """What else to tell of the problem at hand."""
+    return self.kernel.details
+
+  def run(self, operands: Any) -> Any:
+    """The results, of operands as the problem has them."""
+    return self.kernel.run(operands)
+
+
+def plan(problem: Any, device: Device, table: Sequence[Implementation]) -> Plan:
+  """The plan by the first row of a table that takes the problem; the last row takes everything."""
+  refusals: list[str] = []
+  for row in table:
+    if row.platforms is not None and device.platform not in row.platforms:
+      reason = f"it is for {' and '.join(row.platforms)}, not {device.platform}"
+    else:
+      try:
+        return Plan(row, row.plan(problem, device), tuple(refusals))
+      except Unsupported as error:
+        reason = str(error)
+    refusals.append(f"{row.name}: {reason}")
+  raise AssertionError("the last row of a table takes every problem")

@@ -1,0 +1,158 @@
+"""One product as the choice of a kernel sees it, and its operands as a kernel takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq._formats import Format
+from jaxqq._reference import Operands
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Sizes, formats and flags of one product, on one device."""
+
+  fmt: Format
+  m: int
+  n: int
+  k: int
+  x_batch: tuple[int, ...]  # batch axes
+  w_batch: tuple[int, ...]  # of w, and of its scales
+  w_dtype: np.dtype  # of unquantized w
+  is_packed: bool
+  transposed: tuple[str, ...]  # which of x and w have their contracted axis first
+  has_global_scales: bool
+  out_dtype: np.dtype
+  wants_exact_sums: bool  # float32 results, or precision above DEFAULT
+  obstacle: str | None  # what no kernel takes, if there is such
+
+  @classmethod
+  def of(
+    cls,
+    operands: Operands,  # arrays, or their shapes and dtypes
+    fmt: Format,
+    out_dtype: np.dtype,
+    precision: jax.lax.Precision | None,
+    result_dtype: np.dtype | None = None,
+  ) -> Problem:
+    """`result_dtype`: of the sum of all devices' parts, where this is one and float32."""
+    w_batch = operands.w.shape[:-2]
+    if operands.scales is not None:
+      w_batch = lax.broadcast_shapes(w_batch, operands.scales.shape[:-2])
+    high = precision in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST)
+    global_scales = (operands.global_scale_x, operands.global_scale_w)
+    return cls(
+      fmt,
+      operands.m,
+      operands.n,
+      operands.k,
+      operands.x.shape[:-2],
+      w_batch,
+      np.dtype(operands.w.dtype),
+      operands.scales is not None,
+      operands.transposed,
+      any(scale is not None for scale in global_scales),
+      np.dtype(out_dtype),
+      high or (result_dtype or out_dtype) == np.float32,
+      obstacle(operands.flatten(), global_scales),
+    )
+
+  @property
+  def batch_shape(self) -> tuple[int, ...]:
+    return lax.broadcast_shapes(self.x_batch, self.w_batch)
+
+  @property
+  def shares_w(self) -> bool:
+    """Whether one matrix w meets all of x, whose batch axes are then just more rows."""
+    return math.prod(self.w_batch) == 1
+
+  @property
+  def batch(self) -> int:
+    """How many products a kernel has."""
+    return 1 if self.shares_w else math.prod(self.batch_shape)
+
+  @property
+  def rows(self) -> int:
+    """How many rows of x meet one matrix w."""
+    return self.m * math.prod(self.batch_shape) if self.shares_w else self.m
+
+
+def obstacle(arrays: Sequence[Any], global_scales: Sequence[Any]) -> str | None:
+  """What no kernel takes of arrays of these shapes, or None; a global scale may be None."""
+  if not all(isinstance(size, int) for a in arrays for size in a.shape):
+    return "a size is symbolic"
+  if any(0 in a.shape for a in arrays):
+    return "an axis is empty"
+  if any(_is_split_explicitly(a) for a in arrays):
+    return "an operand is split along an explicit axis of a mesh"
+  if any(math.prod(s.shape) > 1 for s in global_scales if s is not None):
+    return "global scales differ from matrix to matrix"
+  return None
+
+
+def _is_split_explicitly(a: Any) -> bool:
+  sharding = jax.typeof(a).sharding if isinstance(a, jax.Array) else getattr(a, "sharding", None)
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return False
+  explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+  return explicit and any(axes is not None for axes in sharding.spec)
+
+
+# Operands: one batch axis, and whole steps of k
+
+
+def fold(operands: Operands) -> Operands:
+  """Every operand with one batch axis, of size 1 where it is shared; scales as bytes.
+
+  One matrix alone stays transposed, for the quantizers of columns; several are put in order.
+  """
+  operands = operands.untransposed(
+    [n for n in operands.transposed if math.prod(getattr(operands, n).shape[:-2]) > 1]
+  )
+  x, w, scales = operands.x, operands.w, operands.scales
+  batch_shape = operands.batch_shape
+  w_batches = [a.shape[:-2] for a in (w, scales) if a is not None]
+  shares_w = all(math.prod(batch) == 1 for batch in w_batches)
+
+  def matrices(a: Any, fold_rows: bool) -> Any:
+    if fold_rows:
+      a = jnp.broadcast_to(a, (*batch_shape, *a.shape[-2:]))
+      return a.reshape(1, -1, a.shape[-1])
+    if math.prod(a.shape[:-2]) > 1:
+      a = jnp.broadcast_to(a, (*batch_shape, *a.shape[-2:]))
+    return a.reshape(-1, *a.shape[-2:])
+
+  if scales is not None:
+    common = lax.broadcast_shapes(w.shape[:-2], scales.shape[:-2])
+    w = jnp.broadcast_to(w, (*common, *w.shape[-2:]))
+    scales = jnp.broadcast_to(scales, (*common, *scales.shape[-2:]))
+    scales = matrices(lax.bitcast_convert_type(scales, jnp.uint8), False)
+  return dataclasses.replace(operands, x=matrices(x, shares_w), w=matrices(w, False), scales=scales)
+
+
+def pad_k(operands: Operands, step_k: int, fmt: Format) -> Operands:
+  """Folded operands with zeros to whole steps of k: a copy, where there is a rest."""
+  missing = -operands.k % step_k
+  if not missing:
+    return operands
+
+  def pad(a: Any, by: int, axis: int = -1) -> Any:
+    widths = [(0, 0)] * 3
+    widths[axis] = (0, by)
+    return jnp.pad(a, widths)
+
+  (_, of_x), (_, of_w) = operands.axes("x"), operands.axes("w")
+  x = pad(operands.x, missing, of_x)
+  if operands.scales is None:
+    return dataclasses.replace(operands, x=x, w=pad(operands.w, missing, of_w))
+  w = pad(operands.w, missing // fmt.codes_per_word)
+  scales = pad(operands.scales, missing // fmt.group_size)
+  return dataclasses.replace(operands, x=x, w=w, scales=scales)

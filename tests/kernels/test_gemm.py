@@ -1,0 +1,387 @@
+"""gemm and dequant_gemm: interpreted anywhere, lowered for CUDA, and run with `-m gpu`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq._kernels.hopper import dequant_gemm, gemm
+from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
+from jaxqq._kernels.hopper.mainloops.packed_e4m3 import ExactE4M3, RebasedE4M3
+from jaxqq._kernels.hopper.tiles import Grid
+from jaxqq._kernels.hopper.tiles import WideTiles as T
+from tests.support import oracle
+from tests.support.kernels import (
+  BF16,
+  E4M3,
+  F16,
+  F32,
+  FP8_SUMS,
+  SMS,
+  assert_product,
+  compiled,
+  dequantized,
+  e2m1_operand,
+  e4m3_operand,
+  interleaved,
+  interpreted,
+  largest_scales,
+  needs_kernels,
+  on_gpu,
+  powers,
+  rebased,
+  rescale_bytes,
+  without_nan_codes,
+)
+from tests.support.programs import lowered_for_cuda
+
+pytestmark = needs_kernels
+
+
+MAINLOOPS = {"e2m1": PackedE2M1, "e4m3": RebasedE4M3, "e4m3_exact": ExactE4M3}
+BITS = {"e2m1": 4, "e4m3": 8, "e4m3_exact": 8}
+
+
+def grid_of(tiles, **how):
+  return Grid(tiles.block_m, tiles.block_n, SMS, cluster=tiles.cluster, **how)
+
+
+# gemm
+
+# Powers of two of the operands' size, and their rows' scales. No float32 need hold the product of
+# two scales.
+WIDE = (4, (-60, 0, 60), (-50, 0, 50))
+HIGH = (-5, (64, 65), (63, 64))
+LOW = (6, (-50, -40), (-62, -60))
+OPPOSITE = (4, (126, 127), (-126, -125))
+
+GEMMS = {
+  # dtype, out, (b of x, b of w), m, n, k, tiles, row scales, the grid's walk
+  "f16": (F16, F32, (1, 1), 201, 133, 192, T(256, 3, store_stages=1), None, {}),
+  "f16 promoted": (F16, F32, (1, 1), 300, 70, 320, T(256, 2, True, block_n=64), None, {}),
+  "f16 to f16, x shared": (F16, F16, (1, 3), 33, 67, 64, T(128, 4, block_n=64), None, {}),
+  "bf16, w shared": (BF16, F32, (2, 1), 129, 65, 128, T(128, 2, store_stages=1), None, {}),
+  "bf16 to bf16": (BF16, BF16, (2, 2), 35, 130, 256, T(128, 3, True, block_n=192), None, {}),
+  "fp8 wide": (E4M3, F32, (1, 1), 201, 133, 384, T(256, 2, True), WIDE, {}),
+  "fp8 high to bf16": (E4M3, BF16, (2, 1), 61, 99, 256, T(128, 4), HIGH, {}),
+  "fp8 opposite to f16": (
+    E4M3,
+    F16,
+    (1, 2),
+    130,
+    67,
+    128,
+    T(128, 2, True, block_n=64),
+    OPPOSITE,
+    {},
+  ),
+  "fp8 alpha": (E4M3, F32, (2, 2), 33, 33, 256, T(128, 2, True, block_n=64), None, {}),
+  "walk m": (F16, F32, (2, 1), 260, 180, 128, T(128, 3, block_n=64), None, {"group_width": 2}),
+  "walk n": (
+    E4M3,
+    BF16,
+    (1, 1),
+    300,
+    300,
+    128,
+    T(128, 3, True, 1, 1, 64),
+    LOW,
+    {"group_width": 2, "minor": 1},
+  ),
+}
+
+
+def check_gemm(run, name):
+  dtype, out_dtype, batches, m, n, k, tiles, sizes, how = GEMMS[name]
+  rng = np.random.default_rng([m, n, k])
+  x, w = (rng.standard_normal((b, size, k)) for b, size in zip(batches, (m, n), strict=True))
+  size, *exponents = sizes or (0,)
+  x, w = (np.ldexp(a, size).astype(dtype) for a in (x, w))
+  batch = max(batches)
+  factors = rng.uniform(0.1, 2, (batch, 2)).astype(F32)
+  x_hat, w_hat = x.astype(np.float64), w.astype(np.float64)
+  row_scales = None, None
+  if sizes is None:
+    x_hat = x_hat * factors[:, :1, None]
+    w_hat = w_hat * factors[:, 1:, None]
+  else:
+    row_scales = tuple(
+      powers(rng.choice(np.array(e), a.shape[:2]) + 127)
+      for e, a in zip(exponents, (x, w), strict=True)
+    )
+    x_hat, w_hat = (a * s[..., None] for a, s in zip((x_hat, w_hat), row_scales, strict=True))
+
+  def f(*operands):
+    return gemm.gemm(gemm.Operands(*operands), out_dtype, tiles, grid_of(tiles, **how))
+
+  out = run(f, x, w, factors, *row_scales)
+  assert out.shape == (batch, m, n)
+  fp8_sums = run is compiled and dtype is E4M3
+  assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
+
+
+@pytest.mark.parametrize("name", GEMMS)
+def test_gemm(name, no_races):
+  check_gemm(interpreted, name)
+
+
+# dequant_gemm
+
+PACKED = {
+  # mainloop, out, (b of x, b of w), m, n, k, tiles, the grid's walk
+  "e2m1": ("e2m1", F32, (1, 1), 201, 133, 192, T(256, 3, store_stages=1), {}),
+  "e2m1 promoted": ("e2m1", F32, (2, 1), 131, 70, 128, T(256, 2, True), {}),
+  "e2m1 to f16": ("e2m1", F16, (1, 2), 33, 130, 64, T(64, 4), {}),
+  "e4m3": ("e4m3", F32, (1, 1), 201, 133, 384, T(256, 3, True, 1), {}),
+  "e4m3 to bf16": ("e4m3", BF16, (2, 1), 70, 67, 256, T(128, 2), {}),
+  "e4m3 to f16": ("e4m3", F16, (2, 2), 33, 61, 128, T(64, 4, True), {}),
+  "e4m3_exact": ("e4m3_exact", F32, (1, 1), 201, 133, 256, T(256, 4, True), {}),
+  "e4m3_exact to bf16": ("e4m3_exact", BF16, (1, 2), 35, 130, 64, T(64, 4), {}),
+  "e4m3_exact to f16": ("e4m3_exact", F16, (1, 1), 67, 33, 192, T(128, 2), {}),
+  "walk m": ("e2m1", BF16, (2, 1), 190, 200, 128, T(64, 3), {"group_width": 2}),
+  "walk n": ("e4m3", F32, (1, 1), 180, 300, 256, T(64, 3, True, 1), {"group_width": 2, "minor": 1}),
+}
+# The interpreter has no clusters.
+CLUSTERS = {
+  "e2m1 cluster": ("e2m1", BF16, (1, 1), 201, 133, 384, T(256, 4, store_stages=1, cluster=2), {}),
+  "e2m1 cluster, batches": ("e2m1", F16, (3, 1), 67, 300, 128, T(128, 6, False, 1, 2), {}),
+  "e4m3 cluster": ("e4m3", BF16, (1, 1), 201, 390, 768, T(256, 3, True, 1, 2), {}),
+  "e4m3 cluster, promoted": ("e4m3", F16, (1, 2), 130, 67, 512, T(128, 5, True, 1, 2), {}),
+  "e4m3_exact cluster": ("e4m3_exact", BF16, (2, 2), 257, 129, 256, T(256, 3, True, 1, 2), {}),
+}
+
+
+def dequant_gemm_of(mainloop, out_dtype, tiles, **how):
+  def f(*operands):
+    operands = dequant_gemm.Operands(*operands)
+    return dequant_gemm.dequant_gemm(operands, mainloop, out_dtype, tiles, grid_of(tiles, **how))
+
+  return f
+
+
+def check_packed(run, name):
+  which, out_dtype, batches, m, n, k, tiles, how = (PACKED | CLUSTERS)[name]
+  mainloop, (bx, bw) = MAINLOOPS[which], batches
+  batch = max(batches)
+  rng = np.random.default_rng([m, n, k])
+  x = rng.standard_normal((bx, m, k))
+  x[:, 0] = np.abs(x[:, 0])
+  factors = rng.uniform(0.1, 0.3, (batch, 2)).astype(F32)
+  row_scales = None, None
+  if which == "e2m1":
+    mode, x = "nvfp4", x.astype(F16)
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    w_hat = dequantized(mode, codes, scales)
+    passed = factors * np.array([2.0**mainloop.unit_exponent, 1], F32)
+  elif which == "e4m3_exact":
+    mode, x, passed = "mxfp8", x.astype(BF16), factors
+    codes, scales = e4m3_operand(rng, bw, n, k, 107, 127)
+    w_hat = dequantized(mode, codes, scales)
+  else:
+    mode, x, passed = "mxfp8", x.astype(E4M3), factors
+    # Up to 2**100 and 2**-100.
+    codes, scales = e4m3_operand(rng, bw, n, k, 208, 227)
+    rows = largest_scales(scales)
+    row_scales = powers(rng.integers(27, 30, (bx, m))), powers(rows)
+    scales = rescale_bytes(scales, rows)
+    w_hat = rebased(codes, scales) * row_scales[1][..., None]
+  x_hat = x.astype(np.float64)
+  if row_scales[0] is None:
+    x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
+    x = interleaved(x)
+  else:
+    x_hat = x_hat * row_scales[0][..., None]
+
+  f = dequant_gemm_of(mainloop, out_dtype, tiles, **how)
+  out = run(f, x, oracle.pack(codes, mode), scales, passed, *row_scales)
+  assert out.shape == (batch, m, n)
+  fp8_sums = run is compiled and which == "e4m3"
+  assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_dequant_gemm(name, no_races):
+  check_packed(interpreted, name)
+
+
+# Every code under every scale: x is the identity, so that the product is w itself.
+
+
+def times_identity(run, which, codes, scales, of_w):
+  """w_hat (n, k) as the kernel expands it."""
+  mode, mainloop = "nvfp4" if which == "e2m1" else "mxfp8", MAINLOOPS[which]
+  k = codes.shape[1]
+  x = np.eye(k).astype(mainloop.dtype)[None]
+  row_scales = None, None
+  if of_w is None:
+    x = interleaved(x)
+  else:
+    row_scales = np.ones((1, k), F32), of_w[None]
+  f = dequant_gemm_of(mainloop, F32, T(64, 3, store_stages=1))
+  alpha = np.array([[2.0**mainloop.unit_exponent, 1]], F32)
+  return run(f, x, oracle.pack(codes, mode)[None], scales[None], alpha, *row_scales)[0].T
+
+
+def assert_same_rows(out, want):
+  """Exactly, but for what float32 holds only as a subnormal; a NaN takes all of its row."""
+  nan_rows = np.isnan(want).any(axis=1)
+  assert 0 < nan_rows.sum() < len(want)
+  np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(nan_rows[:, None], out.shape))
+  np.testing.assert_allclose(out[~nan_rows], want[~nan_rows], rtol=0, atol=2.0**-126)
+
+
+def check_every_e2m1(run):
+  rng = np.random.default_rng(0)
+  n, k = 168, 128
+  finite = [b for b in range(256) if b & 0x7F != 0x7F]
+  scales = np.resize(np.array(finite, np.uint8), (n, k // 16))
+  codes = rng.permuted(np.resize(np.arange(16, dtype=np.uint8), (n, k // 16, 16)), axis=-1)
+  codes = codes.reshape(n, k)
+  scales[3, 7], scales[150, 0] = 0x7F, 0xFF
+  out = times_identity(run, "e2m1", codes, scales, None)
+  assert_same_rows(out, dequantized("nvfp4", codes, scales))
+
+
+def every_e4m3(n, k, kinds):
+  """Codes, and which of so many kinds a group is, in all pairs; NaN in a few rows only."""
+  group = np.arange(n * k // 32).reshape(n, k // 32)
+  eighth = group // kinds % 8
+  codes = (32 * eighth[..., None] + np.arange(32)).reshape(n, k).astype(np.uint8)
+  some = np.arange(n)[:, None] % 16 == 7
+  return np.where(some, codes, without_nan_codes(codes)), group % kinds
+
+
+def check_every_e4m3(run):
+  rng = np.random.default_rng(0)
+  n, k = 168, 256
+  codes, kind = every_e4m3(n, k, 20)
+  rows = powers(rng.integers(100, 140, n))
+  rows[3] = np.nan
+  scales = rescale_bytes(-kind, np.zeros(n, int))
+  out = times_identity(run, "e4m3", codes, scales, rows)
+  assert_same_rows(out, rebased(codes, scales) * rows[:, None])
+
+
+def check_every_e4m3_exact(run):
+  """Scales up to those at which bfloat16 still holds the largest code."""
+  n, k = 496, 128
+  codes, kind = every_e4m3(n, k, 246)
+  scales = kind.astype(np.uint8)
+  scales[3, 2] = 0xFF
+  want = dequantized("mxfp8", codes, scales)
+  if run is interpreted:  # on a CPU, which flushes the subnormal scale 2**-127 to zero
+    want = np.where((np.repeat(scales, 32, axis=1) == 0) & ~np.isnan(want), 0, want)
+  assert_same_rows(times_identity(run, "e4m3_exact", codes, scales, None), want)
+
+
+EVERY = {"e2m1": check_every_e2m1, "e4m3": check_every_e4m3, "e4m3_exact": check_every_e4m3_exact}
+
+
+@pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
+def test_every_code_and_scale(check):
+  check(interpreted)
+
+
+# Lowered for CUDA, without one: a product's plan says which kernel, the program has it.
+
+BIG = (
+  # batch, m, n, k
+  (1, 8192, 8192, 8192),
+  (1, 1024, 8192, 8192),
+  (1, 256, 8192, 8192),
+  (1, 65, 128256, 4096),
+  (8, 1000, 14336, 1024),
+)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("shape", BIG, ids=str)
+def test_lowers_for_cuda(shape, mode):
+  batch, m, n, k = shape
+  spec, (bits, group) = jax.ShapeDtypeStruct, {"nvfp4": (4, 16), "mxfp8": (8, 32)}[mode]
+  w = spec((batch, n, k * bits // 32), np.uint32), spec((batch, n, k // group), np.uint8)
+  on_the_fly = (spec((batch, n, k), BF16),)
+  for dtype, of_w in ((BF16, w), (F32, w), (BF16, on_the_fly), (F16, on_the_fly)):
+    args = spec((batch, m, k), dtype), *of_w
+    kernel = jaxqq.explain(*args, mode=mode, device="cuda").plan.kernel.kernel
+    staged = mode == "mxfp8" and m == 8192
+    wide = {"gemm"} if of_w is on_the_fly else {"staged_gemm" if staged else "dequant_gemm"}
+    assert kernel in wide
+    text = lowered_for_cuda(functools.partial(jaxqq.qqmm, mode=mode), *args)
+    assert f"jaxqq_{'gemm' if staged else kernel}" in text
+
+
+# Compiled, on a GPU.
+
+
+def interpreted_operand(words, scales, mainloop):
+  """What the interpreter expands, all rows and steps: (n, k), in the order the kernel has it."""
+  n, steps = words.shape[0], words.shape[1] // mainloop.words
+
+  def a_tile(words, scales):
+    if mainloop is RebasedE4M3:
+      scales = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+    return mainloop.expand(words, mainloop.factors(scales))
+
+  def split(a):
+    return a.reshape(n // 64, 64, steps, -1).swapaxes(1, 2)
+
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    out = jax.jit(jax.vmap(jax.vmap(a_tile)))(split(words), split(scales))
+  return np.asarray(out.swapaxes(1, 2).reshape(n, -1).astype(F32)).astype(np.float64)
+
+
+def check_registers(run, which, n, k):
+  """Random bits; NaN is in every 8th row only, for it takes all of it."""
+  mainloop, bits = MAINLOOPS[which], BITS[which]
+  rng = np.random.default_rng(1)
+  words = rng.integers(0, 2**32, (n, k * bits // 32), dtype=np.uint32)
+  largest = 0xFF if which == "e2m1" else 245  # bfloat16 holds the largest code times that
+  scales = rng.integers(0, largest + 1, (n, k // (16 if bits == 4 else 32))).astype(np.uint8)
+  rows = powers(rng.integers(47, 208, n))
+  spared = np.arange(n)[:, None] % 8 != 0
+  if which == "e2m1":
+    scales = np.where(spared, without_nan_codes(scales), scales)
+  else:
+    codes = words.view(np.uint8)
+    words = np.where(spared, without_nan_codes(codes), codes).view(np.uint32)
+  passed = None, None
+  if which == "e4m3":
+    scales = rescale_bytes(-rng.integers(0, 20, scales.shape), np.zeros(n, int))
+    rows[16] = np.nan
+    passed = np.ones((1, k), F32), rows[None]
+  elif which == "e4m3_exact":
+    scales[16, 3] = 0xFF
+  want = interpreted_operand(words, scales, mainloop)
+  if which == "e4m3":
+    want = want * rows[:, None]
+  f = dequant_gemm_of(mainloop, F32, T(256, 4, store_stages=1))
+  x = np.eye(k).astype(mainloop.dtype)[None]
+  out = run(f, x, words[None], scales[None], np.ones((1, 2), F32), *passed)[0].T
+  assert_same_rows(out, want)
+
+
+class TestOnGpu:
+  pytestmark = on_gpu
+
+  @pytest.mark.parametrize("name", GEMMS)
+  def test_gemm(self, name):
+    check_gemm(compiled, name)
+
+  @pytest.mark.parametrize("name", PACKED | CLUSTERS)
+  def test_dequant_gemm(self, name):
+    check_packed(compiled, name)
+
+  @pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
+  def test_every_code_and_scale(self, check):
+    check(compiled)
+
+  @pytest.mark.parametrize("which", MAINLOOPS)
+  def test_registers_hold_what_the_interpreter_computes(self, which):
+    check_registers(compiled, which, 1024, 1024)

@@ -1,0 +1,263 @@
+"""skinny_gemm: in Mosaic GPU's interpreter anywhere, run with `-m gpu`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq._formats import FORMATS
+from jaxqq._kernels.hopper.mainloops.blockdiag import UNIT
+from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
+from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
+from jaxqq._kernels.hopper.quantize.code_words import code_words
+from jaxqq._kernels.hopper.skinny_gemm import Operands, skinny_gemm
+from jaxqq._kernels.hopper.tiles import BlockDiagonal, KBlock
+from jaxqq._kernels.hopper.tiles import SkinnyTiles as T
+from tests.support import oracle
+from tests.support.kernels import (
+  BF16,
+  E4M3,
+  F16,
+  F32,
+  FP8_SUMS,
+  assert_product,
+  compiled,
+  e2m1_operand,
+  e4m3_operand,
+  interleaved,
+  interpreted,
+  needs_kernels,
+  nothing_beyond,
+  on_gpu,
+  padded_rows,
+  skinny_plan,
+)
+
+pytestmark = needs_kernels
+
+CASES = {
+  # mode, out, (b of x, b of w), m, n, k, config
+  "nvfp4": ("nvfp4", BF16, (1, 1), 1, 133, 1024, T(4)),
+  "nvfp4, a warpgroup without a block": ("nvfp4", F32, (1, 1), 5, 70, 512, T(4, promote=True)),
+  "nvfp4, w shared": ("nvfp4", F16, (3, 1), 9, 64, 1280, T(4, 2)),
+  "nvfp4, as many rows as there may be": ("nvfp4", F32, (1, 2), 64, 65, 768, T(2, 2)),
+  "blockdiag, 1 row": ("blockdiag", BF16, (1, 1), 1, 133, 1024, T(4)),
+  "blockdiag, 1 row in small blocks": ("blockdiag", F32, (1, 1), 1, 64, 1280, T(4)),
+  "blockdiag, 2 rows": ("blockdiag", F32, (1, 2), 2, 70, 1280, T(4, 2)),
+  "blockdiag, 3 rows": ("blockdiag", F32, (1, 1), 3, 64, 512, T(4)),
+  "blockdiag, 7 rows": ("blockdiag", BF16, (1, 1), 7, 64, 768, T(2, 2)),
+  "blockdiag, 8 rows": ("blockdiag", F32, (1, 1), 8, 200, 1024, T(4)),
+  "mxfp8": ("mxfp8", BF16, (1, 1), 1, 133, 2560, T(4)),
+  "mxfp8, x shared": ("mxfp8", BF16, (1, 3), 8, 66, 1024, T(2, 2)),
+  "mxfp8, more tiles than stages": ("mxfp8", BF16, (2, 2), 17, 200, 1536, T(2, 2)),
+  "mxfp8, as many rows as there may be": ("mxfp8", BF16, (1, 1), 64, 40, 2048, T(2, 2)),
+}
+
+
+# Clusters of CTAs, each with a part of k: the interpreter cannot read another CTA's shared memory.
+CLUSTER_CASES = {
+  "nvfp4 in two": ("nvfp4", BF16, (1, 2), 17, 130, 2048, T(4, 4, cluster=2)),
+  "nvfp4 in four, promoted": ("nvfp4", F32, (2, 1), 9, 61, 4096, T(8, 4, True, cluster=4)),
+  "blockdiag in two": ("blockdiag", F32, (1, 1), 1, 133, 4096, T(8, 4, cluster=2)),
+  "blockdiag in four, many tiles": ("blockdiag", BF16, (1, 3), 5, 3000, 2048, T(4, 2, cluster=4)),
+  "mxfp8 in two, many tiles": ("mxfp8", BF16, (2, 2), 3, 5000, 4096, T(4, 4, cluster=2)),
+  "mxfp8 in four": ("mxfp8", F32, (1, 1), 60, 67, 8192, T(2, 2, cluster=4)),
+}
+
+
+def columns_of(codes, scales):
+  """x's e2m1 codes (m, k) and scales (m, k / 16) block-diagonal: words, scales, which columns."""
+  m, k = codes.shape
+  blockdiag = BlockDiagonal(1 << (m - 1).bit_length())
+  numbers = ((codes & 8) << 4) | ((codes & 7) << 2)
+  words = np.zeros((blockdiag.columns, k // 32, 2, 4, 4), np.uint8)  # column, block, h, q, j
+  factors = np.full((k // 32, blockdiag.rows, 2), np.nan, F32)
+  for row, block, place in np.ndindex(m, k // 32, 32):
+    group, q, j, h = place // 16, place // 8, place % 8 // 2, 1 - place % 2
+    column = 2 * blockdiag.rows * (block % blockdiag.k_blocks_per_acc) + 2 * row + group
+    words[column, block, h, q, j] = numbers[row, 32 * block + place]
+    factors[block, row, group] = scales[row, 2 * block + group]
+  return words.reshape(blockdiag.columns, k).view(np.uint32), factors, blockdiag
+
+
+def check_skinny(run, name):
+  mode, out_dtype, (bx, bw), m, n, k, tiles = (CASES | CLUSTER_CASES)[name]
+  blockdiag = None
+  batch = max(bx, bw)
+  rng = np.random.default_rng([m, n, k])
+  factors = rng.uniform(0.1, 0.3, (2, 1)).astype(F32)
+  x = rng.standard_normal((bx, m, k))
+  x[:, 0] = np.abs(x[:, 0])
+  if mode == "nvfp4":
+    block, x, x_factors = KBlock(256, 4, 16), x.astype(F16), None
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    unit = 2.0**PackedE2M1.unit_exponent
+    operand, x_hat = nothing_beyond(interleaved(x), m, np.nan), x.astype(np.float64)
+  elif mode == "blockdiag":
+    mode, block = "nvfp4", KBlock(256 if k % 512 else 512, 4, 16)
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    x_codes, x_scales = e2m1_operand(rng, 1, m + 1, k)  # which has a NaN in its last row
+    x_codes, x_scales = x_codes[0, :m], x_scales[0, :m]
+    x_hat = oracle.values(x_codes, x_scales, mode)[None]
+    operand, x_factors, blockdiag = columns_of(x_codes, x_scales.view(E4M3).astype(F32))
+    operand, x_factors = operand[None], x_factors.reshape(1, k // block.k, block.k // 256, -1)
+    unit = UNIT
+  else:
+    block, x, unit = KBlock(512, 8, 32), (x * 64).astype(E4M3), 1.0
+    # On a GPU groups are summed up in 14 bits: there are some of every size in a sum.
+    spread = 3 if run is compiled else 30
+    codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
+    x_factors = np.ldexp(F32(1), rng.integers(-spread, spread, (bx, m, k // 32)))
+    x_hat = x.astype(np.float64) * np.repeat(x_factors, 32, axis=-1)
+    x_factors = np.moveaxis(nothing_beyond(x_factors, m, np.nan), 1, 2)
+    x_factors = x_factors.reshape(bx, k // block.k, 16, -1)
+    operand = nothing_beyond(x.view(np.uint32), m, 0x7F7F7F7F)
+  w_hat = oracle.values(codes, scales, mode) * factors[1]
+  plan = skinny_plan(mode, m, n, k, block, tiles, blockdiag=blockdiag)
+
+  def f(x, *args):
+    return skinny_gemm(Operands(x, *args), m, plan, unit, out_dtype)
+
+  out = run(f, operand, oracle.pack(codes, mode), scales, tuple(factors), x_factors)
+  assert out.shape == (batch, m, n)
+  fp8_sums = run is compiled and mode == "mxfp8"
+  of_mag = FP8_SUMS if fp8_sums else 1.0
+  assert_product(out, x_hat * factors[0], w_hat, out_dtype, of_mag=of_mag)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_skinny_gemm(name, no_races):
+  check_skinny(interpreted, name)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 9, 16, 17, 32, 33, 64])
+def test_plans_fit_and_give_every_warpgroup_its_stages(mode, m):
+  tiles = plan_of(mode, m, 8192, 8192).tiles
+  assert tiles.num_stages >= 2
+  assert tiles.num_stages % tiles.compute_warpgroups == 0
+
+
+def plan_of(mode, m, n, k):
+  """The plan of packed w, for a Hopper GPU of 132 SMs."""
+  spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
+  w = spec((n, k * fmt.bits // 32), jnp.uint32), spec((n, k // fmt.group_size), jnp.uint8)
+  return jaxqq.explain(spec((m, k), jnp.bfloat16), *w, mode=mode, device="cuda").plan.kernel
+
+
+def check_blockdiag_operand(run, m, k, dtype, global_scale):
+  fmt = FORMATS["nvfp4"]
+  rng = np.random.default_rng([m, k])
+  a = rng.standard_normal((m, k)).astype(dtype)
+  a[0, :16] = 0
+  a[-1, 70] = np.inf
+  packed, scales = oracle.quantize(np.asarray(a, F32), "nvfp4", global_scale)
+  words, factors, blockdiag = columns_of(oracle.unpack(packed, "nvfp4"), scales.view(E4M3))
+  f = functools.partial(blockdiag_operand, fmt=fmt, global_scale=global_scale, blockdiag=blockdiag)
+  got_words, got_factors = run(f, a)
+  rows = np.zeros(blockdiag.columns, bool).reshape(blockdiag.k_blocks_per_acc, blockdiag.rows, 2)
+  rows[:, :m] = True  # of others nothing is written
+  np.testing.assert_array_equal(got_words[rows.ravel()], words[rows.ravel()])
+  got_factors = got_factors.reshape(factors.shape)
+  np.testing.assert_array_equal(got_factors[:, :m], factors[:, :m])
+
+
+def check_code_words(run, m, k, dtype):
+  """Codes and scales are those of the format, in rows; what is beyond the rows is not looked at."""
+  rng = np.random.default_rng([m, k])
+  a = (rng.standard_normal((m, k)) * np.ldexp(1.0, rng.integers(-20, 20, (m, 1)))).astype(dtype)
+  a[0, :32] = 0
+  a[-1, 64] = np.nan
+  packed, scales = oracle.quantize(np.asarray(a, F32), "mxfp8")
+  padded_m = padded_rows(m)
+  words, factors = run(functools.partial(code_words, fmt=FORMATS["mxfp8"], rows=padded_m), a)
+  np.testing.assert_array_equal(words[:m], packed)
+  # An interpreter on a CPU, and float32 itself, have 2**-127 as a subnormal or as 0.
+  want = np.where(scales == 0xFF, np.nan, np.ldexp(1.0, scales.astype(int) - 127))
+  np.testing.assert_allclose(factors.T[:m], want, rtol=0, atol=2.0**-126)
+
+
+OPERANDS = {
+  # which, m, k, dtype, global scale
+  "codes": (check_code_words, 3, 1024, F32),
+  "codes of a row": (check_code_words, 1, 512, BF16),
+  "blockdiag, a row": (check_blockdiag_operand, 1, 1024, BF16, None),
+  "blockdiag, two, the last step overlaps": (check_blockdiag_operand, 2, 1280, F32, 3.5),
+  "blockdiag, eight": (check_blockdiag_operand, 8, 1024, F16, None),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands(name):
+  check, *case = OPERANDS[name]
+  check(interpreted, *case)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("split_k", [False, True])
+def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
+  """The partitioner's rule holds no constant of numpy's, which JAX refuses with an assertion."""
+  fmt, (m, n, k) = FORMATS[mode], (8, 512, 8192)
+  mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def spec(shape, dtype, *axes):
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  of_w = (None, "tensor") if split_k else ("tensor",)
+  args = (
+    spec((m, k), jnp.bfloat16, *((None, "tensor") if split_k else ())),
+    spec((n, k * fmt.bits // 32), jnp.uint32, *of_w),
+    spec((n, k // fmt.group_size), jnp.uint8, *of_w),
+  )
+  text = jaxqq.explain(*args, mode=mode, device="cuda")
+  assert "a kernel that streams w" in text, text
+  traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
+  assert "CustomSPMDPartitioning" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize(
+  ("n", "k", "cluster"), [(91, 4096, 4), (2048, 8192, 4), (4096, 4096, 2), (8192, 8192, 1)]
+)
+def test_few_rows_of_w_are_shared_by_clusters(mode, n, k, cluster):
+  """As many CTAs as SMs can hold at once, each warpgroup with a block."""
+  assert plan_of(mode, 1, n, k).tiles.cluster == cluster
+  fmt, spec = FORMATS[mode], jax.ShapeDtypeStruct
+  args = (
+    spec((1, k), jnp.bfloat16),
+    spec((n, k * fmt.bits // 32), jnp.uint32),
+    spec((n, k // fmt.group_size), jnp.uint8),
+  )
+  traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
+  assert "jaxqq_skinny_gemm" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+class TestOnGpu:
+  pytestmark = on_gpu
+
+  @pytest.mark.parametrize("name", CASES | CLUSTER_CASES)
+  def test_skinny_gemm(self, name):
+    check_skinny(compiled, name)
+
+  @pytest.mark.parametrize("name", OPERANDS)
+  def test_operands(self, name):
+    check, *case = OPERANDS[name]
+    check(compiled, *case)
+
+  @pytest.mark.parametrize("m", [1, 9, 33])
+  @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+  def test_the_same_bits_twice(self, mode, m):
+    n, k = 4096, 4096
+    w, x = (jax.random.normal(jax.random.key(i), (size, k)) for i, size in enumerate((n, m)))
+    packed = jaxqq.quantize(w, mode=mode)
+    f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+    assert "jaxqq_skinny_gemm" in f.lower(x.astype(jnp.bfloat16), *packed).as_text()
+    first = np.asarray(f(x.astype(jnp.bfloat16), *packed))
+    for _ in range(5):
+      np.testing.assert_array_equal(np.asarray(f(x.astype(jnp.bfloat16), *packed)), first)
