@@ -8,6 +8,7 @@ from jaxqq.bench import mesh
 from jaxqq.bench.cases import MODES
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_one_device_and_two(tmp_path, capsys):
   sizes = ["--hidden", "128", "--intermediate", "256", "--seconds", "0.01", "--devices", "1", "2"]
   file = tmp_path / "mesh.json"

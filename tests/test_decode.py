@@ -121,6 +121,7 @@ def append(params, cache, tokens, cfg):
   return cache, decoder.logits_of(params, x, cfg)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("mode", MODES)
 def test_with_a_cache_as_in_float64_without(mode):
   """The prompt at once, then token by token, in a cache with room to spare."""
@@ -137,6 +138,7 @@ def test_with_a_cache_as_in_float64_without(mode):
       assert error < TOLERANCE[mode], f"position {i}"
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("mode", ["bf16", "nvfp4"])
 def test_generates_the_tokens_with_the_largest_logits(mode):
   """Every token that `prefill` and `decode` choose, by the float64 logits of the whole text."""

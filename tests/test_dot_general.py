@@ -77,6 +77,7 @@ def table():
         yield pytest.param(name, mode, id=f"{name}-{mode}")
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(("name", "mode"), list(table()))
 def test_any_contraction_is_a_qqmm(name, mode):
   lhs_shape, rhs_shape, numbers = CONTRACTIONS[name]

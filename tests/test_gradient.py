@@ -76,6 +76,7 @@ def test_global_scales(backward, packed):
     assert oracle.relative_error(dw, want_dw) <= 1e-6
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 7), (16, 48), (33, 100), (0, 8), (8, 0)])
 @pytest.mark.parametrize("mode", MODES)
 def test_quantized_backward_pads_to_whole_groups(mode, m, n):
@@ -86,6 +87,7 @@ def test_quantized_backward_pads_to_whole_groups(mode, m, n):
   np.testing.assert_allclose(dw, quantized_product(g.T, x.T, mode), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("backward", ["straight_through", "quantized"])
 @pytest.mark.parametrize(
   ("x_batch", "w_batch"),
@@ -110,6 +112,7 @@ def test_batch_axes(x_batch, w_batch, backward):
     assert oracle.relative_error(grad, full.sum(axes).reshape(grad.shape)) <= 1e-6
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("backward", ["straight_through", "quantized"])
 @pytest.mark.parametrize("w_dtype", oracle.DTYPES)
 @pytest.mark.parametrize("x_dtype", oracle.DTYPES)

@@ -33,6 +33,7 @@ def linear(mode="nvfp4", global_scale=None, **kwargs) -> jaxqq.nn.QQLinear:
   )
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("mode", "scale", "dtype"),
   [*((*case, "float32") for case in CASES), ("nvfp4", "amax", "bfloat16")],

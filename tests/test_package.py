@@ -196,6 +196,7 @@ def test_a_file_of_the_kernels_imports_only_from_files_above_it():
     assert found <= set(order[:index]), f"{name} imports {found - set(order[:index])}"
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_train_lm(tmp_path, capsys):
   """The language model, small: three models, a table, a line of text from each, a plot."""
   example = load_example("train_lm")

@@ -30,6 +30,7 @@ def check(x, w, mode, *, precision=None, **how):
   return np.asarray(out), exact
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
@@ -117,6 +118,7 @@ def test_golden(case, dtype):
     oracle.assert_within_bound(np.asarray(out), exact, mag)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 @pytest.mark.parametrize(
   ("x_batch", "w_batch"),
@@ -174,6 +176,7 @@ def test_what_is_not_finite_stays_in_its_row(mode):
   )
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 @pytest.mark.parametrize(("m", "n"), [(1, 130), (2, 130), (130, 1), (1, 1)])
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)

@@ -82,6 +82,7 @@ def test_gradients(mode, backward, transposed):
     assert oracle.relative_error(grad, want) <= 1e-6
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @EACH
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize(
@@ -96,6 +97,7 @@ def test_gradients_of_batches(x_batch, w_batch, backward, transposed):
     assert oracle.relative_error(a, b) <= 1e-6
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @EACH
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_transforms(backward, transposed):
@@ -185,6 +187,7 @@ def test_split_gradients(backward, kind, transposed):
 # The kernels
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @kernels
 @EACH
 @pytest.mark.parametrize(("x_batch", "w_batch"), [((), ()), ((2,), ()), ((), (2,))], ids=str)
