@@ -47,6 +47,7 @@ def test_the_quantized_backward_is_two_more_equations():
   assert equations(jax.grad(loss, argnums=(0, 1)), x, w)["qqmm"] == 3
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @each()
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("batched", ["x", "w", "both"])
@@ -84,6 +85,7 @@ def test_nested_vmap(mode, packed):
   assert equations(mapped, x, *args) == {"qqmm": 1, "scan": 0, "while": 0}
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("batched", "packed"),
   [
@@ -226,6 +228,7 @@ def test_shard_map_over_rows_and_columns(mode, packed, jit):
   np.testing.assert_allclose(out, jaxqq.qqmm(x, *args, mode=mode), **CLOSE)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("mode", "global_scale"), [*((mode, False) for mode in MODES), ("nvfp4", True)]
 )
