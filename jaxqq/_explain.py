@@ -44,6 +44,10 @@ class Explanation(str):
     self.plan = plan
     return self
 
+  def __reduce__(self) -> tuple[type[str], tuple[str]]:
+    """Copies and pickles are plain text."""
+    return str, (str(self),)
+
 
 def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> Explanation:
   """Says which implementation a call of `qqmm`, `quantize` or `dequantize` runs, and why.

@@ -12,6 +12,7 @@ import pytest
 import jaxqq
 from tests.support import bounds, data, fp8, oracle
 from tests.support.interpreter import interpreted
+from tests.support.programs import count_kernels
 
 pytestmark = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
@@ -80,15 +81,16 @@ def test_every_row_is_taken(change, packed):
   assert not verdict.wrong, verdict
 
 
-@pytest.mark.parametrize("m", [7, 100, 4000])
-def test_no_branch_is_left_to_xla(m):
+@pytest.mark.parametrize(("m", "counts"), [(7, (2, 1)), (100, (3, 2)), (4000, (3, 3))])
+def test_no_branch_is_left_to_xla(m, counts):
   """XLA would read a flag on the host, or split its CUDA graph, at each product."""
   x, w = jax.ShapeDtypeStruct((m, 512), BF16), jax.ShapeDtypeStruct((256, 512), BF16)
   packed = jax.ShapeDtypeStruct((256, 128), np.uint32), jax.ShapeDtypeStruct((256, 16), np.uint8)
-  for of_w in ((w,), packed):
+  for of_w, count in zip(((w,), packed), counts, strict=True):
     traced = jax.jit(functools.partial(jaxqq.qqmm, mode="mxfp8")).trace(x, *of_w)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text and "stablehlo.case" not in text and "stablehlo.if" not in text
+    assert count_kernels(text) == count
+    assert "stablehlo.case" not in text and "stablehlo.if" not in text
 
 
 @pytest.mark.gpu

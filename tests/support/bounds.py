@@ -109,7 +109,8 @@ def compare(out: np.ndarray, x: Operand, w: Operand, alpha: float, rules: Rules)
   if flushed is not None:
     lost = lost + flushed
   changed = _change(x_hat, w_hat, ml_dtypes.bfloat16) if rules.bfloat16 else np.zeros(())
-  lost = lost + changed
+  # What is lost is rounded to the output's dtype with the rest.
+  lost = (lost + changed) * (1 + RELATIVE[out.dtype.name])
   exact, mag, lost = exact * alpha, mag * alpha, lost * abs(alpha)
   want_nan = np.broadcast_to(bad_x[..., :, None] | bad_w[..., None, :], exact.shape)
 

@@ -121,58 +121,69 @@ class _Gemm:
     return Operands(x, w, operands.alpha, x_scales, w_scales, operands.panel, operands.out)
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
-    first_column: Any = 0
+    _Cta(self, gmem, out, smem).run()
+
+
+class _Cta:
+  """One CTA of the kernel, with its references."""
+
+  def __init__(self, kernel: _Gemm, gmem: Operands, out: Any, smem: Scratch):
+    self.kernel, self.tiles = kernel, kernel.tiles
+    self.gmem, self.out, self.smem = gmem, out, smem
+    self.first_column: Any = 0  # of `out`, where the columns of w's rows go
     if gmem.panel is not None:
-      out, first_column = gmem.out, pl.multiple_of(gmem.panel[0], self.tiles.block_n)
-    warpgroup = lax.axis_index("warpgroup")
-    own = pipeline.walk(self.grid, self.batch, self.m, self.n)
+      self.out = gmem.out
+      self.first_column = pl.multiple_of(gmem.panel[0], kernel.tiles.block_n)
+    self.warpgroup = lax.axis_index("warpgroup")
+    self.own = pipeline.walk(kernel.grid, kernel.batch, kernel.m, kernel.n)
+
+  def run(self) -> None:
+    kernel, warpgroup = self.kernel, self.warpgroup
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     @jax.named_scope("producer")
     def _producer() -> None:
-      def load(stage: Any, ki: Any, tile: Tile) -> None:
-        self.load(gmem, smem, stage, ki, tile)
-
-      pipeline.produce(load, smem.empty, own, self.k_steps)
+      pipeline.produce(self.load, self.smem.empty, self.own, kernel.k_steps)
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
       plgpu.set_max_registers(232, action="increase")
 
-      @pl.loop(0, own.num_tiles)
+      @pl.loop(0, self.own.num_tiles)
       def _tile(t: Any) -> None:
-        first = t * self.k_steps
+        first = t * kernel.k_steps
         with jax.named_scope("mainloop"):
-          sums = (self.promoted_sums if self.tiles.promote else self.sums)(smem, warpgroup, first)
+          sums = self.promoted_sums(first) if self.tiles.promote else self.sums(first)
         with jax.named_scope("epilogue"):
-          self.store(gmem, out, smem, sums, own.tile(t), warpgroup, first_column)
+          self.store(sums, self.own.tile(t))
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  def load(self, gmem: Operands, smem: Scratch, stage: Any, ki: Any, tile: Tile) -> None:
-    ks = pl.ds(ki * self.step_k, self.step_k)
-    full = smem.full.at[stage]
+  def load(self, stage: Any, ki: Any, tile: Tile) -> None:
+    gmem, full, step_k = self.gmem, self.smem.full.at[stage], self.kernel.step_k
+    ks = pl.ds(ki * step_k, step_k)
     rows = pl.ds(tile.m * self.tiles.block_m, self.tiles.block_m)
     columns = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
     x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
-    plgpu.copy_gmem_to_smem(x, smem.x.at[stage], full)
+    plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
     w = gmem.w.at[batch_of(gmem.w, tile.batch), columns, ks]
-    plgpu.copy_gmem_to_smem(w, smem.w.at[stage], full)
+    plgpu.copy_gmem_to_smem(w, self.smem.w.at[stage], full)
 
   # A tile's sums, (64, block_n) each
 
   def stage_of(self, step: Any) -> Any:
     return lax.rem(step, jnp.int32(self.tiles.num_stages))
 
-  def sums(self, smem: Scratch, warpgroup: Any, first: Any) -> list[Any]:
+  def sums(self, first: Any) -> list[Any]:
     """In one accumulator over all of k, two steps under way."""
+    smem, own_m, k_steps = self.smem, self.kernel.own_m, self.kernel.k_steps
 
     def scope(acc: Any) -> Any:
-      @pl.loop(0, self.k_steps)
+      @pl.loop(0, k_steps)
       def _step(ki: Any) -> None:
         stage = self.stage_of(first + ki)
         plgpu.barrier_wait(smem.full.at[stage])
-        own_rows = pl.ds(warpgroup * self.own_m, self.own_m)
+        own_rows = pl.ds(self.warpgroup * own_m, own_m)
         plgpu.wgmma(acc, smem.x.at[stage, own_rows], smem.w.at[stage].T)
         plgpu.wgmma_wait(1)
 
@@ -181,16 +192,17 @@ class _Gemm:
           plgpu.barrier_arrive(smem.empty.at[self.stage_of(first + ki - 1)])
 
       plgpu.wgmma_wait(0)
-      plgpu.barrier_arrive(smem.empty.at[self.stage_of(first + self.k_steps - 1)])
+      plgpu.barrier_arrive(smem.empty.at[self.stage_of(first + k_steps - 1)])
       return acc[...]
 
-    shape = (self.own_m, self.tiles.block_n)
-    acc = pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-    return [acc[i : i + ROWS] for i in range(0, self.own_m, ROWS)]
+    acc_type = plgpu.WGMMAAccumulatorRef((own_m, self.tiles.block_n), jnp.float32)
+    acc = pl.run_scoped(scope, acc_type)
+    return [acc[i : i + ROWS] for i in range(0, own_m, ROWS)]
 
-  def promoted_sums(self, smem: Scratch, warpgroup: Any, first: Any) -> list[Any]:
+  def promoted_sums(self, first: Any) -> list[Any]:
     """Taken out of the tensor cores after every step."""
-    parts = self.own_m // ROWS
+    kernel, smem = self.kernel, self.smem
+    parts = kernel.own_m // ROWS
     totals = tuple(wgmma.zeros(self.tiles.block_n) for _ in range(parts))
 
     def do_step(ki: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -198,47 +210,39 @@ class _Gemm:
       plgpu.barrier_wait(smem.full.at[stage])
       results = []
       for part, total in enumerate(totals):
-        rows = pl.ds(warpgroup * self.own_m + part * ROWS, ROWS)
+        rows = pl.ds(self.warpgroup * kernel.own_m + part * ROWS, ROWS)
         x, w = smem.x.at[stage, rows], smem.w.at[stage]
-        (sums,) = wgmma.finish(wgmma.begin(x, w, self.transforms, self.dtype))
+        (sums,) = wgmma.finish(wgmma.begin(x, w, kernel.transforms, kernel.dtype))
         if part == parts - 1:
           plgpu.barrier_arrive(smem.empty.at[stage])
         results.append(total + sums)
       return tuple(results)
 
-    return list(lax.fori_loop(0, self.k_steps, do_step, totals))
+    return list(lax.fori_loop(0, kernel.k_steps, do_step, totals))
 
   # The epilogue
 
-  def store(
-    self,
-    gmem: Operands,
-    out: Any,
-    smem: Scratch,
-    parts: list[Any],
-    tile: Tile,
-    warpgroup: Any,
-    first_column: Any,
-  ) -> None:
+  def store(self, parts: list[Any], tile: Tile) -> None:
     """Scales and writes a tile, 64 by 64 after the other."""
+    tiles, warpgroup = self.tiles, self.warpgroup
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    stage, stages = 0, self.tiles.store_stages
+    stage = 0
     for i, part in enumerate(parts):
-      first_row = tile.m * self.tiles.block_m + warpgroup * self.own_m
-      rows = pl.ds(first_row + i * STORE, STORE)
-      for j in range(0, self.tiles.block_n, STORE):
-        columns = pl.ds(first_column + tile.n * self.tiles.block_n + j, STORE)
-        piece = self.scaled(gmem, part[:, j : j + STORE], tile.batch, rows, columns)
-        plgpu.wait_smem_to_gmem(stages - 1, wait_read_only=True)
-        smem.out[warpgroup, stage] = piece.astype(self.out_dtype)
+      rows = pl.ds(tile.m * tiles.block_m + warpgroup * self.kernel.own_m + i * STORE, STORE)
+      for j in range(0, tiles.block_n, STORE):
+        columns = pl.ds(self.first_column + tile.n * tiles.block_n + j, STORE)
+        piece = self.scaled(part[:, j : j + STORE], tile.batch, rows, columns)
+        plgpu.wait_smem_to_gmem(tiles.store_stages - 1, wait_read_only=True)
+        staged = self.smem.out.at[warpgroup, stage]
+        staged[...] = piece.astype(self.kernel.out_dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem.out.at[warpgroup, stage], out.at[tile.batch, rows, columns])
-        stage = (stage + 1) % stages
+        plgpu.copy_smem_to_gmem(staged, self.out.at[tile.batch, rows, columns])
+        stage = (stage + 1) % tiles.store_stages
 
-  def scaled(self, gmem: Operands, piece: Any, b: Any, rows: Any, columns: Any) -> Any:
-    of_x, of_w = gmem.x_scales, gmem.w_scales
+  def scaled(self, piece: Any, b: Any, rows: Any, columns: Any) -> Any:
+    of_x, of_w = self.gmem.x_scales, self.gmem.w_scales
     if of_x is None:
-      return epilogue.times_alpha(piece, gmem.alpha, b)
+      return epilogue.times_alpha(piece, self.gmem.alpha, b)
     of_rows = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
     of_columns = epilogue.load_row_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
     return epilogue.times_row_scales(piece, of_rows, of_columns)
