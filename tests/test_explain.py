@@ -110,7 +110,7 @@ class TestChoice:
     assert text.plan.kernel.tiles.cluster == 2 and assumed in text
     monkeypatch.setattr(_compat, "cuda_sm_count", lambda: 78)  # of an H20
     text = of(256, 8192, 8192, "nvfp4", True)
-    assert text.plan.kernel.tiles.cluster == 1 and text.plan.kernel.num_sms == 78
+    assert text.plan.kernel.tiles.cluster == 1 and text.plan.kernel.device.num_sms == 78
     assert "for 78 SMs" in text and "assumed" not in text
 
   def test_tiles_follow_the_rows(self):
@@ -144,7 +144,7 @@ class TestChoice:
       assert "num_stages=" in of(64, 512, 4096, mode, True)
       assert "numbers quantized in registers" in of(64, 512, 768, mode, False)
     for text, reason in (
-      (of(65, 512, 4096, "nvfp4", True), "65 rows of x meet a matrix w"),
+      (of(65, 512, 4096, "nvfp4", True), "65 rows of x are multiplied with one matrix w"),
       (of(8, 512, 4096, "nvfp4", False, jnp.float32), "w is not packed but float32"),
       (of(8, 512, 2016, "mxfp8", True), "k = 2016 is no multiple of 512"),
       (of(8, 512, 4096, "mxfp8", True, jnp.float32), "float32 output"),

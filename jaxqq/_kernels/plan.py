@@ -27,7 +27,7 @@ class Device:
 
 
 def device_of(platform: str) -> Device:
-  """The device at hand, or one as Hopper's where a program is lowered for none at hand."""
+  """The device at hand; if none is, an H200 is assumed."""
   if platform != "cuda":
     return Device(platform)
   known = _compat.cuda_sm_count()

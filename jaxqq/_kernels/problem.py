@@ -32,7 +32,7 @@ class Problem:
   has_global_scales: bool
   out_dtype: np.dtype
   wants_exact_sums: bool  # float32 results, or precision above DEFAULT
-  obstacle: str | None  # what no kernel takes, if there is such
+  obstacle: str | None  # why no kernel takes it, or None
 
   @classmethod
   def of(
@@ -71,7 +71,7 @@ class Problem:
 
   @property
   def shares_w(self) -> bool:
-    """Whether one matrix w meets all of x, whose batch axes are then just more rows."""
+    """Whether all of x is multiplied with one matrix w: its batch axes are then just more rows."""
     return math.prod(self.w_batch) == 1
 
   @property
@@ -81,12 +81,12 @@ class Problem:
 
   @property
   def rows(self) -> int:
-    """How many rows of x meet one matrix w."""
+    """How many rows of x are multiplied with one matrix w."""
     return self.m * math.prod(self.batch_shape) if self.shares_w else self.m
 
 
 def obstacle(arrays: Sequence[Any], global_scales: Sequence[Any]) -> str | None:
-  """What no kernel takes of arrays of these shapes, or None; a global scale may be None."""
+  """Why no kernel takes arrays of these shapes, or None; a global scale may be None."""
   if not all(isinstance(size, int) for a in arrays for size in a.shape):
     return "a size is symbolic"
   if any(0 in a.shape for a in arrays):

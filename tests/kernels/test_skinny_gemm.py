@@ -118,12 +118,12 @@ def check_skinny(run, name):
     x_factors = x_factors.reshape(bx, k // block.k, 16, -1)
     operand = nothing_beyond(x.view(np.uint32), m, 0x7F7F7F7F)
   w_hat = oracle.values(codes, scales, mode) * factors[1]
-  plan = skinny_plan(mode, m, n, k, block, tiles, blockdiag=blockdiag)
+  plan = skinny_plan(mode, m, n, k, block, tiles, batch=(bx, bw), blockdiag=blockdiag)
 
   def f(x, *args):
     return skinny_gemm(Operands(x, *args), m, plan, unit, out_dtype)
 
-  out = run(f, operand, oracle.pack(codes, mode), scales, tuple(factors), x_factors)
+  out = run(f, operand, oracle.pack(codes, mode), scales, *factors, x_factors)
   assert out.shape == (batch, m, n)
   fp8_sums = run is compiled and mode == "mxfp8"
   of_mag = FP8_SUMS if fp8_sums else 1.0

@@ -73,18 +73,18 @@ def check_unquantized(run, name):
   else:
     codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
     blockdiag, unit = None, 1.0
-  factors = (np.array([amax], F32), np.array([0.3], F32)) if scaled else ()
+  factors = (np.array([amax], F32), np.array([0.3], F32)) if scaled else (None, None)
   w_hat = oracle.values(codes, scales, mode) * (factors[1] if scaled else 1)
   if scaled:
     unit /= 2688
   block = KBlock(512, fmt.bits, fmt.group_size)
-  how = {"blockdiag": blockdiag, "x": "quantized in the kernel"}
-  plan = skinny_plan(mode, m, n, k, block, tiles, **how)
+  how = {"blockdiag": blockdiag, "quantizes_x": True}
+  plan = skinny_plan(mode, m, n, k, block, tiles, batch=(bx, bw), **how)
 
   def f(*args):
     return skinny_gemm(Operands(*args), m, plan, unit, dtype)
 
-  out = run(f, x, oracle.pack(codes, mode), scales, factors)
+  out = run(f, x, oracle.pack(codes, mode), scales, *factors)
   fp8_sums = run is compiled and mode == "mxfp8"
   assert_product(out, x_hat, w_hat, dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
 
@@ -120,14 +120,14 @@ def check_unpacked(run, name):
   w_hat = oracle.round_trip(w, mode, amax)
   operand = F16 if mode == "nvfp4" else BF16
   x = rng.standard_normal((bx, m, k)).astype(operand)
-  factors = (np.array([0.3], F32), np.array([amax], F32)) if scaled else ()
-  plan = skinny_plan(mode, m, n, k, KBlock(128, 16, None), tiles)
+  factors = (np.array([0.3], F32), np.array([amax], F32)) if scaled else (None, None)
+  plan = skinny_plan(mode, m, n, k, KBlock(128, 16, None), tiles, batch=(bx, bw))
   unit = 1 / 2688 if scaled else 1.0
 
   def f(*args):
     return skinny_gemm(Operands(*args), m, plan, unit, dtype)
 
-  out = run(f, nothing_beyond(interleaved(x), m, np.nan), w, None, factors)
+  out = run(f, nothing_beyond(interleaved(x), m, np.nan), w, None, *factors)
   x = x.astype(np.float64) * (factors[0] if scaled else 1)
   assert_product(out, x, w_hat, dtype)
 
@@ -143,7 +143,7 @@ def test_a_global_scale_that_is_no_amax_gives_nan(bad):
   def f(*args):
     return skinny_gemm(Operands(*args), 8, plan, 1.0, F32)
 
-  out = interpreted(f, x, oracle.pack(codes, "nvfp4"), scales, factors)
+  out = interpreted(f, x, oracle.pack(codes, "nvfp4"), scales, *factors)
   assert np.isnan(out).all()
 
 

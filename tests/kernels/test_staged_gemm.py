@@ -79,7 +79,7 @@ def check(run, name, monkeypatch):
     w_hat = w_hat * row_scales[1][..., None]
   else:
     x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
-  grid = Grid(tiles.block_m, tiles.block_n, SMS)
+  grid = Grid(1, m, n, tiles.block_m, tiles.block_n, SMS)
 
   def f(*args):
     return staged_gemm.staged_gemm(Operands(*args), FORMATS["mxfp8"], out_dtype, tiles, grid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxqq._formats import FORMATS
-from jaxqq._kernels import Problem
+from jaxqq._kernels import Device, Problem
 from jaxqq._kernels.hopper.plan import SkinnyPlan
 from jaxqq._reference import Operands
 from tests.support import oracle
@@ -111,16 +113,28 @@ def padded_rows(m):
   return max(8, 1 << (m - 1).bit_length())
 
 
-def skinny_plan(mode, m, n, k, block, tiles, *, blockdiag=None, out_dtype=BF16, **how):
+def skinny_plan(mode, m, n, k, block, tiles, *, batch=(1, 1), blockdiag=None, **how):
   """One for `skinny_gemm`, whatever the planner would choose."""
   spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
-  w = spec((n, k), np.float16)
-  scales = None if block.group_size is None else spec((n, k // fmt.group_size), np.uint8)
-  operands = Operands(spec((m, k), np.float16), w, scales)
-  problem = Problem.of(operands, fmt, np.dtype(out_dtype), None)
-  padded_m = padded_rows(m) if blockdiag is None else blockdiag.columns
-  how = {"x": "quantized before"} | how
-  return SkinnyPlan(block, padded_m, blockdiag, how["x"], tiles, problem, SMS, "")
+  is_packed = block.group_size is not None
+  scales = spec((batch[1], n, k // fmt.group_size), np.uint8) if is_packed else None
+  operands = Operands(spec((batch[0], m, k), F16), spec((batch[1], n, k), F16), scales)
+  problem = dataclasses.replace(
+    Problem.of(operands, fmt, np.dtype(BF16), None), x_batch=(max(batch),), w_batch=(max(batch),)
+  )
+  mainloop = {"nvfp4": "expanded", "mxfp8": "group_sums"}[mode] if is_packed else "quantized"
+  if blockdiag is not None:
+    mainloop = "blockdiag"
+  return SkinnyPlan(
+    mainloop,
+    block,
+    padded_rows(m) if blockdiag is None else blockdiag.columns,
+    blockdiag,
+    how.get("quantizes_x", False),
+    tiles,
+    problem,
+    Device("cuda", "9.0", SMS),
+  )
 
 
 def nothing_beyond(x, m, nothing):

@@ -11,8 +11,8 @@ One CTA an SM, with a producer and two compute warpgroups (`pipeline.py`):
   they work on the step before. No expanded w is ever written to memory.
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums.
-- Of 256 rows of x there are not registers enough for two operands and the sums of a step. Then
-  the warpgroups multiply in ping-pong (`wgmma.add_promoted`): one expands while the other
+- With 256 rows of x, two operands and the sums of a step do not fit in registers. Then the
+  warpgroups multiply in ping-pong (`wgmma.add_promoted`): one expands while the other
   multiplies.
 - In a cluster, two CTAs have a part of k each of one tile. In the end they exchange sums through
   shared memory (`ptx/cluster.py`), and each adds up and stores its share of the tile's rows.
@@ -22,7 +22,8 @@ One CTA an SM, with a producer and two compute warpgroups (`pipeline.py`):
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -41,12 +42,38 @@ STORE = 64  # rows of x that are stored at a time
 PING_PONG_ROWS = 256  # of x: from here on, sums to be promoted leave no registers to expand into
 
 
+class PackedOperand(Protocol):
+  """Packed w as the left operand of the tensor cores: 64 rows and `step_k` of k at a time."""
+
+  dtype: Any  # of the operand, and of x
+  step_k: int
+  words: int  # uint32 a row and step
+  groups: int
+  unit_exponent: int  # what the product is to be multiplied by, a power of two
+
+  @staticmethod
+  def load_words(ref: Any) -> Any:
+    """From shared memory, in the layout that `expand` takes."""
+
+  @staticmethod
+  def load_scales(ref: Any) -> Any:
+    """From global memory."""
+
+  @staticmethod
+  def factors(scales: Any) -> Any:
+    """What `expand` multiplies codes by."""
+
+  @staticmethod
+  def expand(words: Any, factors: Any) -> Any:
+    """(64, step_k) in the layout of a left operand."""
+
+
 @pipeline.arrays
 class Operands:
   x: Any  # (b or 1, m, k) of mainloop.dtype, k a multiple of mainloop.step_k
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
-  alpha: Any  # float32 (b or 1, 2), see `epilogue.alpha_operand`
+  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`
   x_scales: Any = None  # float32 (b or 1, m), of rebased codes
   w_scales: Any = None  # float32 (b or 1, n)
 
@@ -62,7 +89,7 @@ class Scratch:
 
 
 def dequant_gemm(
-  operands: Operands, mainloop: Any, out_dtype: Any, tiles: WideTiles, grid: Grid
+  operands: Operands, mainloop: type[PackedOperand], out_dtype: Any, tiles: WideTiles, grid: Grid
 ) -> jax.Array:
   """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows."""
   kernel = _DequantGemm(operands, mainloop, out_dtype, tiles, grid)
@@ -73,7 +100,6 @@ def dequant_gemm(
     kernel.scratch(),
     name="dequant_gemm",
     grid=grid,
-    num_ctas=grid.num_ctas(kernel.batch, kernel.m, kernel.n),
     compute_warpgroups=COMPUTE_WARPGROUPS,
   )
   if kernel.writes_transpose:
@@ -82,10 +108,15 @@ def dequant_gemm(
 
 
 class _DequantGemm:
-  """The kernel: called with references, it is one CTA."""
+  """Sizes and buffers of one launch."""
 
   def __init__(
-    self, operands: Operands, mainloop: Any, out_dtype: Any, tiles: WideTiles, grid: Grid
+    self,
+    operands: Operands,
+    mainloop: type[PackedOperand],
+    out_dtype: Any,
+    tiles: WideTiles,
+    grid: Grid,
   ):
     x, w = operands.x, operands.w
     self.batch, self.m, self.n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
@@ -134,7 +165,7 @@ class _DequantGemm:
     if of_x is not None:
       of_x = pad_rows(of_x, rounded_up(self.m, self.tiles.block_m))
       of_w = pad_rows(of_w, self.padded_n)
-    return Operands(x, w, scales, operands.alpha, of_x, of_w)
+    return dataclasses.replace(operands, x=x, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
@@ -148,7 +179,7 @@ class _Cta:
     self.gmem, self.out, self.smem = gmem, out, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(kernel.grid)
-    self.own = pipeline.walk(kernel.grid, kernel.batch, kernel.m, kernel.n)
+    self.walk = pipeline.walk(kernel.grid)
 
   def run(self) -> None:
     kernel, warpgroup = self.kernel, self.warpgroup
@@ -156,23 +187,23 @@ class _Cta:
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     @jax.named_scope("producer")
     def _producer() -> None:
-      pipeline.produce(self.load, self.smem.empty, self.own, kernel.k_steps)
+      pipeline.produce(self.load, self.smem.empty, self.walk, kernel.k_steps)
       if self.tiles.cluster > 1:
         cluster.cluster_sync()
         cluster.cluster_sync()
 
-    self.own_rows = pl.ds(warpgroup * ROWS, ROWS)
+    self.own_rows = pl.ds(warpgroup * ROWS, ROWS)  # of w, within a tile
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS, action="increase")
       if kernel.ping_pong:
         # The first is warpgroup 0's.
         pl.when(warpgroup == 1)(lambda: named_barriers.arrive(warpgroup))
 
-      @pl.loop(0, self.own.num_tiles)
+      @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:
-        tile = self.own.tile(t)
+        tile = self.walk.tile(t)
         with jax.named_scope("mainloop"):
           sums, w_scales = self.sums(t * kernel.k_steps, tile)
         with jax.named_scope("epilogue"):
@@ -200,13 +231,13 @@ class _Cta:
     x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
     plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
 
-  def own_columns(self, tile: Tile) -> Any:
+  def own_w_rows(self, tile: Tile) -> Any:
     return pl.ds(tile.n * self.tiles.block_n + self.warpgroup * ROWS, ROWS)
 
   def load_group_scales(self, ki: Any, tile: Tile) -> Any:
     groups, scales = self.mainloop.groups, self.gmem.scales
     ks = pl.ds((ki + self.cluster_index * self.kernel.k_steps) * groups, groups)
-    ref = scales.at[batch_of(scales, tile.batch), self.own_columns(tile), ks]
+    ref = scales.at[batch_of(scales, tile.batch), self.own_w_rows(tile), ks]
     return self.mainloop.load_scales(ref)
 
   def stage_of(self, step: Any) -> Any:
@@ -222,13 +253,13 @@ class _Cta:
     words = self.mainloop.load_words(self.smem.w.at[stage, self.own_rows])
     return self.mainloop.expand(words, factors)
 
-  def step(self, step: Any, a: Any, total: Any, scales: Any) -> tuple[Any, Any]:
-    """total + a x_hat^T and, by its scales, the next step's a; without scales there is none."""
+  def step(self, index: Any, a: Any, total: Any, scales: Any) -> tuple[Any, Any]:
+    """total + a x_hat^T; also expands the next step's a, unless `scales` is None."""
     kernel, dtype = self.kernel, self.mainloop.dtype
-    b, empty = self.smem.x.at[self.stage_of(step)], self.smem.empty.at[self.stage_of(step)]
+    b, empty = self.smem.x.at[self.stage_of(index)], self.smem.empty.at[self.stage_of(index)]
 
     def following() -> Any:
-      return None if scales is None else self.expanded(step + 1, scales)
+      return None if scales is None else self.expanded(index + 1, scales)
 
     if kernel.ping_pong:
       total = wgmma.add_promoted(total, a, b, self.warpgroup, kernel.x_transforms, dtype)
@@ -258,7 +289,7 @@ class _Cta:
     w_scales = None
     if self.kernel.has_row_scales:  # here, so that they arrive while the last step is multiplied
       ref = self.gmem.w_scales
-      own = ref.at[batch_of(ref, tile.batch), self.own_columns(tile)]
+      own = ref.at[batch_of(ref, tile.batch), self.own_w_rows(tile)]
       w_scales = epilogue.load_row_scales(own, of_rows=True)
     total, _ = self.step(first + k_steps - 1, a, total, None)
     return total, w_scales
@@ -268,7 +299,7 @@ class _Cta:
   def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
     """Scales and writes the sums of a tile's rows from `first_row` on, 64 after the other."""
     kernel, b = self.kernel, tile.batch
-    columns = self.own_columns(tile)
+    columns = self.own_w_rows(tile)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for i in range(sums.shape[1] // STORE):
       piece = sums[:, i * STORE : (i + 1) * STORE]
@@ -278,7 +309,7 @@ class _Cta:
         x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
         piece = epilogue.times_row_scales(piece, w_scales, x_scales)
       else:
-        piece = epilogue.times_alpha(piece, self.gmem.alpha, b)
+        piece = epilogue.times_alpha(piece, self.gmem.alpha)
       stage = i % self.tiles.store_stages
       plgpu.wait_smem_to_gmem(self.tiles.store_stages - 1, wait_read_only=True)
       staged = self.smem.out.at[self.warpgroup, stage]

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxqq._kernels.hopper.pipeline import batch_of
-
 _LEAST, _LARGEST = 127 - 64, 127 + 64  # exponent fields of a first factor
 
 
@@ -27,23 +25,22 @@ _LEAST, _LARGEST = 127 - 64, 127 + 64  # exponent fields of a first factor
 def alpha_operand(first: Any = 1.0, second: Any = 1.0) -> jax.Array:
   """float32 (1, 2), whose product is that of both, as the wide kernels take alpha.
 
-  They are made to differ: an array of equal constants XLA has a kernel fill, of others it knows
-  the bytes. No array of numpy's: `custom_partitioning` refuses functions that hold one.
+  Equal constants would cost a kernel that fills an array; different ones are a literal. No array of
+  numpy's: `custom_partitioning` refuses functions that hold one.
   """
   both = (jnp.float32(0.5) * first, jnp.float32(2) * second)
   return jnp.stack([jnp.asarray(a, jnp.float32) for a in both]).reshape(1, 2)
 
 
-def times_alpha(sums: Any, alpha: Any, b: Any) -> Any:
-  """Sums times both factors of matrix b, a reference to `alpha_operand`."""
-  index = batch_of(alpha, b)
-  return sums * alpha[index, 0] * alpha[index, 1]
+def times_alpha(sums: Any, alpha: Any) -> Any:
+  """Sums times both numbers of an `alpha_operand`, a reference."""
+  return sums * alpha[0, 0] * alpha[0, 1]
 
 
 def factors_of_product(a: Any, b: Any) -> tuple[Any, Any]:
-  """Of a * b, scalars of which none is negative: in turn, where it is out of float32's range.
+  """(a * b, 1) if float32 holds that, else (larger, smaller), of scalars that are not negative.
 
-  The larger one first: then sums times that are between the sums and the result. NaN stays NaN.
+  Sums times the larger one are between the sums and the result. NaN stays NaN.
   """
   both = a * b
   fits = (both >= np.float32(2.0**-126)) & (both <= np.finfo(np.float32).max)
@@ -75,7 +72,7 @@ def times_row_scales(sums: Any, of_rows: Any, of_columns: Any) -> Any:
 
 
 def factors_of_power(scales: Any) -> tuple[Any, Any]:
-  """Of float32 powers of two, 2**-127 to 2**127, or NaN, which the second one is then."""
+  """Of float32 powers of two, 2**-127 to 2**127; a NaN goes into the second factor."""
   first, second = _factors_of_field(lax.bitcast_convert_type(scales, jnp.int32) >> 23)
   return first, jnp.where(scales == scales, second, jnp.float32(np.nan))
 

@@ -5,12 +5,13 @@ the rows of the x tile, and its sums in registers.
 
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums: 64 rows
-  after the other, for want of registers. Else they stay in one accumulator over all of k.
+  at a time, because registers are short. Else they stay in one accumulator over all of k.
 - The epilogue multiplies by alpha, or by the scales of both operands' rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -33,10 +34,10 @@ STORE = 64  # rows and columns that a warpgroup stores at a time
 class Operands:
   x: Any  # (b or 1, m, k) of float16, bfloat16 or float8_e4m3fn; k a multiple of step_k
   w: Any  # (b or 1, n, k) of the same dtype
-  alpha: Any  # float32 (b or 1, 2), see `epilogue.alpha_operand`
+  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`
   x_scales: Any = None  # float32 (b or 1, m), of fp8
   w_scales: Any = None  # float32 (b or 1, n); with a panel, of all columns
-  panel: Any = None  # int32 (first column, ...): of `out`, where those of w go, whole tiles on
+  panel: Any = None  # int32 (first, ...): the column of `out` where those of w go, whole tiles on
   out: Any = None  # a reference to all columns, `out_type`
 
 
@@ -69,7 +70,6 @@ def gemm(operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid) -> An
     kernel.scratch(),
     name="gemm",
     grid=grid,
-    num_ctas=grid.num_ctas(kernel.batch, kernel.m, kernel.n),
     compute_warpgroups=COMPUTE_WARPGROUPS,
   )
   return out if is_panel else out[:, : kernel.m, : kernel.n]
@@ -85,7 +85,7 @@ def out_type(batch: int, m: int, n: int, dtype: Any, tiles: WideTiles) -> jax.Sh
 
 
 class _Gemm:
-  """The kernel: called with references, it is one CTA."""
+  """Sizes and buffers of one launch."""
 
   def __init__(self, operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid):
     x, w = operands.x, operands.w
@@ -118,7 +118,7 @@ class _Gemm:
     if x_scales is not None:
       x_scales = pad_rows(x_scales, rounded_up(self.m, self.tiles.block_m))
       w_scales = pad_rows(w_scales, rounded_up(w_scales.shape[1], self.tiles.block_n))
-    return Operands(x, w, operands.alpha, x_scales, w_scales, operands.panel, operands.out)
+    return dataclasses.replace(operands, x=x, w=w, x_scales=x_scales, w_scales=w_scales)
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
@@ -135,7 +135,7 @@ class _Cta:
       self.out = gmem.out
       self.first_column = pl.multiple_of(gmem.panel[0], kernel.tiles.block_n)
     self.warpgroup = lax.axis_index("warpgroup")
-    self.own = pipeline.walk(kernel.grid, kernel.batch, kernel.m, kernel.n)
+    self.walk = pipeline.walk(kernel.grid)
 
   def run(self) -> None:
     kernel, warpgroup = self.kernel, self.warpgroup
@@ -143,19 +143,19 @@ class _Cta:
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     @jax.named_scope("producer")
     def _producer() -> None:
-      pipeline.produce(self.load, self.smem.empty, self.own, kernel.k_steps)
+      pipeline.produce(self.load, self.smem.empty, self.walk, kernel.k_steps)
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS, action="increase")
 
-      @pl.loop(0, self.own.num_tiles)
+      @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:
         first = t * kernel.k_steps
         with jax.named_scope("mainloop"):
           sums = self.promoted_sums(first) if self.tiles.promote else self.sums(first)
         with jax.named_scope("epilogue"):
-          self.store(sums, self.own.tile(t))
+          self.store(sums, self.walk.tile(t))
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -242,7 +242,7 @@ class _Cta:
   def scaled(self, piece: Any, b: Any, rows: Any, columns: Any) -> Any:
     of_x, of_w = self.gmem.x_scales, self.gmem.w_scales
     if of_x is None:
-      return epilogue.times_alpha(piece, self.gmem.alpha, b)
+      return epilogue.times_alpha(piece, self.gmem.alpha)
     of_rows = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
     of_columns = epilogue.load_row_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
     return epilogue.times_row_scales(piece, of_rows, of_columns)

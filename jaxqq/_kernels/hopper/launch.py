@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxqq._kernels.hopper import dequant_gemm, gemm, skinny_gemm, staged_gemm
+from jaxqq._kernels.hopper.dequant_gemm import PackedOperand
 from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops import blockdiag
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
@@ -39,7 +38,7 @@ def wide(plan: WidePlan, operands: Operands) -> jax.Array:
 
 def _exact(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
   """16 bit floats that hold code * scale; packed w as it came."""
-  fmt, expands = plan.problem.fmt, plan.kernel == "dequant_gemm"
+  fmt, mainloop = plan.problem.fmt, MAINLOOPS.get(plan.mainloop)
   dtype = exact_dtype(fmt)
 
   def operand(name: str, global_scale: jax.Array | None) -> jax.Array:
@@ -48,11 +47,11 @@ def _exact(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
     quantizer = columns.exact_operand_of_transpose if is_transposed else exact_operand
     matrix = a.reshape(-1, a.shape[-1])
     scale = _scalar(global_scale)
-    out = quantizer(matrix, fmt, scale, dtype=dtype, interleave=expands)
+    out = quantizer(matrix, fmt, scale, dtype=dtype, interleave=mainloop is not None)
     return out.reshape(a.shape[0], -1, operands.k)
 
   x = operand("x", operands.global_scale_x)
-  unit_exponent = _mainloop(plan).unit_exponent if expands else 0
+  unit_exponent = 0 if mainloop is None else mainloop.unit_exponent
   if plan.problem.has_global_scales:
     global_scales = _scalar(operands.global_scale_x), _scalar(operands.global_scale_w)
     alpha = alpha_operand(*alpha_factors(*global_scales, fmt, unit_exponent))
@@ -87,10 +86,11 @@ def _rebased(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
   return dequant_gemm.Operands(x, w, None, alpha, x_scales, w_scales)
 
 
-def _mainloop(plan: WidePlan) -> Any:
-  if plan.fp8:
-    return RebasedE4M3
-  return ExactE4M3 if plan.problem.fmt.scale_is_power_of_two else PackedE2M1
+MAINLOOPS: dict[str, type[PackedOperand]] = {
+  "packed_e2m1": PackedE2M1,
+  "rebased_e4m3": RebasedE4M3,
+  "exact_e4m3": ExactE4M3,
+}
 
 
 def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
@@ -99,8 +99,8 @@ def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
 
 
 def _run_dequant_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
-  out_dtype = plan.problem.out_dtype
-  return dequant_gemm.dequant_gemm(ready, _mainloop(plan), out_dtype, plan.tiles, plan.grid)
+  mainloop, out_dtype = MAINLOOPS[plan.mainloop], plan.problem.out_dtype
+  return dequant_gemm.dequant_gemm(ready, mainloop, out_dtype, plan.tiles, plan.grid)
 
 
 def _run_staged_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
@@ -122,18 +122,19 @@ def skinny(plan: SkinnyPlan, operands: Operands) -> jax.Array:
   """out (..., m, n)."""
   folded, fmt = fold(operands), plan.problem.fmt
   m = folded.x.shape[1]
-  # As they come: XLA would have a kernel for each that makes something of them.
-  global_scales = (folded.global_scale_x, folded.global_scale_w)
-  alpha = tuple(a.reshape(1) for a in global_scales if a is not None)
-  unit = fmt.largest_value ** -len(alpha)
-  if plan.blockdiag is not None:
-    unit *= blockdiag.UNIT
-  elif plan.problem.is_packed and not plan.scales_group_sums:
-    unit *= 2.0**PackedE2M1.unit_exponent
+  # Passed raw: any arithmetic here would cost a kernel of XLA's.
+  of_x, of_w = (
+    None if scale is None else scale.reshape(1)
+    for scale in (folded.global_scale_x, folded.global_scale_w)
+  )
+  unit = 1.0 if of_x is None else fmt.largest_value**-2
+  unit *= {"blockdiag": blockdiag.UNIT, "expanded": 2.0**PackedE2M1.unit_exponent}.get(
+    plan.mainloop, 1.0
+  )
   x, x_scales = folded.x, None
-  if plan.x == "quantized before":
+  if not plan.quantizes_x:
     x, x_scales = _skinny_x(plan, folded)
-  ready = skinny_gemm.Operands(x, folded.w, folded.scales, alpha, x_scales)
+  ready = skinny_gemm.Operands(x, folded.w, folded.scales, of_x, of_w, x_scales)
   out = skinny_gemm.skinny_gemm(ready, m, plan, unit, plan.problem.out_dtype)
   return out.reshape(*operands.batch_shape, operands.m, operands.n)
 
@@ -149,7 +150,7 @@ def _skinny_x(plan: SkinnyPlan, folded: Operands) -> tuple[jax.Array, jax.Array 
   # The rows of one matrix need no zeros behind them, those of several do.
   x = folded.x if batch == 1 else jnp.pad(folded.x, ((0, 0), (0, padded_m - m), (0, 0)))
   x, rows = x.reshape(-1, k), batch * padded_m
-  if plan.scales_group_sums:
+  if plan.mainloop == "group_sums":
     x, x_scales = code_words(x, fmt, rows)
     x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, padded_m), 0, 1)
     return x.reshape(batch, padded_m, -1), x_scales.reshape(batch, k // block.k, -1, padded_m)

@@ -26,6 +26,8 @@ from jaxqq._kernels.hopper.ptx import cluster
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
 
 PRODUCER_REGISTERS = 40  # a thread: the rest is the compute warpgroups'
+COMPUTE_REGISTERS = 232  # of two compute warpgroups
+WORKER = "worker"  # axis of the grid: which CTA, or which cluster
 
 
 # Named operands and scratch
@@ -59,14 +61,14 @@ class Walk:
   tile: Callable[[Any], Tile]
 
 
-def walk(grid: Grid, batch: int, m: int, n: int) -> Walk:
-  num_ctas, cta = grid.num_ctas(batch, m, n), lax.axis_index("cta")
-  own_tiles = lax.div(grid.num_tiles(batch, m, n) - cta + num_ctas - 1, jnp.int32(num_ctas))
-  return Walk(own_tiles, lambda t: tile_of(grid, cta + t * num_ctas, m, n))
+def walk(grid: Grid) -> Walk:
+  workers, worker = grid.num_workers, lax.axis_index(WORKER)
+  own_tiles = lax.div(grid.num_tiles - worker + workers - 1, jnp.int32(workers))
+  return Walk(own_tiles, lambda t: tile_of(grid, worker + t * workers))
 
 
-def tile_of(grid: Grid, index: Any, m: int, n: int) -> Tile:
-  m_tiles, n_tiles = grid.tiles(m, n)
+def tile_of(grid: Grid, index: Any) -> Tile:
+  m_tiles, n_tiles = grid.tiles
   a_matrix = jnp.int32(m_tiles * n_tiles)
   within = lax.rem(index, a_matrix)
   mi, ni = plgpu.planar_snake(within, (m_tiles, n_tiles), grid.minor, grid.group_width)
@@ -76,7 +78,7 @@ def tile_of(grid: Grid, index: Any, m: int, n: int) -> Tile:
 def produce(
   load: Callable[[Any, Any, Tile], None],  # (stage, k step within the tile, tile)
   empty: Any,  # barriers, one a stage
-  own: Walk,
+  walk: Walk,
   k_steps: int,
 ) -> None:
   """The producer's work: loads every step of every tile, once its stage is free."""
@@ -92,12 +94,12 @@ def produce(
 
     load(stage, ki, tile)
 
-  @pl.loop(0, own.num_tiles)
+  @pl.loop(0, walk.num_tiles)
   def _tile(t: Any) -> None:
-    tile = own.tile(t)
+    tile = walk.tile(t)
     pl.loop(0, k_steps)(lambda ki: load_when_free(t * k_steps + ki, ki, tile))
 
-  total = own.num_tiles * k_steps
+  total = walk.num_tiles * k_steps
 
   # The last readers: no mbarrier is mid-phase at exit.
   @pl.loop(jnp.maximum(total - stages, 0), total)
@@ -133,7 +135,6 @@ def launch(
   *,
   name: str,
   grid: Grid,
-  num_ctas: int,
   compute_warpgroups: int,
 ) -> Any:
   """Runs body(operands, out, scratch), each of which is references, named as they came.
@@ -153,8 +154,8 @@ def launch(
   run = plgpu.kernel(
     kernel,
     out_type=out_type,
-    grid=(num_ctas,),
-    grid_names=("cta",),
+    grid=(grid.num_workers,),
+    grid_names=(WORKER,),
     cluster=(grid.cluster,) if shared else (),
     cluster_names=(cluster.AXIS,) if shared else (),
     num_threads=compute_warpgroups + 1,

@@ -1,4 +1,4 @@
-"""Which kernel a product gets on Hopper, and which tiles: every threshold is here.
+"""Which kernel a product gets on Hopper, and which tiles.
 
     x --quantizer--> x_hat --+
                              +--> gemm ------------> out    w quantized on the fly
@@ -9,9 +9,11 @@
     w -----------------------+--> skinny_gemm -----> out    w in 16 bits, x of up to 64 rows
     x, words, scales --------+--> skinny_gemm -----> out    w packed, x of one row (mxfp8: 8)
 
+`skinny_gemm` takes K in whole blocks, of 256 or 512 (packed w) or 128; other K go to the others.
+
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
-cores keep 14 bits of a sum: README says what both lose.
+cores keep 14 bits of a sum: jaxqq/EXACTNESS.md says what both lose.
 
 Nothing here imports Pallas: a plan can be made, and explained, without it.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -51,27 +53,30 @@ class WidePlan:
 
   Attributes:
     kernel: the file in this folder that has it.
+    mainloop: what becomes of w: ready in memory, or expanded in registers (`mainloops/`).
     fp8: operands are e4m3 codes, rebased, and the epilogue multiplies by the scales of both
       operands' rows; else they are exact 16 bit floats, and it multiplies by alpha.
-    problem, tiles, num_sms: what they were chosen for, and what was chosen.
+    tiles: what was chosen.
+    problem, device: what for.
   """
 
   kernel: Literal["gemm", "dequant_gemm", "staged_gemm"]
+  mainloop: Literal["ready", "packed_e2m1", "rebased_e4m3", "exact_e4m3"]
   fp8: bool
   tiles: WideTiles
   problem: Problem
-  num_sms: int
-  about_sms: str
+  device: Device
 
   @property
   def grid(self) -> Grid:
-    tiles = self.tiles
-    return Grid(tiles.block_m, tiles.block_n, self.num_sms, cluster=tiles.cluster)
+    return _wide_grid(self.problem, self.tiles, self.device)
 
   @property
   def details(self) -> str:
     staged = ", packed w expanded a panel at a time" if self.kernel == "staged_gemm" else ""
-    return f"{self.kernel} with {self.tiles}{staged}{self.about_sms}"
+    step = 128 if self.fp8 else 64
+    padded = f", K padded to a multiple of {step} by XLA" if self.problem.k % step else ""
+    return f"{self.kernel} with {self.tiles}{staged}{padded}{_for_sms(self.device)}"
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -84,41 +89,65 @@ class SkinnyPlan:
   """A product of up to 64 rows of x.
 
   Attributes:
+    mainloop: what becomes of w (`mainloops/`).
     block: what is loaded of w at once.
     padded_m: rows of x, or columns of block-diagonal x, in shared memory.
-    blockdiag: nvfp4 of few rows, None of others.
-    x: who quantizes x: this kernel, or another one before it.
-    tiles, problem, num_sms: as of `WidePlan`.
+    blockdiag: of the mainloop of that name.
+    quantizes_x: whether this kernel does, or another one before it.
+    tiles, problem, device: as of `WidePlan`.
   """
 
+  mainloop: Literal["blockdiag", "expanded", "group_sums", "quantized"]
   block: KBlock
   padded_m: int
   blockdiag: BlockDiagonal | None
-  x: Literal["quantized in the kernel", "quantized before"]
+  quantizes_x: bool
   tiles: SkinnyTiles
   problem: Problem
-  num_sms: int
-  about_sms: str
+  device: Device
   kernel: Literal["skinny_gemm"] = "skinny_gemm"
 
   @property
-  def scales_group_sums(self) -> bool:
-    """mxfp8: packed codes of both operands, and each group's sum times its two scales."""
-    return self.problem.is_packed and self.problem.fmt.scale_is_power_of_two
-
-  @property
   def grid(self) -> Grid:
-    return Grid(MAX_SKINNY_ROWS, ROWS, self.num_sms, group_width=1, cluster=self.tiles.cluster)
+    problem = self.problem
+    return Grid(
+      problem.batch,
+      problem.rows,
+      problem.n,
+      MAX_SKINNY_ROWS,
+      ROWS,
+      self.device.num_sms,
+      self.tiles.cluster,
+      group_width=1,
+    )
 
   @property
   def details(self) -> str:
     blockdiag = "" if self.blockdiag is None else f" with {self.blockdiag}"
-    return f"{self.kernel} with {self.block} {self.tiles}{blockdiag}, x {self.x}{self.about_sms}"
+    x = ", x quantized in the kernel" if self.quantizes_x else ""
+    return f"{self.kernel} with {self.block} {self.tiles}{blockdiag}{x}{_for_sms(self.device)}"
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
 
     return launch.skinny(self, operands)
+
+
+def _for_sms(device: Device) -> str:
+  known = "" if device.knows_sms else " (assumed: no device at hand says so)"
+  return f", for {device.num_sms} SMs{known}"
+
+
+def _wide_grid(problem: Problem, tiles: WideTiles, device: Device) -> Grid:
+  return Grid(
+    problem.batch,
+    problem.rows,
+    problem.n,
+    tiles.block_m,
+    tiles.block_n,
+    device.num_sms,
+    tiles.cluster,
+  )
 
 
 # What no kernel takes
@@ -147,11 +176,6 @@ def check_fp8(problem: Problem, device: Device) -> None:
     )
 
 
-def _about_sms(device: Device) -> str:
-  known = "" if device.knows_sms else " (assumed: no device at hand says so)"
-  return f", for {device.num_sms} SMs{known}"
-
-
 # More than 64 rows: from times that were fitted to what an H200 takes at n = k = 8192
 # (bench/results/h200.json)
 
@@ -164,9 +188,9 @@ class _Timed:
   step_us: float
   other_us: float = 3.0  # in a cluster: to exchange sums as well
 
-  def time(self, grid: Grid, batch: int, m: int, n: int, k_steps: int) -> float:
+  def time(self, grid: Grid, k_steps: int) -> float:
     """A launch takes as many waves of CTAs as there are tiles for each SM."""
-    waves = cdiv(grid.num_tiles(batch, m, n), grid.num_sms)
+    waves = cdiv(grid.num_tiles, grid.num_sms)
     return float(waves * (k_steps / grid.cluster * self.step_us + self.other_us))
 
 
@@ -201,33 +225,26 @@ STAGED_MIN_ROWS = 3072
 
 
 def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
-  m, n, batch = problem.rows, problem.n, problem.batch
-  kernel: Literal["gemm", "dequant_gemm", "staged_gemm"] = "gemm"
-  candidates: tuple[_Timed, ...] = _GEMM
-  step_k = 128
-  if problem.is_packed:
-    bits = problem.fmt.bits
-    if bits == 8 and batch == 1 and m >= STAGED_MIN_ROWS and n % STAGED_BLOCK_N == 0:
-      kernel = "staged_gemm"
-    else:
-      kernel = "dequant_gemm"
-      candidates = _DEQUANT_E2M1 if bits == 4 else _DEQUANT_E4M3
-      step_k = 64 if bits == 4 else 128
+  kernel, mainloop = _wide_kernel(problem, fp8)
+  candidates, step_k = {
+    "ready": (_GEMM, 128),
+    "packed_e2m1": (_DEQUANT_E2M1, 64),
+    "rebased_e4m3": (_DEQUANT_E4M3, 128),
+    "exact_e4m3": (_DEQUANT_E4M3, 128),
+  }[mainloop]
   narrow_out = problem.out_dtype.itemsize == 2
-
-  def grid(tiles: WideTiles) -> Grid:
-    return Grid(tiles.block_m, tiles.block_n, device.num_sms, cluster=tiles.cluster)
 
   def is_possible(tiles: WideTiles) -> bool:
     """All CTAs that share a tile run at once, have as many steps, and room for their sums."""
     if tiles.cluster == 1:
       return True
-    fits = grid(tiles).num_tiles(batch, m, n) * tiles.cluster <= device.num_sms
+    num_tiles = _wide_grid(problem, tiles, device).num_tiles
     in_steps = problem.k % (128 * tiles.cluster) == 0
-    return fits and in_steps and narrow_out and tiles.cluster <= device.max_cluster
+    fits = num_tiles * tiles.cluster <= device.num_sms and tiles.cluster <= device.max_cluster
+    return fits and in_steps and narrow_out
 
   def time(timed: _Timed) -> float:
-    return timed.time(grid(timed.tiles), batch, m, n, problem.k // step_k)
+    return timed.time(_wide_grid(problem, timed.tiles, device), problem.k // step_k)
 
   best = min((timed for timed in candidates if is_possible(timed.tiles)), key=time).tiles
   # Float32 tiles on their way out are twice as large.
@@ -236,7 +253,19 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
     promote=fp8 or problem.wants_exact_sums,
     store_stages=best.store_stages if narrow_out else 1,
   )
-  return WidePlan(kernel, fp8, tiles, problem, device.num_sms, _about_sms(device))
+  return WidePlan(kernel, mainloop, fp8, tiles, problem, device)
+
+
+def _wide_kernel(problem: Problem, fp8: bool) -> tuple[Any, Any]:
+  """The fields `kernel` and `mainloop` of a plan."""
+  if not problem.is_packed:
+    return "gemm", "ready"
+  if problem.fmt.bits == 4:
+    return "dequant_gemm", "packed_e2m1"
+  many_rows = problem.batch == 1 and problem.rows >= STAGED_MIN_ROWS
+  if many_rows and problem.n % STAGED_BLOCK_N == 0:
+    return "staged_gemm", "ready"
+  return "dequant_gemm", "rebased_e4m3" if fp8 else "exact_e4m3"
 
 
 def _fp8(problem: Problem, device: Device) -> WidePlan:
@@ -253,80 +282,77 @@ def _exact(problem: Problem, device: Device) -> WidePlan:
 
 MAX_SKINNY_ROWS = 64
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
+MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # With 16 rows block-diagonal x has too many sums for the registers.
 MAX_BLOCKDIAG_ROWS = 8
 BLOCKDIAG_MIN_K = 1024  # what its quantizer takes at once
-# With more rows, w waits for x to be quantized in the kernel: of block-diagonal x, and of others.
-MAX_ROWS_QUANTIZED_IN_KERNEL = {True: 1, False: 8}
+# With more rows, w waits for x to be quantized in the kernel.
+MAX_ROWS_QUANTIZED = 8
+MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
 _SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 
 
 def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
   check_hopper(problem.obstacle, device)
-  fmt, rows, is_packed = problem.fmt, problem.rows, problem.is_packed
+  rows, is_packed = problem.rows, problem.is_packed
   if not is_packed and problem.transposed:
     raise Unsupported("w is not packed, and an operand's contracted axis comes first")
   if not is_packed and problem.w_dtype.itemsize != 2:
     raise Unsupported(f"w is not packed but {problem.w_dtype}, and it quantizes 16 bit floats")
   if rows > MAX_SKINNY_ROWS:
-    raise Unsupported(f"{rows} rows of x meet a matrix w, and it is for at most {MAX_SKINNY_ROWS}")
-  blockdiag = _blockdiag(problem)
-  block = _k_block(problem, blockdiag)
+    raise Unsupported(
+      f"{rows} rows of x are multiplied with one matrix w, and it is for at most {MAX_SKINNY_ROWS}"
+    )
+  mainloop = _skinny_mainloop(problem)
+  block = _k_block(problem, mainloop)
   if problem.k % block.k:
     raise Unsupported(f"k = {problem.k} is no multiple of {block.k}, which its loads are made of")
-  if is_packed and fmt.scale_is_power_of_two:
+  if mainloop == "group_sums":
     check_fp8(problem, device)
-  # The TMA moves 8 rows at a time.
-  padded_m = max(8, power_of_two_from(rows)) if blockdiag is None else blockdiag.columns
-  plan = SkinnyPlan(
-    block,
-    padded_m,
-    blockdiag,
-    "quantized in the kernel" if _quantizes_x(problem, block, blockdiag) else "quantized before",
-    SkinnyTiles(0),
-    problem,
-    device.num_sms,
-    _about_sms(device),
-  )
-  return dataclasses.replace(plan, tiles=_skinny_tiles(plan, device))
+  blockdiag, padded_m = None, max(8, power_of_two_from(rows))  # the TMA moves 8 rows at a time
+  if mainloop == "blockdiag":
+    blockdiag = BlockDiagonal(power_of_two_from(rows))
+    padded_m = blockdiag.columns
+  most = {"blockdiag": MAX_BLOCKDIAG_ROWS_QUANTIZED, "group_sums": MAX_ROWS_QUANTIZED}
+  quantizes_x = rows <= most.get(mainloop, 0) and block.k == SKINNY_BLOCK_K
+  tiles = _skinny_tiles(problem, device, block, padded_m, _x_bytes(mainloop, block, padded_m, rows))
+  return SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
 
 
-def _blockdiag(problem: Problem) -> BlockDiagonal | None:
-  """For nvfp4 of one matrix x with few enough rows that its groups get columns of their own."""
-  if not problem.is_packed or problem.fmt.scale_is_power_of_two:
-    return None
+def _skinny_mainloop(problem: Problem) -> Any:
+  """The field `mainloop` of a plan."""
+  if not problem.is_packed:
+    return "quantized"
+  if problem.fmt.scale_is_power_of_two:
+    return "group_sums"
   one_matrix = problem.shares_w or math.prod(problem.x_batch) == 1
   few = problem.rows <= MAX_BLOCKDIAG_ROWS and problem.k >= BLOCKDIAG_MIN_K
-  return BlockDiagonal(power_of_two_from(problem.rows)) if one_matrix and few else None
+  return "blockdiag" if one_matrix and few else "expanded"
 
 
-def _k_block(problem: Problem, blockdiag: BlockDiagonal | None) -> KBlock:
-  fmt = problem.fmt
-  if not problem.is_packed:
+def _k_block(problem: Problem, mainloop: str) -> KBlock:
+  fmt, k = problem.fmt, SKINNY_BLOCK_K
+  if mainloop == "quantized":
     return KBlock(128, 8 * problem.w_dtype.itemsize, None)
-  k = SKINNY_BLOCK_K
-  if not fmt.scale_is_power_of_two:
-    few = blockdiag is not None or problem.rows <= 16
-    k = k if few and problem.k % k == 0 else k // 2
-  return KBlock(k, fmt.bits, fmt.group_size)
+  is_large = problem.k % k == 0 and problem.rows <= MAX_ROWS_OF_LARGE_BLOCKS
+  if mainloop == "group_sums" or is_large:
+    return KBlock(k, fmt.bits, fmt.group_size)
+  return KBlock(k // 2, fmt.bits, fmt.group_size)
 
 
-def _quantizes_x(problem: Problem, block: KBlock, blockdiag: BlockDiagonal | None) -> bool:
-  if not problem.is_packed or (blockdiag is None and not problem.fmt.scale_is_power_of_two):
-    return False
-  most = MAX_ROWS_QUANTIZED_IN_KERNEL[blockdiag is not None]
-  return problem.rows <= most and block.k == SKINNY_BLOCK_K
+def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
+  """Shared memory for x, and its scales, of a block of k."""
+  if mainloop == "blockdiag":
+    return padded_m * block.k + 4 * max(32, block.scales * power_of_two_from(rows))
+  if mainloop == "group_sums":
+    return padded_m * (block.k + 4 * block.scales)
+  return padded_m * block.k * 2
 
 
-def _skinny_tiles(plan: SkinnyPlan, device: Device) -> SkinnyTiles:
+def _skinny_tiles(
+  problem: Problem, device: Device, block: KBlock, padded_m: int, x_bytes: int
+) -> SkinnyTiles:
   """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room."""
-  problem, block, padded_m = plan.problem, plan.block, plan.padded_m
-  if plan.blockdiag is not None:
-    x_bytes = padded_m * block.k + 4 * max(32, block.scales * plan.blockdiag.rows)
-  elif plan.scales_group_sums:
-    x_bytes = padded_m * (block.k + 4 * block.scales)
-  else:
-    x_bytes = padded_m * block.k * 2
   stage = ROWS * (4 * block.words + block.scales) + x_bytes
   tiles = problem.batch * cdiv(problem.n, ROWS)
   k_steps = problem.k // block.k

@@ -11,8 +11,8 @@ A CTA has 64 rows of w at a time and all of k, in blocks that go round its compu
   numbers, and of x what belongs to them, in one block of k. Where x meets packed w with so few rows
   that their quantization is little work, a compute warpgroup does that itself, while it waits for
   its block of w (`quantize/in_kernel.py`).
-- A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, 64 rows of w by all of x. How it
-  does is the mainloop's (`mainloops/`): `blockdiag`, `expanded`, `group_sums` or `quantized`.
+- A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, 64 rows of w by all of x. The
+  mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums` or `quantized`.
 - Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
 - Where w has so few rows that half of the SMs or more would idle, a cluster of CTAs has 64 rows
   together, each a part of k, and adds up its sums (`ptx/cluster.py`).
@@ -20,7 +20,8 @@ A CTA has 64 rows of w at a time and all of k, in blocks that go round its compu
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -44,8 +45,23 @@ from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.tiles import ROWS
 
+MAINLOOPS: dict[str, type[Mainloop]] = {
+  "blockdiag": BlockDiagonalX,
+  "expanded": Expanded,
+  "group_sums": GroupSums,
+  "quantized": Quantized,
+}
+
 # A thread of a compute warpgroup, by how many there are: what the producer leaves.
-_REGISTERS = {2: 232, 4: 104}
+_REGISTERS = {2: pipeline.COMPUTE_REGISTERS, 4: 104}
+
+
+class Mainloop(Protocol):
+  """How a warpgroup adds one block of k to its sums."""
+
+  @staticmethod
+  def add(cta: Any, sums: Any, stage: Any) -> Any:
+    """sums + the product of the block in a stage; cta is the kernel's `_Cta`."""
 
 
 @pipeline.arrays
@@ -55,7 +71,8 @@ class Operands:
   x: Any
   w: Any  # uint32 (b or 1, n, k * bits / 32); or (b or 1, n, k) of 16 bit floats
   scales: Any  # uint8 (b or 1, n, k / group_size); or None
-  alpha: tuple[Any, ...]  # float32 (1,), the amax of x and that of w; or nothing
+  global_scale_x: Any  # float32 (1,), the amax of x; or None
+  global_scale_w: Any
   x_scales: Any = None  # of e4m3 numbers: float32 (b or 1, k / block.k, .., ..)
 
 
@@ -66,7 +83,7 @@ class Scratch:
   sums: Any  # of all warpgroups but the first
   scales: Any
   x_scales: Any
-  own_sums: Any  # that the first CTA of a cluster reads
+  cta_sums: Any  # that the first CTA of a cluster reads
   full: Any
   empty: Any
   sums_full: Any
@@ -76,13 +93,13 @@ class Scratch:
 def skinny_gemm(
   operands: Operands, m: int, plan: SkinnyPlan, unit: float, out_dtype: Any
 ) -> jax.Array:
-  """(b, m, n): the sums times `unit` and alpha. k is a multiple of block.k.
+  """(b, m, n): the sums times `unit` and the global scales. k is a multiple of block.k.
 
   Args:
     operands: of shapes as above; what rows of x from m on hold reaches no result.
     m: rows of x that count.
     plan: for the sizes at hand.
-    unit: what the mainloop's sums miss, and 1 / 2688 for each global scale.
+    unit: what to multiply the sums by: what the mainloop leaves out, and 1 / 2688 a global scale.
     out_dtype: of the result.
   """
   kernel = _SkinnyGemm(operands, m, plan, unit, out_dtype)
@@ -93,14 +110,13 @@ def skinny_gemm(
     kernel.scratch(),
     name="skinny_gemm",
     grid=plan.grid,
-    num_ctas=plan.grid.num_ctas(kernel.batch, m, kernel.n),
     compute_warpgroups=plan.tiles.compute_warpgroups,
   )
   return out if out.shape[1:] == (m, kernel.n) else out[:, :m, : kernel.n]
 
 
 class _SkinnyGemm:
-  """The kernel: called with references, it is one CTA."""
+  """Sizes and buffers of one launch."""
 
   def __init__(self, operands: Operands, m: int, plan: SkinnyPlan, unit: float, out_dtype: Any):
     x, w, block, fmt = operands.x, operands.w, plan.block, plan.problem.fmt
@@ -112,7 +128,7 @@ class _SkinnyGemm:
     self.k_steps = all_steps // plan.tiles.cluster
     self.quantizer: InKernelQuantizer | None = None
     self.x_scales_shape: tuple[int, int] | None = None
-    if plan.x == "quantized in the kernel":
+    if plan.quantizes_x:
       self.quantizer = InKernelQuantizer(m, fmt, plan.blockdiag, plan.padded_m)
       self.x_dtype, self.x_columns = jnp.dtype(jnp.uint32), block.k // 4
       self.x_scales_shape = self.quantizer.scales_shape
@@ -124,13 +140,7 @@ class _SkinnyGemm:
         self.x_scales_shape = rows, max(size, 32 // rows)
     self.x_transforms = tile_transforms(self.x_columns, self.x_dtype)
     self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
-    self.mainloop: Any = Expanded
-    if plan.blockdiag is not None:
-      self.mainloop = BlockDiagonalX
-    elif plan.scales_group_sums:
-      self.mainloop = GroupSums
-    elif not self.is_packed:
-      self.mainloop = Quantized
+    self.mainloop = MAINLOOPS[plan.mainloop]
 
   def padded(self, operands: Operands) -> Operands:
     """With w in whole rows of eight, and x as its quantizer takes it."""
@@ -138,7 +148,7 @@ class _SkinnyGemm:
     rows = rounded_up(self.n, 8)
     scales = operands.scales
     w, scales = pad_rows(operands.w, rows), None if scales is None else pad_rows(scales, rows)
-    return Operands(x, w, scales, operands.alpha, operands.x_scales)
+    return dataclasses.replace(operands, x=x, w=w, scales=scales)
 
   def out_type(self) -> jax.ShapeDtypeStruct:
     shape = stores.stored_shape(self.m, self.n, self.plan.padded_m, ROWS)
@@ -161,7 +171,7 @@ class _SkinnyGemm:
       sums=smem((workers - 1, ROWS, padded_m), jnp.float32, sums_transforms),
       scales=smem((stages, ROWS, plan.block.scales), jnp.uint8) if self.is_packed else None,
       x_scales=smem((stages, *self.x_scales_shape), jnp.float32) if self.x_scales_shape else None,
-      own_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
+      cta_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
       full=plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
       empty=plgpu.Barrier(num_barriers=stages),
       sums_full=plgpu.Barrier(num_arrivals=workers - 1),
@@ -180,7 +190,7 @@ class _Cta:
     self.gmem, self.out, self.smem = gmem, out, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(self.plan.grid)
-    self.own = pipeline.walk(self.plan.grid, kernel.batch, kernel.m, kernel.n)
+    self.walk = pipeline.walk(self.plan.grid)
 
   def run(self) -> None:
     kernel, warpgroup, workers = self.kernel, self.warpgroup, self.tiles.compute_warpgroups
@@ -188,7 +198,7 @@ class _Cta:
     @pl.when(warpgroup == workers)
     @jax.named_scope("producer")
     def _producer() -> None:
-      pipeline.produce(self.load, self.smem.empty, self.own, kernel.k_steps)
+      pipeline.produce(self.load, self.smem.empty, self.walk, kernel.k_steps)
 
     @pl.when(warpgroup < workers)
     def _compute() -> None:
@@ -197,7 +207,7 @@ class _Cta:
         for i in range(0, self.tiles.num_stages, workers):
           kernel.quantizer.clear(self.smem.x.at[warpgroup + i])
 
-      @pl.loop(0, self.own.num_tiles)
+      @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:
         with jax.named_scope("mainloop"):
           sums = self.own_sums(t)
@@ -214,7 +224,7 @@ class _Cta:
 
       @pl.when((warpgroup == 0) & (self.cluster_index == 0))
       def _total() -> None:
-        self.store(cluster.cluster_sum(self.smem.own_sums, self.tiles.cluster), 0)
+        self.store(cluster.cluster_sum(self.smem.cta_sums, self.tiles.cluster), 0)
 
       cluster.cluster_sync()
 
@@ -269,13 +279,13 @@ class _Cta:
     return lax.fori_loop(0, count, add_block, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
 
   def quantize_x(self, quantizer: InKernelQuantizer, stage: Any, ki: Any, t: Any) -> None:
-    b = self.own.tile(t).batch if self.gmem.x.shape[0] > 1 else 0
+    b = self.walk.tile(t).batch if self.gmem.x.shape[0] > 1 else 0
     quantizer.write(
       self.gmem.x.at[b],
       ki + self.cluster_index * self.kernel.k_steps,
       self.smem.x.at[stage],
       self.smem.x_scales.at[stage],
-      self.gmem.alpha[0][0] if self.gmem.alpha else None,
+      None if self.gmem.global_scale_x is None else self.gmem.global_scale_x[0],
     )
 
   def x_scales(self, stage: Any, row: int, first: int) -> Any:
@@ -304,19 +314,20 @@ class _Cta:
       sums += plgpu.load(self.smem.sums.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
     plgpu.barrier_arrive(self.smem.sums_empty)
     if self.tiles.cluster > 1:
-      self.smem.own_sums[...] = sums
+      self.smem.cta_sums[...] = sums
     else:
       self.store(sums, t)
 
   def store(self, sums: Any, t: Any) -> None:
-    kernel, blockdiag, alpha = self.kernel, self.plan.blockdiag, self.gmem.alpha
-    tile, layout = self.own.tile(t), plgpu.Layout.WGMMA
+    kernel, blockdiag, gmem = self.kernel, self.plan.blockdiag, self.gmem
+    tile, layout = self.walk.tile(t), plgpu.Layout.WGMMA
     if blockdiag is not None:
       sums = blockdiag_sum(sums, blockdiag.rows, blockdiag.k_blocks_per_acc)
       layout = ONE_OF_FOUR
     out = sums * np.float32(kernel.unit)
-    if alpha:
-      first, second = epilogue.factors_of_product(*(amax_or_nan(scale[0]) for scale in alpha))
+    if gmem.global_scale_x is not None:
+      scales = gmem.global_scale_x, gmem.global_scale_w
+      first, second = epilogue.factors_of_product(*(amax_or_nan(scale[0]) for scale in scales))
       out = out * first * second
     out = out.astype(kernel.out_dtype)
     rows = self.out.at[tile.batch]

@@ -15,6 +15,7 @@ kernels run in turn, and each number of w is expanded once (staged dequantizatio
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -85,7 +86,7 @@ def _with_panel(
     w = dequantize(words, scales, fmt, None, x.dtype, window=window)
   ref, row_scales = jax.new_ref(out), (operands.x_scales, operands.w_scales)
   panel = gemm.Operands(x, w[None], operands.alpha, *row_scales, panel=window.first, out=ref)
-  gemm.gemm(panel, out.dtype, tiles, grid)
+  gemm.gemm(panel, out.dtype, tiles, dataclasses.replace(grid, n=window.rows))
   return jax.freeze(ref)
 
 

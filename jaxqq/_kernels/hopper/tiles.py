@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-ROWS = 64  # of an operand that one warpgroup multiplies
+ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
 STAGED_BLOCK_N = 128  # rows of w that are expanded at a time are a multiple of this, and so is n
 
 
@@ -19,25 +19,31 @@ def power_of_two_from(a: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """The output in tiles, walked in bands of `group_width` tiles so that the L2 cache is reused."""
+  """The output (batch, m, n) in tiles, walked in bands, so that operands stay in the L2 cache."""
 
+  batch: int
+  m: int
+  n: int
   block_m: int
   block_n: int
   num_sms: int
-  group_width: int = 8
-  minor: int = 0  # the axis along which bands are cut; 0: m, 1: n
   cluster: int = 1  # CTAs that share a tile
+  group_width: int = 8  # tiles that a band has side by side
+  minor: int = 0  # the axis along which bands are cut; 0: m, 1: n
 
-  def tiles(self, m: int, n: int) -> tuple[int, int]:
-    return cdiv(m, self.block_m), cdiv(n, self.block_n)
+  @property
+  def tiles(self) -> tuple[int, int]:
+    """Of one matrix, along m and along n."""
+    return cdiv(self.m, self.block_m), cdiv(self.n, self.block_n)
 
-  def num_tiles(self, batch: int, m: int, n: int) -> int:
-    return batch * math.prod(self.tiles(m, n))
+  @property
+  def num_tiles(self) -> int:
+    return self.batch * math.prod(self.tiles)
 
-  def num_ctas(self, batch: int, m: int, n: int) -> int:
-    """Of those that share a tile, which is the only one that they have, one counts."""
-    num_tiles = self.num_tiles(batch, m, n)
-    return num_tiles if self.cluster > 1 else min(self.num_sms, num_tiles)
+  @property
+  def num_workers(self) -> int:
+    """CTAs that walk over the tiles; a cluster counts as one, and has one tile."""
+    return self.num_tiles if self.cluster > 1 else min(self.num_sms, self.num_tiles)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from jaxqq._kernels.hopper.ptx.expand import E4M3, e2m1_to_e4m3
 from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_scales, scale_words
 
-UNIT = 2.0**12  # a product of two codes, in units of what their e4m3 numbers multiply to
+UNIT = 2.0**12  # codes become e4m3 numbers of 2**-6 their value, of both operands: this undoes it
 _WORDS = 16  # packed words of a row that are expanded at once, 128 codes
 
 

@@ -27,12 +27,12 @@ class Expanded:
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any) -> Any:
     """sums + the product of one block of k."""
-    form = PackedE2M1
-    words = form.load_words(cta.smem.w.at[stage])
-    all_scales = form.load_scales(cta.smem.scales.at[stage])
-    for step in range(cta.plan.block.words // form.words):
-      its = slice(step * form.words, (step + 1) * form.words)
-      groups = slice(step * form.groups, (step + 1) * form.groups)
-      factors = form.factors(all_scales[:, groups])
-      sums = add_step(cta, sums, form.expand(words[:, its], factors), stage, step)
+    packed = PackedE2M1
+    words = packed.load_words(cta.smem.w.at[stage])
+    all_scales = packed.load_scales(cta.smem.scales.at[stage])
+    for step in range(cta.plan.block.words // packed.words):
+      its = slice(step * packed.words, (step + 1) * packed.words)
+      groups = slice(step * packed.groups, (step + 1) * packed.groups)
+      factors = packed.factors(all_scales[:, groups])
+      sums = add_step(cta, sums, packed.expand(words[:, its], factors), stage, step)
     return sums

@@ -32,7 +32,7 @@ class PackedE2M1:
 
   @staticmethod
   def load_scales(ref: Any) -> Any:
-    """Of 64 rows, as they are stored: they stay in flight for a step."""
+    """Of 64 rows, as they are stored: the load completes a step later."""
     return plgpu.load(ref, layout=ONE_OF_FOUR, optimized=False)
 
   @staticmethod

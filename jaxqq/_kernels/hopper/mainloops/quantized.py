@@ -41,8 +41,7 @@ class Quantized:
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any) -> Any:
     """sums + the product of one block of k."""
-    alpha = cta.gmem.alpha
-    global_scale = alpha[1][0] if alpha else None
+    global_scale = None if cta.gmem.global_scale_w is None else cta.gmem.global_scale_w[0]
     for step in range(cta.plan.block.k // STEP_K):
       numbers = cta.smem.w.at[stage, :, pl.ds(step * STEP_K, STEP_K)]
       a = quantized_tile(numbers, cta.plan.problem.fmt, global_scale)

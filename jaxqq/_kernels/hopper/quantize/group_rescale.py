@@ -135,7 +135,7 @@ def rescale_rows(
   *,
   view: View,
 ) -> None:
-  """mxfp8 scales as `expand.E4M3` takes them: how far each group's codes are to be rebased.
+  """mxfp8 scales as `expand.rebase_e4m3` takes them: how far each group's codes are to be rebased.
 
   Writes:
     rescale: uint8 as the scales, `rescale_byte` of the distance to the largest byte of the row;

@@ -31,9 +31,9 @@ class TuningConfig:
   """What may change the speed and nothing else."""
 
   # Tiles that a warpgroup loads before it works on any: bytes in flight against registers. A
-  # tile is 1024 elements: eight a thread, in `fp8_operand` twice as many.
+  # tile is 1024 elements: eight a thread, in `rebased_operand` twice as many.
   tiles_per_step: int = 4
-  # A row of so many bytes or fewer stays in registers between the two sweeps of `fp8_operand`
+  # A row of so many bytes or fewer stays in registers between the two sweeps of `rebased_operand`
   # (32 KiB are 64 registers a thread); a longer one is read again, from the caches.
   resident_bytes: int = 32768
 
