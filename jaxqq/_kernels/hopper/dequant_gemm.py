@@ -14,8 +14,8 @@ One CTA an SM, with a producer and two compute warpgroups (`pipeline.py`):
 - With 256 rows of x, two operands and the sums of a step do not fit in registers. Then the
   warpgroups multiply in ping-pong (`wgmma.add_promoted`): one expands while the other
   multiplies.
-- In a cluster, two CTAs have a part of k each of one tile. In the end they exchange sums through
-  shared memory (`ptx/cluster.py`), and each adds up and stores its share of the tile's rows.
+- In a cluster, up to 8 CTAs have a part of k each of one tile. In the end they exchange sums
+  through shared memory (`ptx/cluster.py`), and each adds up and stores its share of the rows.
 - The epilogue multiplies by alpha, or by the scales of both operands' rows, in float32, and writes
   tiles transposed.
 """
@@ -38,7 +38,7 @@ from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles
 
 COMPUTE_WARPGROUPS = 2
-STORE = 64  # rows of x that are stored at a time
+STORE = 64  # rows of x that are stored at a time, or all of a CTA's
 PING_PONG_ROWS = 256  # of x: from here on, sums to be promoted leave no registers to expand into
 
 
@@ -83,7 +83,7 @@ class Scratch:
   x: Any  # (stages, block_m, step_k)
   w: Any  # (stages, block_n, words)
   out: Any  # pieces of 64 x 64 on their way out
-  from_cluster: Any  # sums of the other CTA
+  from_cluster: Any  # sums of the other CTAs, a slot each
   full: Any
   empty: Any
 
@@ -124,6 +124,7 @@ class _DequantGemm:
     self.out_dtype = jnp.dtype(out_dtype)
     self.k_steps = x.shape[2] // mainloop.step_k // tiles.cluster  # of a CTA
     self.own_m = tiles.block_m // tiles.cluster  # rows of x that a CTA stores
+    self.store_m = min(STORE, self.own_m)  # at a time
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
     self.has_row_scales = operands.x_scales is not None
     self.x_transforms = tile_transforms(mainloop.step_k, mainloop.dtype)
@@ -143,7 +144,7 @@ class _DequantGemm:
 
   def scratch(self) -> Scratch:
     tiles, mainloop, stages = self.tiles, self.mainloop, self.tiles.num_stages
-    words, out = (stages, tiles.block_n, mainloop.words), (tiles.store_stages, STORE, ROWS)
+    words, out = (stages, tiles.block_n, mainloop.words), (tiles.store_stages, self.store_m, ROWS)
     return Scratch(
       plgpu.SMEM(
         (stages, tiles.block_m, mainloop.step_k), mainloop.dtype, transforms=self.x_transforms
@@ -152,7 +153,7 @@ class _DequantGemm:
       plgpu.SMEM(
         (COMPUTE_WARPGROUPS, *out), self.out_dtype, transforms=tile_transforms(ROWS, self.out_dtype)
       ),
-      cluster.dsmem_buffer(self.own_m) if tiles.cluster > 1 else None,
+      cluster.dsmem_buffer(self.own_m, tiles.cluster - 1) if tiles.cluster > 1 else None,
       plgpu.Barrier(num_barriers=stages, num_arrivals=2),
       plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
     )
@@ -299,11 +300,11 @@ class _Cta:
   def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
     """Scales and writes the sums of a tile's rows from `first_row` on, 64 after the other."""
     kernel, b = self.kernel, tile.batch
-    columns = self.own_w_rows(tile)
+    columns, store_m = self.own_w_rows(tile), kernel.store_m
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for i in range(sums.shape[1] // STORE):
-      piece = sums[:, i * STORE : (i + 1) * STORE]
-      rows = pl.ds(tile.m * self.tiles.block_m + first_row + i * STORE, STORE)
+    for i in range(sums.shape[1] // store_m):
+      piece = sums[:, i * store_m : (i + 1) * store_m]
+      rows = pl.ds(tile.m * self.tiles.block_m + first_row + i * store_m, store_m)
       if kernel.has_row_scales:
         of_x = self.gmem.x_scales
         x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
@@ -322,15 +323,23 @@ class _Cta:
       plgpu.copy_smem_to_gmem(staged, self.out.at[b, *where])
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
-    """Adds up and stores the own rows, and hands over the others."""
-    own_m, buffer = self.kernel.own_m, self.smem.from_cluster
-    parts = [sums[:, i * own_m : (i + 1) * own_m] for i in range(self.tiles.cluster)]
-    for own, other in ((0, 1), (1, 0)):
+    """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""
+    own_m, buffer, size = self.kernel.own_m, self.smem.from_cluster, self.tiles.cluster
+    parts = [sums[:, i * own_m : (i + 1) * own_m] for i in range(size)]
+
+    def slot_of(source: int, target: int) -> int:
+      return (source - target - 1) % size
+
+    for own in range(size):
+      others = [other for other in range(size) if other != own]
 
       @pl.when(self.cluster_index == own)
-      def _exchange(own: int = own, other: int = other) -> None:
-        cluster.dsmem_store(parts[other], buffer, other)
+      def _exchange(own: int = own, others: list[int] = others) -> None:
+        for other in others:
+          cluster.dsmem_store(parts[other], buffer, other, slot_of(own, other))
         cluster.cluster_sync()
-        total = parts[own] + cluster.dsmem_load(buffer, own_m)
+        total = parts[own]
+        for other in others:
+          total = total + cluster.dsmem_load(buffer, own_m, slot_of(other, own))
         self.store(total, w_scales, tile, own * own_m)
         cluster.cluster_sync()  # none ends before it has been read

@@ -19,7 +19,7 @@ from jaxqq._kernels.hopper.quantize.exact import exact_operand
 from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_packed
 from jaxqq._kernels.hopper.quantize.groups import TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
-from jaxqq._kernels.problem import fold, pad_k
+from jaxqq._kernels.problem import fold, pad_blocks, pad_k
 from jaxqq._quantize import alpha_factors
 from jaxqq._reference import Operands
 
@@ -120,7 +120,7 @@ _KERNELS = {
 
 def skinny(plan: SkinnyPlan, operands: Operands) -> jax.Array:
   """out (..., m, n)."""
-  folded, fmt = fold(operands), plan.problem.fmt
+  folded, fmt = pad_blocks(fold(operands), plan.block.k, plan.pads_scales), plan.problem.fmt
   m = folded.x.shape[1]
   # Passed raw: any arithmetic here would cost a kernel of XLA's.
   of_x, of_w = (

@@ -9,7 +9,8 @@
     w -----------------------+--> skinny_gemm -----> out    w in 16 bits, x of up to 64 rows
     x, words, scales --------+--> skinny_gemm -----> out    w packed, x of one row (mxfp8: 8)
 
-`skinny_gemm` takes K in whole blocks, of 256 or 512 (packed w) or 128; other K go to the others.
+`skinny_gemm` loads K in blocks, of 256 or 512 (packed w) or 128, and zeros past its end; smaller K
+go to the others.
 
 In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
 times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
@@ -125,7 +126,16 @@ class SkinnyPlan:
   def details(self) -> str:
     blockdiag = "" if self.blockdiag is None else f" with {self.blockdiag}"
     x = ", x quantized in the kernel" if self.quantizes_x else ""
-    return f"{self.kernel} with {self.block} {self.tiles}{blockdiag}{x}{_for_sms(self.device)}"
+    padded = ", x padded to whole blocks of K by XLA" if self.problem.k % self.block.k else ""
+    if self.pads_scales:
+      padded = ", x and the scales of w padded to whole blocks of K by XLA"
+    how = f"{self.block} {self.tiles}{blockdiag}{x}{padded}"
+    return f"{self.kernel} with {how}{_for_sms(self.device)}"
+
+  @property
+  def pads_scales(self) -> bool:
+    """Whether rows of w's scales are not as far apart as the TMA needs."""
+    return self.problem.is_packed and bool(self.problem.k // self.block.group_size % TMA_BYTES)
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -281,6 +291,7 @@ def _exact(problem: Problem, device: Device) -> WidePlan:
 # Up to 64 rows
 
 MAX_SKINNY_ROWS = 64
+TMA_BYTES = 16  # from one row in memory to the next, a multiple of this
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # With 16 rows block-diagonal x has too many sums for the registers.
@@ -305,8 +316,10 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
     )
   mainloop = _skinny_mainloop(problem)
   block = _k_block(problem, mainloop)
-  if problem.k % block.k:
-    raise Unsupported(f"k = {problem.k} is no multiple of {block.k}, which its loads are made of")
+  if problem.k < block.k:
+    raise Unsupported(f"k = {problem.k}, and it loads {block.k} of k at once")
+  if problem.k * block.bits // 8 % TMA_BYTES:
+    raise Unsupported(f"a row of w is no multiple of {TMA_BYTES} bytes, which the TMA needs")
   if mainloop == "group_sums":
     check_fp8(problem, device)
   blockdiag, padded_m = None, max(8, power_of_two_from(rows))  # the TMA moves 8 rows at a time
@@ -334,7 +347,8 @@ def _k_block(problem: Problem, mainloop: str) -> KBlock:
   fmt, k = problem.fmt, SKINNY_BLOCK_K
   if mainloop == "quantized":
     return KBlock(128, 8 * problem.w_dtype.itemsize, None)
-  is_large = problem.k % k == 0 and problem.rows <= MAX_ROWS_OF_LARGE_BLOCKS
+  as_many_zeros = 2 * cdiv(problem.k, k) == cdiv(problem.k, k // 2)
+  is_large = as_many_zeros and problem.rows <= MAX_ROWS_OF_LARGE_BLOCKS
   if mainloop == "group_sums" or is_large:
     return KBlock(k, fmt.bits, fmt.group_size)
   return KBlock(k // 2, fmt.bits, fmt.group_size)
@@ -355,7 +369,7 @@ def _skinny_tiles(
   """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room."""
   stage = ROWS * (4 * block.words + block.scales) + x_bytes
   tiles = problem.batch * cdiv(problem.n, ROWS)
-  k_steps = problem.k // block.k
+  k_steps = cdiv(problem.k, block.k)
 
   def stages(workers: int, cluster: int) -> int:
     sums = (workers - (cluster == 1)) * ROWS * padded_m * 4

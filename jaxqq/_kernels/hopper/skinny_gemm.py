@@ -43,7 +43,7 @@ from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, tile_transforms
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
-from jaxqq._kernels.hopper.tiles import ROWS
+from jaxqq._kernels.hopper.tiles import ROWS, cdiv
 
 MAINLOOPS: dict[str, type[Mainloop]] = {
   "blockdiag": BlockDiagonalX,
@@ -93,7 +93,7 @@ class Scratch:
 def skinny_gemm(
   operands: Operands, m: int, plan: SkinnyPlan, unit: float, out_dtype: Any
 ) -> jax.Array:
-  """(b, m, n): the sums times `unit` and the global scales. k is a multiple of block.k.
+  """(b, m, n): the sums times `unit` and the global scales. x has k in whole blocks.
 
   Args:
     operands: of shapes as above; what rows of x from m on hold reaches no result.
@@ -124,7 +124,7 @@ class _SkinnyGemm:
     self.batch, self.n = max(x.shape[0], w.shape[0]), w.shape[1]
     self.is_packed = operands.scales is not None
     self.w_dtype, self.w_columns = w.dtype, block.words if self.is_packed else block.k
-    all_steps = w.shape[2] // self.w_columns
+    all_steps = cdiv(w.shape[2], self.w_columns)
     self.k_steps = all_steps // plan.tiles.cluster
     self.quantizer: InKernelQuantizer | None = None
     self.x_scales_shape: tuple[int, int] | None = None

@@ -50,11 +50,11 @@ class Grid:
 class WideTiles:
   """Of `gemm` and `dequant_gemm`."""
 
-  block_m: int  # rows of x a CTA: a multiple of 64 * cluster, up to 256; of `gemm` 128 or 256
+  block_m: int  # rows of x a CTA: 64, 128 or 256; of `gemm` 128 or 256
   num_stages: int  # steps of both operands in shared memory
   promote: bool = False  # add to float32 sums after every step
   store_stages: int = 2  # pieces of 64 x 64 on their way out, a warpgroup
-  cluster: int = 1  # CTAs that share a tile, each with a part of k: 2 at most, of `gemm` 1
+  cluster: int = 1  # CTAs that share a tile, each with a part of k: up to 8, of `gemm` 1
   block_n: int = 2 * ROWS  # rows of w a CTA
 
 

@@ -9,7 +9,7 @@ Each leaves its sums in its own shared memory. The first CTA reads them there in
 CTAs: there are no float atomics, so results are the same every time. The second sync keeps a CTA
 from ending before it has been read.
 
-Many rows: two CTAs, each of which adds up half of a tile.
+Many rows: up to 8 CTAs, each of which adds up its share of a tile's rows of x. Of two:
 
     CTA 0   | its part of k | stores half 1 | sync | half 0 + what came | sync | ends
     CTA 1   | its part of k | stores half 0 | sync | half 1 + what came | sync | ends
@@ -59,13 +59,16 @@ def cluster_sum(own: Any, size: int) -> Any:
   return sums
 
 
-def dsmem_buffer(columns: int) -> Any:
-  """Shared memory for what two warpgroups `dsmem_store`, (64, columns) each, as threads hold it."""
-  return plgpu.SMEM((_WARPGROUPS * ROWS * columns,), jnp.float32)
+def dsmem_buffer(columns: int, slots: int) -> Any:
+  """Shared memory for what others `dsmem_store`: so many slots, each for both warpgroups' sums.
+
+  Sums are (64, columns) a warpgroup, stored as threads hold them.
+  """
+  return plgpu.SMEM((slots * _WARPGROUPS * ROWS * columns,), jnp.float32)
 
 
-def dsmem_store(sums: jax.Array, buffer: Any, cta: int) -> None:
-  """Writes sums, float32 in the layout WGMMA, to the buffer of another CTA of the cluster."""
+def dsmem_store(sums: jax.Array, buffer: Any, cta: int, slot: int) -> None:
+  """Writes sums, float32 in the layout WGMMA, to a slot of the buffer of another CTA."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())), return_type=None)
   def write(ctx: Any, sums: Any, buffer: Any) -> None:
@@ -74,7 +77,8 @@ def dsmem_store(sums: jax.Array, buffer: Any, cta: int) -> None:
     lines = [f"mapa.shared::cluster.u32 at, at, {cta};"]
     for i in range(0, len(values), _VECTOR):
       names = ", ".join(f"${j}" for j in range(i, i + _VECTOR))
-      lines.append(f"st.shared::cluster.v4.f32 [at + {4 * _THREADS * i}], {{{names}}};")
+      offset = 4 * _THREADS * (slot * len(values) + i)
+      lines.append(f"st.shared::cluster.v4.f32 [at + {offset}], {{{names}}};")
     constraints = ",".join(["f"] * len(values) + ["r", "~{memory}"])
     operands = [*values, registers.smem_address(buffer)]
     registers.void_asm(_at_own_address(lines, len(values)), operands, constraints)
@@ -82,8 +86,8 @@ def dsmem_store(sums: jax.Array, buffer: Any, cta: int) -> None:
   write(sums, buffer)
 
 
-def dsmem_load(buffer: Any, columns: int) -> jax.Array:
-  """What another CTA has stored, (64, columns)."""
+def dsmem_load(buffer: Any, columns: int, slot: int) -> jax.Array:
+  """What another CTA has stored in a slot, (64, columns)."""
   sums_type = plgpu.ShapeDtypeStruct(
     (ROWS, columns), jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA
   )
@@ -95,7 +99,8 @@ def dsmem_load(buffer: Any, columns: int) -> jax.Array:
     lines = []
     for i in range(0, count, _VECTOR):
       names = ", ".join(f"${j}" for j in range(i, i + _VECTOR))
-      lines.append(f"ld.shared.v4.f32 {{{names}}}, [at + {4 * _THREADS * i}];")
+      offset = 4 * _THREADS * (slot * count + i)
+      lines.append(f"ld.shared.v4.f32 {{{names}}}, [at + {offset}];")
     constraints = ",".join(["=f"] * count + ["r", "~{memory}"])
     operands = [registers.smem_address(buffer)]
     text = _at_own_address(lines, count)
