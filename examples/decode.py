@@ -29,7 +29,7 @@ from decoder import MODES, UNQUANTIZED, Config
 
 import jaxqq
 from jaxqq.bench.decode_tables import tables as table
-from jaxqq.bench.report import make_header
+from jaxqq.bench.kept import make_header
 
 try:
   from tqdm import tqdm

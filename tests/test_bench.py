@@ -17,6 +17,7 @@ import jaxqq
 from jaxqq.bench import __main__ as bench
 from jaxqq.bench import chain, check, measure, report, results_page
 from jaxqq.bench.cases import FORMS, LLAMA, MODES, Case, goal, select
+from jaxqq.bench.kept import read
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, implementations
 from tests.support import oracle
 
@@ -72,7 +73,7 @@ def chains(tmp_path_factory):
 
 def test_wall_clock_of_chains(chains):
   rows, kept = chains
-  header, found = report.read([kept])
+  header, found = read([kept])
   assert found == rows and header["chain"] == 3 and "chain, scan" in report.header_lines(header)[-1]
   assert {row.implementation for row in rows} == {CUBLAS, "xla dequantize", "jaxqq"}
   for row in rows:
@@ -109,18 +110,18 @@ def test_results_kept_before_chains_still_load(name, capsys):
 
 def test_kept_results_come_back(results):
   rows, kept, _ = results
-  header, found = report.read([kept])
+  header, found = read([kept])
   assert found == rows
   assert header["timing"] == "wall time (cpu)" and header["jax"] == jax.__version__
   assert header["jaxqq"] == jaxqq.__version__ and header["suites"] == ["tiny"]
-  assert report.read([kept, kept])[1] == rows * 2
+  assert read([kept, kept])[1] == rows * 2
 
 
 def test_results_of_decode_may_lie_beside(results, tmp_path):
   rows, kept, _ = results
   decode = tmp_path / "decode.json"
   decode.write_text(json.dumps({"header": {}, "models": [{"name": "bf16"}]}))
-  assert report.read([kept, decode])[1] == rows
+  assert read([kept, decode])[1] == rows
 
 
 def test_the_report_in_markdown(results, tmp_path, capsys):

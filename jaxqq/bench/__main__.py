@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxqq.bench import report
+from jaxqq.bench import kept, report
 from jaxqq.bench.cases import FORMS, MODES, SUITES, select
 from jaxqq.bench.chain import with_chains
 from jaxqq.bench.measure import Row, Settings, make_timer, run_case
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
   timer = make_timer()
   settings = Settings(options.seconds, options.rounds, options.seed, options.chain)
-  header = report.make_header(timer.method, suites=options.suite, **dataclasses.asdict(settings))
+  header = kept.make_header(timer.method, suites=options.suite, **dataclasses.asdict(settings))
   rows: list[Row] = []
   chain = settings.chain > 0
   with tqdm(total=len(cases), unit="case", disable=None) as bar:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         tqdm.write(report.row_line(row, chain))
       sys.stdout.flush()
       if options.json:  # after every case, so that a run cut short leaves what it has
-        report.write(options.json, header, rows)
+        kept.write(options.json, header, rows)
       bar.update()
   if options.plot:
     report.plot(options.plot, header, rows)

@@ -23,8 +23,8 @@ import numpy as np
 
 import jaxqq
 from jaxqq._formats import ProductMode
-from jaxqq.bench import report
 from jaxqq.bench.cases import MODES
+from jaxqq.bench.kept import make_header
 
 ROWS = 256  # of x and of w
 KS = (32, 64, 128, 512, 2048, 4096, 16384)
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
       for k in options.k
     ]
   if options.json:
-    header = report.make_header("no times: norm-wise errors")
+    header = make_header("no times: norm-wise errors")
     options.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
   for mode, dtype in dict.fromkeys((row["mode"], row["dtype"]) for row in rows):
     print("\n".join(table(rows, mode, dtype)))

@@ -36,6 +36,7 @@ from jaxqq._formats import ProductMode
 from jaxqq.bench import report
 from jaxqq.bench.cases import MODES, Case
 from jaxqq.bench.check import error_share
+from jaxqq.bench.kept import make_header
 
 HIDDEN, INTERMEDIATE = 8192, 28672  # of Llama 3 70B
 BFLOAT16: Final = "bfloat16"
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
   devices = options.devices or sorted({1, available})
   if not all(1 <= count <= available for count in devices):
     parser.error(f"--devices: there are {available}, got {' '.join(map(str, devices))}")
-  header = report.make_header("wall time", hidden=options.hidden, intermediate=options.intermediate)
+  header = make_header("wall time", hidden=options.hidden, intermediate=options.intermediate)
   print(*report.header_lines(header)[:1], sep="\n")
   results = []
   all_work = [(FORWARD, m) for m in options.rows] + [(TRAINING, m) for m in options.train_rows]

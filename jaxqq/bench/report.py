@@ -1,4 +1,4 @@
-"""Results as a table, JSON, Markdown and a plot; `python -m jaxqq.bench.report FILE.json`.
+"""Results as a table, Markdown and a plot; `python -m jaxqq.bench.report FILE.json`.
 
 Without a file, `python -m jaxqq.bench.report` writes the page of all results that are kept, and its
 picture (`results_page.py`), so that no number of a table is typed.
@@ -7,83 +7,20 @@ picture (`results_page.py`), so that no number of a table is typed.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
-import json
 import pathlib
-import platform
-import shutil
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
-
-import jaxqq
 from jaxqq.bench.cases import FEW_ROWS, FORMS, GOAL_SHAPE, goal
+from jaxqq.bench.kept import Header, read
 from jaxqq.bench.measure import Row
 from jaxqq.bench.peers import COPY, CUBLAS
-
-Header = dict[str, Any]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def install(package: str) -> str:
   return f"jaxqq.bench needs {package} for this: pip install 'jaxqq[bench]'"
-
-
-def make_header(timing: str, **settings: Any) -> Header:
-  """Where and how results came about."""
-  device = jax.devices()[0]
-  return {
-    "device": device.device_kind,
-    "platform": device.platform,
-    "driver": _driver(),
-    "jax": jax.__version__,
-    "jaxqq": jaxqq.__version__,
-    "commit": _commit(),
-    "python": platform.python_version(),
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "timing": timing,
-    **settings,
-  }
-
-
-def _driver() -> str | None:
-  """NVIDIA's driver version, where there is one."""
-  if shutil.which("nvidia-smi") is None:
-    return None
-  command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-  return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
-
-
-def _commit() -> str | None:
-  """The commit of the checkout that jaxqq runs from, "-dirty" where files differ from it."""
-  package = pathlib.Path(jaxqq.__file__).parent
-  command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--match="]
-  # A checkout of jaxqq, not of a project whose environment it is installed in.
-  if shutil.which("git") is None or not (package.parent / ".git").exists():
-    return None
-  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-  return done.stdout.strip() or None
-
-
-def write(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
-  content = {"header": header, "rows": [dataclasses.asdict(row) for row in rows]}
-  path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def read(paths: Sequence[pathlib.Path]) -> tuple[Header, list[Row]]:
-  """The rows of some files together, under the first one's header.
-
-  Files of examples/decode.py, which has tables of its own, may be among them: they have no rows.
-  """
-  contents = [json.loads(path.read_text()) for path in paths]
-  tables = [content["rows"] for content in contents if "models" not in content]
-  return contents[0]["header"], [Row(**row) for table in tables for row in table]
 
 
 # ---- text

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxqq.bench import accuracy, decode_tables, mesh, report
 from jaxqq.bench.cases import FORMS, GOAL_SHAPE, MODES
+from jaxqq.bench.kept import Header, read
 from jaxqq.bench.measure import Row
 
 FOLDER = pathlib.Path(__file__).parent / "results"
@@ -175,7 +176,7 @@ def _section(folder: pathlib.Path, section: Section) -> str:
   return "\n\n".join(part for part in parts if part)
 
 
-def _origin(name: str, header: report.Header) -> str:
+def _origin(name: str, header: Header) -> str:
   """Where and when a file's results came about."""
   driver = f" (driver {header['driver']})" if header.get("driver") else ""
   commit = f"commit {header['commit']}" if header.get("commit") else "commit not recorded"
@@ -210,7 +211,7 @@ def _tables(contents: Sequence[dict[str, Any]]) -> str:
 
 def _ratios(folder: pathlib.Path) -> dict[tuple[str, str], dict[int, float]]:
   """By mode and form, at the shape of the goals, of each number of rows the ratio to cuBLAS."""
-  _, rows = report.read([folder / name for name in RATIO_FILES])
+  _, rows = read([folder / name for name in RATIO_FILES])
   found: dict[tuple[str, str], dict[int, float]] = {}
   for row in rows:
     is_product = FORMS[row.form].is_product and (row.n, row.k) == GOAL_SHAPE
@@ -244,7 +245,7 @@ def plot_ratios(path: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
   except ImportError:
     raise SystemExit(report.install("matplotlib")) from None
   ratios = _ratios(folder)
-  header, _ = report.read([folder / RATIO_FILES[0]])
+  header, _ = read([folder / RATIO_FILES[0]])
   titles = {"packed": "w packed beforehand", "on the fly": "w quantized in the call"}
   figure = figure_class(figsize=(9, 3.7), layout="constrained", facecolor=_GROUND)
   panels = figure.subplots(1, len(titles), sharey=True)
