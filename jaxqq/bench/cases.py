@@ -104,9 +104,18 @@ class Suite:
   forms: tuple[str, ...]
   rows: tuple[int, ...]
   shapes: tuple[tuple[int, int], ...]  # (n, k)
+  survey: bool = False  # many cases, each measured briefly, by runs that add up
 
 
 LLAMA = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
+# Layers of language and image models: attention, MLPs, experts, adapters of a low rank, a head.
+MODELS = (
+  *((4096, 12288), (12288, 4096), (7168, 2048), (2048, 7168), (2880, 2880)),
+  *((5120, 25600), (1024, 4096), (5376, 21504), (3072, 3072), (6144, 4096)),
+  *((10240, 5120), (5120, 8192), (51200, 5120), (8192, 5376), (43008, 5376)),
+  *((5120, 2880), (2880, 4096), (576, 7168), (24576, 1536), (7168, 16384)),
+  *((4096, 7168), (4096, 2048), (12288, 2048), (2048, 6144), (151936, 2048)),
+)
 SUITES = {
   "goals": Suite(
     "what is shown of one shape",
@@ -123,8 +132,22 @@ SUITES = {
   "quantize": Suite(
     "formats alone", ("quantize", "quantize columns", "dequantize"), (8192,), ((0, 8192),)
   ),
+  "models": Suite(
+    "layers of many models, from one row of x to many: a survey",
+    ("packed",),
+    (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192),
+    MODELS + LLAMA,
+    survey=True,
+  ),
   "tiny": Suite("a test of the bench itself", tuple(FORMS), (64,), ((48, 64),)),
 }
+
+
+def is_survey(suites: Sequence[str]) -> bool:
+  """Whether each of some suites is one; a name that is no suite is none."""
+  return all(name in SUITES and SUITES[name].survey for name in suites)
+
+
 MODES: tuple[ProductMode, ...] = get_args(ProductMode)
 
 # The speed relative to cuBLAS in bfloat16 that is aimed at, at this (n, k), by mode, form and m;
@@ -161,6 +184,7 @@ def select(
   rows: Sequence[int] = (),
   forms: Sequence[str] = (),
   *,
+  shapes: Sequence[tuple[int, int]] = (),
   backward: bool = False,
 ) -> list[Case]:
   """The cases of some suites, each once.
@@ -170,17 +194,30 @@ def select(
     modes: keys of `FORMATS` that multiply.
     rows: m of the products, instead of the suites' own.
     forms: keys of `FORMS` to keep; all if empty.
+    shapes: (n, k) instead of those of suites that have products.
     backward: adds "dx" and "dw" for every product of the suites.
   """
   cases = []
   for suite in (SUITES[name] for name in suites):
     all_forms = suite.forms
-    if backward and any(FORMS[form].is_product for form in all_forms):
+    products = any(FORMS[form].is_product for form in all_forms)
+    if backward and products:
       all_forms += BACKWARD_FORMS
-    for n, k in suite.shapes:
+    for n, k in shapes if shapes and products else suite.shapes:
       for form in (form for form in all_forms if not forms or form in forms):
         product = FORMS[form].is_product
         for mode in modes:
           for m in (rows or suite.rows) if product else suite.rows:
             cases.append(Case(form, mode, m, n if product else 0, k))
   return list(dict.fromkeys(cases))
+
+
+def covering(cases: Sequence[Case]) -> list[Case]:
+  """The cases, all shapes of one m after the other, in an order of m that is spread at any time.
+
+  A run that is cut short then has every shape, at few m, instead of few shapes.
+  """
+  rows = sorted({case.m for case in cases})
+  width = (len(rows) - 1).bit_length()
+  order = {m: int(f"{i:0{width}b}"[::-1], 2) for i, m in enumerate(rows)}
+  return sorted(cases, key=lambda case: order[case.m])

@@ -30,7 +30,16 @@ from jax import lax
 
 from jaxqq.bench.cases import FORMS, Case
 from jaxqq.bench.check import error_share
-from jaxqq.bench.measure import Row, Settings, chained, normal, quartiles, reason, wall_seconds
+from jaxqq.bench.measure import (
+  Row,
+  Settings,
+  chained,
+  normal,
+  operand_specs,
+  quartiles,
+  reason,
+  wall_seconds,
+)
 from jaxqq.bench.peers import CUBLAS, Implementation, Run
 
 WAYS = ("chain", "scan")  # as the fields of `Row` begin
@@ -147,7 +156,7 @@ class _Operands:
 
   def affordable(self) -> int:
     """How many products the memory has room for."""
-    x, w = self._shapes()
+    x, w = operand_specs(self._case)
     prepared = [jax.eval_shape(prepare, x, w)[1:] for prepare in self._prepares]
     of_weights = sum(_num_bytes(a) for arrays in prepared for a in arrays)
     out = FORMS[self._case.form].out
@@ -159,7 +168,7 @@ class _Operands:
     return int(_MEMORY_SHARE * free) // each
 
   def make(self, products: int) -> None:
-    x, w = self._shapes()
+    x, w = operand_specs(self._case)
     first = self._seed * 1_000_003
     self.x = normal(np.uint32(first), x.shape, self._case.dtype)
     unquantized = [
@@ -177,12 +186,6 @@ class _Operands:
       arrays = zip(*self._weights[prepare], strict=True)
       self._stacked[prepare] = jax.block_until_ready(tuple(jnp.stack(a) for a in arrays))
     return self._stacked[prepare]
-
-  def _shapes(self) -> list[jax.ShapeDtypeStruct]:
-    return [
-      jax.ShapeDtypeStruct(self._case.shape(dims), np.dtype(self._case.dtype))
-      for dims in FORMS[self._case.form].inputs
-    ]
 
 
 def _num_bytes(a: jax.ShapeDtypeStruct) -> int:

@@ -7,6 +7,7 @@ from the numbers that they were made of.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ def error_share(
   if quantized:
     rows = [round_trip(a, case.mode) for a in rows]
   lhs, rhs = (a.astype(np.float64) for a in rows)
-  result = np.asarray(_rows(out, samples[form.out[0]]))[:, samples[form.out[1]]]
+  result = np.asarray(take_rows(out, samples[form.out[0]], axis=0))[:, samples[form.out[1]]]
   return _product_share(result, lhs @ rhs.T, np.abs(lhs) @ np.abs(rhs).T)
 
 
@@ -120,11 +121,11 @@ def _bits_share(
   """Quantizing and dequantizing are exact, so their results are compared as bits."""
   if FORMS[case.form].packed == "out":
     codes, scales = quantize(rows, case.mode)
-    words, found_scales = (np.asarray(_rows(a, sample)) for a in out)
+    words, found_scales = (np.asarray(take_rows(a, sample, axis=0)) for a in out)
     found = np.concatenate([words.view(np.uint8), found_scales], axis=-1)
     wanted = np.concatenate([_packed_bytes(codes, case.mode), scales], axis=-1)
   else:
-    found = np.asarray(_rows(out, sample))
+    found = np.asarray(take_rows(out, sample, axis=0))
     wanted = round_trip(rows, case.mode).astype(found.dtype)
   wrong = int(np.sum(found != wanted))
   if wrong:
@@ -150,9 +151,10 @@ def _sample(rng: np.random.Generator, size: int) -> np.ndarray:
 def _take(a: Any, dims: str, last: str, samples: dict[str, np.ndarray]) -> np.ndarray:
   """The sampled rows of a, as numpy, with the axis named `last` behind."""
   axis = 1 - dims.index(last)
-  taken = np.asarray(_rows(a, samples[dims[axis]], axis=axis))
+  taken = np.asarray(take_rows(a, samples[dims[axis]], axis=axis))
   return taken if axis == 0 else taken.T
 
 
-def _rows(a: Any, sample: np.ndarray, axis: int = 0) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="axis")
+def take_rows(a: jax.Array, sample: jax.Array, *, axis: int) -> jax.Array:
   return jnp.take(a, sample, axis=axis, mode="clip")

@@ -233,6 +233,32 @@ def run_case(
   return _with_ratios(rows)
 
 
+def prepared(
+  case: Case, implementation: Implementation, timer: Timer, implementations: int
+) -> tuple[tuple[jax.ShapeDtypeStruct, ...], int]:
+  """What an implementation starts from, and how many copies of it the calls go through.
+
+  Args:
+    case: the work.
+    implementation: that does it.
+    timer: says beyond how many bytes the operands rotate.
+    implementations: how many of them share the memory.
+  """
+  specs = jax.eval_shape(implementation.prepare, *operand_specs(case))
+  rotating = sum(a.size * a.dtype.itemsize for a in (specs[1:] or specs))
+  memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 16 << 30)
+  one_copy = case.num_bytes(packed=False) + case.num_bytes()
+  affordable = memory // (2 * implementations * one_copy)
+  wanted = -(-timer.rotate_bytes // max(1, rotating))
+  return specs, max(1, min(max(2, wanted), MAX_COPIES, affordable))
+
+
+def operand_specs(case: Case) -> list[jax.ShapeDtypeStruct]:
+  """The unquantized operands of a case."""
+  dtype = np.dtype(case.dtype)
+  return [jax.ShapeDtypeStruct(case.shape(dims), dtype) for dims in FORMS[case.form].inputs]
+
+
 def _start(
   case: Case,
   implementation: Implementation,
@@ -242,14 +268,8 @@ def _start(
   implementations: int,
 ) -> _Runner:
   """Compiles and checks; `share` is the seconds that one round may take."""
-  copies = [implementation.prepare(*operands[0])]
-  rotating = sum(a.nbytes for a in (copies[0][1:] or copies[0]))
-  out_bytes = case.num_bytes()
-  memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 16 << 30)
-  affordable = memory // (2 * implementations * (case.num_bytes(packed=False) + out_bytes))
-  wanted = -(-timer.rotate_bytes // max(1, rotating))
-  number = max(1, min(max(2, wanted), MAX_COPIES, affordable))
-  copies += [implementation.prepare(*operands[i]) for i in range(1, number)]
+  _, number = prepared(case, implementation, timer, implementations)
+  copies = [implementation.prepare(*operands[i]) for i in range(number)]
   call, args = chained(implementation.run), (copies,)
 
   last = jax.block_until_ready(call(*args))[-1]
@@ -258,7 +278,7 @@ def _start(
     error = error_share(case, operands[number - 1], last, quantized=implementation.quantized)
   del last
   seconds = min(wall_seconds(call, args, 2))
-  most = max(1, MAX_OUTPUT_BYTES // (number * out_bytes))
+  most = max(1, MAX_OUTPUT_BYTES // (number * case.num_bytes()))
   calls = max(1, min(int(share / seconds), most, 50))
   path = implementation.explain(*copies[0]) if implementation.explain else ""
   return _Runner(call, args, number, calls, seconds, *error, path)

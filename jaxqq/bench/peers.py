@@ -92,10 +92,19 @@ def _qqmm(mode: ProductMode) -> Run:
   return functools.partial(jaxqq.qqmm, mode=mode)
 
 
+@dataclasses.dataclass(frozen=True)
+class PackLast:
+  """Packs the last operand and leaves the others as they are."""
+
+  pack: Any  # jitted, so that it can be compiled ahead
+
+  def __call__(self, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    return *operands[:-1], *self.pack(operands[-1])
+
+
 @functools.cache
-def _pack_last(mode: ProductMode) -> Run:
-  """The last operand packed, the others as they are."""
-  return lambda *operands: (*operands[:-1], *jaxqq.quantize(operands[-1], mode=mode))
+def _pack_last(mode: ProductMode) -> PackLast:
+  return PackLast(jax.jit(functools.partial(jaxqq.quantize, mode=mode)))
 
 
 def _jaxqq_backward(case: Case) -> list[Implementation]:
