@@ -18,6 +18,7 @@ from jaxqq.bench import __main__ as bench
 from jaxqq.bench import chain, check, measure, report, results_page
 from jaxqq.bench.cases import FORMS, LLAMA, MODES, Case, goal, select
 from jaxqq.bench.kept import read
+from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, implementations
 from tests.support import oracle
 
@@ -87,7 +88,7 @@ def test_wall_clock_of_chains(chains):
 def test_chains_in_markdown(chains, results, capsys):
   (rows, kept), (without, plain, _) = chains, results
   report.main([str(kept), "--all"])
-  printed = capsys.readouterr().out.replace(report.TIMES, "x")
+  printed = capsys.readouterr().out.replace(TIMES, "x")
   one = r"\d+\.\d\dx [\d.]+ µs"
   assert "Wall clock of a chain of 3 products in one program" in printed
   assert re.search(rf"\| 40 \| [\d.]+ µs; [\d.]+ µs \| {one}; {one} \| {one}; {one} \|", printed)
@@ -130,7 +131,7 @@ def test_the_report_in_markdown(results, tmp_path, capsys):
   report.main([str(kept), "--all", "--plot", str(plot)])
   printed = capsys.readouterr().out
   assert "| N | K | M | cublas bf16 | nvfp4 packed | mxfp8 packed |" in printed
-  line = rf"\| 48 \| 64 \| 40 \| [\d.]+ µs \| \d+\.\d\d{report.TIMES} [\d.]+ µs, \d+ GB/s \(\d+%"
+  line = rf"\| 48 \| 64 \| 40 \| [\d.]+ µs \| \d+\.\d\d{TIMES} [\d.]+ µs, \d+ GB/s \(\d+%"
   assert re.search(line, printed)
   assert "quantize columns mxfp8 64x64" in printed
   assert printed.count("\n| ") > len(rows)
@@ -179,7 +180,7 @@ def test_the_table_of_the_goals():
   rows = [dataclasses.replace(row, ratio=1.7), dataclasses.replace(row, m=8192, ratio=1.6)]
   rows += [dataclasses.replace(rows[0], n=28672, k=4096, ratio=1.5)]
   rows += [dataclasses.replace(row, m=256, us=None, note="failed: OOM")]
-  lines = report.goals_markdown(rows).replace(report.TIMES, "x").splitlines()
+  lines = report.goals_markdown(rows).replace(TIMES, "x").splitlines()
   assert lines[2:] == [
     "| 8192 | 8192 | 256 | - | failed: OOM |",
     "| 8192 | 8192 | 4096 | - | **1.70x** 400 µs (goal 1.6x) |",

@@ -2,6 +2,6 @@
 
 The way of the data: `cases` (what is measured) and `peers` (what measures itself against it) ->
 `measure` (operands, times of the kernels) with `check` (errors) -> `chain` (wall clock of many
-products in one program) -> `kept` (JSON) -> `report` (table, Markdown, plot) ->
-`results_page` (the page of all results that are kept).
+products in one program) -> `kept` (JSON) -> `report` (table, Markdown, plot) and `summary` (of a
+survey) -> `results_page` (the page of all results that are kept).
 """

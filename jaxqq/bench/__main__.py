@@ -7,27 +7,46 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxqq.bench import kept, report
-from jaxqq.bench.cases import FORMS, MODES, SUITES, select
+from jaxqq.bench.cases import FORMS, MODES, SUITES, Case, covering, is_survey, select
 from jaxqq.bench.chain import with_chains
-from jaxqq.bench.measure import Row, Settings, make_timer, run_case
-from jaxqq.bench.peers import PEERS, implementations
+from jaxqq.bench.compile_ahead import compile_ahead
+from jaxqq.bench.measure import Row, Settings, Timer, make_timer, run_case
+from jaxqq.bench.peers import PEERS, Implementation, implementations
+from jaxqq.bench.summary import summary
 
 try:
   from tqdm import tqdm
 except ImportError:
   tqdm = None
 
+_CHAIN = 24
+# What is so where the command line does not say it, and for a survey, which has many cases.
+_DEFAULTS = {"peers": tuple(PEERS), "seconds": 2.0, "rounds": 5, "chain": _CHAIN, "resume": False}
+_OF_SURVEYS = {"peers": ("cublas",), "seconds": 0.3, "rounds": 3, "chain": 0, "resume": True}
+_COMPILED_TOGETHER = 16  # cases of a survey: as many as take some seconds
+
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
+  begin = time.monotonic()
   parser = _parser()
   options = parser.parse_args(arguments)
+  survey = is_survey(options.suite)
+  for name, value in (_OF_SURVEYS if survey else _DEFAULTS).items():
+    if getattr(options, name) is None:
+      setattr(options, name, value)
   _check(parser, options)
   cases = select(
-    options.suite, options.modes, options.rows, options.forms, backward=options.backward
+    options.suite,
+    options.modes,
+    options.rows,
+    options.forms,
+    shapes=options.shapes,
+    backward=options.backward,
   )
   if not cases:
     parser.error(f"no case of {', '.join(options.suite)} has a form of {', '.join(options.forms)}")
@@ -40,24 +59,68 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
   settings = Settings(options.seconds, options.rounds, options.seed, options.chain)
   header = kept.make_header(timer.method, suites=options.suite, **dataclasses.asdict(settings))
   rows: list[Row] = []
+  if options.json and options.resume:
+    try:
+      header, rows = kept.resume(options.json, header)
+    except ValueError as error:
+      parser.error(f"--resume: {error}")
   chain = settings.chain > 0
-  with tqdm(total=len(cases), unit="case", disable=None) as bar:
+  compared = {
+    case: implementations(case, options.peers) for case in (covering(cases) if survey else cases)
+  }
+  left = kept.missing(compared, rows, chain=chain)
+  with tqdm(total=len(cases), initial=len(cases) - len(left), unit="case", disable=None) as bar:
     for text in ("", *report.header_lines(header), "", report.titles(chain)):
       tqdm.write(text)
-    for case in cases:
-      compared = implementations(case, options.peers)
-      found = run_case(case, compared, timer, settings, bar.set_postfix_str)
-      found = with_chains(case, compared, found, settings, bar.set_postfix_str)
-      rows += found
+    together = _COMPILED_TOGETHER if survey else 1
+    for case in _in_time(left, compared, timer, begin + options.seconds_total, together):
+      found = run_case(case, compared[case], timer, settings, bar.set_postfix_str)
+      found = with_chains(case, compared[case], found, settings, bar.set_postfix_str)
+      rows = kept.replaced(rows, found)
       for row in found:
         tqdm.write(report.row_line(row, chain))
       sys.stdout.flush()
       if options.json:  # after every case, so that a run cut short leaves what it has
         kept.write(options.json, header, rows)
       bar.update()
+  if survey:
+    print("", summary(rows), "", _what_is_left(compared, rows, chain), sep="\n")
   if options.plot:
     report.plot(options.plot, header, rows)
   return rows
+
+
+def _in_time(
+  cases: Sequence[Case],
+  compared: Mapping[Case, Sequence[Implementation]],
+  timer: Timer,
+  deadline: float,
+  together: int,
+) -> Iterator[Case]:
+  """The cases until the deadline; their programs are compiled before, if several `together`."""
+  for first in range(0, len(cases), together):
+    batch = cases[first : first + together]
+    if together > 1:
+      compile_ahead({case: compared[case] for case in batch}, timer, deadline)
+    for case in batch:
+      if time.monotonic() >= deadline:
+        return
+      yield case
+
+
+def _what_is_left(
+  compared: Mapping[Case, Sequence[Implementation]], rows: Sequence[Row], chain: bool
+) -> str:
+  left = len(kept.missing(compared, rows, chain=chain))
+  text = f"{len(compared) - left} of {len(compared)} cases are measured."
+  return text + " The same command measures the others." if left else text
+
+
+def _shape(text: str) -> tuple[int, int]:
+  n, _, k = text.partition("x")
+  if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+    raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2880x4096")
+  return int(n), int(k)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m jaxqq.bench",
     description="Measures jaxqq beside its peers: speed and error, in one process, in turn.",
-    epilog="\n".join(
+    epilog="A survey is a suite of many cases, of which several runs make one file: "
+    f"{', '.join(name for name, suite in SUITES.items() if suite.survey)}.\n\n"
+    + "\n".join(
       f"{title}:\n" + "\n".join(f"  {name:18}{about}" for name, about in entries.items())
       for title, entries in lists.items()
     ),
@@ -84,22 +149,40 @@ def _parser() -> argparse.ArgumentParser:
   several("--suite", tuple(SUITES), ["goals"], "which cases, see below (goals)")
   several("--modes", MODES, MODES, f"of {', '.join(MODES)} (all)")
   several("--forms", tuple(FORMS), (), "only these forms of the suites, see below")
-  several("--peers", (*PEERS, "none"), tuple(PEERS), "measured beside jaxqq, or none (all)")
+  several("--peers", (*PEERS, "none"), None, "measured beside jaxqq, or none (all)")
   parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="M", help="of products")
+  parser.add_argument(
+    "--shapes", nargs="+", type=_shape, default=(), metavar="NxK", help="of products"
+  )
   parser.add_argument("--backward", action="store_true", help="adds dx and dw for every product")
   parser.add_argument(
-    "--seconds", type=float, default=2.0, help="of measuring a case, kernels and chains each (2)"
+    "--seconds", type=float, help="of measuring a case, kernels and chains each (2; a survey 0.3)"
   )
-  parser.add_argument("--rounds", type=int, default=5, help="turns of each implementation (5)")
+  parser.add_argument("--rounds", type=int, help="turns of each implementation (5; a survey 3)")
   parser.add_argument(
     "--chain",
     type=int,
-    default=24,
+    nargs="?",
+    const=_CHAIN,
     metavar="N",
-    help="products in one program, of which the wall clock is taken; 0 for none (24)",
+    help="products in one program, of which the wall clock is taken; 0 for none "
+    f"({_CHAIN}; a survey none, {_CHAIN} for --chain alone)",
+  )
+  parser.add_argument(
+    "--seconds-total",
+    type=float,
+    default=float("inf"),
+    metavar="S",
+    help="of the whole run, after which no case is begun",
   )
   parser.add_argument("--seed", type=int, default=0, help="of the random operands")
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="keep the results")
+  parser.add_argument(
+    "--resume",
+    action=argparse.BooleanOptionalAction,
+    help="add the cases that FILE lacks, of the same device and JAX, instead of writing it anew "
+    "(a survey does)",
+  )
   parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="speed over M")
   return parser
 
@@ -108,9 +191,9 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
   """What argparse cannot know, before anything is measured."""
   if any(m < 1 for m in options.rows):
     parser.error(f"--rows must be positive, got {' '.join(map(str, options.rows))}")
-  for name in ("seconds", "rounds"):
+  for name in ("seconds", "rounds", "seconds_total"):
     if not getattr(options, name) > 0:
-      parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+      parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
   for name in ("seed", "chain"):
     if getattr(options, name) < 0:
       parser.error(f"--{name} must not be negative, got {getattr(options, name)}")

@@ -1,4 +1,4 @@
-"""Results in files: where and how they came about, and their rows."""
+"""Results in files: where and how they came about, and rows that several runs add up to."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 import jaxqq
+from jaxqq.bench.cases import Case
 from jaxqq.bench.measure import Row
+from jaxqq.bench.peers import Implementation
 
 Header = dict[str, Any]
+
+# What two runs have in common whose rows stand in one file.
+_SAME = ("device", "jax", "timing")
 
 
 def make_header(timing: str, **settings: Any) -> Header:
@@ -85,3 +90,70 @@ def read(paths: Sequence[pathlib.Path]) -> tuple[Header, list[Row]]:
   contents = [json.loads(path.read_text()) for path in paths]
   tables = [content["rows"] for content in contents if "models" not in content]
   return contents[0]["header"], [Row(**row) for table in tables for row in table]
+
+
+# ---- several runs
+
+
+def resume(path: pathlib.Path, header: Header) -> tuple[Header, list[Row]]:
+  """The rows of a file that a new run adds to, and the header of both.
+
+  Args:
+    path: the file; where there is none yet, there are no rows.
+    header: of the new run. In the header of both, `commit` names the commits of all runs.
+
+  Raises:
+    ValueError: the file holds no results, or those of another device, JAX or way of timing.
+  """
+  if not path.exists():
+    return header, []
+  try:
+    kept, rows = read([path])
+    differing = [name for name in _SAME if kept[name] != header[name]]
+    commits = [*str(kept["commit"]).split(", "), str(header["commit"])]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"cannot read {path}: {error!r}") from error
+  if differing:
+    name = differing[0]
+    raise ValueError(
+      f"cannot add to {path}: its {name} is {kept[name]!r}, and here it is {header[name]!r}"
+    )
+  known = [commit for commit in dict.fromkeys(commits) if commit != "None"]
+  return {**header, "commit": ", ".join(known) or None}, rows
+
+
+def cell(of: Case | Row) -> tuple[Any, ...]:
+  """What tells cases apart, also of their rows."""
+  return of.form, of.mode, of.m, of.n, of.k, of.dtype
+
+
+def replaced(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+  """The rows with new ones behind, which take the place of older ones of the same."""
+  names = {(cell(row), row.implementation) for row in new}
+  return [row for row in rows if (cell(row), row.implementation) not in names] + list(new)
+
+
+def missing(
+  compared: Mapping[Case, Sequence[Implementation]], rows: Sequence[Row], *, chain: bool
+) -> list[Case]:
+  """The cases that some rows lack; last come those of which an implementation failed.
+
+  Args:
+    compared: the cases that are wanted, and the implementations of each.
+    rows: that are kept.
+    chain: whether the wall clock of chains is wanted.
+  """
+  kept: dict[tuple[Any, ...], dict[str, Row]] = {}
+  for row in rows:
+    kept.setdefault(cell(row), {})[row.implementation] = row
+  new, failed = [], []
+  for case, implementations in compared.items():
+    found = [kept.get(cell(case), {}).get(each.name) for each in implementations]
+    measured = [row for row in found if row is not None and row.us is not None]
+    if any(row is None for row in found):
+      new.append(case)
+    elif len(measured) < len(found):
+      failed.append(case)
+    elif chain and not all(row.chain or row.chain_note for row in measured):
+      new.append(case)
+  return new + failed

@@ -37,6 +37,7 @@ from jaxqq.bench import report
 from jaxqq.bench.cases import MODES, Case
 from jaxqq.bench.check import error_share
 from jaxqq.bench.kept import make_header
+from jaxqq.bench.markdown import TIMES
 
 HIDDEN, INTERMEDIATE = 8192, 28672  # of Llama 3 70B
 BFLOAT16: Final = "bfloat16"
@@ -273,7 +274,7 @@ def markdown(results: Sequence[Result]) -> str:
       result = of.get((*key, count))
       text = "-" if result is None else f"{result.us:.0f} µs"
       if result and one and count != counts[0]:
-        text += f", {one.us / result.us:.2f}{report.TIMES}"
+        text += f", {one.us / result.us:.2f}{TIMES}"
       cells.append(text)
     lines.append("| " + " | ".join([*map(str, key), *cells]) + " |")
   return "\n".join(lines)

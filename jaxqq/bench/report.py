@@ -11,12 +11,12 @@ import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 
-from jaxqq.bench.cases import FEW_ROWS, FORMS, GOAL_SHAPE, goal
+from jaxqq.bench.cases import FEW_ROWS, FORMS, GOAL_SHAPE, goal, is_survey
 from jaxqq.bench.kept import Header, read
+from jaxqq.bench.markdown import TIMES, markdown_row
 from jaxqq.bench.measure import Row
 from jaxqq.bench.peers import COPY, CUBLAS
-
-TIMES = "\N{MULTIPLICATION SIGN}"
+from jaxqq.bench.summary import summary
 
 
 def install(package: str) -> str:
@@ -121,6 +121,14 @@ def header_lines(header: Header) -> list[str]:
 # ---- Markdown
 
 
+def tables(header: Header, rows: Sequence[Row], with_goals: bool = False) -> str:
+  """What is shown of some results: of a survey, how each number of rows of x does."""
+  if is_survey(header.get("suites", [""])):
+    return summary(rows)
+  found = goals_markdown(rows, with_goals).strip(), chain_markdown(rows)
+  return "\n\n".join(table for table in found if table)
+
+
 def goals_markdown(rows: Sequence[Row], with_goals: bool = True) -> str:
   """n, k and m down, mode and form across: ratio to cuBLAS in bfloat16, time, perhaps the goal.
 
@@ -189,7 +197,7 @@ def _product_table(
   products = [row for row in rows if FORMS[row.form].is_product]
   kinds = list(dict.fromkeys((row.mode, row.form) for row in products))
   titles = ["N", "K", "M", CUBLAS, *(f"{mode} {form}" for mode, form in kinds)]
-  lines = _markdown_row(titles, head=True) if products else []
+  lines = markdown_row(titles, head=True) if products else []
   for n, k, m in sorted({(row.n, row.k, row.m) for row in products}, key=_goal_shape_first):
     here = [row for row in products if (row.n, row.k, row.m) == (n, k, m)]
     cells = [str(n), str(k), str(m), base([r for r in here if r.implementation == CUBLAS])]
@@ -197,7 +205,7 @@ def _product_table(
       mine = [row for row in here if (row.mode, row.form) == kind and _is_jaxqq(row)]
       first = {row.implementation: row for row in reversed(mine)}
       cells.append("; ".join(cell(row) for row in first.values()) or "-")
-    lines += _markdown_row(cells)
+    lines += markdown_row(cells)
   return lines
 
 
@@ -232,22 +240,17 @@ def _formats_markdown(rows: Sequence[Row]) -> str:
   found = [row for row in rows if not FORMS[row.form].is_product and _is_jaxqq(row)]
   if not found:
     return ""
-  lines = _markdown_row(["", "µs", "GB/s", "share of a copy's", ""], head=True)
+  lines = markdown_row(["", "µs", "GB/s", "share of a copy's", ""], head=True)
   for row in found:
-    lines += _markdown_row([row.name, *(_cells(row)[i] for i in (2, 5, 6)), row.note])
+    lines += markdown_row([row.name, *(_cells(row)[i] for i in (2, 5, 6)), row.note])
   return "\n\n" + "\n".join(lines)
 
 
 def rows_markdown(rows: Sequence[Row]) -> str:
   """Everything, a line a row."""
   chain = any(row.chain for row in rows)
-  lines = _markdown_row([*(title for title, _ in _columns(chain)), "note"], head=True)
-  return "\n".join(lines + [text for row in rows for text in _markdown_row(_cells(row, chain))])
-
-
-def _markdown_row(cells: Sequence[str], *, head: bool = False) -> list[str]:
-  text = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"]
-  return [*text, "|" + "---|" * len(cells)] if head else text
+  lines = markdown_row([*(title for title, _ in _columns(chain)), "note"], head=True)
+  return "\n".join(lines + [text for row in rows for text in markdown_row(_cells(row, chain))])
 
 
 def _is_jaxqq(row: Row) -> bool:
@@ -329,10 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header, rows = read(options.files)
   except (OSError, ValueError, KeyError, TypeError) as error:
     parser.error(f"cannot read {', '.join(map(str, options.files))}: {error}")
-  print(*header_lines(header), "", goals_markdown(rows, options.goals).strip(), sep="\n")
-  chains = chain_markdown(rows)
-  if chains:
-    print("", chains, sep="\n")
+  print(*header_lines(header), "", tables(header, rows, options.goals), sep="\n")
   if options.all:
     print("", rows_markdown(rows), sep="\n")
   if options.plot:

@@ -15,6 +15,7 @@ from typing import Any
 from jaxqq.bench import accuracy, decode_tables, mesh, report
 from jaxqq.bench.cases import FORMS, GOAL_SHAPE, MODES
 from jaxqq.bench.kept import Header, read
+from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.measure import Row
 
 FOLDER = pathlib.Path(__file__).parent / "results"
@@ -30,7 +31,7 @@ The commands named below measure; add `--json FILE` to keep the results.
 
 How to read the tables:
 
-- Times are medians. {report.TIMES} is the time of cuBLAS's bfloat16 product divided by jaxqq's:
+- Times are medians. {TIMES} is the time of cuBLAS's bfloat16 product divided by jaxqq's:
   above 1, jaxqq is faster. Both run in turn in one process.
 - x and the result are bfloat16. The time of a product includes the quantization of x, and of w
   where w is "on the fly"; "packed" w is quantized beforehand.
@@ -88,6 +89,16 @@ packed mxfp8.""",
     ("h100.json", "h100_few_rows.json"),
     "From 1024 rows on cuBLAS runs at 771 to 807 TFLOP/s.",
     "python -m jaxqq.bench --suite goals quantize (then few-rows)",
+  ),
+  Section(
+    "Layers of many models on an H200",
+    ("h200_models.json",),
+    """\
+Packed w. Each (N, K) is measured briefly: of one cell, trust no difference below a few per cent.
+The second column is the geometric mean over the shapes of the time of cuBLAS's bfloat16 product
+divided by jaxqq's. Weights that are small in bfloat16 stand apart, since launches are much of
+their time.""",
+    "python -m jaxqq.bench --suite models",
   ),
   Section(
     "Gradients on an H200",
@@ -198,12 +209,7 @@ def _tables(contents: Sequence[dict[str, Any]]) -> str:
   if "kind" in first["rows"][0]:
     kinds = dict.fromkeys((row["mode"], row["dtype"]) for row in rows)
     return "\n\n".join("\n".join(accuracy.table(rows, *kind)).strip() for kind in kinds)
-  products = [Row(**row) for row in rows]
-  tables = (
-    report.goals_markdown(products, with_goals=False).strip(),
-    report.chain_markdown(products),
-  )
-  return "\n\n".join(table for table in tables if table)
+  return report.tables(first["header"], [Row(**row) for row in rows])
 
 
 # ---- ratios
@@ -226,7 +232,7 @@ def ratios_markdown(folder: pathlib.Path = FOLDER) -> str:
   rows = sorted({m for of_m in ratios.values() for m in of_m})
   lines = ["| rows of x | " + " | ".join(map(str, rows)) + " |", "|" + "---|" * (1 + len(rows))]
   for (mode, form), of_m in ratios.items():
-    cells = (f"{of_m[m]:.2f}{report.TIMES}" if m in of_m else "-" for m in rows)
+    cells = (f"{of_m[m]:.2f}{TIMES}" if m in of_m else "-" for m in rows)
     lines.append(f"| {mode}, w {form} | " + " | ".join(cells) + " |")
   return "\n".join(lines)
 
