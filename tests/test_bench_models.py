@@ -117,6 +117,8 @@ def test_a_survey_end_to_end(tmp_path, capsys):
   again = survey(path, "--chain", "3", "--rows", "1", "--shapes", "48x64")
   assert len(again) == 8 and [row.m for row in again if row.chain == 3] == [1, 1]
   assert "wall clock in a chain, unrolled" in capsys.readouterr().out
+  survey(path)
+  assert kept.read([path])[0]["chain"] == 3
 
 
 def test_a_second_run_measures_what_is_missing(tmp_path, measured):

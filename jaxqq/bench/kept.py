@@ -100,7 +100,8 @@ def resume(path: pathlib.Path, header: Header) -> tuple[Header, list[Row]]:
 
   Args:
     path: the file; where there is none yet, there are no rows.
-    header: of the new run. In the header of both, `commit` names the commits of all runs.
+    header: of the new run. The header of both names the commits of all runs, and says how long
+      chains are if some run measured them.
 
   Raises:
     ValueError: the file holds no results, or those of another device, JAX or way of timing.
@@ -119,7 +120,8 @@ def resume(path: pathlib.Path, header: Header) -> tuple[Header, list[Row]]:
       f"cannot add to {path}: its {name} is {kept[name]!r}, and here it is {header[name]!r}"
     )
   known = [commit for commit in dict.fromkeys(commits) if commit != "None"]
-  return {**header, "commit": ", ".join(known) or None}, rows
+  chain = header.get("chain") or kept.get("chain", 0)
+  return {**header, "commit": ", ".join(known) or None, "chain": chain}, rows
 
 
 def cell(of: Case | Row) -> tuple[Any, ...]:
