@@ -103,14 +103,26 @@ FEW_ROWS = [
 ]
 # Packed w expanded a panel at a time, and tiles that two CTAs share; transposes are the gradients'.
 PANELS = [Program("mxfp8", 3100, n, k, packed=True) for n, k in ((128, 128), (256, 320))]
-SHARED = [Program(mode, 256, 128, 8192, packed=True) for mode in ("nvfp4", "mxfp8")]
+SHARED = [
+  Program(mode, m, n, 4096, packed=True, highest=highest)
+  for mode in ("nvfp4", "mxfp8")
+  for highest in (False, True)
+  for m, n in ((96, 128), (96, 1024), (200, 1024), (256, 4096))
+]
+# K that is no whole number of blocks: zeros past its end, with few rows.
+LAST_BLOCKS = [
+  Program(mode, m, n, k, packed=packed)
+  for mode in ("nvfp4", "mxfp8")
+  for packed in (False, True)
+  for m, n, k in ((1, 200, 2880), (8, 64, 1440), (40, 70, 1312), (64, 136, 672))
+]
 KINDS = (
   ("normal", "groups within reach"),
   ("outliers", "heavy tails"),
   ("positive", "positive outliers"),
   ("groups far apart", "groups far apart"),
 )
-EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED
+EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED + LAST_BLOCKS
 
 
 @pytest.mark.gpu
@@ -136,8 +148,8 @@ def test_every_kernel_is_among_them():
   assert {kernel.tiles.promote for kernel in kernels} == {True, False}
   assert {kernel.tiles.block_m for kernel in wide} == {64, 128, 256}
   for name, clusters in (
-    ("hopper_fp8", {1, 2}),
-    ("hopper_exact", {1, 2}),
+    ("hopper_fp8", {1, 2, 4, 8}),
+    ("hopper_exact", {1, 2, 4, 8}),
     ("hopper_skinny", {1, 2, 4}),
   ):
     assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name

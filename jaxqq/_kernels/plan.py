@@ -25,6 +25,17 @@ class Device:
   knows_sms: bool = True  # else that number is an assumption
   max_cluster: int = 8  # CTAs in one
 
+  def num_clusters(self, size: int) -> int:
+    """How many clusters of so many CTAs run at once: each has to find room in one GPC.
+
+    An H200's 132 SMs had room for 64 of two CTAs and for fewer than 32 of four and 16 of eight
+    (tuned/h200_tiles.json).
+    """
+    if size > self.max_cluster:
+      return 0
+    share = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}[size]
+    return int(self.num_sms * share) // size
+
 
 def device_of(platform: str) -> Device:
   """The device at hand; if none is, an H200 is assumed."""

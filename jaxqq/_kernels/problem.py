@@ -138,19 +138,6 @@ def fold(operands: Operands) -> Operands:
   return dataclasses.replace(operands, x=matrices(x, shares_w), w=matrices(w, False), scales=scales)
 
 
-def pad_blocks(operands: Operands, block_k: int, with_scales: bool) -> Operands:
-  """Folded operands with x, and scales, in whole blocks of k: past the end of w are zeros."""
-  missing = -operands.k % block_k
-  if not missing:
-    return operands
-  x = jnp.pad(operands.x, ((0, 0), (0, 0), (0, missing)))
-  if not with_scales:
-    return dataclasses.replace(operands, x=x)
-  groups = -(-operands.scales.shape[-1] // 16) * 16
-  scales = jnp.pad(operands.scales, ((0, 0), (0, 0), (0, groups - operands.scales.shape[-1])))
-  return dataclasses.replace(operands, x=x, scales=scales)
-
-
 def pad_k(operands: Operands, step_k: int, fmt: Format) -> Operands:
   """Folded operands with zeros to whole steps of k: a copy, where there is a rest."""
   missing = -operands.k % step_k

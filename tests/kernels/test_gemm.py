@@ -154,6 +154,11 @@ CLUSTERS = {
   "e2m1 cluster, batches": ("e2m1", F16, (3, 1), 67, 300, 128, T(128, 6, False, 1, 2), {}),
   "e4m3 cluster": ("e4m3", BF16, (1, 1), 201, 390, 768, T(256, 3, True, 1, 2), {}),
   "e4m3 cluster, promoted": ("e4m3", F16, (1, 2), 130, 67, 512, T(128, 5, True, 1, 2), {}),
+  "e2m1 cluster of 4": ("e2m1", BF16, (1, 1), 201, 133, 768, T(256, 3, False, 1, 4), {}),
+  "e2m1 cluster of 8": ("e2m1", F16, (2, 1), 67, 130, 1024, T(64, 8, False, 1, 8), {}),
+  "e4m3 cluster of 4": ("e4m3", BF16, (1, 1), 70, 133, 1024, T(64, 7, True, 1, 4), {}),
+  "e4m3 cluster of 8": ("e4m3", F16, (1, 1), 130, 200, 2048, T(128, 5, True, 1, 8), {}),
+  "e4m3_exact cluster of 4": ("e4m3_exact", BF16, (1, 1), 201, 129, 512, T(256, 2, True, 1, 4), {}),
   "e4m3_exact cluster": ("e4m3_exact", BF16, (2, 2), 257, 129, 256, T(256, 3, True, 1, 2), {}),
 }
 

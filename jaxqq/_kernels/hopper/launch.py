@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +22,7 @@ from jaxqq._kernels.hopper.quantize.exact import exact_operand
 from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_packed
 from jaxqq._kernels.hopper.quantize.groups import TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
-from jaxqq._kernels.problem import fold, pad_blocks, pad_k
+from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._quantize import alpha_factors
 from jaxqq._reference import Operands
 
@@ -120,7 +123,7 @@ _KERNELS = {
 
 def skinny(plan: SkinnyPlan, operands: Operands) -> jax.Array:
   """out (..., m, n)."""
-  folded, fmt = pad_blocks(fold(operands), plan.block.k, plan.pads_scales), plan.problem.fmt
+  folded, fmt = _pad_skinny(plan, fold(operands)), plan.problem.fmt
   m = folded.x.shape[1]
   # Passed raw: any arithmetic here would cost a kernel of XLA's.
   of_x, of_w = (
@@ -137,6 +140,22 @@ def skinny(plan: SkinnyPlan, operands: Operands) -> jax.Array:
   ready = skinny_gemm.Operands(x, folded.w, folded.scales, of_x, of_w, x_scales)
   out = skinny_gemm.skinny_gemm(ready, m, plan, unit, plan.problem.out_dtype)
   return out.reshape(*operands.batch_shape, operands.m, operands.n)
+
+
+def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
+  """Zeros along K, as far as the plan says."""
+
+  def padded(name: str, elements: int) -> Any:
+    """`elements` of k are one of the array's."""
+    a = getattr(folded, name)
+    if a is None or plan.padded_k(name) == plan.problem.k:
+      return a
+    return jnp.pad(a, ((0, 0), (0, 0), (0, plan.padded_k(name) // elements - a.shape[-1])))
+
+  codes, group = 32 // plan.block.bits if plan.problem.is_packed else 1, plan.block.group_size
+  return dataclasses.replace(
+    folded, x=padded("x", 1), w=padded("w", codes), scales=padded("scales", group or 1)
+  )
 
 
 def _skinny_x(plan: SkinnyPlan, folded: Operands) -> tuple[jax.Array, jax.Array | None]:

@@ -126,16 +126,22 @@ class SkinnyPlan:
   def details(self) -> str:
     blockdiag = "" if self.blockdiag is None else f" with {self.blockdiag}"
     x = ", x quantized in the kernel" if self.quantizes_x else ""
-    padded = ", x padded to whole blocks of K by XLA" if self.problem.k % self.block.k else ""
-    if self.pads_scales:
-      padded = ", x and the scales of w padded to whole blocks of K by XLA"
+    what = [name for name in ("x", "w", "scales") if self.padded_k(name) > self.problem.k]
+    padded = f", {' and '.join(what)} padded along K by XLA" if what else ""
     how = f"{self.block} {self.tiles}{blockdiag}{x}{padded}"
     return f"{self.kernel} with {how}{_for_sms(self.device)}"
 
-  @property
-  def pads_scales(self) -> bool:
-    """Whether rows of w's scales are not as far apart as the TMA needs."""
-    return self.problem.is_packed and bool(self.problem.k // self.block.group_size % TMA_BYTES)
+  def padded_k(self, name: str) -> int:
+    """K of x, w or scales as the kernel takes them: past their end, loads are zeros.
+
+    x is quantized in whole blocks. Rows of the others are to be as far apart as loads need.
+    """
+    k, block = self.problem.k, self.block
+    if name == "x":
+      return cdiv(k, block.k) * block.k
+    of_scales = TMA_BYTES * (block.group_size or 1)
+    unit = 8 * SWIZZLED_BYTES // block.bits if name == "w" else of_scales
+    return cdiv(k, unit) * unit
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -186,8 +192,9 @@ def check_fp8(problem: Problem, device: Device) -> None:
     )
 
 
-# More than 64 rows: from times that were fitted to what an H200 takes at n = k = 8192
-# (bench/results/h200.json)
+# More than 64 rows: times fitted to what an H200 takes, x's quantizer included, at n = k = 8192
+# (bench/results/h200.json) and, of packed w, at five shapes of models with 96 and 256 rows
+# (../tuned/h200_tiles.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,18 +222,30 @@ _GEMM = (
 # share. A stage has 64 or 128 bytes of words a row. Sums to exchange, half a tile in float32, take
 # the room of a stage or two.
 _DEQUANT_E2M1 = (
-  _Timed(WideTiles(256, 4), 0.645),
-  _Timed(WideTiles(256, 4, store_stages=1, cluster=2), 0.645, 8.5),
-  _Timed(WideTiles(128, 8, store_stages=1), 0.44),
-  _Timed(WideTiles(128, 6, store_stages=1, cluster=2), 0.44, 9.5),
-  _Timed(WideTiles(64, 8), 0.37),
+  _Timed(WideTiles(256, 4), 0.645, 2.0),
+  _Timed(WideTiles(256, 4, store_stages=1, cluster=2), 0.645, 6.5),
+  _Timed(WideTiles(256, 3, store_stages=1, cluster=4), 0.645, 9.0),
+  _Timed(WideTiles(128, 8, store_stages=1), 0.44, 4.5),
+  _Timed(WideTiles(128, 6, store_stages=1, cluster=2), 0.44, 8.0),
+  _Timed(WideTiles(128, 6, store_stages=1, cluster=4), 0.44, 7.5),
+  _Timed(WideTiles(128, 6, store_stages=1, cluster=8), 0.44, 7.2),
+  _Timed(WideTiles(64, 8), 0.37, 3.0),
+  _Timed(WideTiles(64, 8, store_stages=1, cluster=2), 0.37, 5.0),
+  _Timed(WideTiles(64, 8, store_stages=1, cluster=4), 0.37, 5.5),
+  _Timed(WideTiles(64, 8, store_stages=1, cluster=8), 0.37, 6.0),
 )
 _DEQUANT_E4M3 = (
-  _Timed(WideTiles(256, 4), 0.83),
-  _Timed(WideTiles(256, 3, store_stages=1, cluster=2), 0.83, 12.0),
-  _Timed(WideTiles(128, 6), 0.57),
-  _Timed(WideTiles(128, 5, store_stages=1, cluster=2), 0.57, 10.0),
-  _Timed(WideTiles(64, 8), 0.5),
+  _Timed(WideTiles(256, 4), 0.83, 2.5),
+  _Timed(WideTiles(256, 3, store_stages=1, cluster=2), 0.83, 8.4),
+  _Timed(WideTiles(256, 2, store_stages=1, cluster=4), 0.83, 10.5),
+  _Timed(WideTiles(128, 6), 0.62, 5.0),
+  _Timed(WideTiles(128, 5, store_stages=1, cluster=2), 0.62, 8.0),
+  _Timed(WideTiles(128, 5, store_stages=1, cluster=4), 0.62, 8.0),
+  _Timed(WideTiles(128, 5, store_stages=1, cluster=8), 0.62, 8.3),
+  _Timed(WideTiles(64, 8), 0.5, 3.7),
+  _Timed(WideTiles(64, 7, store_stages=1, cluster=2), 0.5, 7.0),
+  _Timed(WideTiles(64, 7, store_stages=1, cluster=4), 0.5, 6.7),
+  _Timed(WideTiles(64, 7, store_stages=1, cluster=8), 0.5, 7.5),
 )
 
 # From how many rows of x on packed w of 8 bit codes is expanded a panel at a time: two kernels then
@@ -250,8 +269,7 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
       return True
     num_tiles = _wide_grid(problem, tiles, device).num_tiles
     in_steps = problem.k % (128 * tiles.cluster) == 0
-    fits = num_tiles * tiles.cluster <= device.num_sms and tiles.cluster <= device.max_cluster
-    return fits and in_steps and narrow_out
+    return num_tiles <= device.num_clusters(tiles.cluster) and in_steps and narrow_out
 
   def time(timed: _Timed) -> float:
     return timed.time(_wide_grid(problem, timed.tiles, device), problem.k // step_k)
@@ -291,7 +309,9 @@ def _exact(problem: Problem, device: Device) -> WidePlan:
 # Up to 64 rows
 
 MAX_SKINNY_ROWS = 64
-TMA_BYTES = 16  # from one row in memory to the next, a multiple of this
+# Rows in memory are a multiple of these bytes apart: for the TMA and, of what is swizzled on its
+# way, for Mosaic GPU.
+TMA_BYTES, SWIZZLED_BYTES = 16, 128
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # With 16 rows block-diagonal x has too many sums for the registers.
@@ -318,8 +338,6 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
   block = _k_block(problem, mainloop)
   if problem.k < block.k:
     raise Unsupported(f"k = {problem.k}, and it loads {block.k} of k at once")
-  if problem.k * block.bits // 8 % TMA_BYTES:
-    raise Unsupported(f"a row of w is no multiple of {TMA_BYTES} bytes, which the TMA needs")
   if mainloop == "group_sums":
     check_fp8(problem, device)
   blockdiag, padded_m = None, max(8, power_of_two_from(rows))  # the TMA moves 8 rows at a time
@@ -379,9 +397,8 @@ def _skinny_tiles(
     if cluster == 1:
       return stages(workers, 1) > 0
     # Every warpgroup of every CTA gets a block of k.
-    shared = tiles * cluster <= device.num_sms and k_steps % cluster == 0
-    shared = shared and k_steps >= cluster * workers and cluster <= device.max_cluster
-    return shared and stages(workers, cluster) > 0
+    shared = tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
+    return shared and k_steps >= cluster * workers and stages(workers, cluster) > 0
 
   cluster, workers = next((c, w) for c in (4, 2, 1) for w in (4, 2) if is_possible(w, c))
   promote = problem.wants_exact_sums
