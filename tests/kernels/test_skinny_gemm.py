@@ -223,7 +223,8 @@ def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 @pytest.mark.parametrize(
-  ("n", "k", "cluster"), [(91, 4096, 4), (1024, 8192, 4), (2048, 8192, 2), (4096, 4096, 2), (8192, 8192, 1)]
+  ("n", "k", "cluster"),
+  [(91, 4096, 4), (1024, 8192, 4), (2048, 8192, 2), (4096, 4096, 2), (8192, 8192, 1)],
 )
 def test_few_rows_of_w_are_shared_by_clusters(mode, n, k, cluster):
   """As many CTAs as SMs can hold at once, each warpgroup with a block."""
