@@ -72,7 +72,7 @@ def _lowering(
 
   def one_device(*arrays: jax.Array) -> list[jax.Array]:
     problem = Conversion.of(FORMATS[mode], operands, arrays, out_dtype)
-    return conversions.plan(problem, _kernels.device_of(platform), table).run(arrays)
+    return _kernels.plan(problem, _kernels.device_of(platform), table).run(arrays)
 
   shapes = Shapes(operands, tuple(ctx.avals_in), FORMATS[mode])
   dtypes = (out_dtype.name,) if out_dtype else ()

@@ -148,7 +148,7 @@ def _explain_conversion(
   table: tuple[Implementation, ...],
   about_split: list[str],
 ) -> Explanation:
-  plan = conversions.plan(problem, _kernels.device_of(platform), table)
+  plan = _kernels.plan(problem, _kernels.device_of(platform), table)
   return _sentences(heading, plan, platform, about_split)
 
 

@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
+from jaxqq import _kernels
 from jaxqq._formats import FORMATS
-from jaxqq._kernels import conversions, device_of
+from jaxqq._kernels import conversions
 from tests.support import oracle
 
 if jax.__version_info__ < (0, 11):
@@ -196,7 +197,7 @@ def test_rows_of_the_tables_agree(name, shape, scaled):
 
     def f(*arrays):
       problem = conversions.Conversion.of(FORMATS["nvfp4"], names, arrays, *dtype)
-      plan = conversions.plan(problem, device_of(platform), table)
+      plan = _kernels.plan(problem, _kernels.device_of(platform), table)
       assert plan.implementation is table[row]
       return plan.run(arrays)
 

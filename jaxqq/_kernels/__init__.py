@@ -9,10 +9,11 @@ the tables of `quantize` and `dequantize`.
 
 from __future__ import annotations
 
-from jaxqq._kernels import plan as _plan
+from typing import Any
+
 from jaxqq._kernels import xla
 from jaxqq._kernels.hopper import plan as hopper
-from jaxqq._kernels.plan import Device, Implementation, Plan, device_of
+from jaxqq._kernels.plan import Device, Implementation, Plan, device_of, from_table
 from jaxqq._kernels.problem import Problem
 
 __all__ = ["IMPLEMENTATIONS", "PLATFORMS", "Device", "Plan", "Problem", "device_of", "plan"]
@@ -23,6 +24,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (*hopper.IMPLEMENTATIONS, xla.PROD
 PLATFORMS = tuple(sorted({p for row in IMPLEMENTATIONS for p in row.platforms or ()}))
 
 
-def plan(problem: Problem, device: Device) -> Plan:
-  """What runs a product on a device."""
-  return _plan.plan(problem, device, IMPLEMENTATIONS)
+def plan(problem: Any, device: Device, table: tuple[Implementation, ...] = IMPLEMENTATIONS) -> Plan:
+  """What runs a product on a device; or a conversion, by its own table."""
+  return from_table(problem, device, table)

@@ -16,8 +16,7 @@ from jax import lax
 
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.plan import check_hopper
-from jaxqq._kernels.plan import Device, Implementation, Plan
-from jaxqq._kernels.plan import plan as plan_by_table
+from jaxqq._kernels.plan import Device, Implementation
 from jaxqq._kernels.problem import obstacle
 from jaxqq._quantize import pack, quantize_groups
 from jaxqq._reference import TRANSPOSED, dequantize_packed
@@ -79,11 +78,6 @@ class ConversionPlan:
 
   def run(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return self.function(arrays, self.problem)
-
-
-def plan(problem: Conversion, device: Device, table: tuple[Implementation, ...]) -> Plan:
-  """What runs a conversion on a device: `table` is QUANTIZE or DEQUANTIZE."""
-  return plan_by_table(problem, device, table)
 
 
 def _global_scale(arrays: Sequence[Any], problem: Conversion) -> Any:

@@ -12,7 +12,7 @@ _ASSUMED_SMS = 132  # of an H100 SXM or H200; an H100 PCIe has 114, an H20 78
 
 
 class Unsupported(Exception):
-  """Why an implementation cannot take a problem. `plan` catches it, and goes on to the next."""
+  """Why an implementation cannot take a problem; `from_table` then goes on to the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Plan:
     return self.kernel.run(operands)
 
 
-def plan(problem: Any, device: Device, table: Sequence[Implementation]) -> Plan:
+def from_table(problem: Any, device: Device, table: Sequence[Implementation]) -> Plan:
   """The plan by the first row of a table that takes the problem; the last row takes everything."""
   refusals: list[str] = []
   for row in table:
