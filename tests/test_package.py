@@ -158,7 +158,7 @@ def test_a_file_imports_only_from_files_above_it():
 
 # From top to bottom, jaxqq/_kernels/: a file imports only from those above it.
 KERNELS = (
-  *("plan", "problem", "xla", "hopper.tiles", "hopper.plan", "__init__"),
+  *("plan", "problem", "xla", "hopper.tiles", "hopper.costs", "hopper.plan", "__init__"),
   *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
   *("ptx.rounding", "ptx.reshape", "ptx.scales", "ptx.expand", "ptx.stores", "ptx.wgmma"),
   *("pipeline", "epilogue"),

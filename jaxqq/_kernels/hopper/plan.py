@@ -30,6 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxqq._formats import Format
+from jaxqq._kernels.hopper.costs import DEQUANT_E2M1, DEQUANT_E4M3, GEMM, Timed
 from jaxqq._kernels.hopper.tiles import (
   ROWS,
   STAGED_BLOCK_N,
@@ -112,13 +113,13 @@ class SkinnyPlan:
   def grid(self) -> Grid:
     problem = self.problem
     return Grid(
-      problem.batch,
-      problem.rows,
-      problem.n,
-      MAX_SKINNY_ROWS,
-      ROWS,
-      self.device.num_sms,
-      self.tiles.cluster,
+      batch=problem.batch,
+      m=problem.rows,
+      n=problem.n,
+      block_m=MAX_SKINNY_ROWS,
+      block_n=ROWS,
+      num_sms=self.device.num_sms,
+      cluster=self.tiles.cluster,
       group_width=1,
     )
 
@@ -156,13 +157,13 @@ def _for_sms(device: Device) -> str:
 
 def _wide_grid(problem: Problem, tiles: WideTiles, device: Device) -> Grid:
   return Grid(
-    problem.batch,
-    problem.rows,
-    problem.n,
-    tiles.block_m,
-    tiles.block_n,
-    device.num_sms,
-    tiles.cluster,
+    batch=problem.batch,
+    m=problem.rows,
+    n=problem.n,
+    block_m=tiles.block_m,
+    block_n=tiles.block_n,
+    num_sms=device.num_sms,
+    cluster=tiles.cluster,
   )
 
 
@@ -192,61 +193,7 @@ def check_fp8(problem: Problem, device: Device) -> None:
     )
 
 
-# More than 64 rows: times fitted to what an H200 takes, x's quantizer included, at n = k = 8192
-# (bench/results/h200.json) and, of packed w, at five shapes of models with 96 and 256 rows
-# (../tuned/h200_tiles.json)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Timed:
-  """Tiles, and how long a CTA takes with them: its steps, and what begins and ends a tile."""
-
-  tiles: WideTiles
-  step_us: float
-  other_us: float = 3.0  # in a cluster: to exchange sums as well
-
-  def time(self, grid: Grid, k_steps: int) -> float:
-    """A launch takes as many waves of CTAs as there are tiles for each SM."""
-    waves = cdiv(grid.num_tiles, grid.num_sms)
-    return float(waves * (k_steps / grid.cluster * self.step_us + self.other_us))
-
-
-# Shared memory has 227 KiB: stages of (block_m + block_n) rows of 128 bytes, and the tiles on their
-# way out.
-_GEMM = (
-  _Timed(WideTiles(256, 4), 0.78),
-  _Timed(WideTiles(128, 6), 0.45),
-)
-
-# Expanding w takes as long for few rows of x as for many, so small tiles take more than their
-# share. A stage has 64 or 128 bytes of words a row. Sums to exchange, half a tile in float32, take
-# the room of a stage or two.
-_DEQUANT_E2M1 = (
-  _Timed(WideTiles(256, 4), 0.645, 2.0),
-  _Timed(WideTiles(256, 4, store_stages=1, cluster=2), 0.645, 6.5),
-  _Timed(WideTiles(256, 3, store_stages=1, cluster=4), 0.645, 9.0),
-  _Timed(WideTiles(128, 8, store_stages=1), 0.44, 4.5),
-  _Timed(WideTiles(128, 6, store_stages=1, cluster=2), 0.44, 8.0),
-  _Timed(WideTiles(128, 6, store_stages=1, cluster=4), 0.44, 7.5),
-  _Timed(WideTiles(128, 6, store_stages=1, cluster=8), 0.44, 7.2),
-  _Timed(WideTiles(64, 8), 0.37, 3.0),
-  _Timed(WideTiles(64, 8, store_stages=1, cluster=2), 0.37, 5.0),
-  _Timed(WideTiles(64, 8, store_stages=1, cluster=4), 0.37, 5.5),
-  _Timed(WideTiles(64, 8, store_stages=1, cluster=8), 0.37, 6.0),
-)
-_DEQUANT_E4M3 = (
-  _Timed(WideTiles(256, 4), 0.83, 2.5),
-  _Timed(WideTiles(256, 3, store_stages=1, cluster=2), 0.83, 8.4),
-  _Timed(WideTiles(256, 2, store_stages=1, cluster=4), 0.83, 10.5),
-  _Timed(WideTiles(128, 6), 0.62, 5.0),
-  _Timed(WideTiles(128, 5, store_stages=1, cluster=2), 0.62, 8.0),
-  _Timed(WideTiles(128, 5, store_stages=1, cluster=4), 0.62, 8.0),
-  _Timed(WideTiles(128, 5, store_stages=1, cluster=8), 0.62, 8.3),
-  _Timed(WideTiles(64, 8), 0.5, 3.7),
-  _Timed(WideTiles(64, 7, store_stages=1, cluster=2), 0.5, 7.0),
-  _Timed(WideTiles(64, 7, store_stages=1, cluster=4), 0.5, 6.7),
-  _Timed(WideTiles(64, 7, store_stages=1, cluster=8), 0.5, 7.5),
-)
+# More than 64 rows
 
 # From how many rows of x on packed w of 8 bit codes is expanded a panel at a time: two kernels then
 # expand each number once. Codes of 4 bits are faster in registers at any number of rows.
@@ -256,10 +203,10 @@ STAGED_MIN_ROWS = 3072
 def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
   kernel, mainloop = _wide_kernel(problem, fp8)
   candidates, step_k = {
-    "ready": (_GEMM, 128),
-    "packed_e2m1": (_DEQUANT_E2M1, 64),
-    "rebased_e4m3": (_DEQUANT_E4M3, 128),
-    "exact_e4m3": (_DEQUANT_E4M3, 128),
+    "ready": (GEMM, 128),
+    "packed_e2m1": (DEQUANT_E2M1, 64),
+    "rebased_e4m3": (DEQUANT_E4M3, 128),
+    "exact_e4m3": (DEQUANT_E4M3, 128),
   }[mainloop]
   narrow_out = problem.out_dtype.itemsize == 2
 
@@ -271,7 +218,7 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
     in_steps = problem.k % (128 * tiles.cluster) == 0
     return num_tiles <= device.num_clusters(tiles.cluster) and in_steps and narrow_out
 
-  def time(timed: _Timed) -> float:
+  def time(timed: Timed) -> float:
     return timed.time(_wide_grid(problem, timed.tiles, device), problem.k // step_k)
 
   best = min((timed for timed in candidates if is_possible(timed.tiles)), key=time).tiles
