@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -194,3 +195,15 @@ def test_a_sentence_without_a_word_is_refused():
   for sentence in ("qqmm: mxfp8 must be a matrix.", "explain: x is not.", "qqmm: x", "qqmm: {x}."):
     with pytest.raises(AssertionError):
       messages.check_sentence(sentence, "qqmm", ["x"])
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
+def test_a_lowered_program_has_one_fingerprint():
+  from tests.support import lowered
+
+  cases = dict(lowered.table())
+  packed, fly = "nvfp4 packed 1 1024 1024", "nvfp4 fly 1 1024 1024"
+  first = lowered.fingerprint(cases[packed])
+  assert first.endswith(" 1") and lowered.fingerprint(cases[packed]) == first
+  assert lowered.fingerprint(cases[fly]) != first
+  assert lowered.anonymous("@qqmm @f @qqmm") == lowered.anonymous("@g @h @g") != "@g @h @g"

@@ -61,7 +61,7 @@ def scale(rng, a, b):
 
 
 def nudge(rng, a, b):
-  """Codes may change, and where a sum lies between two numbers of the output."""
+  """Codes may change, and where a sum is between two numbers of the output."""
   a[_part(rng, a.size)] *= 1 + rng.uniform(-0.1, 0.1)
 
 
