@@ -167,7 +167,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
   """Grouped-query attention (arXiv:2305.13245): neighbouring heads of q share one of k and v.
 
   q is (batch, seq, heads, size) at `positions`; k and v are (batch, kv_heads, length, size), and
-  what lies behind a query's own position is not seen.
+  what is behind a query's own position is not seen.
   """
   batch, seq, heads, size = q.shape
   q = q.reshape(batch, seq, k.shape[1], heads // k.shape[1], size)

@@ -250,7 +250,7 @@ def test_no_transpose_in_the_quantized_backward(mode, scale):
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_no_transpose_of_a_kernel_of_flax(mode, backward):
-  """(k, n): in the product it is read down its columns, and its gradient comes out as it lies."""
+  """(k, n): the product reads it down its columns, and its gradient is in its order."""
   dot_general = jaxqq.dot_general(mode, backward=backward)
 
   def product(x, kernel):
