@@ -6,15 +6,13 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from jaxqq._kernels.hopper.ptx import expand
 from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR
 
-# Codes become float16 numbers of 2**-14 their value (their exponent field ends up on float16's
-# lowest bits), and their scales 2**7 times theirs. What is missing, the epilogue multiplies.
-_CODES_EXPONENT, _SCALES_EXPONENT = -14, 7
+# Codes become e4m3 numbers of 2**-6 their value (their exponent field ends up on e4m3's lowest
+# bits), and those float16. What is missing, the epilogue multiplies.
+_CODES_EXPONENT = -6
 
 
 class PackedE2M1:
@@ -24,7 +22,7 @@ class PackedE2M1:
   step_k = 64
   words = 8
   groups = 4
-  unit_exponent = -(_CODES_EXPONENT + _SCALES_EXPONENT)  # what the product misses
+  unit_exponent = -_CODES_EXPONENT  # what the product misses
 
   @staticmethod
   def load_words(ref: Any) -> Any:
@@ -37,13 +35,7 @@ class PackedE2M1:
 
   @staticmethod
   def factors(scales: Any) -> Any:
-    """The scales as float16 times 2**7; NaN stays NaN."""
-    s = scales.astype(jnp.int32)
-    magnitude = s & 0x7F
-    bits = (magnitude << 7) | ((s & 0x80) << 8)  # 2**-8 of the scale, as float16
-    value = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
-    value = value * jnp.float16(2.0 ** (8 + _SCALES_EXPONENT))
-    return jnp.where(magnitude == 0x7F, jnp.float16(np.nan), value)
+    return scales
 
   @staticmethod
   def expand(words: Any, factors: Any) -> Any:

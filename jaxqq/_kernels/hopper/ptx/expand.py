@@ -6,7 +6,7 @@ WGMMA_8BIT). The order along k is free, as long as x has the same. It is chosen 
 loads the words it needs with few instructions, and needs few scales.
 
     e2m1_to_float16     thread q holds words 2q and 2q + 1 of 64 codes: one group of 16. Register i
-    (2.6 a code)        pairs nibble i of both, so x is interleaved: k = 8j + i at 8i + j.
+    (1.8 a code)        pairs nibble i of both, so x is interleaved: k = 8j + i at 8i + j.
     rebase_e4m3         thread q holds words 4b + q: register b is a word, rebased to the largest
     (1.6 a code)        exponent of its row. x is in order.
     e4m3_to_bfloat16    thread q holds words 4q to 4q + 3; x is interleaved as for e2m1.
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
@@ -33,7 +34,6 @@ from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, layout_of
 from jaxqq._kernels.hopper.ptx.registers import (
   asm,
   constant,
-  in_both_halves,
   operand_array,
   word_asm,
 )
@@ -63,39 +63,52 @@ def _left_operand(body: Any, args: tuple[Any, ...], layouts: tuple[Any, ...], dt
 # e2m1 to float16
 
 
-def e2m1_to_float16(words: Any, factors: Any) -> Any:
-  """Words (64, 8) in the layout WGMMA times 2**-14 and float16 (64, 4): float16 (64, 64)."""
+def e2m1_to_float16(words: Any, scales: Any) -> Any:
+  """Words (64, 8) in the layout WGMMA times 2**-6 and scales (64, 4), e4m3: float16 (64, 64)."""
   dtype = jnp.dtype(jnp.float16)
   if interpreting():
-    codes = _codes(words, 4)
-    bits = ((codes & np.uint32(8)) << np.uint32(12)) | ((codes & np.uint32(7)) << np.uint32(9))
-    values = lax.bitcast_convert_type(bits.astype(jnp.uint16), dtype)
-    return _interleaved(values, factors, dtype)
-  return _left_operand(_e2m1_to_float16, (words, factors), (plgpu.Layout.WGMMA, ONE_OF_FOUR), dtype)
+    values = _e2m1_as_e4m3(_codes(words, 4))
+    return _interleaved(values, lax.bitcast_convert_type(scales, E4M3), dtype)
+  return _left_operand(_e2m1_to_float16, (words, scales), (plgpu.Layout.WGMMA, ONE_OF_FOUR), dtype)
 
 
-def _e2m1_to_float16(words: Any, factors: Any) -> list[Any]:
-  """Register (i, half): nibble i of a row's two words, as float16 times the group's factor."""
-  halves = []
+def _e2m1_to_float16(words: Any, scales: Any) -> list[Any]:
+  """Register (i, half): nibble i of a row's two words, as float16 times the group's scale."""
+  registers: list[Any] = [None] * 16
+  i32 = ir.IntegerType.get_signless(32)
   for half in range(2):
     pair = words.registers.flat[half]
     a, b = (vector.extract(pair, [], [j]) for j in range(2))
-    factor = vector.extract(factors.registers.flat[half], [], [0])
-    factor = in_both_halves(factor)
-    zipped = [
-      word_asm("prmt.b32 $0, $1, $2, 0x5410;", a, b),
-      word_asm("prmt.b32 $0, $1, $2, 0x7632;", a, b),
-    ]
-    halves.append([_e2m1_pair(zipped[i // 4], i % 4, factor) for i in range(8)])
-  return [halves[half][i] for i in range(8) for half in range(2)]
+    scale = arith.extui(i32, vector.extract(scales.registers.flat[half], [], [0]))
+    scale = word_asm(
+      """{
+        .reg .b32 twice;
+        .reg .b16 bytes;
+        prmt.b32 twice, $1, 0, 0x4400;
+        cvt.u16.u32 bytes, twice;
+        cvt.rn.f16x2.e4m3x2 $0, bytes;
+      }""",
+      scale,
+    )
+    for word in range(2):  # bytes of a and of b in turn
+      zipped = word_asm(f"prmt.b32 $0, $1, $2, {'0x5140' if word == 0 else '0x7362'};", a, b)
+      for odd, numbers in enumerate(reversed(_e2m1_word_to_e4m3(zipped))):
+        for byte in range(2):
+          i = 4 * word + 2 * byte + odd
+          registers[2 * i + half] = _e4m3_pair(numbers, byte, scale)
+  return registers
 
 
-def _e2m1_pair(word: Any, i: int, factor: Any) -> Any:
-  """Nibble i of both half words: the sign to bit 15, the rest to float16's bits 11 to 9."""
-  top = word if i == 3 else arith.shli(word, constant(12 - 4 * i))
-  magnitude = arith.andi(arith.shrui(top, constant(3)), constant(0x0E000E00))
-  value = arith.ori(arith.andi(top, constant(0x80008000)), magnitude)
-  return word_asm("mul.rn.f16x2 $0, $1, $2;", value, factor)
+def _e4m3_pair(word: Any, half: int, factor: Any) -> Any:
+  """Two e4m3 numbers of a word as float16, times a pair of factors."""
+  text = f"""{{
+    .reg .b16 low, high;
+    .reg .b32 pair;
+    mov.b32 {{low, high}}, $1;
+    cvt.rn.f16x2.e4m3x2 pair, {("low", "high")[half]};
+    mul.rn.f16x2 $0, pair, $2;
+  }}"""
+  return word_asm(text, word, factor)
 
 
 # e4m3 to e4m3
@@ -195,9 +208,7 @@ def _e4m3_to_bfloat16(words: Any, factors: Any) -> list[Any]:
 def e2m1_to_e4m3(words: Any) -> Any:
   """Words (64, 16), ONE_OF_FOUR: e4m3 (64, 128), of 2**-6 their value."""
   if interpreting():
-    codes = _codes(words, 4)
-    numbers = ((codes & np.uint32(8)) << np.uint32(4)) | ((codes & np.uint32(7)) << np.uint32(2))
-    numbers = lax.bitcast_convert_type(numbers.astype(jnp.uint8), E4M3)
+    numbers = _e2m1_as_e4m3(_codes(words, 4))
     # block, q, j, odd  ->  block, h, q, j
     numbers = numbers.reshape(ROWS, 4, 4, 4, 2)[..., ::-1]
     return numbers.transpose(0, 1, 4, 2, 3).reshape(ROWS, 128)
@@ -209,21 +220,27 @@ def _e2m1_to_e4m3(words: Any) -> list[Any]:
   for i, register in enumerate(words.registers.flat):  # block, rows r and r + 8
     word = vector.extract(register, [], [0])
     block, half = divmod(i, 2)
-    odd, even = (
-      word_asm(
-        f"""{{
-            .reg .b32 high, low;
-            {"mov.b32 high, $1" if h == 0 else "shl.b32 high, $1, 4"};
-            {"shr.b32 low, $1, 2" if h == 0 else "shl.b32 low, $1, 2"};
-            and.b32 low, low, 0x1C1C1C1C;
-            lop3.b32 $0, high, 0x80808080, low, 0xEA;
-          }}""",
-        word,
-      )
-      for h in range(2)
-    )
+    odd, even = _e2m1_word_to_e4m3(word)
     registers[4 * block + half], registers[4 * block + 2 + half] = odd, even
   return registers
+
+
+def _e2m1_word_to_e4m3(word: Any) -> tuple[Any, Any]:
+  """The odd codes of a word, and the even ones: four e4m3 numbers each, of 2**-6 their value."""
+  odd, even = (
+    word_asm(
+      f"""{{
+        .reg .b32 high, low;
+        {"mov.b32 high, $1" if h == 0 else "shl.b32 high, $1, 4"};
+        {"shr.b32 low, $1, 2" if h == 0 else "shl.b32 low, $1, 2"};
+        and.b32 low, low, 0x1C1C1C1C;
+        lop3.b32 $0, high, 0x80808080, low, 0xEA;
+      }}""",
+      word,
+    )
+    for h in range(2)
+  )
+  return odd, even
 
 
 # For the interpreter
@@ -234,6 +251,12 @@ def _codes(words: Any, bits: int) -> Any:
   shifts = lax.broadcasted_iota(jnp.uint32, (1, 1, 32 // bits), 2) * np.uint32(bits)
   codes = (words[..., None] >> shifts) & np.uint32((1 << bits) - 1)
   return codes.reshape(ROWS, -1)
+
+
+def _e2m1_as_e4m3(codes: Any) -> Any:
+  """Of 2**-6 their value."""
+  numbers = ((codes & np.uint32(8)) << np.uint32(4)) | ((codes & np.uint32(7)) << np.uint32(2))
+  return lax.bitcast_convert_type(numbers.astype(jnp.uint8), E4M3)
 
 
 def _interleaved(values: Any, factors: Any, dtype: Any) -> Any:

@@ -47,13 +47,6 @@ def constant(value: int) -> Any:
   return arith.ConstantOp(i32, attribute).result  # type: ignore[call-arg, arg-type]  # no stub
 
 
-def zero() -> Any:
-  """0, but the compiler does not know."""
-  i32 = ir.IntegerType.get_signless(32)
-  text = "{ .reg .b32 t; mov.u32 t, %smid; shr.u32 $0, t, 20; }"
-  return llvm.inline_asm(i32, [], text, "=r")
-
-
 def smem_address(ref: Any) -> Any:
   """The address of a reference to shared memory, 32 bits."""
   return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
@@ -105,10 +98,3 @@ def words(a: Any) -> list[Any]:
   """A thread's registers of 32 bits."""
   word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
   return [vector.extract(vector.bitcast(word, r), [], [0]) for r in a.registers.flat]
-
-
-def in_both_halves(value: Any) -> Any:
-  """A float16 in both halves of a word."""
-  pair = vector.broadcast(ir.VectorType.get((2,), ir.F16Type.get()), value)
-  word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-  return vector.extract(vector.bitcast(word, pair), [], [0])

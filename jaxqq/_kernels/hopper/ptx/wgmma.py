@@ -102,8 +102,9 @@ def finish(
     words = [word for array in args[len(sums) :] for word in registers.words(array)]
     text = "wgmma.wait_group.sync.aligned 0;"
     if ready is not None:
-      text = f"{{ .reg .pred never; setp.ne.u32 never, ${2 * len(values)}, 0; @never trap; }}{text}"
-      words.insert(0, registers.zero())
+      # No launch has such a grid. Its size costs nothing to read, unlike a special register.
+      never = "mov.u32 t, %nctaid.z; setp.eq.u32 never, t, 54321; @never trap;"
+      text = f"{{ .reg .b32 t; .reg .pred never; {never} }}{text}"
     tied = [str(i) for i in range(len(values))]
     constraints = ",".join(["=f"] * len(values) + tied + ["r"] * len(words))
     results = registers.asm_of_floats(text, values + words, constraints, len(values))
@@ -133,7 +134,7 @@ def add_promoted(
   file.
 
   Args:
-    totals: float32 (64, n) in the layout WGMMA, n a multiple of 2 * PROMOTED_ROWS.
+    totals: float32 (64, n) in the layout WGMMA, n a multiple of PROMOTED_ROWS.
     a: (64, 128 bytes), in registers.
     b: (n, 128 bytes), in shared memory.
     warpgroup: int32, 0 or 1.
