@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxqq
+from jaxqq._kernels.hopper.costs import DEQUANT_E2M1, DEQUANT_E4M3
 from tests.support import gradients, products
 from tests.support.cases import DRAWS, Case, Program
 
@@ -81,7 +82,7 @@ def test_gradients_by_xla(seeds):
 
 # Every kernel where its loops are short; jaxqq/_kernels/README.md lists what only a GPU runs.
 
-# A step is 64 or 128 of k, a tile up to 256 rows and 128 columns.
+# A step is 64 or 128 of k, a tile up to 256 rows and, of packed w, up to 256 columns.
 STEPS = {"one step": 64, "a step of fp8": 128, "two steps": 256, "a last part": 320}
 TILES = {"a part": (70, 40), "one": (256, 128), "a last part": (300, 200)}
 MANY_ROWS = [
@@ -101,13 +102,24 @@ FEW_ROWS = [
   for m, n in ((1, 64), (5, 200), (17, 64), (64, 70))
   for k in (512, 1024, 8192)
 ]
-# Packed w expanded a panel at a time, and tiles that two CTAs share; transposes are the gradients'.
+# Packed w expanded a panel at a time, tiles that CTAs share, tiles of three or four warpgroups;
+# transposes are the gradients'.
 PANELS = [Program("mxfp8", 3100, n, k, packed=True) for n, k in ((128, 128), (256, 320))]
 SHARED = [
   Program(mode, m, n, 4096, packed=True, highest=highest)
   for mode in ("nvfp4", "mxfp8")
   for highest in (False, True)
-  for m, n in ((96, 128), (96, 1024), (200, 1024), (256, 4096))
+  for m, n in ((96, 128), (96, 1024), (200, 1024), (256, 4096), (65, 2056), (128, 3080))
+]
+LARGE_TILES = [
+  Program(mode, m, n, k, dtype, packed=True, highest=highest)
+  for mode in ("nvfp4", "mxfp8")
+  for dtype, highest in (("bfloat16", False), ("float16", True), ("float32", False))
+  for m, n, k in ((96, 28680, 256), (190, 16872, 320), (250, 16872, 320))
+] + [
+  Program(mode, m, n, k, packed=True)
+  for mode in ("nvfp4", "mxfp8")
+  for m, n, k in ((128, 12296, 320), (128, 20000, 256), (64, 33000, 512))
 ]
 # K that is no whole number of blocks: zeros past its end, with few rows.
 LAST_BLOCKS = [
@@ -122,7 +134,7 @@ KINDS = (
   ("positive", "positive outliers"),
   ("groups far apart", "groups far apart"),
 )
-EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED + LAST_BLOCKS
+EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED + LARGE_TILES + LAST_BLOCKS
 
 
 @pytest.mark.gpu
@@ -146,10 +158,13 @@ def test_every_kernel_is_among_them():
   )
   assert {kernel.kernel for kernel in wide} == {"gemm", "dequant_gemm", "staged_gemm"}
   assert {kernel.tiles.promote for kernel in kernels} == {True, False}
-  assert {kernel.tiles.block_m for kernel in wide} == {64, 128, 256}
+  for name, table in (("hopper_fp8", DEQUANT_E4M3), ("hopper_exact", DEQUANT_E2M1)):
+    own = [plan.kernel for plan in plans if plan.name == name]
+    tiles = {(k.tiles.block_m, k.tiles.block_n) for k in own if k.kernel == "dequant_gemm"}
+    assert tiles >= {(timed.block_m, timed.block_n) for timed in table}, name
   for name, clusters in (
-    ("hopper_fp8", {1, 2, 4, 8}),
-    ("hopper_exact", {1, 2, 4, 8}),
+    ("hopper_fp8", {1, 2, 4, 6, 8}),
+    ("hopper_exact", {1, 2, 4, 6, 8}),
     ("hopper_skinny", {1, 2, 4}),
   ):
     assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name

@@ -142,23 +142,52 @@ PACKED = {
   "e4m3": ("e4m3", F32, (1, 1), 201, 133, 384, T(256, 3, True, 1), {}),
   "e4m3 to bf16": ("e4m3", BF16, (2, 1), 70, 67, 256, T(128, 2), {}),
   "e4m3 to f16": ("e4m3", F16, (2, 2), 33, 61, 128, T(64, 4, True), {}),
-  "e4m3_exact": ("e4m3_exact", F32, (1, 1), 201, 133, 256, T(256, 4, True), {}),
+  "e4m3_exact": ("e4m3_exact", F32, (1, 1), 201, 133, 256, T(256, 3, True), {}),
   "e4m3_exact to bf16": ("e4m3_exact", BF16, (1, 2), 35, 130, 64, T(64, 4), {}),
   "e4m3_exact to f16": ("e4m3_exact", F16, (1, 1), 67, 33, 192, T(128, 2), {}),
   "walk m": ("e2m1", BF16, (2, 1), 190, 200, 128, T(64, 3), {"group_width": 2}),
   "walk n": ("e4m3", F32, (1, 1), 180, 300, 256, T(64, 3, True, 1), {"group_width": 2, "minor": 1}),
+  # Several blocks of scales, and more of them than steps
+  "e2m1, long": ("e2m1", F16, (1, 1), 66, 300, 1600, T(64, 9), {}),
+  "e4m3, long": ("e4m3", BF16, (2, 1), 33, 200, 3456, T(64, 7, True), {}),
+  "e4m3_exact, long": ("e4m3_exact", BF16, (1, 1), 33, 200, 1344, T(64, 9), {}),
+  "e2m1, short": ("e2m1", F16, (3, 3), 66, 300, 64, T(64, 9), {}),
+  # Three and four compute warpgroups; x in tiles of any multiple of 32
+  "e2m1, 256 of n": ("e2m1", F16, (1, 1), 70, 330, 192, T(64, 4, block_n=256), {}),
+  "e2m1, 96 of m": ("e2m1", BF16, (2, 1), 101, 133, 128, T(96, 3, block_n=192), {}),
+  "e2m1, 192 of m": ("e2m1", F32, (1, 1), 200, 200, 192, T(192, 3, store_stages=1), {}),
+  "e4m3, 256 of n": ("e4m3", BF16, (1, 2), 65, 300, 384, T(64, 3, True, block_n=256), {}),
+  "e4m3, 96 of m": ("e4m3", F16, (1, 1), 97, 130, 256, T(96, 3, True, block_n=192), {}),
+  "e4m3, 192 of m": ("e4m3", BF16, (1, 1), 200, 133, 384, T(192, 3, True), {}),
+  "e4m3_exact, 160 of m": ("e4m3_exact", F32, (1, 1), 200, 133, 128, T(160, 2, False, 1), {}),
 }
 # The interpreter has no clusters.
 CLUSTERS = {
-  "e2m1 cluster": ("e2m1", BF16, (1, 1), 201, 133, 384, T(256, 4, store_stages=1, cluster=2), {}),
+  "e2m1 cluster": ("e2m1", BF16, (1, 1), 201, 133, 384, T(256, 3, store_stages=1, cluster=2), {}),
   "e2m1 cluster, batches": ("e2m1", F16, (3, 1), 67, 300, 128, T(128, 6, False, 1, 2), {}),
-  "e4m3 cluster": ("e4m3", BF16, (1, 1), 201, 390, 768, T(256, 3, True, 1, 2), {}),
+  "e4m3 cluster": ("e4m3", BF16, (1, 1), 201, 390, 768, T(256, 2, True, 1, 2), {}),
   "e4m3 cluster, promoted": ("e4m3", F16, (1, 2), 130, 67, 512, T(128, 5, True, 1, 2), {}),
-  "e2m1 cluster of 4": ("e2m1", BF16, (1, 1), 201, 133, 768, T(256, 3, False, 1, 4), {}),
+  "e2m1 cluster of 4": ("e2m1", BF16, (1, 1), 201, 133, 768, T(256, 2, False, 1, 4), {}),
   "e2m1 cluster of 8": ("e2m1", F16, (2, 1), 67, 130, 1024, T(64, 8, False, 1, 8), {}),
   "e4m3 cluster of 4": ("e4m3", BF16, (1, 1), 70, 133, 1024, T(64, 7, True, 1, 4), {}),
-  "e4m3 cluster of 8": ("e4m3", F16, (1, 1), 130, 200, 2048, T(128, 5, True, 1, 8), {}),
+  "e4m3 cluster of 8": ("e4m3", F16, (1, 1), 130, 200, 2048, T(128, 4, True, 1, 8), {}),
   "e4m3_exact cluster of 4": ("e4m3_exact", BF16, (1, 1), 201, 129, 512, T(256, 2, True, 1, 4), {}),
+  "e2m1 cluster, 256 of n": ("e2m1", BF16, (1, 1), 60, 300, 704, T(64, 4, False, 1, 4, 256), {}),
+  "e2m1 cluster, long": ("e2m1", F16, (1, 1), 66, 200, 5312, T(64, 9, False, 1, 3), {}),
+  "e2m1 cluster of 3, uneven": (
+    "e2m1",
+    F16,
+    (1, 1),
+    128,
+    200,
+    320,
+    T(128, 4, False, 1, 3, 192),
+    {},
+  ),
+  "e4m3 cluster of 3, uneven": ("e4m3", BF16, (1, 1), 64, 400, 640, T(64, 4, True, 1, 3), {}),
+  "e2m1 cluster of 3": ("e2m1", BF16, (1, 1), 90, 300, 704, T(96, 4, False, 1, 3, 192), {}),
+  "e4m3 cluster, 192 of m": ("e4m3", BF16, (1, 1), 190, 300, 896, T(192, 3, True, 1, 2), {}),
+  "e4m3 cluster, 256 of n": ("e4m3", F16, (2, 1), 70, 300, 896, T(64, 3, True, 1, 4, 256), {}),
   "e4m3_exact cluster": ("e4m3_exact", BF16, (2, 2), 257, 129, 256, T(256, 3, True, 1, 2), {}),
 }
 
@@ -369,7 +398,7 @@ def check_registers(run, which, n, k):
   want = interpreted_operand(words, scales, mainloop)
   if which == "e4m3":
     want = want * rows[:, None]
-  f = dequant_gemm_of(mainloop, F32, T(256, 4, store_stages=1))
+  f = dequant_gemm_of(mainloop, F32, T(256, 3, store_stages=1))
   x = np.eye(k).astype(mainloop.dtype)[None]
   out = run(f, x, words[None], scales[None], np.ones((1, 2), F32), *passed)[0].T
   assert_same_rows(out, want)

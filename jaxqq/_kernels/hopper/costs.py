@@ -1,64 +1,67 @@
 """Tiles of the kernels for more than 64 rows, and how long they take on an H200.
 
-A line is a candidate; `plan.py` takes the one whose time is least. Times are in microseconds, x's
-quantizer included, fitted to what was measured at n = k = 8192 (bench/results/h200.json) and, of
-packed w, at five shapes of models with 96 and 256 rows (../tuned/h200_tiles.json).
+A line is a tile; `plan.py` tries each in clusters of several sizes, and takes what takes least
+time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
+n = k = 8192 (bench/results/h200.json), of packed w at six shapes of models with 64 to 1024 rows
+(../tuned/h200_tiles.json).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from jaxqq._kernels.hopper.tiles import Grid, WideTiles, cdiv
+from jaxqq._kernels.hopper.tiles import Grid, cdiv
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-  """Tiles, and how long a CTA takes with them: its steps, and what begins and ends a tile."""
+  """A tile, and how long a CTA takes with it: its steps, and what begins and ends it."""
 
-  tiles: WideTiles
+  block_m: int
+  block_n: int
   step_us: float
-  other_us: float = 3.0  # in a cluster: to exchange sums as well
+  tile_us: float
+  cluster_us: float | None = None  # instead, where a cluster exchanges sums; None: it cannot
 
   def time(self, grid: Grid, k_steps: int) -> float:
     """A launch takes as many waves of CTAs as there are tiles for each SM."""
+    if grid.cluster > 1:
+      assert self.cluster_us is not None
+      return cdiv(k_steps, grid.cluster) * self.step_us + self.cluster_us
     waves = cdiv(grid.num_tiles, grid.num_sms)
-    return float(waves * (k_steps / grid.cluster * self.step_us + self.other_us))
+    return waves * (k_steps * self.step_us + self.tile_us)
 
 
-# Shared memory has 227 KiB: stages of (block_m + block_n) rows of 128 bytes, and the tiles on their
-# way out.
+CLUSTERS = (1, 2, 3, 4, 6, 8)  # CTAs that share a tile
+
 GEMM = (
-  Timed(WideTiles(256, 4), 0.78),
-  Timed(WideTiles(128, 6), 0.45),
+  Timed(256, 128, 0.78, 3.0),
+  Timed(128, 128, 0.45, 3.0),
 )
+
+# `skinny_gemm` with packed e2m1 codes and 33 to 64 rows of x; a step is 64 of k.
+SKINNY_E2M1 = Timed(64, 64, 0.165, 1.6, 3.8)
 
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
-# share. A stage has 64 or 128 bytes of words a row. In a cluster, the sums that the other CTAs send
-# take the room of some stages.
+# share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums.
 DEQUANT_E2M1 = (
-  Timed(WideTiles(256, 4), 0.645, 2.0),
-  Timed(WideTiles(256, 4, store_stages=1, cluster=2), 0.645, 6.5),
-  Timed(WideTiles(256, 3, store_stages=1, cluster=4), 0.645, 9.0),
-  Timed(WideTiles(128, 8, store_stages=1), 0.44, 4.5),
-  Timed(WideTiles(128, 6, store_stages=1, cluster=2), 0.44, 8.0),
-  Timed(WideTiles(128, 6, store_stages=1, cluster=4), 0.44, 7.5),
-  Timed(WideTiles(128, 6, store_stages=1, cluster=8), 0.44, 7.2),
-  Timed(WideTiles(64, 8), 0.37, 3.0),
-  Timed(WideTiles(64, 8, store_stages=1, cluster=2), 0.37, 5.0),
-  Timed(WideTiles(64, 8, store_stages=1, cluster=4), 0.37, 5.5),
-  Timed(WideTiles(64, 8, store_stages=1, cluster=8), 0.37, 6.0),
+  Timed(64, 128, 0.312, 4.0, 8.6),
+  Timed(64, 192, 0.438, 4.4, 7.3),
+  Timed(64, 256, 0.560, 4.4, 7.5),
+  Timed(96, 128, 0.375, 4.0, 8.0),
+  Timed(96, 192, 0.514, 4.3, 7.9),
+  Timed(96, 256, 0.636, 7.0, 9.1),
+  Timed(128, 128, 0.417, 4.3, 9.5),
+  Timed(128, 192, 0.549, 4.2, 9.6),
+  Timed(192, 128, 0.510, 4.7, 10.7),
+  Timed(256, 128, 0.610, 5.2, 9.8),
 )
 DEQUANT_E4M3 = (
-  Timed(WideTiles(256, 4), 0.83, 2.5),
-  Timed(WideTiles(256, 3, store_stages=1, cluster=2), 0.83, 8.4),
-  Timed(WideTiles(256, 2, store_stages=1, cluster=4), 0.83, 10.5),
-  Timed(WideTiles(128, 6), 0.62, 5.0),
-  Timed(WideTiles(128, 5, store_stages=1, cluster=2), 0.62, 8.0),
-  Timed(WideTiles(128, 5, store_stages=1, cluster=4), 0.62, 8.0),
-  Timed(WideTiles(128, 5, store_stages=1, cluster=8), 0.62, 8.3),
-  Timed(WideTiles(64, 8), 0.5, 3.7),
-  Timed(WideTiles(64, 7, store_stages=1, cluster=2), 0.5, 7.0),
-  Timed(WideTiles(64, 7, store_stages=1, cluster=4), 0.5, 6.7),
-  Timed(WideTiles(64, 7, store_stages=1, cluster=8), 0.5, 7.5),
+  Timed(64, 128, 0.534, 4.3, 7.6),
+  Timed(64, 192, 0.679, 5.8, 7.2),
+  Timed(96, 128, 0.610, 4.6, 7.8),
+  Timed(96, 192, 0.785, 4.9, 8.8),
+  Timed(128, 128, 0.655, 5.8, 8.7),
+  Timed(192, 128, 0.710, 5.6, 10.7),
+  Timed(256, 128, 0.910, 6.2, 11.5),
 )

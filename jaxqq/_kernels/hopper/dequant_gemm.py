@@ -1,6 +1,6 @@
 """out = x_hat w_hat^T on the tensor cores, from packed w, expanded in registers.
 
-One CTA an SM, with a producer and two compute warpgroups (`pipeline.py`):
+One CTA an SM, with a producer and two to four compute warpgroups (`pipeline.py`):
 
     warpgroup 0, compute  | wgmma k       | wgmma k+1     | wgmma k+2     | ... | store
                           |    expand k+1 |    expand k+2 |    expand k+3 | ...
@@ -9,10 +9,12 @@ One CTA an SM, with a producer and two compute warpgroups (`pipeline.py`):
 - A compute warpgroup has 64 rows of w and all rows of the x tile: out^T = w_hat x_hat^T. It expands
   the words of a step in its registers (`mainloops/`), from where the tensor cores take them, while
   they work on the step before. No expanded w is ever written to memory.
+- With few rows of x the tensor cores wait for expanded words. Then more warpgroups expand: two
+  have 232 registers a thread each, four have 104, which hold the sums of up to 96 rows.
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums.
-- With 256 rows of x, two operands and the sums of a step do not fit in registers. Then the
-  warpgroups multiply in ping-pong (`wgmma.add_promoted`): one expands while the other
+- With 192 rows of x or more, two operands and the sums of a step do not fit in registers. Then
+  two warpgroups multiply in ping-pong (`wgmma.add_promoted`): one expands while the other
   multiplies.
 - In a cluster, up to 8 CTAs have a part of k each of one tile. In the end they exchange sums
   through shared memory (`ptx/cluster.py`), and each adds up and stores its share of the rows.
@@ -35,11 +37,11 @@ from jaxqq._kernels.hopper import epilogue, pipeline
 from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
 from jaxqq._kernels.hopper.ptx import cluster, named_barriers, wgmma
 from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
-from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles
+from jaxqq._kernels.hopper.tiles import ROWS, SCALES, Grid, WideTiles, cdiv, scale_slots
 
-COMPUTE_WARPGROUPS = 2
-STORE = 64  # rows of x that are stored at a time, or all of a CTA's
-PING_PONG_ROWS = 256  # of x: from here on, sums to be promoted leave no registers to expand into
+TMA_BYTES = 16  # a multiple of which rows in memory are apart
+STORE = 64  # rows of x that are stored at a time, at most
+PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
 
 
 class PackedOperand(Protocol):
@@ -57,7 +59,7 @@ class PackedOperand(Protocol):
 
   @staticmethod
   def load_scales(ref: Any) -> Any:
-    """From global memory."""
+    """From shared memory: `groups` a row."""
 
   @staticmethod
   def factors(scales: Any) -> Any:
@@ -82,10 +84,20 @@ class Operands:
 class Scratch:
   x: Any  # (stages, block_m, step_k)
   w: Any  # (stages, block_n, words)
-  out: Any  # pieces of 64 x 64 on their way out
+  scales: Any  # (slots, block_n, SCALES), each of several steps
+  out: Any  # pieces of 64 rows of w on their way out
   from_cluster: Any  # sums of the other CTAs, a slot each
   full: Any
   empty: Any
+
+
+@pipeline.arrays
+class Place:
+  """Where a step's operands are in shared memory."""
+
+  stage: Any
+  slot: Any  # of its block of scales
+  column: Any  # of its first scale there
 
 
 def dequant_gemm(
@@ -100,7 +112,7 @@ def dequant_gemm(
     kernel.scratch(),
     name="dequant_gemm",
     grid=grid,
-    compute_warpgroups=COMPUTE_WARPGROUPS,
+    compute_warpgroups=kernel.compute_warpgroups,
   )
   if kernel.writes_transpose:
     out = jnp.swapaxes(out, 1, 2)
@@ -122,50 +134,60 @@ class _DequantGemm:
     self.batch, self.m, self.n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
     self.mainloop, self.tiles, self.grid = mainloop, tiles, grid
     self.out_dtype = jnp.dtype(out_dtype)
-    self.k_steps = x.shape[2] // mainloop.step_k // tiles.cluster  # of a CTA
-    self.own_m = tiles.block_m // tiles.cluster  # rows of x that a CTA stores
-    self.store_m = min(STORE, self.own_m)  # at a time
+    self.compute_warpgroups = tiles.block_n // ROWS
+    self.k_steps = x.shape[2] // mainloop.step_k  # of all CTAs that share a tile
+    # Rows of x that a CTA stores, the last one maybe fewer; and how many it does at a time.
+    self.own_m = rounded_up(cdiv(tiles.block_m, tiles.cluster), 8)
+    sizes = range(8, STORE + 1, 8)
+    self.store_m = max(s for s in sizes if self.own_m % s == 0 and tiles.block_m % s == 0)
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
     self.has_row_scales = operands.x_scales is not None
+    self.steps_a_block = SCALES // mainloop.groups  # of scales
+    self.blocks_a_tile = cdiv(self.k_steps, self.steps_a_block)
+    self.slots = scale_slots(self.k_steps, self.steps_a_block, tiles.num_stages)
     self.x_transforms = tile_transforms(mainloop.step_k, mainloop.dtype)
     # Only 16 bit matrices can be transposed on their way to shared memory.
     self.writes_transpose = self.out_dtype.itemsize != 2
 
   def out_type(self) -> jax.ShapeDtypeStruct:
     """No stored tile may be past the end of an axis of one tile: the TMA drops such an axis."""
-    whole_pieces = self.writes_transpose or self.m < STORE
-    rows, columns = rounded_up(self.m, STORE if whole_pieces else 8), self.padded_n
+    whole_pieces = self.writes_transpose or self.m <= self.store_m
+    rows = rounded_up(self.m, self.store_m if whole_pieces else 8)
+    columns = rounded_up(self.n, ROWS) if self.n > ROWS else 2 * ROWS
     shape = (columns, rows) if self.writes_transpose else (rows, columns)
     return jax.ShapeDtypeStruct((self.batch, *shape), self.out_dtype)
 
-  @property
-  def padded_n(self) -> int:
-    return rounded_up(self.n, self.tiles.block_n)
-
   def scratch(self) -> Scratch:
     tiles, mainloop, stages = self.tiles, self.mainloop, self.tiles.num_stages
-    words, out = (stages, tiles.block_n, mainloop.words), (tiles.store_stages, self.store_m, ROWS)
+    warpgroups, others = self.compute_warpgroups, tiles.cluster - 1
+    words = (stages, tiles.block_n, mainloop.words)
+    out = (ROWS, self.store_m) if self.writes_transpose else (self.store_m, ROWS)
     return Scratch(
       plgpu.SMEM(
         (stages, tiles.block_m, mainloop.step_k), mainloop.dtype, transforms=self.x_transforms
       ),
       plgpu.SMEM(words, jnp.uint32, transforms=tile_transforms(mainloop.words, jnp.uint32)),
+      plgpu.SMEM((self.slots, tiles.block_n, SCALES), jnp.uint8),
       plgpu.SMEM(
-        (COMPUTE_WARPGROUPS, *out), self.out_dtype, transforms=tile_transforms(ROWS, self.out_dtype)
+        (warpgroups, tiles.store_stages, *out),
+        self.out_dtype,
+        transforms=tile_transforms(out[1], self.out_dtype),
       ),
-      cluster.dsmem_buffer(self.own_m, tiles.cluster - 1) if tiles.cluster > 1 else None,
-      plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-      plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
+      cluster.dsmem_buffer(self.own_m, others, warpgroups) if others else None,
+      plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
     )
 
   def padded(self, operands: Operands) -> Operands:
-    """With whole rows of eight, and scales for whole tiles."""
+    """With whole rows of eight, and scales for as many rows as are loaded at once."""
     of_x, of_w = operands.x_scales, operands.w_scales
     x, w = pad_rows(operands.x, rounded_up(self.m, 8)), pad_rows(operands.w, rounded_up(self.n, 8))
-    scales = pad_rows(operands.scales, self.padded_n)
+    scales = pad_rows(operands.scales, rounded_up(self.n, 8))
+    missing = -scales.shape[2] % TMA_BYTES
+    scales = jnp.pad(scales, ((0, 0), (0, 0), (0, missing))) if missing else scales
     if of_x is not None:
-      of_x = pad_rows(of_x, rounded_up(self.m, self.tiles.block_m))
-      of_w = pad_rows(of_w, self.padded_n)
+      of_x = pad_rows(of_x, rounded_up(self.m, self.store_m))
+      of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
     return dataclasses.replace(operands, x=x, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
@@ -181,23 +203,32 @@ class _Cta:
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(kernel.grid)
     self.walk = pipeline.walk(kernel.grid)
+    self.first_step, self.k_steps = self.own_steps()
+
+  def own_steps(self) -> tuple[Any, Any]:
+    """Of all steps along k, the first that is this CTA's, and how many are."""
+    all_steps, size = self.kernel.k_steps, self.tiles.cluster
+    if size == 1:
+      return 0, all_steps
+    first, end = (lax.div((self.cluster_index + i) * all_steps, jnp.int32(size)) for i in range(2))
+    return first, end - first
 
   def run(self) -> None:
     kernel, warpgroup = self.kernel, self.warpgroup
 
-    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    @pl.when(warpgroup == kernel.compute_warpgroups)
     @jax.named_scope("producer")
     def _producer() -> None:
-      pipeline.produce(self.load, self.smem.empty, self.walk, kernel.k_steps)
+      pipeline.produce(self.load, self.smem.empty, self.walk, self.k_steps)
       if self.tiles.cluster > 1:
-        cluster.cluster_sync()
         cluster.cluster_sync()
 
     self.own_rows = pl.ds(warpgroup * ROWS, ROWS)  # of w, within a tile
 
-    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    @pl.when(warpgroup < kernel.compute_warpgroups)
     def _compute() -> None:
-      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS, action="increase")
+      registers = pipeline.COMPUTE_REGISTERS[kernel.compute_warpgroups]
+      plgpu.set_max_registers(registers, action="increase")
       if kernel.ping_pong:
         # The first is warpgroup 0's.
         pl.when(warpgroup == 1)(lambda: named_barriers.arrive(warpgroup))
@@ -206,7 +237,7 @@ class _Cta:
       def _tile(t: Any) -> None:
         tile = self.walk.tile(t)
         with jax.named_scope("mainloop"):
-          sums, w_scales = self.sums(t * kernel.k_steps, tile)
+          sums, w_scales = self.sums(tile)
         with jax.named_scope("epilogue"):
           if self.tiles.cluster > 1:
             self.exchange_and_store(sums, w_scales, tile)
@@ -222,46 +253,78 @@ class _Cta:
 
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     gmem, full, mainloop = self.gmem, self.smem.full.at[stage], self.mainloop
-    ki = ki + self.cluster_index * self.kernel.k_steps
-    rows = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
+    block, slot, is_first = self.scales_of(ki, tile)
+    ki = ki + self.first_step
+    w_rows = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
     words = pl.ds(ki * mainloop.words, mainloop.words)
-    w = gmem.w.at[batch_of(gmem.w, tile.batch), rows, words]
+    w = gmem.w.at[batch_of(gmem.w, tile.batch), w_rows, words]
     plgpu.copy_gmem_to_smem(w, self.smem.w.at[stage], full)
     rows = pl.ds(tile.m * self.tiles.block_m, self.tiles.block_m)
     ks = pl.ds(ki * mainloop.step_k, mainloop.step_k)
     x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
     plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
 
-  def own_w_rows(self, tile: Tile) -> Any:
-    return pl.ds(tile.n * self.tiles.block_n + self.warpgroup * ROWS, ROWS)
+    @pl.when(is_first)
+    def _scales() -> None:
+      b, here = batch_of(gmem.scales, tile.batch), pl.ds(block * SCALES, SCALES)
+      plgpu.copy_gmem_to_smem(gmem.scales.at[b, w_rows, here], self.smem.scales.at[slot], full)
 
-  def load_group_scales(self, ki: Any, tile: Tile) -> Any:
-    groups, scales = self.mainloop.groups, self.gmem.scales
-    ks = pl.ds((ki + self.cluster_index * self.kernel.k_steps) * groups, groups)
-    ref = scales.at[batch_of(scales, tile.batch), self.own_w_rows(tile), ks]
-    return self.mainloop.load_scales(ref)
+    @pl.when(jnp.logical_not(is_first))
+    def _no_scales() -> None:
+      plgpu.barrier_arrive(full)
 
-  def stage_of(self, step: Any) -> Any:
-    return lax.rem(step, jnp.int32(self.tiles.num_stages))
+  def scales_of(self, ki: Any, tile: Tile) -> tuple[Any, Any, Any]:
+    """Of a step: its block of scales, where that is, and whether it is loaded with this step."""
+    size = jnp.int32(self.kernel.steps_a_block)
+    block, of_first = lax.div(self.first_step + ki, size), lax.div(jnp.int32(self.first_step), size)
+    own_block = tile.index * self.kernel.blocks_a_tile + block - of_first
+    slot = lax.rem(own_block, jnp.int32(self.kernel.slots))
+    is_first = (ki == 0) | (lax.rem(self.first_step + ki, size) == 0)
+    return block, slot, is_first
+
+  def first_row(self, tile: Tile) -> Any:
+    """Of w, this warpgroup's."""
+    return tile.n * self.tiles.block_n + self.warpgroup * ROWS
+
+  def load_w_scales(self, tile: Tile) -> Any:
+    """Of this warpgroup's rows. Past the end of w any do: no sum of theirs is stored."""
+    ref = self.gmem.w_scales
+    first = jnp.minimum(self.first_row(tile), ref.shape[1] - ROWS)
+    own = ref.at[batch_of(ref, tile.batch), pl.ds(first, ROWS)]
+    return epilogue.load_row_scales(own, of_rows=True)
 
   # A tile's sums
 
-  def expanded(self, step: Any, scales: Any) -> Any:
+  def first_place(self, tile: Tile) -> Place:
+    kernel, groups = self.kernel, self.mainloop.groups
+    stage = pipeline.stage_of(tile.index * self.k_steps, self.tiles.num_stages)
+    slot = lax.rem(tile.index * kernel.blocks_a_tile, jnp.int32(kernel.slots))
+    return Place(stage, slot, lax.rem(self.first_step * groups, jnp.int32(SCALES)))
+
+  def place_after(self, place: Place) -> Place:
+    """Of the next step of a tile."""
+    column = place.column + self.mainloop.groups
+    is_next = column == SCALES
+    next_slot = pipeline.stage_after(place.slot, self.kernel.slots)
+    return Place(
+      pipeline.stage_after(place.stage, self.tiles.num_stages),
+      jnp.where(is_next, next_slot, place.slot),
+      jnp.where(is_next, jnp.int32(0), column),
+    )
+
+  def expanded(self, place: Place) -> Any:
     """The operand of one step, from its packed words; x's is there then as well."""
-    stage = self.stage_of(step)
-    factors = self.mainloop.factors(scales)
-    plgpu.barrier_wait(self.smem.full.at[stage])
-    words = self.mainloop.load_words(self.smem.w.at[stage, self.own_rows])
-    return self.mainloop.expand(words, factors)
+    mainloop, smem = self.mainloop, self.smem
+    plgpu.barrier_wait(smem.full.at[place.stage])
+    words = mainloop.load_words(smem.w.at[place.stage, self.own_rows])
+    columns = pl.ds(place.column, mainloop.groups)
+    scales = mainloop.load_scales(smem.scales.at[place.slot, self.own_rows, columns])
+    return mainloop.expand(words, mainloop.factors(scales))
 
-  def step(self, index: Any, a: Any, total: Any, scales: Any) -> tuple[Any, Any]:
-    """total + a x_hat^T; also expands the next step's a, unless `scales` is None."""
+  def step(self, place: Place, a: Any, total: Any, following: Any) -> tuple[Any, Any]:
+    """total + a x_hat^T; meanwhile `following` expands the next step's a."""
     kernel, dtype = self.kernel, self.mainloop.dtype
-    b, empty = self.smem.x.at[self.stage_of(index)], self.smem.empty.at[self.stage_of(index)]
-
-    def following() -> Any:
-      return None if scales is None else self.expanded(index + 1, scales)
-
+    b, empty = self.smem.x.at[place.stage], self.smem.empty.at[place.stage]
     if kernel.ping_pong:
       total = wgmma.add_promoted(total, a, b, self.warpgroup, kernel.x_transforms, dtype)
       plgpu.barrier_arrive(empty)
@@ -273,26 +336,22 @@ class _Cta:
     plgpu.barrier_arrive(empty)
     return total + sums if promote else sums, next_a
 
-  def sums(self, first: Any, tile: Tile) -> tuple[Any, Any]:
+  def sums(self, tile: Tile) -> tuple[Any, Any]:
     """Over all steps, (64, block_m), and the scales of the own rows of w."""
-    k_steps = self.kernel.k_steps
 
-    def body(ki: Any, state: Any) -> Any:
-      a, scales, total = state
-      following = self.load_group_scales(jnp.minimum(ki + 2, k_steps - 1), tile)
-      total, a = self.step(first + ki, a, total, scales)
-      return a, following, total
+    def body(_: Any, state: Any) -> Any:
+      place, a, total = state
+      after = self.place_after(place)
+      total, a = self.step(place, a, total, lambda: self.expanded(after))
+      return after, a, total
 
-    total = wgmma.zeros(self.tiles.block_m)
-    a = self.expanded(first, self.load_group_scales(jnp.int32(0), tile))
-    scales = self.load_group_scales(jnp.int32(min(1, k_steps - 1)), tile)
-    a, _, total = lax.fori_loop(0, k_steps - 1, body, (a, scales, total))
+    place = self.first_place(tile)
+    state = place, self.expanded(place), wgmma.zeros(self.tiles.block_m)
+    place, a, total = lax.fori_loop(0, self.k_steps - 1, body, state)
     w_scales = None
     if self.kernel.has_row_scales:  # here, so that they arrive while the last step is multiplied
-      ref = self.gmem.w_scales
-      own = ref.at[batch_of(ref, tile.batch), self.own_w_rows(tile)]
-      w_scales = epilogue.load_row_scales(own, of_rows=True)
-    total, _ = self.step(first + k_steps - 1, a, total, None)
+      w_scales = self.load_w_scales(tile)
+    total, _ = self.step(place, a, total, lambda: None)
     return total, w_scales
 
   # The epilogue
@@ -300,14 +359,16 @@ class _Cta:
   def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
     """Scales and writes the sums of a tile's rows from `first_row` on, 64 after the other."""
     kernel, b = self.kernel, tile.batch
-    columns, store_m = self.own_w_rows(tile), kernel.store_m
+    columns, store_m = pl.ds(self.first_row(tile), ROWS), kernel.store_m
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for i in range(sums.shape[1] // store_m):
       piece = sums[:, i * store_m : (i + 1) * store_m]
-      rows = pl.ds(tile.m * self.tiles.block_m + first_row + i * store_m, store_m)
+      row = tile.m * self.tiles.block_m + first_row + i * store_m
+      rows = pl.ds(row, store_m)
       if kernel.has_row_scales:
         of_x = self.gmem.x_scales
-        x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=False)
+        here = pl.ds(jnp.minimum(row, of_x.shape[1] - store_m), store_m)
+        x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), here], of_rows=False)
         piece = epilogue.times_row_scales(piece, w_scales, x_scales)
       else:
         piece = epilogue.times_alpha(piece, self.gmem.alpha)
@@ -340,6 +401,5 @@ class _Cta:
         cluster.cluster_sync()
         total = parts[own]
         for other in others:
-          total = total + cluster.dsmem_load(buffer, own_m, slot_of(other, own))
+          total = total + cluster.dsmem_load(buffer, total.shape[1], slot_of(other, own))
         self.store(total, w_scales, tile, own * own_m)
-        cluster.cluster_sync()  # none ends before it has been read

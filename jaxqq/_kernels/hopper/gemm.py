@@ -147,7 +147,7 @@ class _Cta:
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
-      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS, action="increase")
+      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS[COMPUTE_WARPGROUPS], action="increase")
 
       @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:
@@ -171,17 +171,13 @@ class _Cta:
 
   # A tile's sums, (64, block_n) each
 
-  def stage_of(self, step: Any) -> Any:
-    return lax.rem(step, jnp.int32(self.tiles.num_stages))
-
   def sums(self, first: Any) -> list[Any]:
     """In one accumulator over all of k, two steps under way."""
-    smem, own_m, k_steps = self.smem, self.kernel.own_m, self.kernel.k_steps
+    smem, own_m, stages = self.smem, self.kernel.own_m, self.tiles.num_stages
 
     def scope(acc: Any) -> Any:
-      @pl.loop(0, k_steps)
-      def _step(ki: Any) -> None:
-        stage = self.stage_of(first + ki)
+      def do_step(ki: Any, before_and_stage: tuple[Any, Any]) -> tuple[Any, Any]:
+        before, stage = before_and_stage
         plgpu.barrier_wait(smem.full.at[stage])
         own_rows = pl.ds(self.warpgroup * own_m, own_m)
         plgpu.wgmma(acc, smem.x.at[stage, own_rows], smem.w.at[stage].T)
@@ -189,10 +185,14 @@ class _Cta:
 
         @pl.when(ki > 0)
         def _release() -> None:
-          plgpu.barrier_arrive(smem.empty.at[self.stage_of(first + ki - 1)])
+          plgpu.barrier_arrive(smem.empty.at[before])
 
+        return stage, pipeline.stage_after(stage, stages)
+
+      begin = pipeline.stage_of(first, stages)
+      last, _ = lax.fori_loop(0, self.kernel.k_steps, do_step, (begin, begin))
       plgpu.wgmma_wait(0)
-      plgpu.barrier_arrive(smem.empty.at[self.stage_of(first + k_steps - 1)])
+      plgpu.barrier_arrive(smem.empty.at[last])
       return acc[...]
 
     acc_type = plgpu.WGMMAAccumulatorRef((own_m, self.tiles.block_n), jnp.float32)
@@ -201,12 +201,12 @@ class _Cta:
 
   def promoted_sums(self, first: Any) -> list[Any]:
     """Taken out of the tensor cores after every step."""
-    kernel, smem = self.kernel, self.smem
+    kernel, smem, stages = self.kernel, self.smem, self.tiles.num_stages
     parts = kernel.own_m // ROWS
-    totals = tuple(wgmma.zeros(self.tiles.block_n) for _ in range(parts))
+    zeros = [wgmma.zeros(self.tiles.block_n) for _ in range(parts)]
 
-    def do_step(ki: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
-      stage = self.stage_of(first + ki)
+    def do_step(_: Any, stage_and_totals: tuple[Any, ...]) -> tuple[Any, ...]:
+      stage, *totals = stage_and_totals
       plgpu.barrier_wait(smem.full.at[stage])
       results = []
       for part, total in enumerate(totals):
@@ -216,9 +216,11 @@ class _Cta:
         if part == parts - 1:
           plgpu.barrier_arrive(smem.empty.at[stage])
         results.append(total + sums)
-      return tuple(results)
+      return pipeline.stage_after(stage, stages), *results
 
-    return list(lax.fori_loop(0, kernel.k_steps, do_step, totals))
+    begin = pipeline.stage_of(first, stages)
+    _, *sums = lax.fori_loop(0, kernel.k_steps, do_step, (begin, *zeros))
+    return sums
 
   # The epilogue
 

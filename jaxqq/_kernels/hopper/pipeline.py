@@ -26,7 +26,7 @@ from jaxqq._kernels.hopper.ptx import cluster
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
 
 PRODUCER_REGISTERS = 40  # a thread: the rest is the compute warpgroups'
-COMPUTE_REGISTERS = 232  # of two compute warpgroups
+COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 104}  # by how many compute warpgroups there are
 WORKER = "worker"  # axis of the grid: which CTA, or which cluster
 
 
@@ -48,6 +48,7 @@ def arrays(cls: type[_T]) -> type[_T]:
 class Tile:
   """One of the output, counted in tiles: which matrix, rows and columns."""
 
+  index: Any  # tiles that this CTA has had before
   batch: Any
   m: Any
   n: Any
@@ -64,47 +65,60 @@ class Walk:
 def walk(grid: Grid) -> Walk:
   workers, worker = grid.num_workers, lax.axis_index(WORKER)
   own_tiles = lax.div(grid.num_tiles - worker + workers - 1, jnp.int32(workers))
-  return Walk(own_tiles, lambda t: tile_of(grid, worker + t * workers))
+  return Walk(own_tiles, lambda t: tile_of(grid, t, worker + t * workers))
 
 
-def tile_of(grid: Grid, index: Any) -> Tile:
+def tile_of(grid: Grid, own_index: Any, index: Any) -> Tile:
   m_tiles, n_tiles = grid.tiles
   a_matrix = jnp.int32(m_tiles * n_tiles)
   within = lax.rem(index, a_matrix)
   mi, ni = plgpu.planar_snake(within, (m_tiles, n_tiles), grid.minor, grid.group_width)
-  return Tile(lax.div(index, a_matrix), mi, ni)
+  return Tile(own_index, lax.div(index, a_matrix), mi, ni)
 
 
 def produce(
   load: Callable[[Any, Any, Tile], None],  # (stage, k step within the tile, tile)
   empty: Any,  # barriers, one a stage
   walk: Walk,
-  k_steps: int,
+  k_steps: Any,
 ) -> None:
   """The producer's work: loads every step of every tile, once its stage is free."""
   plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
   (stages,) = empty.shape
 
-  def load_when_free(step: Any, ki: Any, tile: Tile) -> None:
-    stage = lax.rem(step, jnp.int32(stages))
-
-    @pl.when(step >= stages)
-    def _wait() -> None:
-      plgpu.barrier_wait(empty.at[stage])
-
-    load(stage, ki, tile)
-
   @pl.loop(0, walk.num_tiles)
   def _tile(t: Any) -> None:
-    tile = walk.tile(t)
-    pl.loop(0, k_steps)(lambda ki: load_when_free(t * k_steps + ki, ki, tile))
+    tile, first = walk.tile(t), t * k_steps
+
+    def load_when_free(ki: Any, stage: Any) -> Any:
+      @pl.when(first + ki >= stages)
+      def _wait() -> None:
+        plgpu.barrier_wait(empty.at[stage])
+
+      load(stage, ki, tile)
+      return stage_after(stage, stages)
+
+    lax.fori_loop(0, k_steps, load_when_free, stage_of(first, stages))
 
   total = walk.num_tiles * k_steps
 
   # The last readers: no mbarrier is mid-phase at exit.
   @pl.loop(jnp.maximum(total - stages, 0), total)
   def _drain(step: Any) -> None:
-    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+    plgpu.barrier_wait(empty.at[stage_of(step, stages)])
+
+
+def stage_of(step: Any, stages: int) -> Any:
+  """The stage of a step, counted over all tiles. In a loop over steps, carry it instead: ptxas puts
+  the division between instructions for the tensor cores.
+  """
+  return lax.rem(step, jnp.int32(stages))
+
+
+def stage_after(stage: Any, stages: int, steps: int = 1) -> Any:
+  """The stage so many steps later, up to as many as there are."""
+  after = stage + jnp.int32(steps)
+  return jnp.where(after >= stages, after - stages, after)
 
 
 def batch_of(ref: Any, b: Any) -> Any:

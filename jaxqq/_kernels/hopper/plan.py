@@ -22,6 +22,7 @@ Nothing here imports Pallas: a plan can be made, and explained, without it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
@@ -30,9 +31,17 @@ import ml_dtypes
 import numpy as np
 
 from jaxqq._formats import Format
-from jaxqq._kernels.hopper.costs import DEQUANT_E2M1, DEQUANT_E4M3, GEMM, Timed
+from jaxqq._kernels.hopper.costs import (
+  CLUSTERS,
+  DEQUANT_E2M1,
+  DEQUANT_E4M3,
+  GEMM,
+  SKINNY_E2M1,
+  Timed,
+)
 from jaxqq._kernels.hopper.tiles import (
   ROWS,
+  SCALES,
   STAGED_BLOCK_N,
   BlockDiagonal,
   Grid,
@@ -41,6 +50,7 @@ from jaxqq._kernels.hopper.tiles import (
   WideTiles,
   cdiv,
   power_of_two_from,
+  scale_slots,
 )
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem
@@ -59,6 +69,7 @@ class WidePlan:
     fp8: operands are e4m3 codes, rebased, and the epilogue multiplies by the scales of both
       operands' rows; else they are exact 16 bit floats, and it multiplies by alpha.
     tiles: what was chosen.
+    estimate_us: how long it takes on an H200, by the costs in `costs.py`.
     problem, device: what for.
   """
 
@@ -66,6 +77,7 @@ class WidePlan:
   mainloop: Literal["ready", "packed_e2m1", "rebased_e4m3", "exact_e4m3"]
   fp8: bool
   tiles: WideTiles
+  estimate_us: float
   problem: Problem
   device: Device
 
@@ -78,7 +90,9 @@ class WidePlan:
     staged = ", packed w expanded a panel at a time" if self.kernel == "staged_gemm" else ""
     step = 128 if self.fp8 else 64
     padded = f", K padded to a multiple of {step} by XLA" if self.problem.k % step else ""
-    return f"{self.kernel} with {self.tiles}{staged}{padded}{_for_sms(self.device)}"
+    # With w ready, the time of what makes it so is not known.
+    time = f", about {self.estimate_us:.0f} us" if self.mainloop != "ready" else ""
+    return f"{self.kernel} with {self.tiles}{time}{staged}{padded}{_for_sms(self.device)}"
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -208,27 +222,79 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
     "rebased_e4m3": (DEQUANT_E4M3, 128),
     "exact_e4m3": (DEQUANT_E4M3, 128),
   }[mainloop]
-  narrow_out = problem.out_dtype.itemsize == 2
+  out_bytes, k_steps = problem.out_dtype.itemsize, cdiv(problem.k, step_k)
+  times: dict[WideTiles, float] = {}
+  for timed, cluster in itertools.product(candidates, CLUSTERS):
+    tiles = WideTiles(
+      block_m=timed.block_m,
+      block_n=timed.block_n,
+      promote=fp8 or problem.wants_exact_sums,
+      store_stages=2 if mainloop == "ready" and out_bytes == 2 else 1,
+      cluster=cluster,
+    )
+    grid = _wide_grid(problem, tiles, device)
+    if cluster > 1 and not _can_share(timed, grid, k_steps, out_bytes, device):
+      continue
+    if problem.wants_exact_sums and not _has_registers_for_exact_sums(tiles):
+      continue
+    with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
+    if with_room is not None:
+      times[with_room] = timed.time(grid, k_steps)
+  best = min(times, key=times.__getitem__)
+  return WidePlan(kernel, mainloop, fp8, best, times[best], problem, device)
 
-  def is_possible(tiles: WideTiles) -> bool:
-    """All CTAs that share a tile run at once, have as many steps, and room for their sums."""
-    if tiles.cluster == 1:
-      return True
-    num_tiles = _wide_grid(problem, tiles, device).num_tiles
-    in_steps = problem.k % (128 * tiles.cluster) == 0
-    return num_tiles <= device.num_clusters(tiles.cluster) and in_steps and narrow_out
 
-  def time(timed: Timed) -> float:
-    return timed.time(_wide_grid(problem, timed.tiles, device), problem.k // step_k)
-
-  best = min((timed for timed in candidates if is_possible(timed.tiles)), key=time).tiles
-  # Float32 tiles on their way out are twice as large.
-  tiles = dataclasses.replace(
-    best,
-    promote=fp8 or problem.wants_exact_sums,
-    store_stages=best.store_stages if narrow_out else 1,
+def _can_share(timed: Timed, grid: Grid, k_steps: int, out_bytes: int, device: Device) -> bool:
+  """All CTAs that share a tile run at once, and have steps, rows to store, and 16 bit results."""
+  own_m = 8 * cdiv(grid.block_m, 8 * grid.cluster)
+  return (
+    timed.cluster_us is not None
+    and grid.num_tiles <= device.num_clusters(grid.cluster)
+    and k_steps >= 2 * grid.cluster
+    and own_m * (grid.cluster - 1) < grid.block_m
+    and out_bytes == 2
   )
-  return WidePlan(kernel, mainloop, fp8, tiles, problem, device)
+
+
+def _has_registers_for_exact_sums(tiles: WideTiles) -> bool:
+  """Sums of a step and of all: two warpgroups have room, or multiply in turn."""
+  return tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
+
+
+_SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
+_MAX_STAGES = 9
+
+
+def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> WideTiles | None:
+  """With as many steps in shared memory as there is room for, or None if for no two.
+
+  Args:
+    tiles: without.
+    mainloop: as of `WidePlan`.
+    k: of the product, in whole steps.
+    out_bytes: of a number of the result.
+  """
+  block_m, block_n = tiles.block_m, tiles.block_n
+  # Of w, a row and step; and steps a block of scales, of which there are none with w ready.
+  bytes_of_w, step_k, steps_a_block = {
+    "ready": (128, 128, None),
+    "packed_e2m1": (32, 64, 8),
+    "rebased_e4m3": (128, 128, 8),
+    "exact_e4m3": (64, 64, 16),
+  }[mainloop]
+  own_m = 8 * cdiv(block_m, 8 * tiles.cluster)
+  from_cluster = 4 * (tiles.cluster - 1) * own_m * block_n
+  out = out_bytes * tiles.store_stages * ROWS * block_n
+
+  def size(stages: int) -> int:
+    slots = 0 if steps_a_block is None else scale_slots(cdiv(k, step_k), steps_a_block, stages)
+    loads = stages * (128 * block_m + bytes_of_w * block_n) + slots * SCALES * block_n
+    return loads + from_cluster + out
+
+  for stages in range(_MAX_STAGES, 1, -1):
+    if size(stages) <= _SHARED_MEMORY:
+      return dataclasses.replace(tiles, num_stages=stages)
+  return None
 
 
 def _wide_kernel(problem: Problem, fp8: bool) -> tuple[Any, Any]:
@@ -256,6 +322,7 @@ def _exact(problem: Problem, device: Device) -> WidePlan:
 # Up to 64 rows
 
 MAX_SKINNY_ROWS = 64
+MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
 # Rows in memory are a multiple of these bytes apart: for the TMA and, of what is swizzled on its
 # way, for Mosaic GPU.
 TMA_BYTES, SWIZZLED_BYTES = 16, 128
@@ -267,7 +334,6 @@ BLOCKDIAG_MIN_K = 1024  # what its quantizer takes at once
 # With more rows, w waits for x to be quantized in the kernel.
 MAX_ROWS_QUANTIZED = 8
 MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
-_SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 
 
 def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
@@ -287,6 +353,8 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
     raise Unsupported(f"k = {problem.k}, and it loads {block.k} of k at once")
   if mainloop == "group_sums":
     check_fp8(problem, device)
+    if rows > MAX_GROUP_SUMS_ROWS:
+      raise Unsupported(f"{rows} rows of x, and of mxfp8 it is for at most {MAX_GROUP_SUMS_ROWS}")
   blockdiag, padded_m = None, max(8, power_of_two_from(rows))  # the TMA moves 8 rows at a time
   if mainloop == "blockdiag":
     blockdiag = BlockDiagonal(power_of_two_from(rows))
@@ -294,7 +362,13 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
   most = {"blockdiag": MAX_BLOCKDIAG_ROWS_QUANTIZED, "group_sums": MAX_ROWS_QUANTIZED}
   quantizes_x = rows <= most.get(mainloop, 0) and block.k == SKINNY_BLOCK_K
   tiles = _skinny_tiles(problem, device, block, padded_m, _x_bytes(mainloop, block, padded_m, rows))
-  return SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
+  plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
+  if mainloop == "expanded" and rows > MAX_SKINNY_ROWS // 2:
+    own = SKINNY_E2M1.time(plan.grid, cdiv(problem.k, ROWS))
+    other = _wide(problem, device, fp8=False).estimate_us
+    if other < own:
+      raise Unsupported(f"it would take about {own:.0f} us, and larger tiles {other:.0f} us")
+  return plan
 
 
 def _skinny_mainloop(problem: Problem) -> Any:

@@ -52,9 +52,6 @@ MAINLOOPS: dict[str, type[Mainloop]] = {
   "quantized": Quantized,
 }
 
-# A thread of a compute warpgroup, by how many there are: what the producer leaves.
-_REGISTERS = {2: pipeline.COMPUTE_REGISTERS, 4: 104}
-
 
 class Mainloop(Protocol):
   """How a warpgroup adds one block of k to its sums."""
@@ -202,7 +199,7 @@ class _Cta:
 
     @pl.when(warpgroup < workers)
     def _compute() -> None:
-      plgpu.set_max_registers(_REGISTERS[workers], action="increase")
+      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS[workers], action="increase")
       if kernel.quantizer is not None:
         for i in range(0, self.tiles.num_stages, workers):
           kernel.quantizer.clear(self.smem.x.at[warpgroup + i])
@@ -258,25 +255,30 @@ class _Cta:
     warpgroups, always belongs to the same one, which sees all its barrier's phases.
     """
     smem, k_steps, workers = self.smem, self.kernel.k_steps, self.tiles.compute_warpgroups
+    stages = self.tiles.num_stages
     first = t * k_steps
     own_first = lax.rem(
       self.warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
     )
     count = lax.div(k_steps - own_first + workers - 1, jnp.int32(workers))
 
-    def add_block(i: Any, sums: Any) -> Any:
+    def add_block(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+      stage, sums = state
       ki = own_first + i * workers
-      stage = lax.rem(first + ki, jnp.int32(self.tiles.num_stages))
       if self.kernel.quantizer is not None:
         self.quantize_x(self.kernel.quantizer, stage, ki, t)
       plgpu.barrier_wait(smem.full.at[stage])
       sums = self.kernel.mainloop.add(self, sums, stage)
       finish_loads()
       plgpu.barrier_arrive(smem.empty.at[stage])
-      return sums
+      return pipeline.stage_after(stage, stages, workers), sums
 
     zeros = jnp.zeros((ROWS, self.plan.padded_m), jnp.float32)
-    return lax.fori_loop(0, count, add_block, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+    state = (
+      pipeline.stage_of(first + own_first, stages),
+      plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
+    )
+    return lax.fori_loop(0, count, add_block, state)[1]
 
   def quantize_x(self, quantizer: InKernelQuantizer, stage: Any, ki: Any, t: Any) -> None:
     b = self.walk.tile(t).batch if self.gmem.x.shape[0] > 1 else 0

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
+SCALES = 32  # bytes of a row's scales that `dequant_gemm` loads at once: less is no cheaper
 STAGED_BLOCK_N = 128  # rows of w that are expanded at a time are a multiple of this, and so is n
 
 
@@ -50,12 +51,24 @@ class Grid:
 class WideTiles:
   """Of `gemm` and `dequant_gemm`."""
 
-  block_m: int  # rows of x a CTA: 64, 128 or 256; of `gemm` 128 or 256
-  num_stages: int  # steps of both operands in shared memory
+  block_m: int  # rows of x a CTA: a multiple of 32 up to 256; of `gemm` 128 or 256
+  num_stages: int = 0  # steps of both operands in shared memory; 0: not known yet
   promote: bool = False  # add to float32 sums after every step
   store_stages: int = 2  # pieces of 64 x 64 on their way out, a warpgroup
   cluster: int = 1  # CTAs that share a tile, each with a part of k: up to 8, of `gemm` 1
-  block_n: int = 2 * ROWS  # rows of w a CTA
+  block_n: int = 2 * ROWS  # rows of w a CTA; of `dequant_gemm` 64 a compute warpgroup
+
+
+def scale_slots(k_steps: int, steps_a_block: int, num_stages: int) -> int:
+  """Blocks of scales that the stages of `dequant_gemm` use at once, and the one being loaded.
+
+  A block belongs to the steps of one tile. It is loaded when step `num_stages` before it is done.
+  """
+  tiles = range(num_stages // k_steps + 3)
+  blocks = cdiv(k_steps, steps_a_block)
+  block_of = [tile * blocks + ki // steps_a_block for tile in tiles for ki in range(k_steps)]
+  oldest = [block_of[max(step - num_stages + 1, 0)] for step in range(len(block_of))]
+  return max(last - first + 1 for first, last in zip(oldest, block_of, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from ending before it has been read.
 
 Many rows: up to 8 CTAs, each of which adds up its share of a tile's rows of x. Of two:
 
-    CTA 0   | its part of k | stores half 1 | sync | half 0 + what came | sync | ends
-    CTA 1   | its part of k | stores half 0 | sync | half 1 + what came | sync | ends
+    CTA 0   | its part of k | stores half 1 | sync | half 0 + what came | ends
+    CTA 1   | its part of k | stores half 0 | sync | half 1 + what came | ends
 
 A store to the other's shared memory is not waited for, as a load is.
 """
@@ -26,11 +26,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from jaxqq._kernels.hopper.ptx import registers
-from jaxqq._kernels.hopper.ptx.layouts import ROWS, WARP, WARPS
+from jaxqq._kernels.hopper.ptx.layouts import ROWS
 
 AXIS = "cluster"  # of the grid: which CTA of a cluster
-_WARPGROUPS = 2
-_THREADS = _WARPGROUPS * WARPS * WARP
 _VECTOR = 4  # numbers that a thread moves at once
 
 
@@ -59,16 +57,17 @@ def cluster_sum(own: Any, size: int) -> Any:
   return sums
 
 
-def dsmem_buffer(columns: int, slots: int) -> Any:
-  """Shared memory for what others `dsmem_store`: so many slots, each for both warpgroups' sums.
+def dsmem_buffer(columns: int, slots: int, warpgroups: int) -> Any:
+  """Shared memory for what others `dsmem_store`: so many slots, each for all warpgroups' sums.
 
-  Sums are (64, columns) a warpgroup, stored as threads hold them.
+  Sums are (64, columns) a warpgroup, or fewer columns, stored as threads hold them.
   """
-  return plgpu.SMEM((slots * _WARPGROUPS * ROWS * columns,), jnp.float32)
+  return plgpu.SMEM((slots, columns // 2, 2 * ROWS * warpgroups), jnp.float32)
 
 
 def dsmem_store(sums: jax.Array, buffer: Any, cta: int, slot: int) -> None:
   """Writes sums, float32 in the layout WGMMA, to a slot of the buffer of another CTA."""
+  slot_bytes, stride = _sizes(buffer)
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())), return_type=None)
   def write(ctx: Any, sums: Any, buffer: Any) -> None:
@@ -77,7 +76,7 @@ def dsmem_store(sums: jax.Array, buffer: Any, cta: int, slot: int) -> None:
     lines = [f"mapa.shared::cluster.u32 at, at, {cta};"]
     for i in range(0, len(values), _VECTOR):
       names = ", ".join(f"${j}" for j in range(i, i + _VECTOR))
-      offset = 4 * _THREADS * (slot * len(values) + i)
+      offset = slot * slot_bytes + i * stride
       lines.append(f"st.shared::cluster.v4.f32 [at + {offset}], {{{names}}};")
     constraints = ",".join(["f"] * len(values) + ["r", "~{memory}"])
     operands = [*values, registers.smem_address(buffer)]
@@ -91,6 +90,7 @@ def dsmem_load(buffer: Any, columns: int, slot: int) -> jax.Array:
   sums_type = plgpu.ShapeDtypeStruct(
     (ROWS, columns), jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA
   )
+  slot_bytes, stride = _sizes(buffer)
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),), return_type=sums_type)
   def read(ctx: Any, buffer: Any) -> Any:
@@ -99,7 +99,7 @@ def dsmem_load(buffer: Any, columns: int, slot: int) -> jax.Array:
     lines = []
     for i in range(0, count, _VECTOR):
       names = ", ".join(f"${j}" for j in range(i, i + _VECTOR))
-      offset = 4 * _THREADS * (slot * count + i)
+      offset = slot * slot_bytes + i * stride
       lines.append(f"ld.shared.v4.f32 {{{names}}}, [at + {offset}];")
     constraints = ",".join(["=f"] * count + ["r", "~{memory}"])
     operands = [registers.smem_address(buffer)]
@@ -108,6 +108,12 @@ def dsmem_load(buffer: Any, columns: int, slot: int) -> jax.Array:
     return registers.as_arrays(values, columns)[0]
 
   return read(buffer)
+
+
+def _sizes(buffer: Any) -> tuple[int, int]:
+  """Bytes of a slot, and of one number of each thread."""
+  _, count, threads = buffer.shape
+  return 4 * count * threads, 4 * threads
 
 
 def _at_own_address(lines: list[str], buffer: int) -> str:
