@@ -5,11 +5,13 @@ Each message names the function, the argument, what it was and what would be rig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxqq._formats import FORMATS, Format
 
@@ -135,23 +137,59 @@ def check_has_global_scale(function: str, name: str, fmt: Format) -> None:
 
 
 def check_global_scale(
-  function: str, name: str, value: Any, fmt: Format, *, batch_shape: tuple[int, ...] = ()
+  function: str, name: str, value: Any, fmt: Format, *, batch_shapes: Sequence[Any] = ()
 ) -> Any:
-  """The float32 scalar, of shape (), or None; or one for each matrix, of batch_shape."""
+  """The float32 scalar, of shape (), or None; or one for each matrix, of one of batch_shapes."""
   if value is None:
     return None
   check_has_global_scale(function, name, fmt)
+  if isinstance(value, (int, float, np.floating)) and not isinstance(value, bool):
+    return jnp.float32(value)
   value = as_array(function, name, value)
-  if np.dtype(value.dtype) != np.float32:
+  batch_shapes = [shape for shape in batch_shapes if shape]
+  one_each = " or ".join(dict.fromkeys(map(str, batch_shapes)))
+  right = "a float32 scalar" + (f", or one a matrix, {one_each}" if one_each else "")
+  if np.dtype(value.dtype) not in FLOATS:
     raise TypeError(
-      f"{function}: {name} must be a float32 scalar, got {describe(value)}; "
-      f"convert it with jnp.float32({name})."
+      f"{function}: {name} must be {right}, got {describe(value)}; it is an amax, the largest "
+      f"magnitude of the tensor: jnp.max(jnp.abs(...)).astype(jnp.float32)."
     )
-  if batch_shape and tuple(value.shape) == batch_shape:
-    return value
-  if any(size != 1 for size in value.shape):
+  is_one_each = tuple(value.shape) in batch_shapes
+  if not is_one_each and any(size != 1 for size in value.shape):
     raise ValueError(
-      f"{function}: {name} must be a float32 scalar (size 1), got {describe(value)}; "
-      "it is the amax of the whole tensor."
+      f"{function}: {name} must be {right}, got {describe(value)}; it is an amax, the largest "
+      "magnitude of the whole tensor."
     )
-  return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value).reshape(())
+  if isinstance(value, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(value.shape, np.float32)
+  value = jnp.asarray(value).astype(jnp.float32)
+  return value if is_one_each else value.reshape(())
+
+
+def check_precision(function: str, precision: Any) -> lax.Precision | None:
+  """A precision, or None, from that or its name; of two the higher, as each operand has its own."""
+  if precision is None or isinstance(precision, lax.Precision):
+    return precision
+  if isinstance(precision, (tuple, list)) and len(precision) == 2:
+    both = [check_precision(function, one) for one in precision]
+    return max(both, key=lambda one: -1 if one is None else int(one.value))
+  try:
+    return lax.Precision(precision)
+  except ValueError:
+    raise TypeError(
+      f"{function}: precision must be None, a jax.lax.Precision or its name, or two of them, got "
+      f"{precision!r}."
+    ) from None
+
+
+def check_out_dtype(function: str, preferred: Any) -> np.dtype:
+  """The dtype that preferred_element_type names."""
+  try:
+    dtype = np.dtype(preferred)
+  except TypeError:
+    dtype = None
+  if dtype not in FLOATS:
+    raise TypeError(
+      f"{function}: preferred_element_type must be {names(FLOATS)}, got {preferred!r}."
+    )
+  return dtype

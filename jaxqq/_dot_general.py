@@ -19,7 +19,13 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq import _einsum
-from jaxqq._checks import FLOATS, check_format, check_has_global_scale, describe, names
+from jaxqq._checks import (
+  check_format,
+  check_has_global_scale,
+  check_out_dtype,
+  check_precision,
+  describe,
+)
 from jaxqq._contraction import (
   FUNCTION,
   Axes,
@@ -274,7 +280,7 @@ class DotGeneral:
         "mode": mode,
         "out_dtype": out_dtype,
         "backward": self.backward,
-        "precision": _precision(precision),
+        "precision": check_precision(FUNCTION, precision),
       },
     )
 
@@ -302,28 +308,7 @@ def _out_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
   dot = functools.partial(
     lax.dot_general, dimension_numbers=(((), ()), ((), ())), preferred_element_type=preferred
   )
-  dtype = np.dtype(jax.eval_shape(dot, *scalars).dtype)
-  if dtype not in FLOATS:
-    raise TypeError(
-      f"{FUNCTION}: preferred_element_type must be {names(FLOATS)}, got {preferred!r}."
-    )
-  return dtype
-
-
-def _precision(precision: Any) -> lax.Precision | None:
-  """The higher of two, where each operand has its own."""
-  if precision is None or isinstance(precision, lax.Precision):
-    return precision
-  if isinstance(precision, (tuple, list)) and len(precision) == 2:
-    both = [_precision(one) for one in precision]
-    return max(both, key=lambda one: -1 if one is None else int(one.value))
-  try:
-    return lax.Precision(precision)
-  except ValueError:
-    raise TypeError(
-      f"{FUNCTION}: precision must be None, a jax.lax.Precision or its name, or two of them, got "
-      f"{precision!r}."
-    ) from None
+  return check_out_dtype(FUNCTION, jax.eval_shape(dot, *scalars).dtype)
 
 
 def placed(out: jax.Array, out_sharding: OutSharding) -> jax.Array:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq import _primitive
 from jaxqq._checks import (
@@ -19,7 +19,10 @@ from jaxqq._checks import (
   check_format,
   check_global_scale,
   check_groups,
+  check_has_global_scale,
+  check_out_dtype,
   check_packed,
+  check_precision,
   describe,
   names,
 )
@@ -27,7 +30,7 @@ from jaxqq._formats import Format, ProductMode
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
-from jaxqq._weight import QuantizedWeight
+from jaxqq._weight import QuantizedWeight, amax_of_each_matrix
 
 
 class _DefaultMode(str):
@@ -44,11 +47,12 @@ def qqmm(
   group_size: int | None = None,
   bits: int | None = None,
   mode: ProductMode = DEFAULT_MODE,
-  global_scale_x: ArrayLike | None = None,
-  global_scale_w: ArrayLike | None = None,
+  global_scale_x: ArrayLike | Literal["amax"] | None = None,
+  global_scale_w: ArrayLike | Literal["amax"] | None = None,
   *,
   backward: Backward = "straight_through",
-  precision: lax.Precision | None = None,
+  precision: lax.PrecisionLike = None,
+  preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
   """Multiplies two block-quantized matrices: x quantized on the fly, w packed or on the fly too.
 
@@ -67,22 +71,25 @@ def qqmm(
     group_size: the mode's own, or None.
     bits: the mode's own, or None.
     mode: "nvfp4" or "mxfp8".
-    global_scale_x: nvfp4 only, a float32 scalar: the amax of x (compressed-tensors has a
+    global_scale_x: nvfp4 only, a scalar, taken as float32: the amax of x (compressed-tensors has a
       reciprocal under this name), 0 for zeros only (beside other numbers of x it makes NaN of
-      them). With global_scale_w or not at all. None beside a `QuantizedWeight` is the weight's own
-      input_global_scale.
-    global_scale_w: nvfp4 only, a float32 scalar: the amax of w. A w packed with a global scale
-      must be multiplied with it; without it the result is off by a factor.
+      them). "amax" takes it from x. Against a w with batch axes it may be one for each matrix, of
+      x's batch axes. With global_scale_w or not at all. None beside a `QuantizedWeight` is the
+      weight's own input_global_scale.
+    global_scale_w: nvfp4 only, likewise of w; "amax" of unquantized w only. A w packed with a
+      global scale must be multiplied with it; without it the result is off by a factor.
     backward: "straight_through": dx = g w, dw = g^T x, of the unquantized operands. "quantized", as
       in MLX: dx = qqmm(g, w^T), dw = qqmm(g^T, x^T), each operand quantized again along the axis
       that is then contracted, with rows zero-padded to whole groups; with global scales, g's is its
       amax. For packed w, which receives no gradient, dx is taken through the dequantized w. Global
       scales have gradient zero. Forward mode is the straight-through tangent.
-    precision: `jax.lax.Precision.HIGHEST` asks for exact operands and float32 sums, within
-      2^-18 of |x_hat| |w_hat|^T, where fp8 tensor cores would lose more (jaxqq/EXACTNESS.md).
+    precision: `jax.lax.Precision.HIGHEST`, or "highest", asks for exact operands and float32 sums,
+      within 2^-18 of |x_hat| |w_hat|^T, where fp8 tensor cores would lose more
+      (jaxqq/EXACTNESS.md).
+    preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
 
   Returns:
-    x's dtype, x.shape[:-1] + (N,), batch axes broadcast.
+    x.shape[:-1] + (N,), batch axes broadcast.
 
   Raises:
     TypeError: an argument has a dtype, or is of a type, that it may not be.
@@ -112,6 +119,7 @@ def qqmm(
     global_scale_w,
     backward,
     precision,
+    preferred_element_type,
   )
   return product(operands, params)
 
@@ -138,14 +146,13 @@ def checked(
   global_scale_w: Any,
   backward: Any,
   precision: Any,
+  preferred_element_type: Any,
 ) -> tuple[Operands, dict[str, Any]]:
   """The operands and the primitive's parameters, or the error that the caller should see."""
-  scale_shape: tuple[int, ...] = ()
   if isinstance(w, QuantizedWeight):
     mode = _mode_of(function, w, mode, scales, global_scale_w)
     global_scale_x = _global_scale_of_x(function, w, global_scale_x)
     w, scales, global_scale_w = w.packed, w.scales, w.global_scale
-    scale_shape = tuple(jnp.shape(global_scale_w)) if global_scale_w is not None else ()
   fmt = check_format(function, mode, group_size, bits, multiplies=True)
   x, w = as_array(function, "x", x), as_array(function, "w", w)
   check_dtype(function, "x", x, FLOATS)
@@ -158,28 +165,49 @@ def checked(
       f"{function}: global_scale_{given} was given without global_scale_{missing}; give both, "
       "each the amax of its tensor, or neither."
     )
-  global_scale_x = check_global_scale(
-    function, "global_scale_x", global_scale_x, fmt, batch_shape=scale_shape
-  )
-  global_scale_w = check_global_scale(
-    function, "global_scale_w", global_scale_w, fmt, batch_shape=scale_shape
-  )
+  batch_of_w = tuple(w.shape[:-2])
+  global_scale_x = _global_scale(function, "x", global_scale_x, x, fmt, batch_of_w)
+  global_scale_w = _global_scale(function, "w", global_scale_w, w, fmt, batch_of_w)
   if not isinstance(backward, str) or backward not in BACKWARDS:
     raise ValueError(
       f"{function}: unknown backward {backward!r}; it must be one of "
       f"{', '.join(repr(name) for name in BACKWARDS)}."
     )
-  if precision is not None and not isinstance(precision, lax.Precision):
-    raise TypeError(
-      f"{function}: precision must be None or a jax.lax.Precision, got {precision!r}."
-    )
+  out_dtype = np.dtype(x.dtype)
+  if preferred_element_type is not None:
+    out_dtype = check_out_dtype(function, preferred_element_type)
   operands = Operands(x, w, scales, global_scale_x, global_scale_w)
   return operands, {
     "mode": fmt.mode,
-    "out_dtype": np.dtype(x.dtype),
+    "out_dtype": out_dtype,
     "backward": backward,
-    "precision": precision,
+    "precision": check_precision(function, precision),
   }
+
+
+def _global_scale(
+  function: str, operand: str, value: Any, a: Any, fmt: Format, batch_of_w: tuple[int, ...]
+) -> Any:
+  """As `check_global_scale`; "amax" is taken from the operand, one a matrix if w has batch axes."""
+  name = f"global_scale_{operand}"
+  if not isinstance(value, str):
+    # With one w, all of x is one matrix.
+    batch_shapes = (batch_of_w, tuple(a.shape[:-2])) if batch_of_w else ()
+    return check_global_scale(function, name, value, fmt, batch_shapes=batch_shapes)
+  if value != "amax":
+    raise ValueError(
+      f"{function}: unknown {name} {value!r}; it must be 'amax', a float32 scalar or None."
+    )
+  check_has_global_scale(function, name, fmt)
+  if np.dtype(a.dtype) == PACKED:
+    raise ValueError(
+      f"{function}: {name} is 'amax', but w is packed ({describe(a)}); pass the amax that it was "
+      "quantized with."
+    )
+  batch_ndim = len(a.shape) - 2 if batch_of_w else 0
+  if isinstance(a, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(a.shape[:batch_ndim], np.float32)
+  return amax_of_each_matrix(jnp.asarray(a), batch_ndim)
 
 
 def _mode_of(function: str, w: QuantizedWeight, mode: Any, scales: Any, global_scale_w: Any) -> str:

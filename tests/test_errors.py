@@ -49,13 +49,18 @@ PRODUCT = [
   ("the other of two", ValueError, ["global_scale_w", "global_scale_x"], X, W, None, {"global_scale_w": ONE}),
   ("global scale with mxfp8", ValueError, ["global_scale_x", "'mxfp8'", "'nvfp4'"], X, W, None, {"global_scale_x": ONE, "global_scale_w": ONE, "mode": "mxfp8"}),
   ("global scale no scalar", ValueError, ["global_scale_x", "(4,)", "scalar"], X, W, None, {"global_scale_x": np.ones(4, np.float32), "global_scale_w": ONE}),
-  ("global scale bfloat16", TypeError, ["global_scale_w", "bfloat16", "float32"], X, W, None, {"global_scale_x": ONE, "global_scale_w": jnp.bfloat16(1)}),
-  ("global scale float64", TypeError, ["global_scale_x", "float64"], X, W, None, {"global_scale_x": np.float64(1), "global_scale_w": ONE}),
-  ("global scale a Python number", TypeError, ["global_scale_x", "float", "jnp"], X, W, None, {"global_scale_x": 1.0, "global_scale_w": ONE}),
+  ("global scale float64", TypeError, ["global_scale_x", "float64", "amax", "largest magnitude"], X, W, None, {"global_scale_x": np.ones((), np.float64), "global_scale_w": ONE}),
+  ("global scale int32", TypeError, ["global_scale_w", "int32", "jnp.max(jnp.abs"], X, W, None, {"global_scale_x": ONE, "global_scale_w": np.int32([1])}),
+  ("global scale a word", ValueError, ["global_scale_x", "'max'", "'amax'"], X, W, None, {"global_scale_x": "max", "global_scale_w": ONE}),
+  ("global scale True", TypeError, ["global_scale_x", "bool"], X, W, None, {"global_scale_x": True, "global_scale_w": ONE}),
+  ("amax of packed w", ValueError, ["global_scale_w", "'amax'", "packed", "quantized with"], X, Q, S, {"global_scale_x": "amax", "global_scale_w": "amax"}),
+  ("amax with mxfp8", ValueError, ["global_scale_x", "'mxfp8'"], X, W, None, {"global_scale_x": "amax", "global_scale_w": "amax", "mode": "mxfp8"}),
+  ("one global scale a matrix", ValueError, ["global_scale_w", "(2,)", "one a matrix, (3,)"], np.stack([X] * 3), np.stack([W] * 3), None, {"global_scale_x": ONE, "global_scale_w": np.ones(2, np.float32)}),
   ("0-d x", ValueError, ["x", "scalar"], ONE, W, None, {}),
   ("1-d w", ValueError, ["w", "(64,)", "(N, K)"], X, W[0], None, {}),
   ("unknown backward", ValueError, ["backward", "'ste'", "'straight_through', 'quantized'"], X, W, None, {"backward": "ste"}),
-  ("precision", TypeError, ["precision", "'highest'", "jax.lax.Precision"], X, W, None, {"precision": "highest"}),
+  ("precision", TypeError, ["precision", "'exact'", "jax.lax.Precision"], X, W, None, {"precision": "exact"}),
+  ("preferred_element_type", TypeError, ["preferred_element_type", "int8", "float32"], X, W, None, {"preferred_element_type": "int8"}),
   ("x a ShapeDtypeStruct", TypeError, ["x", "ShapeDtypeStruct", "explain"], jax.ShapeDtypeStruct((4, 64), np.float32), W, None, {}),
   ("x a list", TypeError, ["x", "list"], X.tolist(), W, None, {}),
   ("w None", TypeError, ["w", "NoneType"], X, None, None, {}),
@@ -111,7 +116,7 @@ QUANTIZE = [
   ("scalar", ValueError, ["w", "scalar"], ONE, {}),
   ("K", ValueError, ["w", "16", "(8, 40)", "pad"], W[:, :40], {}),
   ("global scale", ValueError, ["global_scale", "'mxfp8'"], W, {"mode": "mxfp8", "global_scale": ONE}),
-  ("global scale's dtype", TypeError, ["global_scale", "float16"], W, {"global_scale": np.float16(1)}),
+  ("global scale's dtype", TypeError, ["global_scale", "int32"], W, {"global_scale": np.int32([1])}),
   ("list", TypeError, ["w", "list"], [[1.0] * 16], {}),
   ("axis", ValueError, ["axis", "-1 or -2", "0"], W, {"axis": 0}),
   ("no such axis", ValueError, ["w", "axis -2", "leave axis out"], W[0], {"axis": -2}),
@@ -150,9 +155,32 @@ def test_dequantize(case):
 
 def test_scalars_of_size_one_are_global_scales():
   want = np.asarray(jaxqq.qqmm(X, W, global_scale_x=ONE, global_scale_w=ONE))
-  for one in (np.ones((), np.float32), np.ones((1,), np.float32), jnp.ones((1, 1))):
+  ones = (np.ones((), np.float32), np.ones((1,), np.float32), jnp.ones((1, 1)), 1, 1.0)
+  for one in (*ones, np.float64(1), np.float16(1), jnp.bfloat16(1)):
     got = jaxqq.qqmm(X, W, global_scale_x=one, global_scale_w=one)
     np.testing.assert_array_equal(got, want)
+
+
+def test_amax_is_taken_from_the_operands():
+  """Of all of x beside one w, and of each matrix beside several."""
+  scales = {"global_scale_x": np.abs(X).max(), "global_scale_w": np.abs(W).max()}
+  of_operands = dict.fromkeys(scales, "amax")
+  want = jaxqq.qqmm(X, W, **scales)
+  np.testing.assert_array_equal(jaxqq.qqmm(X, W, **of_operands), want)
+  np.testing.assert_array_equal(jax.jit(lambda x: jaxqq.qqmm(x, W, **of_operands))(X), want)
+  assert jaxqq.explain(X, W, **of_operands, device="cpu").plan.name == "xla"
+  xs, ws = (np.stack([a, 100 * a, a / 100]) for a in (X, W))
+  whole = {"global_scale_x": np.abs(xs).max(), "global_scale_w": np.abs(W).max()}
+  np.testing.assert_array_equal(jaxqq.qqmm(xs, W, **of_operands), jaxqq.qqmm(xs, W, **whole))
+  each = {f"global_scale_{n}": np.abs(a).max((1, 2)) for n, a in (("x", xs), ("w", ws))}
+  want = np.stack(
+    [
+      jaxqq.qqmm(x, w, global_scale_x=np.abs(x).max(), global_scale_w=np.abs(w).max())
+      for x, w in zip(xs, ws, strict=True)
+    ]
+  )
+  for how in (each, of_operands):
+    np.testing.assert_allclose(jaxqq.qqmm(xs, ws, **how), want, rtol=2e-6, atol=0)
 
 
 def test_any_byte_order_is_taken():

@@ -73,6 +73,40 @@ def test_precision(x_dtype, precision):
   check(x, w, "mxfp8", precision=precision)
 
 
+@pytest.mark.parametrize("name", ["highest", "high", "default", "float32", ("default", "highest")])
+def test_precision_by_name(name):
+  """As `jax.lax.dot_general` takes it; of two the higher."""
+  x, w = (jax.ShapeDtypeStruct((size, 64), jnp.bfloat16) for size in (4, 8))
+
+  def passed(precision):
+    jaxpr = jax.make_jaxpr(lambda x, w: jaxqq.qqmm(x, w, precision=precision))(x, w)
+    return jaxpr.eqns[0].params["precision"]
+
+  one = name[1] if isinstance(name, tuple) else name
+  assert passed(name) is jax.lax.Precision(one)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
+def test_preferred_element_type(x_dtype, dtype):
+  """The result's; within its bound, and gradients are of the operands' dtypes."""
+  rng = np.random.default_rng(15)
+  x, w = oracle.random(rng, (9, 128), x_dtype), oracle.random(rng, (7, 128), "float32")
+
+  def product(x, w):
+    return jaxqq.qqmm(x, w, mode="mxfp8", preferred_element_type=dtype)
+
+  out = np.asarray(product(x, w))
+  assert out.dtype == oracle.DTYPES[dtype]
+  exact, mag = oracle.product(*(oracle.round_trip(np.asarray(a), "mxfp8") for a in (x, w)))
+  oracle.assert_within_bound(out, exact, mag)
+  dx, dw = jax.grad(lambda *a: product(*a).astype(jnp.float32).sum(), (0, 1))(x, w)
+  assert dx.dtype == x.dtype and dw.dtype == jnp.float32
+  packed = jaxqq.quantize_weight(w, "mxfp8")
+  again = jaxqq.qqmm(x, packed, preferred_element_type=jnp.dtype(dtype))
+  np.testing.assert_array_equal(again, out)
+
+
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
 def test_group_scales_far_apart(mode):
   """mxfp8's group scales reach from 2^-100 to 2^100; nvfp4's own scales are e4m3."""
