@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from typing import Any, Literal
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -154,10 +156,54 @@ class QuantizedWeight:
       of_each = jax.vmap(of_each)
     return of_each(self.packed, self.scales, self.global_scale)
 
+  def __getitem__(self, index: Any) -> QuantizedWeight:
+    """Matrices of a stack, or rows of w: what numpy's indexing gives of (..., N, K).
+
+    w[3] is a matrix of a stack, w[:, :64] the first 64 rows of each, w[jnp.array([2, 0])] two
+    matrices. N stays an axis, and K is whole.
+
+    Args:
+      index: an index of each axis but the last, as of an array: slices, an Ellipsis and, of
+        leading axes, integers or one array of integers.
+
+    Raises:
+      IndexError: the index is not as above, or an integer is out of range.
+
+    Example:
+      >>> stack = jaxqq.quantize_weight(jnp.ones((3, 8, 64)), global_scale="amax")
+      >>> stack[0], stack[..., :4, :].shape
+      (QuantizedWeight(nvfp4, float32 (8, 64), with global_scale), (3, 4, 64))
+    """
+    of_stack, of_rows = _checked_index(index, self.shape)
+    packed, scales = (a[of_stack][..., of_rows, :] for a in (self.packed, self.scales))
+    of_w, of_input = (
+      None if scale is None else scale[of_stack]
+      for scale in (self.global_scale, self.input_global_scale)
+    )
+    return QuantizedWeight(packed, scales, self.mode, of_w, self.dtype, of_input)
+
+  @property
+  def T(self) -> Any:
+    raise AttributeError(
+      "QuantizedWeight has no transpose: groups run along its last axis, the one that qqmm sums "
+      "over; quantize the transposed weight, quantize_weight(w, axis=-2), or dequantize it."
+    )
+
+  def __array__(self, *_: Any, **__: Any) -> Any:
+    raise TypeError(
+      f"{self!r} is not an array: it is packed codes and scales; call its dequantize(), or take "
+      ".packed and .scales."
+    )
+
   def __repr__(self) -> str:
+    shapes = [getattr(self.packed, "shape", ()), getattr(self.scales, "shape", ())]
     try:
+      is_weight = all(len(shape) >= 2 for shape in shapes)
+    except TypeError:
+      is_weight = False
+    if is_weight:
       shape: Any = self.shape
-    except (AttributeError, TypeError):  # a tree of shardings, of axes, of None
+    else:  # a tree of shardings, of axes, of dtypes, of None
       leaves = ", ".join(f"{name}={getattr(self, name)!r}" for name in LEAVES)
       return f"QuantizedWeight({leaves}, mode={self.mode!r}, dtype={self.dtype.name})"
     scaled = [name for name in LEAVES[2:] if getattr(self, name) is not None]
@@ -170,8 +216,9 @@ def quantize_weight(
   mode: Mode = "nvfp4",
   *,
   global_scale: Literal["amax"] | ArrayLike | None = None,
+  axis: Literal[-1, -2] = -1,
 ) -> QuantizedWeight:
-  """Quantizes a weight along its last axis, the one that `qqmm` sums over.
+  """Quantizes a weight along its last axis, the one that `qqmm` sums over, or of its transpose.
 
   Args:
     w: float32, float16 or bfloat16, (..., N, K), K a multiple of the group size. Leading axes are
@@ -179,13 +226,15 @@ def quantize_weight(
     mode: "nvfp4", "mxfp8" or "mxfp4".
     global_scale: nvfp4 only. "amax" takes the largest magnitude of each matrix; a float32 scalar,
       or one for each matrix, is taken as it is; None is no global scale.
+    axis: -1, or -2 for w of (..., K, N), as kernels of Flax are: the weight is that of its
+      transpose, (..., N, K).
 
   Returns:
     The packed weight, which knows w's shape and dtype.
 
   Raises:
     TypeError: w or global_scale is of a type that it may not be.
-    ValueError: mode or a shape is not as above, or a global scale is given in another mode.
+    ValueError: mode, axis or a shape is not as above, or a global scale is given in another mode.
 
   Example:
     >>> w = jax.random.normal(jax.random.key(0), (32, 64))
@@ -206,7 +255,9 @@ def quantize_weight(
       f"{function}: w must have at least two dimensions, (N, K) or (..., N, K), got "
       f"{describe(checked)}."
     )
-  check_groups(function, "w", checked, fmt)
+  if axis not in (-1, -2):
+    raise ValueError(f"{function}: axis must be -1 or -2, got {axis!r}.")
+  check_groups(function, "w", checked, fmt, axis)
   matrices = jnp.asarray(checked)
   batch_shape = matrices.shape[:-2]
   if isinstance(global_scale, str):
@@ -221,7 +272,7 @@ def quantize_weight(
   )
 
   def one(w: jax.Array, global_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    return quantize(w, mode=fmt.mode, global_scale=global_scale)
+    return quantize(w, mode=fmt.mode, global_scale=global_scale, axis=axis)
 
   of_each = one
   for _ in range(0 if scale is None else len(batch_shape)):
@@ -294,4 +345,50 @@ def _unflatten(static: tuple[str, np.dtype], leaves: Any) -> QuantizedWeight:
   return weight
 
 
+def _checked_index(index: Any, shape: tuple[int, ...]) -> tuple[Any, slice]:
+  """What an index takes of the leading axes, and of the rows."""
+  parts = list(index) if isinstance(index, tuple) else [index]
+  ellipses = [i for i, part in enumerate(parts) if part is Ellipsis]
+  missing = len(shape) - len(parts) + len(ellipses)
+  if len(ellipses) == 1:
+    parts[ellipses[0] : ellipses[0] + 1] = [slice(None)] * missing
+  else:
+    parts += [slice(None)] * missing
+  if len(ellipses) > 1 or missing < 0 or len(parts) != len(shape):
+    raise IndexError(f"QuantizedWeight: {index!r} is too long an index of shape {shape}.")
+  *of_stack, of_rows, of_k = parts
+  if not isinstance(of_k, slice) or of_k.indices(shape[-1]) != (0, shape[-1], 1):
+    raise IndexError(
+      f"QuantizedWeight: the last axis of {shape} is packed in groups and cannot be indexed; got "
+      f"{index!r}."
+    )
+  if not isinstance(of_rows, slice):
+    raise IndexError(
+      f"QuantizedWeight: the rows of {shape} can only be sliced, so that a matrix stays one; got "
+      f"{index!r}."
+    )
+  arrays = [part for part in of_stack if not isinstance(part, (slice, int, np.integer))]
+  if len(arrays) > 1 or not all(_is_integers(a) for a in arrays):
+    raise IndexError(
+      f"QuantizedWeight: leading axes of {shape} take slices, integers and one array of integers; "
+      f"got {index!r}."
+    )
+  for part, size in zip(of_stack, shape, strict=False):
+    if isinstance(part, (int, np.integer)) and not -size <= part < size:
+      raise IndexError(f"QuantizedWeight: {part} is out of range for an axis of {size} matrices.")
+  return tuple(of_stack), of_rows
+
+
+def _is_integers(a: Any) -> bool:
+  dtype = getattr(a, "dtype", None)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+
+
 jax.tree_util.register_pytree_with_keys(QuantizedWeight, _flatten_with_keys, _unflatten, _flatten)
+
+jax.export.register_pytree_node_serialization(
+  QuantizedWeight,
+  serialized_name="jaxqq.QuantizedWeight",
+  serialize_auxdata=lambda static: json.dumps([static[0], static[1].name]).encode(),
+  deserialize_auxdata=lambda data: (json.loads(data)[0], np.dtype(json.loads(data)[1])),
+)

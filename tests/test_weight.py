@@ -211,6 +211,93 @@ MAKE = [
 ]  # fmt: skip
 
 
+INDICES = [
+  np.s_[0],
+  np.s_[-1],
+  np.s_[1:],
+  np.s_[:, :4],
+  np.s_[1, 2:6],
+  np.s_[..., 2:4, :],
+  np.s_[:, ::2, :],
+  np.s_[np.array([2, 0])],
+  np.s_[np.array([2, 0]), 1:5],
+  np.s_[np.int64(1), ..., :],
+]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize(("mode", "scale"), CASES[1:4], ids=IDS[1:4])
+def test_matrices_and_rows_are_taken_as_from_an_array(mode, scale, index):
+  stack = jaxqq.quantize_weight(STACK, mode, global_scale=scale)
+  part = stack[index]
+  want = np.asarray(stack.dequantize(jnp.float32))[index]
+  assert part.shape == want.shape and part.mode == mode and part.dtype == stack.dtype
+  np.testing.assert_array_equal(part.dequantize(jnp.float32), want)
+  jitted = jax.jit(lambda weight: weight[index])(stack)
+  np.testing.assert_array_equal(jitted.packed, part.packed)
+
+
+def test_a_matrix_is_taken_by_a_traced_index():
+  stack = jaxqq.quantize_weight(STACK, global_scale="amax")
+  x_scale = np.float32(3)
+  picked = jax.jit(lambda i: jaxqq.qqmm(X, stack[i], global_scale_x=x_scale))(1)
+  np.testing.assert_array_equal(picked, jaxqq.qqmm(X, stack[1], global_scale_x=x_scale))
+
+
+WRONG_INDICES = [
+  (np.s_[0, 1], ["rows", "(3, 8, 64)", "sliced"]),
+  (np.s_[..., :32], ["last axis", "(3, 8, 64)", "groups"]),
+  (np.s_[0, :, :, 0], ["too long", "(3, 8, 64)"]),
+  (np.s_[..., 0, ...], ["too long"]),
+  (np.s_[3], ["3", "out of range", "3 matrices"]),
+  (np.s_[np.array([True, False, True])], ["integers"]),
+  (np.s_[None], ["integers"]),
+]
+
+
+@pytest.mark.parametrize(("index", "words"), WRONG_INDICES, ids=str)
+def test_what_is_no_index(index, words):
+  stack = jaxqq.quantize_weight(STACK)
+  with pytest.raises(IndexError) as caught:
+    stack[index]
+  check_sentence(str(caught.value), "QuantizedWeight", words)
+
+
+def test_is_no_array_and_has_no_transpose():
+  weight = jaxqq.quantize_weight(W)
+  for convert in (np.asarray, jnp.asarray, lambda a: np.sum(a)):
+    with pytest.raises(TypeError, match="dequantize"):
+      convert(weight)
+  with pytest.raises(AttributeError, match="quantize_weight"):
+    _ = weight.T
+
+
+def test_repr_of_any_tree():
+  weight = jaxqq.quantize_weight(W, global_scale="amax")
+  for leaf in (np.dtype("int32"), jax.ShapeDtypeStruct((), "float32"), "name", None, 3, ()):
+    tree = jax.tree.unflatten(jax.tree.structure(weight), [leaf] * 3)
+    assert repr(tree).startswith("QuantizedWeight(") and "mode=" in repr(tree)
+  abstract = jax.eval_shape(lambda: jaxqq.quantize_weight(W))
+  assert repr(abstract) == "QuantizedWeight(nvfp4, float32 (8, 64))"
+
+
+@pytest.mark.parametrize(("mode", "scale"), CASES, ids=IDS)
+def test_along_the_axis_of_a_kernel(mode, scale):
+  kernel = np.swapaxes(STACK, -1, -2)
+  got = jaxqq.quantize_weight(kernel, mode, global_scale=scale, axis=-2)
+  want = jaxqq.quantize_weight(STACK, mode, global_scale=scale)
+  assert got.shape == want.shape == STACK.shape
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_exported_programs_take_one():
+  weight = jaxqq.quantize_weight(W, global_scale="amax")
+  f = jax.jit(lambda x, weight: jaxqq.qqmm(x, weight, global_scale_x=np.float32(4)))
+  exported = jax.export.export(f)(X, weight)
+  again = jax.export.deserialize(exported.serialize())
+  np.testing.assert_array_equal(again.call(X, weight), f(X, weight))
+
+
 @pytest.mark.parametrize("case", MAKE, ids=[case[0] for case in MAKE])
 def test_what_is_no_weight(case):
   _, error, words, args, kwargs = case
