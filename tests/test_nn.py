@@ -301,3 +301,12 @@ def test_examples_in_docstrings(name):
 def test_without_flax_the_extra_is_named(tmp_path):
   done = run_without("flax", "import jaxqq; jaxqq.nn", tmp_path)
   assert done.returncode != 0 and 'pip install "jaxqq[flax]"' in done.stderr
+
+
+@pytest.mark.parametrize("function", ["pack", "unpack"])
+def test_a_model_without_quantized_layers_is_refused(function):
+  """Else a model that was never converted would be served as it is."""
+  model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
+  with pytest.raises(ValueError) as caught:
+    getattr(jaxqq.nn, function)(model)
+  check_sentence(str(caught.value), function, ["Sequential", "quantize_model"])

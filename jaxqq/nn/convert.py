@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 from flax import nnx
@@ -79,18 +79,24 @@ def quantize_model(
 def pack(model: nnx.Module) -> None:
   """Packs every quantized layer of a model (or the one that it is), for serving.
 
+  Raises:
+    ValueError: there is no quantized layer.
+
   Example:
     >>> model = nnx.Sequential(jaxqq.nn.QQLinear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
     >>> jaxqq.nn.pack(model)
     >>> model.layers[0].is_packed
     True
   """
-  for layer in _quantized_layers(model):
+  for layer in _quantized_layers("pack", model):
     layer.pack()
 
 
 def unpack(model: nnx.Module) -> None:
   """Unpacks every packed layer of a model (or the one that it is), to train it further.
+
+  Raises:
+    ValueError: there is no quantized layer.
 
   Example:
     >>> model = nnx.Sequential(jaxqq.nn.QQLinear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
@@ -99,13 +105,18 @@ def unpack(model: nnx.Module) -> None:
     >>> model.layers[0].kernel.shape
     (64, 64)
   """
-  for layer in _quantized_layers(model):
+  for layer in _quantized_layers("unpack", model):
     layer.unpack()
 
 
-def _quantized_layers(model: nnx.Module) -> Iterator[QuantizedLayer]:
-  nodes = [node for _, node in nnx.iter_graph(model)]
-  return (node for node in nodes if isinstance(node, QuantizedLayer))
+def _quantized_layers(function: str, model: nnx.Module) -> list[QuantizedLayer]:
+  layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, QuantizedLayer)]
+  if not layers:
+    raise ValueError(
+      f"{function}: {type(model).__name__} holds no layer of jaxqq.nn, so there is nothing to "
+      f"{function}; convert it first with jaxqq.nn.quantize_model."
+    )
+  return layers
 
 
 @dataclasses.dataclass
