@@ -4,6 +4,7 @@ import importlib as _importlib
 import typing as _typing
 from importlib import util as _util
 
+from jaxqq import checkpoint_policies
 from jaxqq._convert import dequantize, quantize
 from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
@@ -12,6 +13,7 @@ from jaxqq._weight import QuantizedWeight, quantize_weight
 
 __all__ = [
   "QuantizedWeight",
+  "checkpoint_policies",
   "dequantize",
   "dot_general",
   "explain",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import pathlib
 import re
 import subprocess
@@ -35,6 +36,7 @@ def test_import_needs_the_four_packages_only():
 
 
 FUNCTIONS = ("qqmm", "quantize", "dequantize", "explain", "quantize_weight", "dot_general")
+POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
 def test_public_names():
@@ -47,11 +49,12 @@ def test_public_names():
   assert (ROOT / "jaxqq" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", (*FUNCTIONS, *POLICIES))
 def test_examples_in_docstrings(name):
-  function = getattr(jaxqq, name)
-  assert all(part in function.__doc__ for part in ("Args:", "Returns:", "Raises:", "Example:"))
-  names = {"jax": jax, "jnp": jnp, "np": np, "jaxqq": jaxqq}
+  function = getattr(jaxqq, name, None) or getattr(jaxqq.checkpoint_policies, name)
+  parts = ["Args:", "Returns:", "Example:"] + ["Raises:"] * (name in FUNCTIONS)
+  assert all(part in function.__doc__ for part in parts)
+  names = {"functools": functools, "jax": jax, "jnp": jnp, "np": np, "jaxqq": jaxqq}
   example = doctest.DocTestParser().get_doctest(function.__doc__, names, name, None, 0)
   assert example.examples
   assert doctest.DocTestRunner().run(example).failed == 0
@@ -144,7 +147,7 @@ def test_a_file_imports_only_from_files_above_it():
     *("_compat", "_formats", "_checks", "_rounding", "_quantize", "_reference", "_kernels"),
     *("_split", "_sharding", "_primitive", "_convert_split", "_convert_primitive", "_convert"),
     *("_weight", "_row_sums", "_gradient", "_qqmm", "_explain", "_einsum", "_contraction"),
-    *("_dot_general", "__init__"),
+    *("_dot_general", "checkpoint_policies", "__init__"),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
   files["_kernels"] = ROOT / "jaxqq" / "_kernels" / "__init__.py"

@@ -331,3 +331,38 @@ def test_aot_and_symbolic_batch():
   exported = jax.export.export(jax.jit(jaxqq.qqmm))(shape, jax.ShapeDtypeStruct(w.shape, w.dtype))
   np.testing.assert_array_equal(exported.call(x, w), jaxqq.qqmm(x, w))
   np.testing.assert_array_equal(exported.call(x[:2], w), jaxqq.qqmm(x[:2], w))
+
+
+# jax.checkpoint with a policy
+
+
+@pytest.mark.parametrize(
+  ("policy", "forward", "of_batches"),
+  [
+    (None, 2, 2),
+    (jax.checkpoint_policies.dots_saveable, 2, 2),
+    (jaxqq.checkpoint_policies.dots_saveable, 1, 1),
+    (jaxqq.checkpoint_policies.checkpoint_dots, 1, 1),
+    (jaxqq.checkpoint_policies.dots_with_no_batch_dims_saveable, 1, 2),
+  ],
+)
+def test_policies_save_products(policy, forward, of_batches):
+  """How often a product is computed in a gradient: without a policy, once more on the way back."""
+
+  @functools.partial(jax.checkpoint, policy=policy)
+  def block(x, w):
+    return jnp.sin(jaxqq.qqmm(x, w, mode="mxfp8")).sum()
+
+  x, w = jnp.ones((2, 4, 64)), jnp.ones((8, 64))
+  for weight, want in ((w, forward), (jnp.stack([w, w]), of_batches)):
+    jaxpr = jax.make_jaxpr(jax.grad(block, argnums=1))(x, weight).jaxpr
+    assert count(jaxpr, "qqmm") == want
+
+
+def test_policies_save_dots_as_those_of_jax():
+  @functools.partial(jax.checkpoint, policy=jaxqq.checkpoint_policies.dots_saveable)
+  def block(x, w):
+    return jnp.sin(x @ w).sum()
+
+  jaxpr = jax.make_jaxpr(jax.grad(block, argnums=1))(jnp.ones((2, 64)), jnp.ones((64, 8))).jaxpr
+  assert count(jaxpr, "dot_general") == 2  # forward, and dw

@@ -1,0 +1,69 @@
+"""Policies of `jax.checkpoint` that count `qqmm` as the matrix product that it is.
+
+Those of `jax.checkpoint_policies` know `dot_general` alone: under them every `qqmm` is computed
+once more in the backward pass. Here are the same ones, by the same names, that save its results
+too. A result of one's choice is named, as any other, by `jax.ad_checkpoint.checkpoint_name`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxqq._primitive import qqmm_p
+from jaxqq._reference import unflatten
+
+__all__ = [
+  "checkpoint_dots",
+  "checkpoint_dots_with_no_batch_dims",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+]
+
+
+def dots_saveable(prim: Any, *args: Any, **params: Any) -> Any:
+  """Saves the results of matrix products, `qqmm` among them; the rest is computed again.
+
+  Args:
+    prim, args, params: what `jax.checkpoint` asks of a policy.
+
+  Returns:
+    Whether the result is saved.
+
+  Example:
+    >>> @functools.partial(jax.checkpoint, policy=jaxqq.checkpoint_policies.dots_saveable)
+    ... def block(x, w):
+    ...   return jnp.sin(jaxqq.qqmm(x, w))
+    >>> jax.grad(lambda w: block(jnp.ones((2, 64)), w).sum())(jnp.ones((4, 64))).shape
+    (4, 64)
+
+  Source: `jax.checkpoint_policies.dots_saveable`.
+  """
+  return prim is qqmm_p or jax.checkpoint_policies.dots_saveable(prim, *args, **params)
+
+
+def dots_with_no_batch_dims_saveable(prim: Any, *args: Any, **params: Any) -> Any:
+  """The same of products without batch axes: a `qqmm` by one matrix w, as of a layer's weight.
+
+  Args:
+    prim, args, params: what `jax.checkpoint` asks of a policy.
+
+  Returns:
+    Whether the result is saved.
+
+  Example:
+    >>> policy = jaxqq.checkpoint_policies.dots_with_no_batch_dims_saveable
+    >>> block = jax.checkpoint(lambda x, w: jnp.sin(jaxqq.qqmm(x, w)), policy=policy)
+    >>> block(jnp.ones((2, 64)), jnp.ones((4, 64))).shape
+    (2, 4)
+
+  Source: `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`.
+  """
+  if prim is qqmm_p:
+    return len(unflatten(params["operands"], args).w.shape) == 2
+  return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
+
+
+checkpoint_dots = dots_saveable
+checkpoint_dots_with_no_batch_dims = dots_with_no_batch_dims_saveable
