@@ -161,7 +161,16 @@ def test_a_file_imports_only_from_files_above_it():
 
 # From top to bottom, jaxqq/_kernels/: a file imports only from those above it.
 KERNELS = (
-  *("plan", "problem", "xla", "hopper.tiles", "hopper.costs", "hopper.plan", "__init__"),
+  *(
+    "plan",
+    "problem",
+    "xla",
+    "block_scaled_dot",
+    "hopper.tiles",
+    "hopper.costs",
+    "hopper.plan",
+    "__init__",
+  ),
   *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
   *("ptx.rounding", "ptx.reshape", "ptx.scales", "ptx.expand", "ptx.stores", "ptx.wgmma"),
   *("pipeline", "epilogue"),
@@ -176,7 +185,8 @@ KERNELS = (
 def test_a_file_of_the_kernels_imports_only_from_files_above_it():
   order = [
     name
-    if name in ("plan", "problem", "xla", "__init__", "conversions") or name[:3] == "hop"
+    if name in ("plan", "problem", "xla", "block_scaled_dot", "__init__", "conversions")
+    or name[:3] == "hop"
     else f"hopper.{name}"
     for name in KERNELS
   ]

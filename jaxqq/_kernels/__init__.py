@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxqq._kernels import xla
+from jaxqq._kernels import block_scaled_dot, xla
 from jaxqq._kernels.hopper import plan as hopper
 from jaxqq._kernels.plan import Device, Implementation, Plan, device_of, from_table
 from jaxqq._kernels.problem import Problem
 
 __all__ = ["IMPLEMENTATIONS", "PLATFORMS", "Device", "Plan", "Problem", "device_of", "plan"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (*hopper.IMPLEMENTATIONS, xla.PRODUCT)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+  *hopper.IMPLEMENTATIONS,
+  block_scaled_dot.PRODUCT,
+  xla.PRODUCT,
+)
 
 # The platforms that have rows of their own.
 PLATFORMS = tuple(sorted({p for row in IMPLEMENTATIONS for p in row.platforms or ()}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,11 +86,21 @@ class Plan:
     return self.kernel.run(operands)
 
 
+TURNED_OFF = "JAXQQ_DISABLE"  # names of rows, or what they begin with, and commas between them
+
+
+def turned_off() -> tuple[str, ...]:
+  """What the environment says not to use."""
+  return tuple(filter(None, (name.strip() for name in os.environ.get(TURNED_OFF, "").split(","))))
+
+
 def from_table(problem: Any, device: Device, table: Sequence[Implementation]) -> Plan:
   """The plan by the first row of a table that takes the problem; the last row takes everything."""
   refusals: list[str] = []
   for row in table:
-    if row.platforms is not None and device.platform not in row.platforms:
+    if row is not table[-1] and row.name.startswith(turned_off()):
+      reason = f"the environment variable {TURNED_OFF} turns it off"
+    elif row.platforms is not None and device.platform not in row.platforms:
       reason = f"it is for {' and '.join(row.platforms)}, not {device.platform}"
     else:
       try:
