@@ -38,7 +38,7 @@ def product(x, w, mode, *, scales=None, global_scales=(None, None)):
 
 @runs_on_a_cpu
 @pytest.mark.parametrize("form", ["packed", "on the fly"])
-@pytest.mark.parametrize("batches", [((), ()), ((3,), ()), ((3,), (3,)), ((2, 1), (3,))], ids=str)
+@pytest.mark.parametrize("batches", [((), ()), ((3,), ()), ((2, 1), (3,))], ids=str)
 @pytest.mark.parametrize(
   ("mode", "scaled", "dtype"),
   [
