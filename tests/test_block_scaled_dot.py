@@ -30,10 +30,13 @@ runs_on_a_cpu = pytest.mark.skipif(
 
 
 def product(x, w, mode, *, scales=None, global_scales=(None, None)):
-  operands = Operands(x, w, scales, *global_scales)
-  problem = _kernels.Problem.of(operands, FORMATS[mode], np.dtype(x.dtype), None)
-  plan = _kernels.plan(problem, BLACKWELL, (PRODUCT,))
-  return np.asarray(plan.run(operands))
+  @jax.jit
+  def run(x, w, scales, *global_scales):
+    operands = Operands(x, w, scales, *global_scales)
+    problem = _kernels.Problem.of(operands, FORMATS[mode], np.dtype(x.dtype), None)
+    return _kernels.plan(problem, BLACKWELL, (PRODUCT,)).run(operands)
+
+  return np.asarray(run(x, w, scales, *global_scales))
 
 
 @runs_on_a_cpu

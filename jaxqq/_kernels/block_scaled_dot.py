@@ -67,9 +67,8 @@ def _quantized(a: Any, fmt: Format, global_scale: Any) -> tuple[jax.Array, jax.A
 
 def _as_floats(words: jax.Array, fmt: Format) -> jax.Array:
   """uint32 (..., k * bits / 32) as (..., k) of the format's elements: the same bits."""
-  of_bytes = lax.bitcast_convert_type(words, jnp.uint8)  # (..., words, 4)
-  out = lax.bitcast_convert_type(of_bytes, fmt.element)  # e2m1: (..., words, 4, 2)
-  return out.reshape(*words.shape[:-1], -1)
+  # In one step: of two, by way of bytes, XLA makes one whose shape it then refuses.
+  return lax.bitcast_convert_type(words, fmt.element).reshape(*words.shape[:-1], -1)
 
 
 def _scales(scales: jax.Array, fmt: Format) -> jax.Array:
