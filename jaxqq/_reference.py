@@ -102,10 +102,13 @@ def matrix_ndim(name: str) -> int:
   return 0 if name.startswith("global_scale") else 2
 
 
-def product(operands: Operands, *, fmt: Format, out_dtype: np.dtype) -> jax.Array:
+def product(
+  operands: Operands, *, fmt: Format, out_dtype: np.dtype, dtype: Any = jnp.float32
+) -> jax.Array:
   """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], summed in float32.
 
-  x_hat and w_hat are dequantized without their global scales, which float32 holds exactly;
+  x_hat and w_hat are dequantized without their global scales, which float32 holds exactly, and
+  bfloat16 (`dtype`) too, but for numbers below 2**-126 of which it has fewer;
   alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, as two factors of about the same
   exponent: the sum is large where alpha itself would underflow.
   """
@@ -115,7 +118,7 @@ def product(operands: Operands, *, fmt: Format, out_dtype: np.dtype) -> jax.Arra
     w_hat = round_trip(operands.w, fmt, operands.global_scale_w)
   else:
     w_hat = dequantize_packed(operands.w, operands.scales, fmt)
-  out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
+  out = matmul(x_hat.astype(dtype), jnp.swapaxes(w_hat, -1, -2).astype(dtype))
   out = times_alpha(out, operands.global_scale_x, operands.global_scale_w, fmt)
   return out.astype(out_dtype)
 

@@ -130,12 +130,12 @@ def test_who_does_not(monkeypatch):
 def test_the_environment_turns_rows_off(names, on_blackwell, monkeypatch):
   monkeypatch.setenv(TURNED_OFF, names)
   text = jaxqq.explain(*args_of("nvfp4", False), device="cuda")
-  assert text.plan.name == "xla"
+  assert text.plan.name == "xla_bfloat16"
   assert "Not block_scaled_dot: the environment variable JAXQQ_DISABLE turns it off." in text
 
 
 def test_the_last_row_stays(monkeypatch):
-  monkeypatch.setenv(TURNED_OFF, "xla, hopper, block")
+  monkeypatch.setenv(TURNED_OFF, "xla, hopper, block")  # "xla" is the last row, and others' start
   assert jaxqq.explain(*args_of("nvfp4", True), device="cuda").plan.name == "xla"
   out = jaxqq.explain(jaxqq.quantize, args_of("nvfp4", False)[1], device="cuda")
   assert "Not hopper_quantize: the environment variable JAXQQ_DISABLE turns it off." in out

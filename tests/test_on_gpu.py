@@ -40,7 +40,7 @@ def assert_within_bounds(out, x, w, mode, *, highest=False, scales=(None, None))
 
 def check(x, w, mode, *, precision=None, **how):
   args, kwargs, x_hat, w_hat = operands(x, w, mode, **how)
-  assert jaxqq.explain(*args, **kwargs, precision=precision).plan.name != "xla"
+  assert jaxqq.explain(*args, **kwargs, precision=precision).plan.name[:3] != "xla"
   out = np.asarray(jax.jit(lambda *a: jaxqq.qqmm(*a, **kwargs, precision=precision))(*args))
   assert out.dtype == x.dtype
   scales = [kwargs.get(f"global_scale_{name}") for name in "xw"]

@@ -21,6 +21,7 @@ __all__ = ["IMPLEMENTATIONS", "PLATFORMS", "Device", "Plan", "Problem", "device_
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
   *hopper.IMPLEMENTATIONS,
   block_scaled_dot.PRODUCT,
+  xla.BFLOAT16,
   xla.PRODUCT,
 )
 

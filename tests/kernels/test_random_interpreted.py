@@ -76,7 +76,7 @@ def test_scales_near_the_ends_of_the_range(mode, packed, sizes):
   cases += [Case(program, "rows apart", "normal", *e) for e in EXTREMES[:2]]
   with interpreted():
     compiled = products.compiled(program, products.cases.arrays_of(cases[0]).args)
-    assert compiled.implementation != "xla"
+    assert not compiled.implementation.startswith("xla")
     results = [products.run(case, compiled, twice=False) for case in cases]
   failed = [f"{r['wrong']}\n  {r['case']}" for r in results if r["wrong"]]
   assert not failed, "\n".join(failed)
@@ -87,7 +87,7 @@ def test_random(seed):
   with interpreted():
     results = list(products.run_seed(seed, DRAWS, small=True, twice=False))
   assert len(results) == len(DRAWS)
-  assert all(r["implementation"] != "xla" for r in results)
+  assert not any(r["implementation"].startswith("xla") for r in results)
   failed = [f"{r['wrong']}\n  {r['case']}" for r in results if r["wrong"]]
   assert not failed, "\n".join(failed)
 

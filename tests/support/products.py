@@ -85,7 +85,7 @@ def implementation_of(program: Program, args: tuple[Any, ...]) -> str:
 def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:
   """On a CPU, XLA's reference keeps the bound of HIGHEST whatever is asked for."""
   program = case.program
-  by_xla = implementation == "xla"
+  by_xla = implementation.startswith("xla")
   return bounds.Rules(
     highest=program.highest or by_xla,
     fp8=program.may_use_fp8_sums and not by_xla,

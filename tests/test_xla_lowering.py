@@ -1,0 +1,82 @@
+"""The product by XLA on matrix units, of GPUs without kernels and of TPUs: run here on a CPU."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq import _compat, _kernels
+from jaxqq._formats import FORMATS
+from jaxqq._kernels.plan import Device
+from jaxqq._reference import Operands
+from tests.support import oracle
+from tests.support.programs import lowered_for_cuda
+
+DEVICES = {"A100": Device("cuda", "8.0"), "TPU": Device("tpu"), "ROCm": Device("rocm")}
+
+
+def product(device, x, w, scales, *global_scales, mode):
+  operands = Operands(x, w, scales, *global_scales)
+  problem = _kernels.Problem.of(operands, FORMATS[mode], np.dtype(x.dtype), None)
+  plan = _kernels.plan(problem, device)
+  assert plan.name == "xla_bfloat16"
+  return plan.run(operands)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("batches", [((), ()), ((2, 1), (3,))], ids=str)
+@pytest.mark.parametrize(
+  ("mode", "scaled", "dtype"),
+  [
+    ("nvfp4", False, "bfloat16"),
+    ("nvfp4", True, "float16"),
+    ("mxfp8", False, "bfloat16"),
+    ("mxfp8", False, "float16"),
+  ],
+)
+def test_product_is_within_its_bound(mode, scaled, dtype, batches, packed, device):
+  rng = np.random.default_rng(0)
+  x, w = (
+    oracle.random(rng, (*batch, size, 512), dtype) * 3
+    for batch, size in zip(batches, (5, 7), strict=True)
+  )
+  x[..., 0, 3] = np.inf
+  numbers = [
+    np.float32(np.abs(a[np.isfinite(a)].astype(np.float32)).max()) if scaled else None
+    for a in (x, w)
+  ]
+  words, scales = oracle.quantize(w, mode, numbers[1]) if packed else (w, None)
+  run = jax.jit(lambda *args: product(device, *args, mode=mode))
+  out = np.asarray(run(x, words, scales, *numbers))
+  hats = [oracle.round_trip(a, mode, n) for a, n in zip((x, w), numbers, strict=True)]
+  exact, mag = oracle.product(*hats)
+  np.testing.assert_array_equal(np.isnan(out), np.isnan(exact))
+  oracle.assert_within_bound(out[..., 1:, :], exact[..., 1:, :], mag[..., 1:, :])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+def test_the_program_multiplies_bfloat16(mode, packed, monkeypatch):
+  monkeypatch.setattr(_compat, "cuda_compute_capability", lambda: "8.0")
+  x, w = (jax.ShapeDtypeStruct((size, 256), jnp.bfloat16) for size in (16, 128))
+  args = (w,) if not packed else jax.eval_shape(lambda w: jaxqq.quantize(w, mode=mode), w)
+  text = lowered_for_cuda(lambda x, *w: jaxqq.qqmm(x, *w, mode=mode), x, *args)
+  (dot,) = re.findall(r"stablehlo\.dot_general.*", text)
+  assert dot.endswith("(tensor<16x256xbf16>, tensor<256x128xbf16>) -> tensor<16x128xf32>")
+  assert "mosaic_gpu" not in text
+
+
+@pytest.mark.parametrize("how", [{"precision": "highest"}, {"preferred_element_type": "float32"}])
+def test_exact_sums_are_of_float32(how, monkeypatch):
+  monkeypatch.setattr(_compat, "cuda_compute_capability", lambda: "8.0")
+  x = jax.ShapeDtypeStruct((16, 256), jnp.bfloat16)
+  text = jaxqq.explain(x, x, device="cuda", **how)
+  assert text.plan.name == "xla" and "Not xla_bfloat16: float32 output, or precision" in text
+  assert jaxqq.explain(x, x, device="cuda").plan.name == "xla_bfloat16"
+  assert jaxqq.explain(x, x, device="cpu").plan.name == "xla"
