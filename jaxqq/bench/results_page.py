@@ -64,8 +64,8 @@ second run it had 0.92 to 0.99, and mxfp8 1.15 to 1.55. With w on the fly and up
 product takes up to a third more time than in bfloat16; with 256 rows, up to 2.5 times as much.
 From 1024 rows on, mxfp8 on the fly is faster than bfloat16.
 
-Products with up to 64 rows of x run a skinny GEMM that is designed to be limited by memory
-bandwidth, that is by reading w. It does not reach that limit yet with 64 rows, nor in nvfp4 with
+Products with up to 64 rows of x ran a skinny GEMM that is designed to be limited by memory
+bandwidth, that is by reading w. It did not reach that limit with 64 rows, nor in nvfp4 with
 8 rows or more. With packed w it quantizes x itself where that is little work. Where w has few
 rows, clusters of CTAs share them, and each CTA sums a part of K. With 4096 rows of w the launch
 is most of the time.
@@ -75,7 +75,7 @@ cards where cuBLAS was slower, the ratios were higher.
 
 The rows up to 64 were measured a day before the others. All of them are older than the removal
 of mxfp8's fallback (a second path for data of large range); "Chains" below has newer times of
-packed mxfp8.""",
+packed mxfp8. Of packed w and 33 to 256 rows they are those of other kernels than today's.""",
     "python -m jaxqq.bench --suite goals quantize (then few-rows, few-rows-llama)",
   ),
   Section(

@@ -5,7 +5,7 @@
     w --quantizer--> w_hat --+
     words, scales -----------+--> dequant_gemm ----> out    w packed
                              +--> staged_gemm -----> out    mxfp8 packed, x of many more rows
-                             +--> skinny_gemm -----> out    w packed, x of up to 64 rows
+                             +--> skinny_gemm -----> out    w packed, x of up to 64 rows (mxfp8: 32)
     w -----------------------+--> skinny_gemm -----> out    w in 16 bits, x of up to 64 rows
     x, words, scales --------+--> skinny_gemm -----> out    w packed, x of one row (mxfp8: 8)
 
