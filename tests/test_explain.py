@@ -132,7 +132,7 @@ class TestChoice:
       fastest = min(of_tiles, key=of_tiles.get)
       assert of_tiles.get(chosen, np.inf) <= 1.05 * of_tiles[fastest], (m, n, k, mode, fastest)
       assert 0.8 < plan.estimate_us / of_tiles[chosen] < 1.2
-      assert f"about {plan.estimate_us:.0f} us" in of(m, n, k, mode, True)
+      assert f"about {plan.estimate_us:.0f} us on an H200" in of(m, n, k, mode, True)
 
   def test_tiles_follow_the_rows(self):
     def tiles(*problem):
@@ -146,6 +146,14 @@ class TestChoice:
     assert tiles(256, 8192, 8192, "nvfp4", True, jnp.float32)[1] == 1
     assert tiles(256, 8192, 8192 + 64, "nvfp4", True)[1] == 2
     assert tiles(256, 8192, 64, "nvfp4", True)[1] == 1
+
+  def test_padded_scales_are_told(self):
+    """Of packed w, in rows of whole 16 bytes: K in steps of 256 (nvfp4) or 512 (mxfp8)."""
+    for mode, whole in (("nvfp4", 256), ("mxfp8", 512)):
+      for k in (whole, 3 * whole, whole // 2, whole + 128):
+        told = "scales of w padded along K by XLA" in of(100, 512, k, mode, True)
+        assert told == bool(k % whole), (mode, k)
+      assert "scales of w padded" not in of(100, 512, whole // 2, mode, False)
 
   def test_few_rows_go_where_they_are_faster(self):
     """33 to 64 rows: rebased codes in mxfp8, and in nvfp4 large tiles where w has many rows."""

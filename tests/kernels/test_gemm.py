@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxqq
-from jaxqq._kernels.hopper import dequant_gemm, gemm
+from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, plan
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.mainloops.packed_e4m3 import ExactE4M3, RebasedE4M3
 from jaxqq._kernels.hopper.tiles import Grid
@@ -247,6 +247,11 @@ def test_dequant_gemm(name, no_races):
   check_packed(interpreted, name)
 
 
+def test_the_planner_knows_what_a_step_takes():
+  for name, mainloop in launch.MAINLOOPS.items():
+    assert plan.STEPS[name] == (mainloop.step_k, 4 * mainloop.words, mainloop.groups)
+
+
 # Every code under every scale: x is the identity, so that the product is w itself.
 
 
@@ -364,7 +369,7 @@ def interpreted_operand(words, scales, mainloop):
   def a_tile(words, scales):
     if mainloop is RebasedE4M3:
       scales = jax.lax.bitcast_convert_type(scales, jnp.uint32)
-    return mainloop.expand(words, mainloop.factors(scales))
+    return mainloop.expand(words, scales)
 
   def split(a):
     return a.reshape(n // 64, 64, steps, -1).swapaxes(1, 2)

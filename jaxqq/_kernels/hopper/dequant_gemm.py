@@ -37,9 +37,8 @@ from jaxqq._kernels.hopper import epilogue, pipeline
 from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
 from jaxqq._kernels.hopper.ptx import cluster, named_barriers, wgmma
 from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
-from jaxqq._kernels.hopper.tiles import ROWS, SCALES, Grid, WideTiles, cdiv, scale_slots
+from jaxqq._kernels.hopper.tiles import ROWS, SCALES, TMA_BYTES, Grid, WideTiles, cdiv, scale_slots
 
-TMA_BYTES = 16  # a multiple of which rows in memory are apart
 STORE = 64  # rows of x that are stored at a time, at most
 PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
 
@@ -62,11 +61,7 @@ class PackedOperand(Protocol):
     """From shared memory: `groups` a row."""
 
   @staticmethod
-  def factors(scales: Any) -> Any:
-    """What `expand` multiplies codes by."""
-
-  @staticmethod
-  def expand(words: Any, factors: Any) -> Any:
+  def expand(words: Any, scales: Any) -> Any:
     """(64, step_k) in the layout of a left operand."""
 
 
@@ -136,10 +131,8 @@ class _DequantGemm:
     self.out_dtype = jnp.dtype(out_dtype)
     self.compute_warpgroups = tiles.block_n // ROWS
     self.k_steps = x.shape[2] // mainloop.step_k  # of all CTAs that share a tile
-    # Rows of x that a CTA stores, the last one maybe fewer; and how many it does at a time.
-    self.own_m = rounded_up(cdiv(tiles.block_m, tiles.cluster), 8)
-    sizes = range(8, STORE + 1, 8)
-    self.store_m = max(s for s in sizes if self.own_m % s == 0 and tiles.block_m % s == 0)
+    sizes = range(8, STORE + 1, 8)  # rows of x that a CTA stores at a time
+    self.store_m = max(s for s in sizes if tiles.own_m % s == 0 and tiles.block_m % s == 0)
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
     self.has_row_scales = operands.x_scales is not None
     self.steps_a_block = SCALES // mainloop.groups  # of scales
@@ -173,7 +166,7 @@ class _DequantGemm:
         self.out_dtype,
         transforms=tile_transforms(out[1], self.out_dtype),
       ),
-      cluster.dsmem_buffer(self.own_m, others, warpgroups) if others else None,
+      cluster.dsmem_buffer(tiles.own_m, others, warpgroups) if others else None,
       plgpu.Barrier(num_barriers=stages, num_arrivals=3),
       plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
     )
@@ -319,7 +312,7 @@ class _Cta:
     words = mainloop.load_words(smem.w.at[place.stage, self.own_rows])
     columns = pl.ds(place.column, mainloop.groups)
     scales = mainloop.load_scales(smem.scales.at[place.slot, self.own_rows, columns])
-    return mainloop.expand(words, mainloop.factors(scales))
+    return mainloop.expand(words, scales)
 
   def step(self, place: Place, a: Any, total: Any, following: Any) -> tuple[Any, Any]:
     """total + a x_hat^T; meanwhile `following` expands the next step's a."""
@@ -385,7 +378,7 @@ class _Cta:
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
     """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""
-    own_m, buffer, size = self.kernel.own_m, self.smem.from_cluster, self.tiles.cluster
+    own_m, buffer, size = self.tiles.own_m, self.smem.from_cluster, self.tiles.cluster
     parts = [sums[:, i * own_m : (i + 1) * own_m] for i in range(size)]
 
     def slot_of(source: int, target: int) -> int:

@@ -43,6 +43,7 @@ from jaxqq._kernels.hopper.tiles import (
   ROWS,
   SCALES,
   STAGED_BLOCK_N,
+  TMA_BYTES,
   BlockDiagonal,
   Grid,
   KBlock,
@@ -89,9 +90,13 @@ class WidePlan:
   def details(self) -> str:
     staged = ", packed w expanded a panel at a time" if self.kernel == "staged_gemm" else ""
     step = 128 if self.fp8 else 64
-    padded = f", K padded to a multiple of {step} by XLA" if self.problem.k % step else ""
-    # With w ready, the time of what makes it so is not known.
-    time = f", about {self.estimate_us:.0f} us" if self.mainloop != "ready" else ""
+    k, group_size = self.problem.k, self.problem.fmt.group_size
+    padded = f", K padded to a multiple of {step} by XLA" if k % step else ""
+    time = ""
+    if self.kernel == "dequant_gemm":  # else the time of what makes w ready is not known
+      time = f", about {self.estimate_us:.0f} us on an H200"
+      if cdiv(k, step) * step // group_size % TMA_BYTES:
+        padded += ", scales of w padded along K by XLA"
     return f"{self.kernel} with {self.tiles}{time}{staged}{padded}{_for_sms(self.device)}"
 
   def run(self, operands: Operands) -> jax.Array:
@@ -216,7 +221,7 @@ STAGED_MIN_ROWS = 3072
 
 def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
   kernel, mainloop = _wide_kernel(problem, fp8)
-  candidates, step_k = {
+  candidates, step_k = {  # of k, that costs count
     "ready": (GEMM, 128),
     "packed_e2m1": (DEQUANT_E2M1, 64),
     "rebased_e4m3": (DEQUANT_E4M3, 128),
@@ -233,7 +238,7 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
       cluster=cluster,
     )
     grid = _wide_grid(problem, tiles, device)
-    if cluster > 1 and not _can_share(timed, grid, k_steps, out_bytes, device):
+    if cluster > 1 and not _can_share(timed, tiles, grid, k_steps, out_bytes, device):
       continue
     if problem.wants_exact_sums and not _has_registers_for_exact_sums(tiles):
       continue
@@ -244,14 +249,15 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
   return WidePlan(kernel, mainloop, fp8, best, times[best], problem, device)
 
 
-def _can_share(timed: Timed, grid: Grid, k_steps: int, out_bytes: int, device: Device) -> bool:
+def _can_share(
+  timed: Timed, tiles: WideTiles, grid: Grid, k_steps: int, out_bytes: int, device: Device
+) -> bool:
   """All CTAs that share a tile run at once, and have steps, rows to store, and 16 bit results."""
-  own_m = 8 * cdiv(grid.block_m, 8 * grid.cluster)
   return (
     timed.cluster_us is not None
-    and grid.num_tiles <= device.num_clusters(grid.cluster)
-    and k_steps >= 2 * grid.cluster
-    and own_m * (grid.cluster - 1) < grid.block_m
+    and grid.num_tiles <= device.num_clusters(tiles.cluster)
+    and k_steps >= 2 * tiles.cluster
+    and tiles.own_m * (tiles.cluster - 1) < tiles.block_m
     and out_bytes == 2
   )
 
@@ -261,6 +267,14 @@ def _has_registers_for_exact_sums(tiles: WideTiles) -> bool:
   return tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
 
 
+# What a step takes of a row of w, as the classes in `mainloops/` have it, which import Pallas:
+# elements of k, bytes of words, scales. Of w that is ready, a swizzled row and no scales.
+STEPS = {
+  "ready": (128, 128, 0),
+  "packed_e2m1": (64, 32, 4),
+  "rebased_e4m3": (128, 128, 4),
+  "exact_e4m3": (64, 64, 2),
+}
 _SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 _MAX_STAGES = 9
 
@@ -275,19 +289,12 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
     out_bytes: of a number of the result.
   """
   block_m, block_n = tiles.block_m, tiles.block_n
-  # Of w, a row and step; and steps a block of scales, of which there are none with w ready.
-  bytes_of_w, step_k, steps_a_block = {
-    "ready": (128, 128, None),
-    "packed_e2m1": (32, 64, 8),
-    "rebased_e4m3": (128, 128, 8),
-    "exact_e4m3": (64, 64, 16),
-  }[mainloop]
-  own_m = 8 * cdiv(block_m, 8 * tiles.cluster)
-  from_cluster = 4 * (tiles.cluster - 1) * own_m * block_n
+  step_k, bytes_of_w, scales = STEPS[mainloop]
+  from_cluster = 4 * (tiles.cluster - 1) * tiles.own_m * block_n
   out = out_bytes * tiles.store_stages * ROWS * block_n
 
   def size(stages: int) -> int:
-    slots = 0 if steps_a_block is None else scale_slots(cdiv(k, step_k), steps_a_block, stages)
+    slots = scale_slots(cdiv(k, step_k), SCALES // scales, stages) if scales else 0
     loads = stages * (128 * block_m + bytes_of_w * block_n) + slots * SCALES * block_n
     return loads + from_cluster + out
 
@@ -323,9 +330,7 @@ def _exact(problem: Problem, device: Device) -> WidePlan:
 
 MAX_SKINNY_ROWS = 64
 MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
-# Rows in memory are a multiple of these bytes apart: for the TMA and, of what is swizzled on its
-# way, for Mosaic GPU.
-TMA_BYTES, SWIZZLED_BYTES = 16, 128
+SWIZZLED_BYTES = 128  # as TMA_BYTES, for Mosaic GPU of what is swizzled on its way
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # With 16 rows block-diagonal x has too many sums for the registers.
@@ -367,7 +372,9 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
     own = SKINNY_E2M1.time(plan.grid, cdiv(problem.k, ROWS))
     other = _wide(problem, device, fp8=False).estimate_us
     if other < own:
-      raise Unsupported(f"it would take about {own:.0f} us, and larger tiles {other:.0f} us")
+      raise Unsupported(
+        f"it would take about {own:.0f} us on an H200, and larger tiles {other:.0f}"
+      )
   return plan
 
 

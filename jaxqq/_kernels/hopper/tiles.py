@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
+TMA_BYTES = 16  # a multiple of which rows in memory are apart
 SCALES = 32  # bytes of a row's scales that `dequant_gemm` loads at once: less is no cheaper
 STAGED_BLOCK_N = 128  # rows of w that are expanded at a time are a multiple of this, and so is n
 
@@ -57,6 +58,11 @@ class WideTiles:
   store_stages: int = 2  # pieces of 64 x 64 on their way out, a warpgroup
   cluster: int = 1  # CTAs that share a tile, each with a part of k: up to 8, of `gemm` 1
   block_n: int = 2 * ROWS  # rows of w a CTA; of `dequant_gemm` 64 a compute warpgroup
+
+  @property
+  def own_m(self) -> int:
+    """Rows of x that each CTA of a cluster stores; the last one maybe fewer."""
+    return 8 * cdiv(self.block_m, 8 * self.cluster)
 
 
 def scale_slots(k_steps: int, steps_a_block: int, num_stages: int) -> int:

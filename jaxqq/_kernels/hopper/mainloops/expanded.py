@@ -33,6 +33,6 @@ class Expanded:
     for step in range(cta.plan.block.words // packed.words):
       its = slice(step * packed.words, (step + 1) * packed.words)
       groups = slice(step * packed.groups, (step + 1) * packed.groups)
-      factors = packed.factors(all_scales[:, groups])
-      sums = add_step(cta, sums, packed.expand(words[:, its], factors), stage, step)
+      scales = all_scales[:, groups]
+      sums = add_step(cta, sums, packed.expand(words[:, its], scales), stage, step)
     return sums

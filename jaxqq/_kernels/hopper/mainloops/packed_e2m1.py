@@ -34,9 +34,5 @@ class PackedE2M1:
     return plgpu.load(ref, layout=ONE_OF_FOUR, optimized=False)
 
   @staticmethod
-  def factors(scales: Any) -> Any:
-    return scales
-
-  @staticmethod
-  def expand(words: Any, factors: Any) -> Any:
-    return expand.e2m1_to_float16(words, factors)
+  def expand(words: Any, scales: Any) -> Any:
+    return expand.e2m1_to_float16(words, scales)

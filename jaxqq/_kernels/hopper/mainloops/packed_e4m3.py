@@ -30,12 +30,8 @@ class RebasedE4M3:
     return scale_words(ref)[0]
 
   @staticmethod
-  def factors(scales: Any) -> Any:
-    return scales
-
-  @staticmethod
-  def expand(words: Any, factors: Any) -> Any:
-    return expand.rebase_e4m3(words, factors)
+  def expand(words: Any, scales: Any) -> Any:
+    return expand.rebase_e4m3(words, scales)
 
 
 class ExactE4M3:
@@ -56,12 +52,8 @@ class ExactE4M3:
     return plgpu.load(ref, layout=expand.E4M3_FACTORS, optimized=False)
 
   @staticmethod
-  def factors(scales: Any) -> Any:
+  def expand(words: Any, scales: Any) -> Any:
     s = scales.astype(jnp.int32)
     bits = jnp.where(s == 0, 1 << 22, s << 23)
     bits = jnp.where(s == 0xFF, 0x7FC00000, bits)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-  @staticmethod
-  def expand(words: Any, factors: Any) -> Any:
-    return expand.e4m3_to_bfloat16(words, factors)
+    return expand.e4m3_to_bfloat16(words, lax.bitcast_convert_type(bits, jnp.float32))
