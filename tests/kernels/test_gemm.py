@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -245,6 +246,32 @@ def check_packed(run, name):
 @pytest.mark.parametrize("name", PACKED)
 def test_dequant_gemm(name, no_races):
   check_packed(interpreted, name)
+
+
+@pytest.mark.parametrize("out_dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("cluster", [2, 3, 4, 6, 8])
+def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype):
+  """On a GPU an axis of one piece has no end: past it a CTA would write over the first one's."""
+  tiles = T(64, 2, cluster=cluster)
+  operands = dequant_gemm.Operands(
+    jax.ShapeDtypeStruct((1, m, 64 * cluster), BF16),
+    jax.ShapeDtypeStruct((1, 136, 16 * cluster), jnp.uint32),
+    jax.ShapeDtypeStruct((1, 136, 2 * cluster), jnp.uint8),
+    jax.ShapeDtypeStruct((1, 2), F32),
+  )
+
+  def f(operands):
+    return dequant_gemm.dequant_gemm(
+      operands, ExactE4M3, out_dtype, tiles, grid_of(tiles, 1, m, 136)
+    )
+
+  jaxpr = jax.make_jaxpr(f)(operands).jaxpr
+  (stored,) = (e.outvars[0].aval for e in jaxpr.eqns if e.primitive.name == "custom_vmap_call")
+  transposed = np.dtype(out_dtype).itemsize != 2
+  rows = stored.shape[2 if transposed else 1]
+  assert rows >= m
+  assert rows > math.gcd(tiles.own_m, tiles.block_m)  # of a piece
 
 
 def test_the_planner_knows_what_a_step_takes():

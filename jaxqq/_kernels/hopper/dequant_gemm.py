@@ -114,6 +114,16 @@ def dequant_gemm(
   return out[:, : kernel.m, : kernel.n]
 
 
+def stored_size(size: int, piece: int, block: int, multiple: int) -> int:
+  """Of an axis of the output that a CTA, or its cluster, stores `block` of, a piece at a time.
+
+  The TMA does not write what is past the end. But Mosaic GPU takes an axis of one piece out of
+  the TMA's descriptor, and what is past its end would be written over that piece. So an axis has
+  room for two, unless no piece can be past its end.
+  """
+  return max(rounded_up(size, multiple), piece if block == piece else 2 * piece)
+
+
 class _DequantGemm:
   """Sizes and buffers of one launch."""
 
@@ -143,10 +153,10 @@ class _DequantGemm:
     self.writes_transpose = self.out_dtype.itemsize != 2
 
   def out_type(self) -> jax.ShapeDtypeStruct:
-    """No stored tile may be past the end of an axis of one tile: the TMA drops such an axis."""
-    whole_pieces = self.writes_transpose or self.m <= self.store_m
-    rows = rounded_up(self.m, self.store_m if whole_pieces else 8)
-    columns = rounded_up(self.n, ROWS) if self.n > ROWS else 2 * ROWS
+    """(b, m, n), or (b, n, m), and what the last pieces have beyond."""
+    m_multiple = self.store_m if self.writes_transpose else 8
+    rows = stored_size(self.m, self.store_m, self.tiles.block_m, m_multiple)
+    columns = stored_size(self.n, ROWS, self.tiles.block_n, ROWS)
     shape = (columns, rows) if self.writes_transpose else (rows, columns)
     return jax.ShapeDtypeStruct((self.batch, *shape), self.out_dtype)
 
