@@ -6,6 +6,8 @@ and in reverse `unpack`, `dequantize_groups`. Groups run along the last axis thr
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,36 @@ from jaxqq._formats import Format
 SMALL, RAISED = 40, 64
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+  """What makes codes of the elements of an array, a value for each group: (..., groups, 1).
+
+  Attributes:
+    scales: int32, of the groups; NaN where they are poisoned (`encoding_of`).
+    blank: bool, whether all of the group's codes are 0.
+    power: int32, elements are multiplied by 2**power; None for 0.
+    factor: float32, and then by this; None for 1.
+  """
+
+  scales: jax.Array
+  blank: jax.Array
+  power: jax.Array | None = None
+  factor: jax.Array | None = None
+
+  def codes(self, a: jax.Array, fmt: Format) -> jax.Array:
+    """int32 (..., k) of elements (..., k), as many of each group."""
+    *batch, k = a.shape
+    num_groups = self.scales.shape[-2]
+    groups = a.astype(jnp.float32).reshape(*batch, num_groups, k // max(num_groups, 1))
+    quotients = groups if self.power is None else _rounding.magnified(groups, self.power)
+    if self.factor is not None:
+      quotients = quotients * self.factor
+    codes = _rounding.encode(_rounding.magnitude_bits(quotients), fmt.element)
+    negative = lax.bitcast_convert_type(groups, jnp.int32) < 0
+    codes = codes | jnp.where(negative, 1 << (fmt.bits - 1), 0)
+    return jnp.where(self.blank, 0, codes).reshape(a.shape)
+
+
 def quantize_groups(
   a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -32,61 +64,69 @@ def quantize_groups(
 
   Returns:
     codes: int32, (..., k).
-    scales: int32, (..., k / group_size). NaN for a group that is not finite, and under a global
-      scale that is no amax: negative, not finite, or 0 beside a number of 2**-126 or more.
+    scales: int32, (..., k / group_size), as of `encoding_of`.
   """
-  if global_scale is not None and global_scale.ndim:
-    batch_shape = lax.broadcast_shapes(a.shape[:-2], global_scale.shape)
-    a = jnp.broadcast_to(a, batch_shape + a.shape[-2:])
-  num_groups = a.shape[-1] // fmt.group_size
-  groups = a.astype(jnp.float32).reshape(*a.shape[:-1], num_groups, fmt.group_size)
+  a = with_axes_of(a, global_scale)
+  encoding = encoding_of(a, fmt, global_scale)
+  return encoding.codes(a, fmt), encoding.scales.squeeze(-1)
+
+
+def with_axes_of(a: jax.Array, global_scale: jax.Array | None) -> jax.Array:
+  """`a` (..., m, k) with the batch axes that only its global scale has."""
+  if global_scale is None or not global_scale.ndim:
+    return a
+  batch_shape = lax.broadcast_shapes(a.shape[:-2], global_scale.shape)
+  return jnp.broadcast_to(a, batch_shape + a.shape[-2:])
+
+
+def encoding_of(a: jax.Array, fmt: Format, global_scale: jax.Array | None = None) -> Encoding:
+  """How the groups of `a`, which has all batch axes of its global scale, are quantized.
+
+  A group is poisoned, and its scale NaN, if it is not finite, and under a global scale that is no
+  amax: negative, not finite, or 0 beside a number of 2**-126 or more.
+  """
+  groups = _grouped(a, fmt).astype(jnp.float32)
   amax_bits = jnp.max(_rounding.magnitude_bits(groups), axis=-1, keepdims=True)
   poisoned = amax_bits >= _rounding.INFINITY_BITS
-  magnitudes, of_zeros = groups, None
+  power = of_zeros = None
   if global_scale is not None:
     global_scale = _a_value_per_matrix(global_scale, groups.ndim)
     of_zeros = _rounding.magnitude_bits(global_scale) == 0
     poisoned = poisoned | ~_is_amax(global_scale)
     poisoned = poisoned | (of_zeros & (amax_bits >= _rounding.SMALLEST_NORMAL_BITS))
     global_scale, power = _raised(global_scale)
-    magnitudes = _rounding.scaled(groups, power)
     amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
     amax_bits = _rounding.magnitude_bits(_rounding.scaled(amax, power))
+  blank, factor = poisoned, None
   if fmt.scale_is_power_of_two:
-    scales, codes = _quantize_by_power_of_two(magnitudes, amax_bits, fmt)
-    blank = poisoned
+    scales = _scales_of_power_of_two(amax_bits, fmt)
+    power = 127 - scales  # from -126 to 127: a finite amax has a scale of at most 253
   else:
-    scales, codes = _quantize_by_float(magnitudes, amax_bits, fmt, global_scale)
+    scales, factor = _scales_of_float(amax_bits, fmt, global_scale)
     if of_zeros is not None:
       scales = jnp.where(of_zeros, 0, scales)
-    blank = poisoned | (scales == 0)
-  negative = lax.bitcast_convert_type(groups, jnp.int32) < 0
-  codes = codes | jnp.where(negative, 1 << (fmt.bits - 1), 0)
-  codes = jnp.where(blank, 0, codes)
-  scales = jnp.where(poisoned, fmt.scale_nan, scales)
-  return codes.reshape(a.shape), scales.squeeze(-1)
+    blank = blank | (scales == 0)
+  return Encoding(jnp.where(poisoned, fmt.scale_nan, scales), blank, power, factor)
 
 
-def _quantize_by_float(
-  groups: jax.Array, amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None
+def _scales_of_float(
+  amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """s = scale(amax / max * enc); code = element(a * (enc / s))."""
+  """s = scale(amax / max * enc), and enc / s."""
   amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
   ideal = _rounding.divide(amax, jnp.float32(fmt.element_max), fmt.element_max_bits)
   enc = jnp.float32(1)
   if global_scale is not None:
     enc = _rounding.divide(jnp.float32(fmt.largest_value), global_scale)
     ideal = ideal * enc
-  scales = _rounding.encode(*_rounding.split(ideal), fmt.scale)
-  decoded = _rounding.times_power_of_two(*_rounding.decode(scales, fmt.scale))
-  factor = _rounding.divide(enc, decoded, fmt.scale_bits)
-  return scales, _rounding.encode(*_rounding.split(groups * factor), fmt.element)
+  scales = _rounding.encode(_rounding.magnitude_bits(ideal), fmt.scale)
+  factor = _rounding.divide(enc, _rounding.decode(scales, fmt.scale), fmt.scale_bits)
+  # Else XLA may divide again for every element.
+  return scales, lax.optimization_barrier(factor)
 
 
-def _quantize_by_power_of_two(
-  groups: jax.Array, amax_bits: jax.Array, fmt: Format
-) -> tuple[jax.Array, jax.Array]:
-  """2**(e - 127) = amax / max rounded up; code = element(a / 2**(e - 127)).
+def _scales_of_power_of_two(amax_bits: jax.Array, fmt: Format) -> jax.Array:
+  """e with 2**(e - 127) = amax / max rounded up.
 
   In float32, amax / max is a power of two only where it is one exactly, so comparing the two
   mantissas rounds up without dividing. One number is an exception: next above max * 2**-127
@@ -97,9 +137,7 @@ def _quantize_by_power_of_two(
   mantissa, exponent = _rounding.split(lax.bitcast_convert_type(amax_bits, jnp.float32))
   above = (mantissa & 0x7FFFFF) > max_mantissa
   scales = exponent - max_exponent + above.astype(jnp.int32)
-  scales = jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, scales)
-  mantissa, exponent = _rounding.split(groups)
-  return scales, _rounding.encode(mantissa, exponent - (scales - 127), fmt.element)
+  return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, scales)
 
 
 def dequantize_groups(
@@ -118,27 +156,59 @@ def dequantize_groups(
   Returns:
     float32, (..., k).
   """
-  shape = codes.shape
+  values = _rounding.value(_grouped(codes, fmt), fmt.element)
   scales = scales[..., None]
-  codes = codes.reshape(*scales.shape[:-1], fmt.group_size)
-  negative = codes >= 1 << (fmt.bits - 1)
-  counts, unit = _rounding.decode(codes, fmt.element)
   if fmt.scale_is_power_of_two:
-    magnitude = _rounding.times_power_of_two(counts, scales + (unit - 127))
+    poisoned = _rounding.is_nan(scales, fmt.scale) | (values != values)
+    magnitudes = _rounding.times_power_of_two(values, scales - 127)
+    values = jnp.where(poisoned, jnp.float32(np.nan), _with_sign_of(values, magnitudes))
+  elif global_scale is None:
+    values = values * _rounding.value(scales, fmt.scale)
   else:
-    scale_counts, scale_unit = _rounding.decode(scales, fmt.scale)
-    scale = scale_counts.astype(jnp.float32) * np.float32(2.0**scale_unit)
-    power: jax.Array | None = None
-    if global_scale is not None:
-      factor, power = decoding(_a_value_per_matrix(global_scale, scale.ndim), fmt)
-      scale = scale * factor
-    magnitude = counts.astype(jnp.float32) * np.float32(2.0**unit) * scale
-    if power is not None:
-      magnitude = _rounding.scaled(magnitude, power)
-    negative = negative ^ (scales >= 1 << 7)
-  values = jnp.where(negative, -magnitude, magnitude)
-  nan = _rounding.is_nan(scales, fmt.scale) | _rounding.is_nan(codes, fmt.element)
-  return jnp.where(nan, jnp.float32(np.nan), values).reshape(shape)
+    factor, power = decoding(_a_value_per_matrix(global_scale, scales.ndim), fmt)
+    values = values * (_rounding.value(scales, fmt.scale) * factor)
+    values = _with_sign_of(values, _rounding.scaled(values, power))
+  return values.reshape(codes.shape)
+
+
+def dequantize_to_multiply(codes: jax.Array, scales: jax.Array, fmt: Format) -> jax.Array:
+  """code * scale in float32, as `dequantize_groups`, but by float multiplication alone.
+
+  On a CPU that makes 0 of what is below 2**-126, as its matrix products do.
+  """
+  return times_factors(codes, scale_factors(scales, fmt), fmt)
+
+
+def scale_factors(scales: jax.Array, fmt: Format) -> tuple[jax.Array, ...]:
+  """What scales mean, in float32. Powers of two as two factors: 2**-127 is subnormal."""
+  if not fmt.scale_is_power_of_two:
+    return (_rounding.value(scales, fmt.scale),)
+  power = scales - 127
+  half = power >> 1
+  first = _rounding.power_of_two(half)
+  first = jnp.where(_rounding.is_nan(scales, fmt.scale), jnp.float32(np.nan), first)
+  return first, _rounding.power_of_two(power - half)
+
+
+def times_factors(codes: jax.Array, factors: tuple[jax.Array, ...], fmt: Format) -> jax.Array:
+  """The numbers of codes (..., k) times factors (..., groups), in float32."""
+  *batch, k = codes.shape
+  num_groups = factors[0].shape[-1]
+  groups = codes.reshape(*batch, num_groups, k // max(num_groups, 1))
+  values = _rounding.value(groups, fmt.element)
+  for factor in factors:
+    values = values * factor.astype(jnp.float32)[..., None]
+  return values.reshape(codes.shape)
+
+
+def _grouped(codes: jax.Array, fmt: Format) -> jax.Array:
+  num_groups = codes.shape[-1] // fmt.group_size
+  return codes.reshape(*codes.shape[:-1], num_groups, fmt.group_size)
+
+
+def _with_sign_of(a: jax.Array, magnitudes: jax.Array) -> jax.Array:
+  negative = lax.bitcast_convert_type(a, jnp.int32) < 0
+  return jnp.where(negative, -magnitudes, magnitudes)
 
 
 def alpha_factors(
@@ -182,8 +252,7 @@ def alpha_factors(
     quotients.append(jnp.where(is_number, mantissa, quotient))
   first = exponent >> 1
   one, two = (
-    _rounding.times_power_of_two(jnp.int32(1), jnp.clip(half, -126, 127))
-    for half in (first, exponent - first)
+    _rounding.power_of_two(jnp.clip(half, -126, 127)) for half in (first, exponent - first)
   )
   return quotients[0] * one, quotients[1] * two
 
@@ -217,6 +286,7 @@ def _a_value_per_matrix(values: jax.Array, ndim: int) -> jax.Array:
 def pack(codes: jax.Array, fmt: Format) -> jax.Array:
   """int32 codes (..., k) to uint32 words (..., k * bits / 32), the first code lowest."""
   words = codes.shape[-1] // fmt.codes_per_word
+  codes = lax.optimization_barrier(codes.astype(jnp.uint8))  # else XLA rounds within its reduction
   codes = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], words, fmt.codes_per_word)
   return jnp.sum(codes << _shifts(fmt, codes.ndim), axis=-1, dtype=jnp.uint32)
 

@@ -15,6 +15,7 @@ from jaxqq._formats import Format
 from jaxqq._quantize import (
   alpha_factors,
   dequantize_groups,
+  dequantize_to_multiply,
   quantize_groups,
   scale_bytes,
   unpack,
@@ -102,13 +103,10 @@ def matrix_ndim(name: str) -> int:
   return 0 if name.startswith("global_scale") else 2
 
 
-def product(
-  operands: Operands, *, fmt: Format, out_dtype: np.dtype, dtype: Any = jnp.float32
-) -> jax.Array:
-  """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], summed in float32.
+def product(operands: Operands, *, fmt: Format, out_dtype: np.dtype) -> jax.Array:
+  """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], in float32.
 
-  x_hat and w_hat are dequantized without their global scales, which float32 holds exactly, and
-  bfloat16 (`dtype`) too, but for numbers below 2**-126 of which it has fewer;
+  x_hat and w_hat are dequantized without their global scales, which float32 holds exactly;
   alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, as two factors of about the same
   exponent: the sum is large where alpha itself would underflow.
   """
@@ -117,28 +115,34 @@ def product(
   if operands.scales is None:
     w_hat = round_trip(operands.w, fmt, operands.global_scale_w)
   else:
-    w_hat = dequantize_packed(operands.w, operands.scales, fmt)
-  out = matmul(x_hat.astype(dtype), jnp.swapaxes(w_hat, -1, -2).astype(dtype))
+    w_hat = dequantize_to_multiply(*unpacked(operands.w, operands.scales, fmt), fmt)
+  out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
   out = times_alpha(out, operands.global_scale_x, operands.global_scale_w, fmt)
   return out.astype(out_dtype)
 
 
 def round_trip(a: jax.Array, fmt: Format, global_scale: jax.Array | None) -> jax.Array:
   """What is left of `a` after quantization, in float32 and without its global scale."""
-  return dequantize_groups(*quantize_groups(a, fmt, global_scale), fmt)
+  return dequantize_to_multiply(*quantize_groups(a, fmt, global_scale), fmt)
 
 
 def dequantize_packed(
   w: jax.Array, scales: jax.Array, fmt: Format, global_scale: jax.Array | None = None
 ) -> jax.Array:
   """Packed w in float32; without a global scale, exact."""
-  scale_shape = () if global_scale is None else global_scale.shape
-  batch_shape = lax.broadcast_shapes(w.shape[:-2], scales.shape[:-2], scale_shape)
-  codes = jnp.broadcast_to(
-    unpack(w, fmt), (*batch_shape, w.shape[-2], w.shape[-1] * fmt.codes_per_word)
-  )
-  scales = jnp.broadcast_to(scale_bytes(scales), batch_shape + scales.shape[-2:])
+  batch_shape = () if global_scale is None else global_scale.shape
+  codes, scales = unpacked(w, scales, fmt, batch_shape)
   return dequantize_groups(codes, scales, fmt, global_scale)
+
+
+def unpacked(
+  w: jax.Array, scales: jax.Array, fmt: Format, batch_shape: tuple[int, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+  """Codes and scales in int32, of the same batch axes, which broadcast."""
+  batch_shape = lax.broadcast_shapes(w.shape[:-2], scales.shape[:-2], batch_shape)
+  codes, scales = unpack(w, fmt), scale_bytes(scales)
+  codes, scales = (jnp.broadcast_to(a, batch_shape + a.shape[-2:]) for a in (codes, scales))
+  return codes, scales
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:

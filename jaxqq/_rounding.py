@@ -3,7 +3,8 @@
 Floating point as XLA compiles it is not enough for formats that promise their bits: it may
 multiply by a reciprocal where a division by a constant was written, divides to within 2 ulp
 on GPUs, flushes subnormals to zero on CPUs, and may drop a round trip through a narrower
-type. Only float32 multiplication is used as it is.
+type. Only float32 multiplication is used as it is, and additions whose result float32 rounds
+the same wherever it is computed.
 
 A number is handled as its magnitude, split into (mantissa, exponent), both int32, with
 2**23 <= mantissa < 2**24 and value = mantissa * 2**(exponent - 150): float32's own fields,
@@ -52,25 +53,23 @@ def split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 def divide(a: jax.Array, b: jax.Array, b_bits: int = 24) -> jax.Array:
   """|a| / |b| in float32, to nearest even, for finite a and b.
 
-  `b_bits` bounds the significant bits of b; a divisor of few bits is divided by faster. A
-  quotient above float32's range becomes the largest finite number (so does any a / 0 with a
-  above 2**-148), one below the normal range becomes zero.
+  `b_bits` bounds the significant bits of b; up to 5, one integer division is enough. A quotient
+  above float32's range becomes the largest finite number (so does any a / 0 with a above
+  2**-148), one below the normal range becomes zero.
   """
   mantissa, a_exponent = split(a)
   divisor, b_exponent = split(b)
   divisor = divisor >> (24 - b_bits)
   # Long division, in steps whose shifted remainder fits 31 bits, until the quotient has at
   # least 26 bits; the last of them also tells whether a remainder is left.
-  quotient = lax.div(mantissa, divisor)
-  remainder = mantissa - quotient * divisor
-  missing = b_bits + 2
+  quotient, remainder, missing, free = jnp.int32(0), mantissa, b_bits + 2, 31 - 24
   while missing:
-    step = min(missing, 31 - b_bits)
+    step = min(missing, free)
     remainder = remainder << step
     digit = lax.div(remainder, divisor)
     remainder = remainder - digit * divisor
     quotient = (quotient << step) | digit
-    missing -= step
+    missing, free = missing - step, 31 - b_bits
   quotient = quotient | (remainder != 0).astype(jnp.int32)
   bits = lax.bitcast_convert_type(quotient.astype(jnp.float32), jnp.int32)
   exponent = (bits >> 23) + a_exponent - b_exponent - 26
@@ -97,57 +96,94 @@ def scaled(a: jax.Array, power: jax.Array | int) -> jax.Array:
   return lax.bitcast_convert_type(jnp.where(whole >= INFINITY_BITS, whole, bits), jnp.float32)
 
 
-def encode(mantissa: jax.Array, exponent: jax.Array, dtype: np.dtype) -> jax.Array:
+def encode(bits: jax.Array, dtype: np.dtype) -> jax.Array:
   """The code of a magnitude in a narrow float type, without its sign: nearest even, saturating.
 
-  int32, the sign bit clear. Source: ml_dtypes' definitions of the types.
+  A power of two is added that has the last place of a code as its own: float32 addition rounds
+  as codes are rounded. The bits in between keep XLA from making one operation of that addition
+  and a multiplication before it.
+
+  Args:
+    bits: int32, of a float32 magnitude. Subnormal ones may be taken for 0, as which they round.
+    dtype: of the code. Source: ml_dtypes' definitions of the types.
+
+  Returns:
+    int32, the sign bit clear.
   """
   info = ml_dtypes.finfo(dtype)
-  largest = int(np.array(info.max, dtype).view(np.uint8))
-  smallest_exponent = int(info.minexp) + 127
-  # Below the normal range the step stays that of the smallest exponent. Shifted by 25 or
-  # more, a mantissa rounds to 0 whatever it is.
-  shift = (23 - info.nmant) + jnp.clip(smallest_exponent - exponent, 0, info.nmant + 2)
-  odd = (mantissa >> shift) & 1
-  half = jnp.left_shift(1, shift - 1)
-  steps = (mantissa + half - 1 + odd) >> shift
-  code = steps + (jnp.maximum(exponent - smallest_exponent, 0) << info.nmant)
-  return jnp.minimum(code, largest)
+  place = 23 - info.nmant  # of a code's last bit in float32's mantissa
+  smallest = int(info.minexp) + 127
+  bits = jnp.minimum(bits, int(np.float32(info.max).view(np.int32)))
+  power = jnp.maximum(bits & INFINITY_BITS, smallest << 23) + (place << 23)
+  total = lax.bitcast_convert_type(bits, jnp.float32) + lax.bitcast_convert_type(power, jnp.float32)
+  steps = lax.bitcast_convert_type(total, jnp.int32) - power
+  # Below the normal range the step stays that of the smallest exponent.
+  return steps + (power >> place) - ((smallest + place) << info.nmant)
 
 
-def decode(code: jax.Array, dtype: np.dtype) -> tuple[jax.Array, int]:
-  """The magnitude of a code (its sign bit is ignored) as an integer count of 2**unit.
+def decode(code: jax.Array, dtype: np.dtype) -> jax.Array:
+  """The magnitude of a code in float32; its sign bit is ignored.
 
-  Returns the int32 counts and the exponent `unit`, that of the smallest subnormal. A NaN
-  code is read as if it were a number: see `is_nan`.
+  A NaN code is read as if it were a number: see `is_nan`.
   """
   info = ml_dtypes.finfo(dtype)
   code = code & ((1 << (info.bits - 1)) - 1)
-  fraction = code & ((1 << info.nmant) - 1)
-  exponent = code >> info.nmant
-  hidden = (exponent > 0).astype(jnp.int32) << info.nmant
-  counts = (fraction | hidden) << jnp.maximum(exponent - 1, 0)
-  return counts, int(info.minexp) - int(info.nmant)
+  bits = (code << (23 - info.nmant)) + ((int(info.minexp) + 126) << 23)
+  value = lax.bitcast_convert_type(bits, jnp.float32)
+  # Without an exponent there is no hidden bit, and the exponent is that of the smallest normal.
+  without = value + value - np.float32(2.0 ** int(info.minexp))
+  return jnp.where(code < 1 << info.nmant, without, value)
+
+
+def value(code: jax.Array, dtype: np.dtype) -> jax.Array:
+  """The number of a code, sign and NaN included, in float32."""
+  sign_bit = 1 << (ml_dtypes.finfo(dtype).bits - 1)
+  bits = lax.bitcast_convert_type(decode(code, dtype), jnp.int32)
+  bits = bits | ((code & sign_bit) << (32 - ml_dtypes.finfo(dtype).bits))
+  number = lax.bitcast_convert_type(bits, jnp.float32)
+  nan_codes = _nan_codes(dtype)
+  return jnp.where(is_nan(code, dtype), jnp.float32(np.nan), number) if nan_codes else number
 
 
 def is_nan(code: jax.Array, dtype: np.dtype) -> jax.Array:
   """Where a code, its sign bit included, is NaN."""
-  codes = np.arange(1 << ml_dtypes.finfo(dtype).bits, dtype=np.uint8)
   nan = jnp.zeros(code.shape, bool)
-  for nan_code in codes[np.isnan(codes.view(dtype).astype(np.float32))]:
-    nan = nan | (code == int(nan_code))
+  for nan_code in _nan_codes(dtype):
+    nan = nan | (code == nan_code)
   return nan
 
 
-def times_power_of_two(counts: jax.Array, exponent: jax.Array | int) -> jax.Array:
-  """counts * 2**exponent in float32, exact into the subnormals, infinite above the range.
+def _nan_codes(dtype: np.dtype) -> list[int]:
+  codes = np.arange(1 << ml_dtypes.finfo(dtype).bits, dtype=np.uint8)
+  return [int(code) for code in codes[np.isnan(codes.view(dtype).astype(np.float32))]]
 
-  counts: non-negative, below 2**24; exponent: -149 or more.
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+  """2**exponent in float32, for exponents of -126 to 127."""
+  return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def times_power_of_two(a: jax.Array, exponent: jax.Array | int) -> jax.Array:
+  """|a| * 2**exponent in float32, infinite above the range; subnormal bits are cut off.
+
+  a is 0 or normal, and finite.
   """
-  bits = lax.bitcast_convert_type(counts.astype(jnp.float32), jnp.int32)
+  bits = magnitude_bits(a)
   field = (bits >> 23) + exponent
-  normal = (jnp.clip(field, 1, 254) << 23) | (bits & _MANTISSA)
-  # A subnormal's bits count 2**-149, which is at most what `counts` counts.
-  subnormal = counts << jnp.clip(exponent + 149, 0, 23)
-  bits = jnp.where(field < 1, subnormal, jnp.where(field > 254, INFINITY_BITS, normal))
-  return lax.bitcast_convert_type(jnp.where(counts == 0, 0, bits), jnp.float32)
+  mantissa = bits & _MANTISSA
+  normal = (jnp.clip(field, 1, 254) << 23) | mantissa
+  subnormal = (mantissa | _HIDDEN_BIT) >> jnp.clip(1 - field, 0, 24)
+  result = jnp.where(field < 1, subnormal, jnp.where(field > 254, INFINITY_BITS, normal))
+  return lax.bitcast_convert_type(jnp.where(bits == 0, 0, result), jnp.float32)
+
+
+def magnified(a: jax.Array, power: jax.Array) -> jax.Array:
+  """|a| * 2**power in float32 for powers of -126 to 127, rounded once.
+
+  What is below 2**-103 may become any number below it: no code but 0 is made of such.
+  """
+  bits = magnitude_bits(a)
+  # On a CPU a subnormal operand is 0. As an integer it is its own bits.
+  subnormal = bits.astype(jnp.float32) * power_of_two(jnp.maximum(power - 149, -126))
+  normal = lax.bitcast_convert_type(bits, jnp.float32) * power_of_two(power)
+  return jnp.where(bits < _HIDDEN_BIT, subnormal, normal)

@@ -100,7 +100,7 @@ def dequantize(
   scalars: tuple[jax.Array, ...] = ()
   if global_scale is not None:
     factor, power = decoding(global_scale.reshape(1), fmt)
-    scalars = factor, _rounding.times_power_of_two(jnp.ones((1,), jnp.int32), power)
+    scalars = factor, _rounding.power_of_two(power)
   (out,) = by_blocks(
     functools.partial(_dequantize_kernel, fmt=fmt, view=view),
     "dequantize",
