@@ -26,7 +26,7 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 
 # Subpackages and the package that each needs. They are imported when first asked for, and not in
 # `__all__`: `from jaxqq import *` would need them all.
-_SUBPACKAGES = {"bench": "jax", "checkpoint": "safetensors", "nn": "flax"}
+_SUBPACKAGES = {"bench": "jax", "checkpoint": "jax", "nn": "flax"}
 
 if _typing.TYPE_CHECKING:
   from . import bench as bench

@@ -1,7 +1,7 @@
 """Quantized checkpoints of MLX, ModelOpt and compressed-tensors, read and written as they are.
 
-No number is computed anew: codes and scales are the bytes of the files. `pip install
-'jaxqq[checkpoint]'` brings safetensors, which this needs, and tqdm for a progress bar.
+No number is computed anew: codes and scales are the bytes of the files. Nothing more has to be
+installed; `pip install 'jaxqq[checkpoint]'` brings tqdm, for a progress bar.
 """
 
 from jaxqq.checkpoint._load import Checkpoint, load

@@ -1,28 +1,28 @@
-"""safetensors files: what is in them, one tensor at a time, and writing a folder as a whole."""
+"""The files of a checkpoint: each opened once, all of one version, read one tensor at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
+import functools
+import io
 import json
 import os
 import pathlib
-import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-try:
-  import safetensors
-  from safetensors.numpy import save_file
-except ImportError:
-  raise ImportError(
-    'jaxqq.checkpoint needs safetensors, which is not installed: pip install "jaxqq[checkpoint]".'
-  ) from None
+from jaxqq.checkpoint._safetensors import (
+  DTYPES,
+  DamagedError,
+  Entry,
+  header_size,
+  parse_header,
+)
 
 try:
   from tqdm import tqdm
@@ -35,19 +35,10 @@ INDEX = "model.safetensors.index.json"
 RECORDED = "jaxqq.amax"  # in the metadata of a file: JSON of `Recorded`
 Recorded = dict[str, dict[str, float]]
 
-# safetensors' numpy side asks numpy itself for these types, which has none of them.
-_BY_BYTES = {
-  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-  "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
-# numpy's names of what safetensors writes.
-WRITTEN_DTYPES = (
-  *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-  *("float16", "bfloat16", "float32", "float64", "complex64"),
-  *(dtype.name for dtype in _BY_BYTES.values()),
-)
-DTYPES = _BY_BYTES | {"U8": np.dtype(np.uint8), "U32": np.dtype(np.uint32)}
+LARGEST_F32 = float(np.finfo(np.float32).max)
+# Whether the system looks names up in a folder that is open; it is looked up by its path otherwise.
+OPENS_FOLDERS = {os.open, os.stat} <= os.supports_dir_fd and os.listdir in os.supports_fd
+ATTEMPTS = 10  # to open a folder that a writer keeps replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +49,18 @@ class TensorInfo:
   file: pathlib.Path
   dtype: str  # safetensors' name
   shape: tuple[int, ...]
+  begin: int = 0  # bytes of the file
+  end: int = 0
 
 
 def describe(tensor: TensorInfo) -> str:
   return f"{tensor.dtype} of shape {tensor.shape}"
+
+
+def shown(value: Any) -> str:
+  """As much of a value's repr as a sentence has room for."""
+  text = repr(value)
+  return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 @contextlib.contextmanager
@@ -74,21 +73,153 @@ def progress_bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[int
     yield bar.update
 
 
-class Reader:
-  """The tensors of a checkpoint, whose files stay memory-mapped while it is open."""
+class Folder:
+  """The files of one folder, which stays the same one while its name goes to another.
+
+  A file is looked up in the folder that was opened, not by its path, and opened once: what a writer
+  puts in its place later is not seen.
+  """
 
   def __init__(self, path: pathlib.Path):
-    """path: a folder, a .safetensors file, or an index."""
-    self.folder = path if path.is_dir() else path.parent
-    self.tensors: dict[str, TensorInfo] = {}
-    self.recorded: Recorded = {}
-    self._open_files = contextlib.ExitStack()
-    self._handles: dict[pathlib.Path, Any] = {}
-    with contextlib.ExitStack() as on_error:
-      on_error.callback(self.close)
-      for file, names in _files_of(path).items():
-        self._open(file, names)
-      on_error.pop_all()
+    self.path = path
+    self._on_close = contextlib.ExitStack()
+    self._opened: dict[str, tuple[io.FileIO, os.stat_result]] = {}  # and what it was then
+    self._fd: int | None = None
+    if OPENS_FOLDERS:
+      try:
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+      except OSError as error:
+        raise _as_sentence(error, path, "it could not be opened") from None
+      self._on_close.callback(os.close, self._fd)
+    self._own = os.stat(path if self._fd is None else self._fd)
+
+  def close(self) -> None:
+    self._on_close.close()
+
+  def names(self, pattern: str) -> list[str]:
+    """The files whose names match, in order."""
+    found = os.listdir(self.path if self._fd is None else self._fd)
+    return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern) and self.has(name))
+
+  def has(self, name: str) -> bool:
+    """Whether there is a file, or a link to one, of this name."""
+    try:
+      return stat.S_ISREG(self._stat(name).st_mode)
+    except (OSError, ValueError):
+      return False
+
+  def size(self, name: str) -> int:
+    return self.open(name)[1].st_size
+
+  def read(self, name: str, begin: int, end: int, what: str) -> np.ndarray[Any, Any]:
+    """Bytes of a file as it was when it was opened, which are `what` of it."""
+    file, before = self.open(name)
+    out = np.empty(end - begin, np.uint8)
+    rest = memoryview(out)
+    try:
+      file.seek(begin)
+      while rest and (count := file.readinto(rest)):
+        rest = rest[count:]
+    except OSError as error:
+      raise _as_sentence(error, self.path / name, f"{what} could not be read") from None
+    if rest or _state(os.fstat(file.fileno())) != _state(before):
+      raise ValueError(
+        f"load: {self.path / name}: expected a file that nobody writes to, found that it changed "
+        f"before {what} was read; load it again."
+      )
+    return out
+
+  def json(self, name: str) -> dict[str, Any]:
+    """The JSON object that a file is."""
+    file = self.path / name
+    text = self.read(name, 0, self.size(name), "it").tobytes()
+    try:
+      value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"load: {file}: expected JSON, found what is not ({error}).") from None
+    if not isinstance(value, dict):
+      raise ValueError(f"load: {file}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+  def open(self, name: str) -> tuple[io.FileIO, os.stat_result]:
+    if name not in self._opened:
+      # Without waiting, should it be a pipe by now.
+      flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+      try:
+        file = io.FileIO(os.open(self._at(name), flags, dir_fd=self._fd))
+        self._on_close.callback(file.close)
+        self._opened[name] = file, os.fstat(file.fileno())
+      except OSError as error:
+        raise _as_sentence(error, self.path / name, "it could not be opened") from None
+    return self._opened[name]
+
+  def changed(self) -> pathlib.Path | None:
+    """The folder or an opened file, if its name means another one by now, or it was written to."""
+    if _state(self._own)[:2] != _state(_found(lambda: os.stat(self.path)))[:2]:
+      return self.path
+    for name, (_, before) in self._opened.items():
+      if _state(before) != _state(_found(functools.partial(self._stat, name))):
+        return self.path / name
+    return None
+
+  def _at(self, name: str) -> str | pathlib.Path:
+    return self.path / name if self._fd is None else name
+
+  def _stat(self, name: str) -> os.stat_result:
+    return os.stat(self._at(name), dir_fd=self._fd)
+
+
+def _found(look: Callable[[], os.stat_result]) -> os.stat_result | None:
+  try:
+    return look()
+  except OSError:
+    return None
+
+
+def _state(found: os.stat_result | None) -> tuple[int, ...]:
+  """What tells a file from another one, and from itself after a write."""
+  if found is None:
+    return ()
+  return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _as_sentence(error: OSError, file: pathlib.Path, what: str) -> OSError:
+  return type(error)(f"load: {file}: {what} ({error.strerror}).")
+
+
+class Reader:
+  """The tensors of a checkpoint, whose files stay open while it is."""
+
+  def __init__(self, path: pathlib.Path, configs: Iterable[str] = ()):
+    """Opens all files, of one version.
+
+    path: a folder, a .safetensors file, or an index.
+    configs: names of JSON files that may be beside the weights; `self.configs` has what they hold.
+    """
+    if not path.exists():
+      raise FileNotFoundError(f"load: {path}: there is no such file or folder.")
+    for _ in range(ATTEMPTS):
+      self.files = Folder(path if path.is_dir() else path.parent)
+      self.folder = self.files.path
+      self.configs: dict[str, dict[str, Any]] = {}
+      self.tensors: dict[str, TensorInfo] = {}
+      self.recorded: Recorded = {}
+      try:
+        self._open(path, configs)
+        changed = self.files.changed()
+      except BaseException as error:
+        changed = self.files.changed()
+        self.close()
+        if changed is None or not isinstance(error, (OSError, ValueError)):
+          raise
+      else:
+        if changed is None:
+          return
+        self.close()
+    raise ValueError(
+      f"load: {path}: expected files of one version, found that {changed} changed each of "
+      f"{ATTEMPTS} times that they were opened; load it again when nobody writes to it."
+    )
 
   def __enter__(self) -> Reader:
     return self
@@ -97,197 +228,116 @@ class Reader:
     self.close()
 
   def close(self) -> None:
-    self._open_files.close()
+    self.files.close()
 
-  def _open(self, file: pathlib.Path, names: set[str] | None) -> None:
-    """names: what the index says is there; None without an index."""
-    if not file.is_file():
+  def _open(self, path: pathlib.Path, configs: Iterable[str]) -> None:
+    self.configs = {name: self.files.json(name) for name in configs if self.files.has(name)}
+    found: dict[str, TensorInfo] = {}
+    for file, names in _weights_of(self.files, path).items():
+      found |= self._tensors_of(file, names)
+    self.tensors = dict(sorted(found.items()))
+
+  def _tensors_of(self, file: str, names: list[str] | None) -> dict[str, TensorInfo]:
+    """Those of a file. What else it holds than `names`, which an index gives, is not read."""
+    where = self.files.path / file
+    if not self.files.has(file):
       wanted = "" if names is None else f", which the index says holds {min(names)!r}"
-      raise FileNotFoundError(f"load: {file}: there is no such file{wanted}.")
-    try:
-      handle = self._open_files.enter_context(safetensors.safe_open(file, framework="np"))
-    except (safetensors.SafetensorError, OSError) as error:
+      raise FileNotFoundError(f"load: {where}: there is no such file{wanted}.")
+    entries, metadata = self._header(file)
+    self.recorded |= _recorded(where, metadata.get(RECORDED, "{}"))
+    missing = set(names or ()) - entries.keys()
+    if missing:
       raise ValueError(
-        f"load: {file}: expected a whole safetensors file, found {os.path.getsize(file)} bytes "
+        f"load: {where}: tensor {min(missing)!r} is not in the file, but the index lists it."
+      )
+    return {
+      name: TensorInfo(name, where, entry.dtype, entry.shape, entry.begin, entry.end)
+      for name, entry in ((name, entries[name]) for name in names or entries)
+    }
+
+  def _header(self, file: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    size = self.files.size(file)
+    try:
+      length = header_size(self.files.read(file, 0, min(8, size), "it").tobytes(), size)
+      header = self.files.read(file, 8, 8 + length, "its header").tobytes()
+      return parse_header(header, size)
+    except DamagedError as error:
+      raise ValueError(
+        f"load: {self.files.path / file}: expected a whole safetensors file, found {size} bytes "
         f"that are not one ({error})."
       ) from None
-    self._handles[file] = handle
-    present = set(handle.keys())
-    if names is not None and present != names:
-      name = min(present ^ names)
-      there, says = ("is", "does not list it") if name in present else ("is not", "lists it")
-      raise ValueError(f"load: {file}: tensor {name!r} {there} in the file, but {INDEX} {says}.")
-    self.recorded |= _recorded(file, (handle.metadata() or {}).get(RECORDED, "{}"))
-    for name in handle.keys():  # noqa: SIM118, a handle is no mapping
-      header = handle.get_slice(name)
-      shape = tuple(header.get_shape())
-      self.tensors[name] = TensorInfo(name, file, header.get_dtype(), shape)
+
+  def check_one_version(self) -> None:
+    """When all is read: that no file has got another one's place in a folder that stayed.
+
+    A whole folder in its place is no matter, since all was read in the one that was opened.
+    """
+    changed = self.files.changed()
+    if changed not in (None, self.folder):
+      raise ValueError(
+        f"load: {changed}: expected a file that nobody writes to, found that another one took its "
+        "place while the checkpoint was read; load it again."
+      )
 
   def read(self, tensor: TensorInfo) -> np.ndarray:
     """One tensor, in memory of its own."""
-    dtype = _BY_BYTES.get(tensor.dtype)
-    if dtype is not None:
-      return _read_bytes(tensor).view(dtype).reshape(tensor.shape)
-    try:
-      out: np.ndarray = self._handles[tensor.file].get_tensor(tensor.name)
-    except (safetensors.SafetensorError, AttributeError, TypeError) as error:
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
       raise ValueError(
         f"load: {tensor.file}: tensor {tensor.name!r} must be of a dtype that numpy and ml_dtypes "
-        f"have, found {describe(tensor)} ({error})."
-      ) from None
-    return out
+        f"have, found {describe(tensor)}."
+      )
+    what = f"tensor {tensor.name!r}"
+    data = self.files.read(tensor.file.name, tensor.begin, tensor.end, what)
+    return data.view(dtype).reshape(tensor.shape)
 
 
 def _recorded(file: pathlib.Path, text: str) -> Recorded:
   try:
-    layers = {layer: dict(fields) for layer, fields in json.loads(text).items()}
-    return {layer: {k: float(v) for k, v in fields.items()} for layer, fields in layers.items()}
-  except (AttributeError, TypeError, ValueError):
-    raise ValueError(
-      f"load: {file}: the metadata {RECORDED!r} must be JSON of layers to numbers, found {text!r}."
-    ) from None
+    out = {layer: dict(fields) for layer, fields in json.loads(text).items()}
+    if all(_is_amax(value) for fields in out.values() for value in fields.values()):
+      return {layer: {k: float(v) for k, v in fields.items()} for layer, fields in out.items()}
+  except (AttributeError, TypeError, ValueError, RecursionError):
+    pass
+  raise ValueError(
+    f"load: {file}: the metadata {RECORDED!r} must be JSON of layers to numbers, each an amax in "
+    f"float32, found {shown(text)}."
+  )
 
 
-def _read_bytes(tensor: TensorInfo) -> np.ndarray:
-  """A tensor's bytes at the offsets of the header: its length in 8 bytes, JSON, then the data."""
-  with open(tensor.file, "rb") as file:
-    header_size = int.from_bytes(file.read(8), "little")
-    begin, end = json.loads(file.read(header_size))[tensor.name]["data_offsets"]
-    return np.fromfile(file, np.uint8, end - begin, offset=begin)
+def _is_amax(value: Any) -> bool:
+  return type(value) in (int, float) and 0 <= value <= LARGEST_F32
 
 
-def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
-  """The files of a checkpoint, with the names that its index, if there is one, says they hold."""
-  if not path.exists():
-    raise FileNotFoundError(f"load: {path}: there is no such file or folder.")
-  if path.is_file() and path.suffix != ".json":
-    return {path: None}
-  index = path / INDEX if path.is_dir() else path
-  if index.is_file():
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-      raise ValueError(
-        f"load: {index}: expected a 'weight_map' of tensor names to files, found {weight_map!r}."
-      )
-    files: dict[pathlib.Path, set[str] | None] = {}
-    for name, file in weight_map.items():
-      if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-        raise ValueError(
-          f"load: {index}: tensor {name!r} must be in a file beside the index, found {file!r}."
-        )
-      files.setdefault(index.parent / file, set()).add(name)  # type: ignore[union-attr]
-    return files
-  if (path / WEIGHTS).is_file():
-    return {path / WEIGHTS: None}
-  found = sorted(path.glob("*.safetensors"))
+def _weights_of(files: Folder, path: pathlib.Path) -> dict[str, list[str] | None]:
+  """The weight files by name, with the tensors that the index, if there is one, says they hold."""
+  single = path.name if path != files.path else None
+  if single is not None and path.suffix != ".json":
+    return {single: None}
+  index = single or INDEX
+  if files.has(index):
+    return _indexed(files.path / index, files.json(index).get("weight_map"))
+  if files.has(WEIGHTS):
+    return {WEIGHTS: None}
+  found = files.names("*.safetensors")
   if len(found) == 1:
     return {found[0]: None}
   raise FileNotFoundError(
     f"load: {path}: expected {WEIGHTS}, or {INDEX} and the files it names, found "
-    f"{', '.join(file.name for file in found) or 'no .safetensors file'}."
+    f"{', '.join(found) or 'no .safetensors file'}."
   )
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(file.read_text(encoding="utf-8"))
-  except (ValueError, OSError) as error:
-    raise ValueError(f"load: {file}: expected JSON, found what is not ({error}).") from None
-  if not isinstance(value, dict):
-    raise ValueError(f"load: {file}: expected a JSON object, found {type(value).__name__}.")
-  return value
-
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(size: int | str) -> int:
-  """Bytes, from an int or "5GB"."""
-  words = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
-  unit = None if words is None else _UNITS.get(words[2].upper())
-  if words is None or unit is None or isinstance(size, bool) or float(words[1]) * unit < 1:
+def _indexed(index: pathlib.Path, weight_map: Any) -> dict[str, list[str] | None]:
+  if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(
-      f"save: max_shard_size must be a positive number of bytes or a string such as '5GB', got "
-      f"{size!r}."
+      f"load: {index}: expected a 'weight_map' of tensor names to files, found {shown(weight_map)}."
     )
-  return int(float(words[1]) * unit)
-
-
-def shard(sizes: dict[str, int], max_shard_size: int) -> list[list[str]]:
-  """Names, in order, in as few files as that allows; a larger one gets a file of its own."""
-  shards: list[list[str]] = [[]]
-  filled = 0
-  for name, size in sizes.items():
-    if shards[-1] and filled + size > max_shard_size:
-      shards.append([])
-      filled = 0
-    shards[-1].append(name)
-    filled += size
-  return shards
-
-
-def shard_names(count: int) -> list[str]:
-  if count == 1:
-    return [WEIGHTS]
-  return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-
-
-def write_tensors(
-  file: pathlib.Path, tensors: dict[str, np.ndarray], framework: str, recorded: Recorded
-) -> None:
-  """recorded: each layer's fields that go into the metadata."""
-  metadata = {"format": framework} | ({RECORDED: json.dumps(recorded)} if recorded else {})
-  save_file(tensors, file, metadata=metadata)
-  _sync(file)
-
-
-def write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-  file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  _sync(file)
-
-
-def _sync(path: pathlib.Path) -> None:
-  """Onto the disk before the folder gets its name."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
-def check_target(path: pathlib.Path, overwrite: bool) -> None:
-  if path.exists() and not path.is_dir():
-    raise FileExistsError(f"save: {path} is a file; path must be a folder, new or empty.")
-  if not overwrite and path.exists() and any(path.iterdir()):
-    raise FileExistsError(
-      f"save: {path} is not empty; path must be a new or empty folder, or pass overwrite=True."
-    )
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path, replaced: list[str]) -> Iterator[pathlib.Path]:
-  """A folder to write in that takes path's name once all is written, and is gone otherwise.
-
-  What path holds stays, but for the files that `replaced` matches.
-  """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  written, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.{end}" for end in ("tmp", "old"))
-  try:
-    if path.exists():
-      shutil.copytree(path, written, ignore=shutil.ignore_patterns(*replaced), symlinks=True)
-    else:
-      written.mkdir()
-    yield written
-    _sync(written)
-    if path.exists():
-      os.replace(path, old)
-    try:
-      os.replace(written, path)
-    except OSError:
-      if old.exists():
-        os.replace(old, path)
-      raise
-  finally:
-    shutil.rmtree(written, ignore_errors=True)
-  shutil.rmtree(old, ignore_errors=True)
-  _sync(path.parent)
+  out: dict[str, list[str] | None] = {}
+  for name, file in weight_map.items():
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.isprintable():
+      raise ValueError(
+        f"load: {index}: tensor {name!r} must be in a file beside the index, found {shown(file)}."
+      )
+    out.setdefault(file, []).append(name)  # type: ignore[union-attr]
+  return out

@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxqq._formats import FORMATS, Format
 from jaxqq._weight import QuantizedWeight
-from jaxqq.checkpoint._files import DTYPES, TensorInfo, describe
+from jaxqq.checkpoint._files import TensorInfo, describe
+from jaxqq.checkpoint._safetensors import DTYPES
 
 F32 = np.float32
 LARGEST_NVFP4 = F32(FORMATS["nvfp4"].largest_value)  # 2688: what an amax is mapped to

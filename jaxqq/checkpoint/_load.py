@@ -17,7 +17,7 @@ from jaxqq._checks import FLOATS, names
 from jaxqq._weight import QuantizedWeight
 from jaxqq.checkpoint._files import Reader, TensorInfo, progress_bar
 from jaxqq.checkpoint._layouts import Layout, check_layer, read_layer
-from jaxqq.checkpoint._schemes import QUANTIZATION_KEYS, Scheme, read_scheme
+from jaxqq.checkpoint._schemes import CONFIGS, QUANTIZATION_KEYS, Scheme, read_scheme
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json
 
@@ -84,8 +84,9 @@ def load(
   has no input_global_scale, so `qqmm` asks for global_scale_x, and layers take the amax of each
   input. `save` writes the scalar again as it was.
 
-  Layers that a server would fuse keep a global scale each. The files are memory-mapped and read one
-  tensor at a time, after the headers of all of them were checked.
+  Layers that a server would fuse keep a global scale each. Each file is opened once, and read one
+  tensor at a time after the headers of all of them were checked. What is loaded is one version of
+  the folder, whoever writes to it meanwhile, or an error.
 
   Args:
     path: a folder with config.json (or hf_quant_config.json) and model.safetensors, or
@@ -123,8 +124,8 @@ def load(
   path = pathlib.Path(path)
   _check_dtype(dtype)
   place = _placing(device)
-  with Reader(path) as reader:
-    scheme, config = read_scheme(reader.folder)
+  with Reader(path, CONFIGS) as reader:
+    scheme, config = read_scheme(reader.folder, reader.configs)
     layers = _layers(reader, scheme)
     weight_dtype = _dtype_of(config) if dtype is None else np.dtype(dtype)
     checkpoint = Checkpoint((), scheme.format, _without_quantization(config))
@@ -143,9 +144,11 @@ def load(
           uncalibrated.append((parts[layout.scalars[field]], stored[field]))
         advance(len(parts))
       used = {part.name for _, parts in layers.values() for part in parts.values()}
-      for name in reader.tensors.keys() - used:
-        checkpoint[name] = place(name, reader.read(reader.tensors[name]))
-        advance(1)
+      for name, tensor in reader.tensors.items():
+        if name not in used:
+          checkpoint[name] = place(name, reader.read(tensor))
+          advance(1)
+    reader.check_one_version()
   if uncalibrated:
     tensor, scalar = uncalibrated[0]
     others = f", and {len(uncalibrated) - 1} more" if len(uncalibrated) > 1 else ""
@@ -161,7 +164,7 @@ def load(
 def _layers(reader: Reader, scheme: Scheme) -> dict[str, tuple[Layout, dict[str, TensorInfo]]]:
   """The quantized layers, each with its layout and the tensors of it, all checked."""
   by_layer: dict[str, dict[str, TensorInfo]] = {layer: {} for layer in scheme.layers()}
-  for name, tensor in sorted(reader.tensors.items()):
+  for name, tensor in reader.tensors.items():
     layer, _, suffix = name.rpartition(".")
     by_layer.setdefault(layer, {})[suffix] = tensor
   layers = {}
@@ -189,9 +192,8 @@ def _check_dtype(dtype: Any) -> None:
 
 def _dtype_of(config: dict[str, Any]) -> np.dtype:
   """That of the weights before they were quantized."""
-  named = [
-    part.get(key) for part in (config, config.get("text_config") or {}) for key in DTYPE_KEYS
-  ]
+  parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+  named = [part.get(key) for part in parts for key in DTYPE_KEYS]
   by_name = {dtype.name: dtype for dtype in FLOATS}
   return next(
     (by_name[name] for name in map(str, named) if name in by_name), np.dtype(jnp.bfloat16)

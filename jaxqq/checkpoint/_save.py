@@ -13,19 +13,7 @@ import numpy as np
 from jaxqq._checks import as_array, describe
 from jaxqq._weight import QuantizedWeight
 from jaxqq.checkpoint._configs import written_configs
-from jaxqq.checkpoint._files import (
-  INDEX,
-  WRITTEN_DTYPES,
-  Recorded,
-  check_target,
-  parse_size,
-  progress_bar,
-  replacing,
-  shard,
-  shard_names,
-  write_json,
-  write_tensors,
-)
+from jaxqq.checkpoint._files import INDEX, Recorded, progress_bar
 from jaxqq.checkpoint._layouts import (
   LAYOUTS,
   SAVED_FORMATS,
@@ -36,10 +24,20 @@ from jaxqq.checkpoint._layouts import (
   written_scalars,
 )
 from jaxqq.checkpoint._load import DTYPE_KEYS, Checkpoint, Tensor
+from jaxqq.checkpoint._safetensors import METADATA, NAMES
 from jaxqq.checkpoint._schemes import CONFIG, MODELOPT_CONFIG
+from jaxqq.checkpoint._writing import (
+  check_target,
+  parse_size,
+  replacing,
+  shard,
+  shard_names,
+  write_json,
+  write_tensors,
+)
 
 # The "format" of a file's metadata, which transformers and mlx-lm look at.
-METADATA = {"mlx": "mlx", "modelopt": "pt", "compressed-tensors": "pt"}
+FRAMEWORKS = {"mlx": "mlx", "modelopt": "pt", "compressed-tensors": "pt"}
 SUFFIX = ".weight"
 
 
@@ -120,7 +118,7 @@ def save(
     for file, names in zip(shard_names(len(shards)), shards, strict=True):
       parts = {part: array for name in names for part, array in plan.written(name).items()}
       recorded = {layer: plan.recorded[layer] for layer in plan.recorded if layer + SUFFIX in names}
-      write_tensors(folder / file, parts, METADATA[format], recorded)
+      write_tensors(folder / file, parts, FRAMEWORKS[format], recorded)
       index |= dict.fromkeys(parts, file)
       total_size += sum(part.nbytes for part in parts.values())
       advance(len(names))
@@ -183,12 +181,17 @@ def _checked(name: Any, value: Any) -> Any:
   """An array or a `QuantizedWeight` that can be written under its name."""
   if not isinstance(name, str):
     raise TypeError(f"save: the names of tensors must be strings, got {name!r}.")
+  if name == METADATA or name.encode(errors="ignore") != name.encode(errors="surrogatepass"):
+    raise ValueError(
+      f"save: the names of tensors must be Unicode text other than {METADATA!r}, got {name!r}."
+    )
   if isinstance(value, QuantizedWeight):
     return value
   array = as_array("save", repr(name), value)
-  if np.dtype(array.dtype).name not in WRITTEN_DTYPES:
+  dtypes = [dtype.name for dtype in NAMES]
+  if np.dtype(array.dtype).name not in dtypes:
     raise TypeError(
-      f"save: {name!r} must be of a dtype that safetensors has ({', '.join(WRITTEN_DTYPES)}), got "
+      f"save: {name!r} must be of a dtype that safetensors has ({', '.join(dtypes)}), got "
       f"{describe(array)}."
     )
   return array

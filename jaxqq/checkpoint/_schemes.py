@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from jaxqq.checkpoint._files import TensorInfo, read_json
+from jaxqq.checkpoint._files import TensorInfo
 from jaxqq.checkpoint._layouts import LAYOUTS, Layout, layout_of
 
 CONFIG = "config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"
+CONFIGS = (CONFIG, MODELOPT_CONFIG)
 QUANTIZATION_KEYS = ("quantization", "quantization_config")  # of config.json
 MIXED_MODELOPT = "MIXED_PRECISION"
 WEIGHT_ONLY = "W4A16_"  # a server leaves the activations; the weights are laid out alike
@@ -202,17 +203,22 @@ def _either(words: Iterable[str]) -> str:
   return " or ".join(map(repr, words))
 
 
-def read_scheme(folder: pathlib.Path) -> tuple[Scheme, dict[str, Any]]:
-  """The scheme of a folder, and config.json, {} where there is none."""
-  file, modelopt_file = folder / CONFIG, folder / MODELOPT_CONFIG
-  if not file.is_file() and not modelopt_file.is_file():
+def read_scheme(
+  folder: pathlib.Path, configs: dict[str, dict[str, Any]]
+) -> tuple[Scheme, dict[str, Any]]:
+  """The scheme of a folder, and config.json, {} where there is none.
+
+  configs: what those of `CONFIGS` hold that are there.
+  """
+  file = folder / CONFIG
+  if not configs:
     raise FileNotFoundError(
       f"load: {folder}: expected {CONFIG} or {MODELOPT_CONFIG}, which say how the weights are "
       "quantized, found neither."
     )
-  config = read_json(file) if file.is_file() else {}
-  if modelopt_file.is_file():
-    return ModelOpt(modelopt_file, read_json(modelopt_file)), config
+  config = configs.get(CONFIG, {})
+  if MODELOPT_CONFIG in configs:
+    return ModelOpt(folder / MODELOPT_CONFIG, configs[MODELOPT_CONFIG]), config
   for part in (config, config.get("text_config")):  # of a model that reads more than text
     scheme = _scheme_in(file, part) if isinstance(part, dict) else None
     if scheme is not None:
