@@ -511,7 +511,7 @@ def test_layouts_name_their_sources():
   assert all(layout.source.count("/") >= 3 for layout in _layouts.LAYOUTS)
 
 
-@pytest.mark.parametrize("name", ["load", "save"])
+@pytest.mark.parametrize("name", ["load", "load_each", "save"])
 def test_examples_in_docstrings(name):
   function = getattr(checkpoint, name)
   assert all(part in function.__doc__ for part in ("Args:", "Raises:", "Example:", "Source:"))

@@ -4,12 +4,14 @@ No number is computed anew: codes and scales are the bytes of the files. Nothing
 installed; `pip install 'jaxqq[checkpoint]'` brings tqdm, for a progress bar.
 """
 
-from jaxqq.checkpoint._load import Checkpoint, load
+from jaxqq.checkpoint._load import Checkpoint, LoadedTensors, load, load_each
 from jaxqq.checkpoint._save import save
 
 __all__ = [
   "Checkpoint",
+  "LoadedTensors",
   "load",
+  "load_each",
   "save",
 ]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -17,6 +20,7 @@ from jaxqq._checks import FLOATS, names
 from jaxqq._weight import QuantizedWeight
 from jaxqq.checkpoint._files import Reader, TensorInfo, progress_bar
 from jaxqq.checkpoint._layouts import Layout, check_layer, read_layer
+from jaxqq.checkpoint._only import Only
 from jaxqq.checkpoint._schemes import CONFIGS, QUANTIZATION_KEYS, Scheme, read_scheme
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json
@@ -64,6 +68,7 @@ jax.tree_util.register_pytree_with_keys(
 def load(
   path: str | os.PathLike[str],
   *,
+  only: str | Iterable[str] | None = None,
   dtype: DTypeLike | None = None,
   device: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
   progress: bool = True,
@@ -91,6 +96,8 @@ def load(
   Args:
     path: a folder with config.json (or hf_quant_config.json) and model.safetensors, or
       model.safetensors.index.json and the files it names; or one of these two files.
+    only: names of what is loaded, or patterns as of a shell ("model.layers.0.*"), one or several;
+      each must be found. None loads all. Layers that are not named may be of any format.
     dtype: float32, float16 or bfloat16, the dtype of each `QuantizedWeight`; None is the one that
       config.json names, and bfloat16 where it names none of them.
     device: where the arrays go, as of `jax.device_put`: a `jax.Device`, a sharding, None for the
@@ -107,8 +114,9 @@ def load(
     ValueError: a file is cut short or no safetensors file; a tensor is missing or has another dtype
       or shape than its layout; an amax is NaN or negative, or a weight's is infinite, or 0 beside
       codes that are not zeros; the format, or a layer's, is none of those above (MLX's "affine",
-      ModelOpt's FP8, ...). The sentence names the file, the tensor, what was expected and found.
-    TypeError: dtype is none of the three.
+      ModelOpt's FP8, ...); only names what is not there. The sentence names the file, the tensor,
+      what was expected and found.
+    TypeError: dtype is none of the three, or only holds what is no string.
 
   Example:
     >>> import tempfile
@@ -121,54 +129,178 @@ def load(
 
   Source: of each layout in `jaxqq/checkpoint/_layouts.py`, of the configurations in `_schemes.py`.
   """
-  path = pathlib.Path(path)
-  _check_dtype(dtype)
-  place = _placing(device)
-  with Reader(path, CONFIGS) as reader:
-    scheme, config = read_scheme(reader.folder, reader.configs)
-    layers = _layers(reader, scheme)
-    weight_dtype = _dtype_of(config) if dtype is None else np.dtype(dtype)
-    checkpoint = Checkpoint((), scheme.format, _without_quantization(config))
-    uncalibrated: list[tuple[TensorInfo, np.ndarray]] = []
-    with progress_bar("load", len(reader.tensors), progress) as advance:
-      for layer, (layout, parts) in layers.items():
-        name = f"{layer}.weight"
-        recorded = reader.recorded.get(layer, {})
-        fields, stored = read_layer(parts, layout, reader.read, recorded, weight_dtype)
-        for field, value in fields.items():
-          if isinstance(value, np.ndarray):
-            fields[field] = place(name, value)
-        checkpoint[name] = QuantizedWeight(**fields)
-        checkpoint.stored_scales[name] = stored
-        if (field := "input_global_scale") in stored.keys() - fields.keys():
-          uncalibrated.append((parts[layout.scalars[field]], stored[field]))
-        advance(len(parts))
-      used = {part.name for _, parts in layers.values() for part in parts.values()}
-      for name, tensor in reader.tensors.items():
-        if name not in used:
-          checkpoint[name] = place(name, reader.read(tensor))
-          advance(1)
-    reader.check_one_version()
-  if uncalibrated:
-    tensor, scalar = uncalibrated[0]
-    others = f", and {len(uncalibrated) - 1} more" if len(uncalibrated) > 1 else ""
+  stream = LoadedTensors(path, only, dtype, device, progress)
+  checkpoint = Checkpoint(stream.read(), stream.format, stream.config, stream.stored_scales)
+  stream.warn(stacklevel=3)
+  return checkpoint
+
+
+def load_each(
+  path: str | os.PathLike[str],
+  *,
+  only: str | Iterable[str] | None = None,
+  dtype: DTypeLike | None = None,
+  device: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+  progress: bool = False,
+) -> LoadedTensors:
+  """What `load` reads, one tensor after the other, each when it is asked for.
+
+  All headers and the configuration are checked in this call, as in `load`. A tensor is read when
+  the iterator comes to it, so memory need not hold more than one.
+
+  Args:
+    path, only, dtype, device, progress: as for `load`.
+
+  Returns:
+    An iterator of (name, array or `QuantizedWeight`), which also has `names` (all that it will
+    yield, in order), `format` and `config` as a `Checkpoint`, and `stored_scales` of what it has
+    yielded. The files are closed when it is exhausted or no longer held; it may be used in `with`.
+
+  Raises:
+    FileNotFoundError, ValueError, TypeError: as `load`, in this call or when a tensor is read.
+
+  Example:
+    >>> import tempfile
+    >>> weight = jaxqq.quantize_weight(jnp.ones((8, 64)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   checkpoint.save(folder, {"proj.weight": weight, "norm": jnp.ones(64)}, format="mlx")
+    ...   for name, tensor in checkpoint.load_each(folder):
+    ...     print(name, tensor.shape)
+    proj.weight (8, 64)
+    norm (64,)
+
+  Source: as for `load`.
+  """
+  return LoadedTensors(path, only, dtype, device, progress)
+
+
+class LoadedTensors(Iterator[tuple[str, Tensor]]):
+  """What `load_each` returns.
+
+  Attributes:
+    names: of all tensors that it yields, in order.
+    format: "mlx", "modelopt" or "compressed-tensors".
+    config: what config.json held, but for how the weights are quantized.
+    stored_scales: those of a `Checkpoint`, of the weights that it has yielded.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    only: str | Iterable[str] | None,
+    dtype: DTypeLike | None,
+    device: Placement | Callable[[str, tuple[int, ...]], Placement],
+    progress: bool,
+  ):
+    wanted = Only(only)
+    _check_dtype(dtype)
+    self.stored_scales: dict[str, dict[str, np.ndarray]] = {}
+    self._place = _placing(device)
+    self._progress = progress
+    self._uncalibrated: list[tuple[TensorInfo, np.ndarray]] = []
+    path = pathlib.Path(path)
+    with contextlib.ExitStack() as on_error:
+      self._reader = on_error.enter_context(Reader(path, CONFIGS))
+      scheme, config = read_scheme(self._reader.folder, self._reader.configs)
+      self._items = _items(self._reader, scheme, wanted)
+      wanted.check_found(path, self._items, self._reader.tensors)
+      on_error.pop_all()
+    self._close_files = weakref.finalize(self, self._reader.close)
+    self.names = list(self._items)
+    self.format, self.config = scheme.format, _without_quantization(config)
+    self._dtype = _dtype_of(config) if dtype is None else np.dtype(dtype)
+    self._iterator = self.read()
+
+  def __enter__(self) -> LoadedTensors:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Closes the files; nothing more is yielded."""
+    self._iterator.close()
+    self._close_files()
+
+  def __next__(self) -> tuple[str, Tensor]:
+    try:
+      return next(self._iterator)
+    except StopIteration:
+      self.warn(stacklevel=3)
+      raise
+
+  def read(self) -> Generator[tuple[str, Tensor], None, None]:
+    """A new iterator, which does not warn."""
+    total = sum(len(item.parts) for item in self._items.values())
+    with self._reader, progress_bar("load", total, self._progress) as advance:
+      for name, item in self._items.items():
+        yield name, self._read(name, item)
+        advance(len(item.parts))
+      self._reader.check_one_version()
+
+  def _read(self, name: str, item: _Item) -> Tensor:
+    if item.layout is None:
+      return self._place(name, self._reader.read(item.parts[""]))
+    layout, parts = item.layout, item.parts
+    recorded = self._reader.recorded.get(name.removesuffix(".weight"), {})
+    fields, stored = read_layer(parts, layout, self._reader.read, recorded, self._dtype)
+    for field, value in fields.items():
+      if isinstance(value, np.ndarray):
+        fields[field] = self._place(name, value)
+    self.stored_scales[name] = stored
+    if (field := "input_global_scale") in stored.keys() - fields.keys():
+      self._uncalibrated.append((parts[layout.scalars[field]], stored[field]))
+    return QuantizedWeight(**fields)
+
+  def warn(self, stacklevel: int) -> None:
+    """Of scales that were left out, once."""
+    if not self._uncalibrated:
+      return
+    tensor, scalar = self._uncalibrated[0]
+    others = f", and {len(self._uncalibrated) - 1} more" if len(self._uncalibrated) > 1 else ""
+    self._uncalibrated.clear()
     warnings.warn(
       f"load: {tensor.file}: tensor {tensor.name!r} is {scalar}, which is no calibration of the "
       f"activations{others}; a weight of which that holds has no input_global_scale: give qqmm "
       "global_scale_x, the amax of x, as layers do by themselves.",
-      stacklevel=2,
+      stacklevel=stacklevel,
     )
-  return checkpoint
 
 
-def _layers(reader: Reader, scheme: Scheme) -> dict[str, tuple[Layout, dict[str, TensorInfo]]]:
-  """The quantized layers, each with its layout and the tensors of it, all checked."""
+@dataclasses.dataclass(frozen=True)
+class _Item:
+  """What is read for one name: the parts of a layer by suffix, or a tensor as it is, under ""."""
+
+  parts: dict[str, TensorInfo]
+  layout: Layout | None = None
+
+
+def _items(reader: Reader, scheme: Scheme, wanted: Only) -> dict[str, _Item]:
+  """What is loaded, by name: the quantized layers first."""
+  layers = _layers(reader, scheme, wanted)
+  items = {f"{layer}.weight": _Item(parts, layout) for layer, (layout, parts) in layers.items()}
+  used = {part.name for item in items.values() for part in item.parts.values()}
+  for name, tensor in reader.tensors.items():
+    if name not in used:
+      items[name] = _Item({"": tensor})
+  return {name: item for name, item in items.items() if wanted.wants(name)}
+
+
+def _layers(
+  reader: Reader, scheme: Scheme, wanted: Only
+) -> dict[str, tuple[Layout, dict[str, TensorInfo]]]:
+  """The quantized layers, each with its layout and the tensors of it, all checked.
+
+  Layers without a tensor that is wanted are left out, whatever they are.
+  """
   by_layer: dict[str, dict[str, TensorInfo]] = {layer: {} for layer in scheme.layers()}
   for name, tensor in reader.tensors.items():
     layer, _, suffix = name.rpartition(".")
     by_layer.setdefault(layer, {})[suffix] = tensor
   layers = {}
   for layer, tensors in by_layer.items():
+    if not any(wanted.wants(f"{layer}.{suffix}") for suffix in ("weight", *tensors)):
+      continue
     layout = scheme.layout(layer, tensors)
     if layout is not None:
       check_layer(layer, tensors, layout, scheme.file)
