@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxqq.checkpoint._replace import left_beside
 from jaxqq.checkpoint._safetensors import (
   DTYPES,
   DamagedError,
@@ -197,7 +198,7 @@ class Reader:
     configs: names of JSON files that may be beside the weights; `self.configs` has what they hold.
     """
     if not path.exists():
-      raise FileNotFoundError(f"load: {path}: there is no such file or folder.")
+      raise FileNotFoundError(f"load: {path}: there is no such file or folder{_left(path)}.")
     for _ in range(ATTEMPTS):
       self.files = Folder(path if path.is_dir() else path.parent)
       self.folder = self.files.path
@@ -290,6 +291,15 @@ class Reader:
     what = f"tensor {tensor.name!r}"
     data = self.files.read(tensor.file.name, tensor.begin, tensor.end, what)
     return data.view(dtype).reshape(tensor.shape)
+
+
+def _left(path: pathlib.Path) -> str:
+  """What a save that was killed on a system that cannot exchange names left of a folder."""
+  for folders in left_beside(path).values() if path.parent.is_dir() else ():
+    for folder in folders:
+      if folder.suffix == ".old":
+        return f", but {folder.name} is what a save left that was killed; the next puts it back"
+  return ""
 
 
 def _recorded(file: pathlib.Path, text: str) -> Recorded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,16 +25,16 @@ from jaxqq.checkpoint._layouts import (
   written_scalars,
 )
 from jaxqq.checkpoint._load import DTYPE_KEYS, Checkpoint, Tensor
+from jaxqq.checkpoint._replace import check_target, replacing
 from jaxqq.checkpoint._safetensors import METADATA, NAMES
 from jaxqq.checkpoint._schemes import CONFIG, MODELOPT_CONFIG
 from jaxqq.checkpoint._writing import (
-  check_target,
+  as_json,
   parse_size,
-  replacing,
   shard,
   shard_names,
-  write_json,
   write_tensors,
+  write_text,
 )
 
 # The "format" of a file's metadata, which transformers and mlx-lm look at.
@@ -69,22 +70,27 @@ def save(
   metadata, so that `load` has it again. Every other tensor is written as it is.
 
   The folder is written under another name and gets its own when it is complete: a failure leaves
-  what was there.
+  what was there. At every moment the old folder or the new one is at path: they exchange their
+  names in one step (Linux' renameat2). A system or a file system that cannot do so has none there
+  for a moment, which a warning says. What a save that was killed left beside path, the next one
+  removes.
 
   Args:
-    path: a folder, new or empty.
+    path: a folder, new or empty. Where it is a link, the folder that it leads to is meant.
     tensors: names to arrays and `QuantizedWeight`s: a `Checkpoint`, or any mapping.
     format: "mlx", "modelopt" or "compressed-tensors".
     config: what config.json holds besides the quantization; None is a `Checkpoint`'s own.
     max_shard_size: bytes, or a string such as "5GB"; more are split into several files with an
       index. A layer's tensors stay together.
-    overwrite: replaces the weights and configurations of a folder that is not empty; other files in
-      it stay.
+    overwrite: replaces the weights and configurations of a folder that is not empty (*.safetensors,
+      the index, config.json, hf_quant_config.json); other files in it and all subfolders stay.
     progress: a progress bar, where tqdm is installed and stderr is a terminal.
 
   Raises:
+    OSError: the system refused, as a disk that is full. What was there is as it was; the sentence
+      names path and the file.
     FileExistsError: path is a file, or a folder that is not empty and overwrite is not set.
-    TypeError: a tensor is no array, or of a dtype that safetensors has not.
+    TypeError: a tensor is no array, or of a dtype that safetensors has not; config is no JSON.
     ValueError: format or max_shard_size is not as above; no tensor is a `QuantizedWeight`, or one
       does not fit the format: a mode that it has not, a global scale in MLX's, a name that does not
       end in ".weight", more than two axes beside a global scale, a global scale that is no amax.
@@ -107,10 +113,11 @@ def save(
   origin = tensors if isinstance(tensors, Checkpoint) else Checkpoint()
   config = origin.config if config is None else dict(config)
   plan = _planned(tensors, format, config, origin)
+  texts = {file: as_json(file, contents) for file, contents in plan.configs.items()}
   check_target(path, overwrite)
   shards = shard({name: value.nbytes for name, value in plan.values.items()}, max_bytes)
   with (
-    replacing(path, ["*.safetensors", INDEX, CONFIG, MODELOPT_CONFIG]) as folder,
+    replacing(path, ["*.safetensors", INDEX, CONFIG, MODELOPT_CONFIG], overwrite) as target,
     progress_bar("save", len(plan.values), progress) as advance,
   ):
     index: dict[str, str] = {}
@@ -118,14 +125,21 @@ def save(
     for file, names in zip(shard_names(len(shards)), shards, strict=True):
       parts = {part: array for name in names for part, array in plan.written(name).items()}
       recorded = {layer: plan.recorded[layer] for layer in plan.recorded if layer + SUFFIX in names}
-      write_tensors(folder / file, parts, FRAMEWORKS[format], recorded)
+      write_tensors(target.folder / file, parts, FRAMEWORKS[format], recorded)
       index |= dict.fromkeys(parts, file)
       total_size += sum(part.nbytes for part in parts.values())
       advance(len(names))
     if len(shards) > 1:
-      write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": index})
-    for file, contents in plan.configs.items():
-      write_json(folder / file, contents)
+      contents = {"metadata": {"total_size": total_size}, "weight_map": index}
+      texts[INDEX] = as_json(INDEX, contents)
+    for file, text in texts.items():
+      write_text(target.folder / file, text)
+  if not target.at_once:
+    warnings.warn(
+      f"save: {path}: this system cannot exchange the names of two folders, so for a moment none "
+      "was there; had the process been killed then, the next save would have put the old one back.",
+      stacklevel=2,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

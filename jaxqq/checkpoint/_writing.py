@@ -1,15 +1,13 @@
-"""What `save` writes: files in a folder of their own, which then takes the place of the other."""
+"""The files that `save` writes: how many, of what names, and their bytes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
 import pathlib
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,12 +22,13 @@ def parse_size(size: int | str) -> int:
   """Bytes, from an int or "5GB"."""
   words = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
   unit = None if words is None else _UNITS.get(words[2].upper())
-  if words is None or unit is None or isinstance(size, bool) or float(words[1]) * unit < 1:
+  count = math.nan if words is None or unit is None else float(words[1]) * unit
+  if not 1 <= count < math.inf or isinstance(size, bool):
     raise ValueError(
       f"save: max_shard_size must be a positive number of bytes or a string such as '5GB', got "
       f"{size!r}."
     )
-  return int(float(words[1]) * unit)
+  return int(count)
 
 
 def shard(sizes: dict[str, int], max_shard_size: int) -> list[list[str]]:
@@ -56,59 +55,36 @@ def write_tensors(
 ) -> None:
   """recorded: each layer's fields that go into the metadata."""
   metadata = {"format": framework} | ({RECORDED: json.dumps(recorded)} if recorded else {})
-  with open(file, "wb") as out:
-    for chunk in file_chunks(tensors, metadata):
-      out.write(chunk)
-  _sync(file)
+  _write(file, file_chunks(tensors, metadata))
 
 
-def write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-  file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  _sync(file)
-
-
-def _sync(path: pathlib.Path) -> None:
-  """Onto the disk before the folder gets its name."""
-  descriptor = os.open(path, os.O_RDONLY)
+def as_json(file: str, value: dict[str, Any]) -> str:
+  """The text of a file."""
   try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+    return json.dumps(value, indent=2) + "\n"
+  except (TypeError, ValueError, RecursionError) as error:
+    raise TypeError(
+      f"save: config must be what {file} can hold, JSON, got another ({error})."
+    ) from None
 
 
-def check_target(path: pathlib.Path, overwrite: bool) -> None:
-  if path.exists() and not path.is_dir():
-    raise FileExistsError(f"save: {path} is a file; path must be a folder, new or empty.")
-  if not overwrite and path.exists() and any(path.iterdir()):
-    raise FileExistsError(
-      f"save: {path} is not empty; path must be a new or empty folder, or pass overwrite=True."
+def write_text(file: pathlib.Path, text: str) -> None:
+  _write(file, [np.frombuffer(text.encode(), np.uint8)])
+
+
+def _write(file: pathlib.Path, chunks: Iterable[np.ndarray]) -> None:
+  """A new file, with the mode that the user's umask leaves, and onto the disk."""
+  try:
+    descriptor = os.open(
+      file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
     )
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path, replaced: list[str]) -> Iterator[pathlib.Path]:
-  """A folder to write in that takes path's name once all is written, and is gone otherwise.
-
-  What path holds stays, but for the files that `replaced` matches.
-  """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  written, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.{end}" for end in ("tmp", "old"))
-  try:
-    if path.exists():
-      shutil.copytree(path, written, ignore=shutil.ignore_patterns(*replaced), symlinks=True)
-    else:
-      written.mkdir()
-    yield written
-    _sync(written)
-    if path.exists():
-      os.replace(path, old)
     try:
-      os.replace(written, path)
-    except OSError:
-      if old.exists():
-        os.replace(old, path)
-      raise
-  finally:
-    shutil.rmtree(written, ignore_errors=True)
-  shutil.rmtree(old, ignore_errors=True)
-  _sync(path.parent)
+      for chunk in chunks:
+        rest = memoryview(chunk)
+        while rest:
+          rest = rest[os.write(descriptor, rest) :]
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+  except OSError as error:
+    raise OSError(error.errno, error.strerror or str(error), str(file)) from error
