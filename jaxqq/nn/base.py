@@ -102,7 +102,7 @@ class QuantizedLayer(nnx.Module):
     k = FORMATS[dot_general.mode].group_size
     return build(k, 1, mode=dot_general.mode, use_bias=False, **NO_NUMBERS, **options)
 
-  def kernel_axes(self) -> KernelAxes:
+  def _kernel_axes(self) -> KernelAxes:
     """Also of the layer of nnx that this one stands for, given as self."""
     raise NotImplementedError
 
@@ -126,7 +126,8 @@ class QuantizedLayer(nnx.Module):
   def pack(self) -> None:
     """Replaces the kernel by its packed weight, by which the layer computes the same.
 
-    What it multiplies by is quantized: the kernel in the layer's dtype, where it has one.
+    What it multiplies by is quantized: the kernel in the layer's dtype, where it has one. Another
+    layer that shares the kernel keeps it: `jaxqq.nn.pack` packs them together.
     """
     if self.is_packed:
       return
@@ -142,7 +143,7 @@ class QuantizedLayer(nnx.Module):
 
     def quantize(kernel: jax.Array) -> QuantizedWeight:
       cast = kernel if self.dtype is None else kernel.astype(self.dtype)
-      matrices = self.kernel_axes().as_matrices(cast)
+      matrices = self._kernel_axes().as_matrices(cast)
       return quantize_weight(matrices, self.mode, global_scale=self.dot_general.global_scale)
 
     is_abstract = isinstance(kernel, jax.ShapeDtypeStruct)
@@ -164,7 +165,7 @@ class QuantizedLayer(nnx.Module):
     Raises:
       ValueError: its shape does not fit the layer.
     """
-    axes = self.kernel_axes()
+    axes = self._kernel_axes()
     right = axes.matrices_shape
     if weight.shape[-len(right) :] != right:
       raise ValueError(
@@ -192,6 +193,21 @@ class QuantizedLayer(nnx.Module):
         placement["out_sharding"] = names[: len(value.shape)]
       setattr(self, name, Packed(value, **placement))
 
+  def _share_kernel_of(self, other: QuantizedLayer) -> None:
+    """Holds the variables of another layer as its own kernel, packed or not as they are there.
+
+    What is of this layer alone stays: a static scale of its inputs, its backward pass.
+    """
+    if self.kernel is not None:
+      self._remember_kernel(self.kernel)
+    self.kernel = nnx.data(None) if other.kernel is None else other.kernel
+    for name in LEAVES[:3]:
+      variable = getattr(other, name)
+      setattr(self, name, nnx.data(None) if variable is None else variable)
+    self.param_dtype = other.param_dtype
+    mode, scale = other.dot_general.mode, other.dot_general.global_scale
+    self.dot_general = dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
+
   def unpack(self) -> None:
     """Replaces the packed weight by a kernel of what it stands for, to be trained further."""
     weight = self.weight
@@ -200,7 +216,7 @@ class QuantizedLayer(nnx.Module):
     is_abstract = isinstance(weight.packed, jax.ShapeDtypeStruct)
 
     def kernel_of(weight: QuantizedWeight) -> jax.Array:
-      return self.kernel_axes().from_matrices(weight.dequantize())
+      return self._kernel_axes().from_matrices(weight.dequantize())
 
     kernel = jax.eval_shape(kernel_of, weight) if is_abstract else kernel_of(weight)
     self.kernel = self.kernel_type(kernel, **dict(self.kernel_metadata))
@@ -219,12 +235,17 @@ class QuantizedLayer(nnx.Module):
     self, inputs: jax.Array, kernel: jax.Array, contracting: Axes, batch: Axes
   ) -> jax.Array:
     """The product with axes (batch, free axes of inputs, free axes of the kernel)."""
-    axes, weight = self.kernel_axes(), self.weight
+    axes, weight = self._kernel_axes(), self.weight
     options = (self.precision, self.preferred_element_type)
     if weight is not None:
       return self.dot_general.packed(inputs, weight, contracting, batch, axes.features, *options)
     numbers = ((contracting, axes.contracting), (batch, axes.batch))
     return self.dot_general(inputs, kernel, numbers, *options)
+
+
+def packing(kind: type[QuantizedLayer], layer: Any, dot_general: DotGeneral) -> tuple[Any, ...]:
+  """What decides the bits of a packed kernel, besides the kernel: of a layer of nnx, or its own."""
+  return (dot_general.mode, dot_general.global_scale, layer.dtype, kind._kernel_axes(layer))
 
 
 def why_not(kind: type[QuantizedLayer], layer: Any, mode: str) -> str | None:
@@ -234,7 +255,7 @@ def why_not(kind: type[QuantizedLayer], layer: Any, mode: str) -> str | None:
     if not any(value is own for own in usual) and not isinstance(value, DotGeneral):
       return f"it has its own {name}, which qqmm would replace"
   try:
-    axes = kind.kernel_axes(layer)
+    axes = kind._kernel_axes(layer)
   except ValueError as error:
     return str(error).rstrip(".").partition(": ")[2]
   return axes.why_not(layer.kernel, mode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from flax import nnx
@@ -13,7 +13,7 @@ from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode, ProductMode
 from jaxqq._gradient import Backward
-from jaxqq.nn.base import Packed, QuantizedLayer, why_not
+from jaxqq.nn.base import Packed, QuantizedLayer, packing, why_not
 from jaxqq.nn.layers import LAYERS
 from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
 
@@ -52,7 +52,8 @@ def quantize_model(
 
   Raises:
     TypeError: model is no nnx.Module, or a layer itself.
-    ValueError: mode, backward or global_scale is not as above.
+    ValueError: mode, backward or global_scale is not as above; packed, and a kernel is shared with
+      what is not packed alike, as for `pack`. The model is as it was.
 
   Example:
     >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
@@ -72,6 +73,7 @@ def quantize_model(
       f"place; make a layer of it with jaxqq.nn.{kind}."
     )
   conversion = _Conversion(dot_general, predicate, packed)
+  conversion.choose(model)
   conversion.walk((), model)
   return Report(tuple(conversion.rows))
 
@@ -79,8 +81,11 @@ def quantize_model(
 def pack(model: nnx.Module) -> None:
   """Packs every quantized layer of a model (or the one that it is), for serving.
 
+  Layers that share a kernel share its packed weight.
+
   Raises:
-    ValueError: there is no quantized layer.
+    ValueError: there is no quantized layer; or one shares its kernel with what is not packed, or
+      not alike (another mode, dtype or order of axes), and would be apart from it.
 
   Example:
     >>> model = nnx.Sequential(jaxqq.nn.QQLinear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
@@ -88,12 +93,21 @@ def pack(model: nnx.Module) -> None:
     >>> model.layers[0].is_packed
     True
   """
-  for layer in _quantized_layers("pack", model):
-    layer.pack()
+  layers = _quantized_layers("pack", model)
+  unpacked = [layer for layer in layers if not layer.is_packed]
+  ways = {id(layer): packing(type(layer), layer, layer.dot_general) for layer in unpacked}
+  _check_shared("pack", model, ways)
+  for layer, first in _first_to_hold("kernel", unpacked):
+    if layer is first:
+      layer.pack()
+    else:
+      layer._share_kernel_of(first)
 
 
 def unpack(model: nnx.Module) -> None:
   """Unpacks every packed layer of a model (or the one that it is), to train it further.
+
+  Layers that share a packed weight share the kernel.
 
   Raises:
     ValueError: there is no quantized layer.
@@ -105,8 +119,62 @@ def unpack(model: nnx.Module) -> None:
     >>> model.layers[0].kernel.shape
     (64, 64)
   """
-  for layer in _quantized_layers("unpack", model):
-    layer.unpack()
+  packed = [layer for layer in _quantized_layers("unpack", model) if layer.is_packed]
+  for layer, first in _first_to_hold("packed", packed):
+    if layer is first:
+      layer.unpack()
+    else:
+      layer._share_kernel_of(first)
+
+
+def _first_to_hold(
+  name: str, layers: list[QuantizedLayer]
+) -> list[tuple[QuantizedLayer, QuantizedLayer]]:
+  """Each layer with the first one that holds the same variable under that name, often itself."""
+  first: dict[int, QuantizedLayer] = {}
+  return [(layer, first.setdefault(id(getattr(layer, name)), layer)) for layer in layers]
+
+
+def _check_shared(function: str, model: Any, ways: dict[int, tuple[Any, ...]]) -> None:
+  """A kernel that is to be packed is shared only by layers that pack it alike, if by any.
+
+  ways: of each layer that will be packed, by its id, what decides the bits.
+  """
+  holders: dict[int, list[tuple[str, Any, Any]]] = {}
+  for path, node in _nodes(model):
+    for key, child in _items(node):
+      if isinstance(child, nnx.Variable):
+        way = ways.get(id(node)) if key == "kernel" else None
+        holders.setdefault(id(child), []).append((".".join(path), node, way))
+  for held in holders.values():
+    packed = next((holder for holder in held if holder[2] is not None), None)
+    other = packed and next((holder for holder in held if holder[2] != packed[2]), None)
+    if packed and other:
+      alike = "is not packed" if other[2] is None else "packs it in another way"
+      raise ValueError(
+        f"{function}: layer {packed[0]!r} shares its kernel with {other[0]!r}, a "
+        f"{type(other[1]).__name__} that {alike}, and they would train apart from then on; pack "
+        "both alike, or give each a kernel of its own."
+      )
+
+
+def _nodes(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """Every node of a model once, by its path, but for variables; a node before its children."""
+  seen: dict[int, Any] = {}
+
+  def walk(path: tuple[str, ...], node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if _is_node(node) and id(node) not in seen:
+      seen[id(node)] = node
+      yield path, node
+      for key, child in _items(node):
+        yield from walk((*path, str(key)), child)
+
+  return walk((), node)
+
+
+def _is_node(node: Any) -> bool:
+  is_container = isinstance(node, (nnx.Pytree, list, dict, tuple))
+  return is_container and not isinstance(node, nnx.Variable)
 
 
 def _quantized_layers(function: str, model: nnx.Module) -> list[QuantizedLayer]:
@@ -129,10 +197,29 @@ class _Conversion:
   rows: list[LayerReport] = dataclasses.field(default_factory=list)
   # By id, a node (kept, so that the id stays its own) and what stands in its place.
   seen: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+  # By the id of a layer, the mode to convert to, or None and why not.
+  choices: dict[int, tuple[Mode | None, str | None]] = dataclasses.field(default_factory=dict)
+  # By the id of a kernel (kept), the layer that was packed with it.
+  packed_kernels: dict[int, tuple[Any, QuantizedLayer]] = dataclasses.field(default_factory=dict)
+
+  def choose(self, model: nnx.Module) -> None:
+    """What becomes of each layer; nothing is changed yet."""
+    ways = {}
+    for path, node in _nodes(model):
+      if isinstance(node, nnx.Module) and _parameters(node):
+        mode, _ = self.choices[id(node)] = self.choice(".".join(path), node)
+        if mode is not None:
+          ways[id(node)] = packing(LAYERS[type(node)], node, self.dot_general_in(mode))
+    if self.packed:
+      _check_shared(FUNCTION, model, ways)
+
+  def dot_general_in(self, mode: Mode) -> DotGeneral:
+    scale = self.dot_general.global_scale if FORMATS[mode].has_global_scale else None
+    return dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
 
   def walk(self, path: tuple[str, ...], node: Any) -> Any:
     """What stands in node's place: itself, with new children, or the layer it became."""
-    if isinstance(node, nnx.Variable) or not isinstance(node, (nnx.Pytree, list, dict, tuple)):
+    if not _is_node(node):
       return node
     if id(node) in self.seen:
       return self.seen[id(node)][1]
@@ -163,7 +250,7 @@ class _Conversion:
 
   def layer(self, path: str, node: nnx.Module) -> nnx.Module:
     """The layer converted, or as it is, and its row of the report."""
-    mode, reason = self.choice(path, node)
+    mode, reason = self.choices[id(node)]
     before = _parameters(node)
     kernel = getattr(node, "kernel", None)
     largest = max(before, key=lambda v: math.prod(v.shape))
@@ -179,14 +266,15 @@ class _Conversion:
     if mode is None:
       self.rows.append(row)
       return node
-    fmt, dot_general = FORMATS[mode], self.dot_general
-    scale = dot_general.global_scale if fmt.has_global_scale else None
-    dot_general = dataclasses.replace(dot_general, mode=mode, global_scale=scale)
-    layer: Any = LAYERS[type(node)]._from("quantize_model", node, dot_general)
+    layer: Any = LAYERS[type(node)]._from(FUNCTION, node, self.dot_general_in(mode))
+    kernel, first = self.packed_kernels.get(id(layer.kernel), (layer.kernel, layer))
     weight = layer.quantized()
-    error = relative_error(layer.kernel.get_value(), weight, layer.kernel_axes())
-    if self.packed:
+    error = relative_error(layer.kernel.get_value(), weight, layer._kernel_axes())
+    if self.packed and first is layer:
+      self.packed_kernels[id(kernel)] = kernel, layer
       layer.set_weight(weight)
+    elif self.packed:
+      layer._share_kernel_of(first)
     after = num_bytes(_parameters(layer))
     self.rows.append(dataclasses.replace(row, bytes_after=after, relative_error=error))
     return layer
@@ -220,7 +308,7 @@ def _why_no_layer(node: nnx.Module) -> str:
 
 
 def _items(node: Any) -> list[tuple[Any, Any]]:
-  if isinstance(node, list):
+  if isinstance(node, (list, tuple)):
     return list(enumerate(node))
   if isinstance(node, dict):
     return list(node.items())

@@ -121,7 +121,7 @@ class QQLinear(QuantizedLayer):
     layer.set_weight(weight)
     return layer
 
-  def kernel_axes(self) -> KernelAxes:
+  def _kernel_axes(self) -> KernelAxes:
     return KernelAxes((self.in_features, self.out_features), (), (1,), (0,))
 
   def __call__(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
@@ -193,7 +193,7 @@ class QQLinearGeneral(QuantizedLayer):
     """The same layer as an `nnx.LinearGeneral`, whose variables it shares; as for `QQLinear`."""
     return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale))
 
-  def kernel_axes(self) -> KernelAxes:
+  def _kernel_axes(self) -> KernelAxes:
     parts = (tuple(self.batch_axis.values()), self.in_features, self.out_features)
     batch, contracting, end = np.cumsum([len(part) for part in parts]).tolist()
     return KernelAxes(
@@ -274,7 +274,7 @@ class QQEinsum(QuantizedLayer):
     shape = (FORMATS[dot_general.mode].group_size, 1)
     return build("ab,bc->ac", shape, mode=dot_general.mode, **NO_NUMBERS, **options)
 
-  def kernel_axes(self) -> KernelAxes:
+  def _kernel_axes(self) -> KernelAxes:
     return axes_of_einsum("QQEinsum", self.einsum_str, self.kernel_shape)
 
   def __call__(
