@@ -231,8 +231,8 @@ HEADER = {"x": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}
     ({"data_offsets": [2, 0]}, ("tensor 'x' has no data_offsets",)),
     ({"data_offsets": [0, 2, 2]}, ("tensor 'x' has no data_offsets",)),
     ({"data_offsets": [1, 3]}, ("tensor 'x' begins at byte",)),
-    ({"data_offsets": [0, 1], "shape": [1]}, ("last tensor, 'x'",)),
-    ({"data_offsets": [0, 3], "shape": [3]}, ("last tensor, 'x'",)),
+    ({"data_offsets": [0, 1], "shape": [1]}, ("tensor 'x', its last",)),
+    ({"data_offsets": [0, 3], "shape": [3]}, ("tensor 'x', its last",)),
     ({"y": HEADER["x"]}, ("tensor 'y' begins at byte",)),
   ],
 )

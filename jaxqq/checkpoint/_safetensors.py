@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -84,15 +84,22 @@ def parse_header(header: bytes, file_size: int) -> tuple[dict[str, Entry], dict[
   data = 8 + len(header)
   entries = {name: _entry(name, value, data) for name, value in parsed.items()}
   ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
-  end = data
-  for name, entry in ordered:
-    if entry.begin != end:
-      raise DamagedError(f"tensor {name!r} begins at byte {entry.begin}, not at {end}")
-    end = entry.end
+  ends = [(data, "its header"), *((entry.end, f"tensor {name!r}") for name, entry in ordered)]
+  gaps = [entry.begin - end for (_, entry), (end, _) in zip(ordered, ends, strict=False)]
+  # An overlap tells more of what is wrong than the hole that it leaves elsewhere.
+  wrong = next((i for is_wrong in _WRONG for i, gap in enumerate(gaps) if is_wrong(gap)), None)
+  if wrong is not None:
+    (name, entry), (end, before) = ordered[wrong], ends[wrong]
+    raise DamagedError(
+      f"tensor {name!r} begins at byte {entry.begin}, not at {end} where {before} ends"
+    )
+  end, last = ends[-1]
   if end != file_size:
-    last = f"the data of its last tensor, {ordered[-1][0]!r}," if ordered else "its header"
-    raise DamagedError(f"{last} should end the file at byte {end}")
+    raise DamagedError(f"{last}, its last, should end at that byte, and does at {end}")
   return dict(ordered), metadata
+
+
+_WRONG: tuple[Callable[[int], bool], ...] = (lambda gap: gap < 0, lambda gap: gap > 0)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
