@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from flax import nnx
 from safetensors.numpy import save_file
 
 import jaxqq
@@ -493,11 +494,11 @@ def test_layouts_name_their_sources():
   assert all(layout.source.count("/") >= 3 for layout in _layouts.LAYOUTS)
 
 
-@pytest.mark.parametrize("name", ["load", "load_each", "save"])
+@pytest.mark.parametrize("name", ["load", "load_each", "load_into", "save"])
 def test_examples_in_docstrings(name):
   function = getattr(checkpoint, name)
   assert all(part in function.__doc__ for part in ("Args:", "Raises:", "Example:", "Source:"))
-  names = {"jax": jax, "jnp": jnp, "jaxqq": jaxqq, "checkpoint": checkpoint}
+  names = {"jax": jax, "jnp": jnp, "nnx": nnx, "jaxqq": jaxqq, "checkpoint": checkpoint}
   example = doctest.DocTestParser().get_doctest(function.__doc__, names, name, None, 0)
   assert example.examples
   assert doctest.DocTestRunner().run(example).failed == 0

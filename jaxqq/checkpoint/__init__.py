@@ -4,6 +4,7 @@ No number is computed anew: codes and scales are the bytes of the files. Nothing
 installed; `pip install 'jaxqq[checkpoint]'` brings tqdm, for a progress bar.
 """
 
+from jaxqq.checkpoint._into import load_into
 from jaxqq.checkpoint._load import Checkpoint, LoadedTensors, load, load_each
 from jaxqq.checkpoint._save import save
 
@@ -12,6 +13,7 @@ __all__ = [
   "LoadedTensors",
   "load",
   "load_each",
+  "load_into",
   "save",
 ]
 

@@ -95,7 +95,8 @@ def parse_header(header: bytes, file_size: int) -> tuple[dict[str, Entry], dict[
     )
   end, last = ends[-1]
   if end != file_size:
-    raise DamagedError(f"{last}, its last, should end at that byte, and does at {end}")
+    last += ", its last," if ordered else ""
+    raise DamagedError(f"{last} should end at that byte, and does at {end}")
   return dict(ordered), metadata
 
 

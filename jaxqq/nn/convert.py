@@ -72,7 +72,7 @@ def quantize_model(
       f"{FUNCTION}: model is a single nnx.{type(model).__name__}, which cannot be replaced in "
       f"place; make a layer of it with jaxqq.nn.{kind}."
     )
-  conversion = _Conversion(dot_general, predicate, packed)
+  conversion = _Conversion(dot_general=dot_general, predicate=predicate, packed=packed)
   conversion.choose(model)
   conversion.walk((), model)
   return Report(tuple(conversion.rows))
@@ -141,8 +141,8 @@ def _check_shared(function: str, model: Any, ways: dict[int, tuple[Any, ...]]) -
   ways: of each layer that will be packed, by its id, what decides the bits.
   """
   holders: dict[int, list[tuple[str, Any, Any]]] = {}
-  for path, node in _nodes(model):
-    for key, child in _items(node):
+  for path, node in nodes(model):
+    for key, child in items(node):
       if isinstance(child, nnx.Variable):
         way = ways.get(id(node)) if key == "kernel" else None
         holders.setdefault(id(child), []).append((".".join(path), node, way))
@@ -158,7 +158,7 @@ def _check_shared(function: str, model: Any, ways: dict[int, tuple[Any, ...]]) -
       )
 
 
-def _nodes(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+def nodes(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
   """Every node of a model once, by its path, but for variables; a node before its children."""
   seen: dict[int, Any] = {}
 
@@ -166,7 +166,7 @@ def _nodes(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     if _is_node(node) and id(node) not in seen:
       seen[id(node)] = node
       yield path, node
-      for key, child in _items(node):
+      for key, child in items(node):
         yield from walk((*path, str(key)), child)
 
   return walk((), node)
@@ -188,34 +188,15 @@ def _quantized_layers(function: str, model: nnx.Module) -> list[QuantizedLayer]:
 
 
 @dataclasses.dataclass
-class _Conversion:
-  """One walk over a model, and what it finds on the way."""
+class Replacement:
+  """One walk over a model that puts layers in the place of others, wherever the model has them."""
 
-  dot_general: DotGeneral
-  predicate: Predicate | None
-  packed: bool
-  rows: list[LayerReport] = dataclasses.field(default_factory=list)
   # By id, a node (kept, so that the id stays its own) and what stands in its place.
   seen: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-  # By the id of a layer, the mode to convert to, or None and why not.
-  choices: dict[int, tuple[Mode | None, str | None]] = dataclasses.field(default_factory=dict)
-  # By the id of a kernel (kept), the layer that was packed with it.
-  packed_kernels: dict[int, tuple[Any, QuantizedLayer]] = dataclasses.field(default_factory=dict)
 
-  def choose(self, model: nnx.Module) -> None:
-    """What becomes of each layer; nothing is changed yet."""
-    ways = {}
-    for path, node in _nodes(model):
-      if isinstance(node, nnx.Module) and _parameters(node):
-        mode, _ = self.choices[id(node)] = self.choice(".".join(path), node)
-        if mode is not None:
-          ways[id(node)] = packing(LAYERS[type(node)], node, self.dot_general_in(mode))
-    if self.packed:
-      _check_shared(FUNCTION, model, ways)
-
-  def dot_general_in(self, mode: Mode) -> DotGeneral:
-    scale = self.dot_general.global_scale if FORMATS[mode].has_global_scale else None
-    return dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
+  def layer(self, path: str, node: nnx.Module) -> nnx.Module:
+    """What stands in the place of a module with parameters: itself, or another one."""
+    raise NotImplementedError
 
   def walk(self, path: tuple[str, ...], node: Any) -> Any:
     """What stands in node's place: itself, with new children, or the layer it became."""
@@ -238,7 +219,7 @@ class _Conversion:
       if all(new is old for new, old in zip(after, node, strict=True)):
         return node
       return type(node)(*after) if hasattr(node, "_fields") else tuple(after)
-    for key, child in _items(node):
+    for key, child in items(node):
       new = self.walk((*path, str(key)), child)
       if new is child:
         continue
@@ -247,6 +228,36 @@ class _Conversion:
       else:
         setattr(node, key, nnx.data(new))
     return node
+
+
+@dataclasses.dataclass
+class _Conversion(Replacement):
+  """One walk over a model, and what it finds on the way."""
+
+  _: dataclasses.KW_ONLY
+  dot_general: DotGeneral
+  predicate: Predicate | None
+  packed: bool
+  rows: list[LayerReport] = dataclasses.field(default_factory=list)
+  # By the id of a layer, the mode to convert to, or None and why not.
+  choices: dict[int, tuple[Mode | None, str | None]] = dataclasses.field(default_factory=dict)
+  # By the id of a kernel (kept), the layer that was packed with it.
+  packed_kernels: dict[int, tuple[Any, QuantizedLayer]] = dataclasses.field(default_factory=dict)
+
+  def choose(self, model: nnx.Module) -> None:
+    """What becomes of each layer; nothing is changed yet."""
+    ways = {}
+    for path, node in nodes(model):
+      if isinstance(node, nnx.Module) and _parameters(node):
+        mode, _ = self.choices[id(node)] = self.choice(".".join(path), node)
+        if mode is not None:
+          ways[id(node)] = packing(LAYERS[type(node)], node, self.dot_general_in(mode))
+    if self.packed:
+      _check_shared(FUNCTION, model, ways)
+
+  def dot_general_in(self, mode: Mode) -> DotGeneral:
+    scale = self.dot_general.global_scale if FORMATS[mode].has_global_scale else None
+    return dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
 
   def layer(self, path: str, node: nnx.Module) -> nnx.Module:
     """The layer converted, or as it is, and its row of the report."""
@@ -307,7 +318,7 @@ def _why_no_layer(node: nnx.Module) -> str:
   return "it is no layer of nnx that multiplies by a kernel"
 
 
-def _items(node: Any) -> list[tuple[Any, Any]]:
+def items(node: Any) -> list[tuple[Any, Any]]:
   if isinstance(node, (list, tuple)):
     return list(enumerate(node))
   if isinstance(node, dict):
@@ -317,4 +328,4 @@ def _items(node: Any) -> list[tuple[Any, Any]]:
 
 def _parameters(node: nnx.Module) -> list[nnx.Variable[Any]]:
   """Those that a module holds itself, packed or not."""
-  return [child for _, child in _items(node) if isinstance(child, (nnx.Param, Packed))]
+  return [child for _, child in items(node) if isinstance(child, (nnx.Param, Packed))]

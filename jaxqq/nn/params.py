@@ -156,7 +156,7 @@ class _Conversion:
       return dict(own)
     assert seen.axes is not None
     weight = self.quantized(kernel, seen, mode)
-    after = {**own, "kernel": _boxed(weight, own["kernel"], seen.axes)}
+    after = {**own, "kernel": boxed(weight, own["kernel"], seen.axes)}
     error = relative_error(kernel, weight, seen.axes)
     self.rows.append(dataclasses.replace(row, bytes_after=num_bytes(after), relative_error=error))
     return after
@@ -207,7 +207,7 @@ class _Conversion:
     return dataclasses.replace(weight, dtype=np.dtype(kernel.dtype))
 
 
-def _boxed(weight: QuantizedWeight, box: Any, axes: KernelAxes) -> QuantizedWeight:
+def boxed(weight: QuantizedWeight, box: Any, axes: KernelAxes) -> QuantizedWeight:
   """Each array in a box as the kernel's, with the names of its own axes."""
   if not isinstance(box, linen.Partitioned):
     return weight
