@@ -178,6 +178,22 @@ def test_a_file_that_shrinks_while_it_is_read(versions, tmp_path):
     checkpoint.load(tmp_path / "m", device=device)
 
 
+@pytest.mark.parametrize("opens_folders", [True, False])
+def test_each_file_is_opened_and_its_header_read_once(opens_folders, versions, monkeypatch):
+  """However many float8 tensors it has: load takes time that is linear in their number."""
+  (a, _), _ = versions
+  opened, parsed, real_open, real_parse = [], [], os.open, _files.parse_header
+  monkeypatch.setattr(_files, "OPENS_FOLDERS", opens_folders)
+  monkeypatch.setattr(
+    os, "open", lambda path, *args, **kw: opened.append(path) or real_open(path, *args, **kw)
+  )
+  monkeypatch.setattr(_files, "parse_header", lambda *args: parsed.append(1) or real_parse(*args))
+  loaded = checkpoint.load(a)
+  assert sum(isinstance(value, jaxqq.QuantizedWeight) for value in loaded.values()) == 2
+  files = [os.path.basename(path) for path in opened if str(path) != str(a)]
+  assert sorted(files) == sorted(path.name for path in a.iterdir()) and len(parsed) == 2
+
+
 # What files say
 
 
@@ -290,6 +306,26 @@ def test_a_text_config_that_is_no_object(value, tmp_path):
   loaded = checkpoint.load(folder)
   assert loaded.config["text_config"] == value
   np.testing.assert_array_equal(loaded["up.weight"].packed, wanted["up.weight"]["packed"])
+
+
+def test_an_amax_of_a_file_that_the_index_does_not_ask(tmp_path):
+  """Two amax of one scalar: that of the file whose tensor is read holds."""
+  amax = np.random.default_rng(0).uniform(1, 32, 100).astype(np.float32)
+  scalar = checkpoints.scalar_of("modelopt", amax)
+  at = next(i for i, s in enumerate(scalar) if checkpoints.amax_of("modelopt", s) != amax[i])
+  other = checkpoints.amax_of("modelopt", scalar[at])
+  assert checkpoints.scalar_of("modelopt", other) == scalar[at]
+  folder, _, _ = checkpoints.write_kind(tmp_path / "m", "modelopt")
+  tensors, _ = checkpoints.layers("modelopt", np.random.default_rng(0))
+  tensors["up.weight_scale_2"] = np.asarray(scalar[at])
+  for file, exact in (("a", amax[at]), ("b", other)):
+    metadata = {"jaxqq.amax": json.dumps({"up": {"global_scale": float(exact)}})}
+    save_file(tensors, folder / file, metadata)
+  for asked, wanted in (("a", amax[at]), ("b", other)):
+    unasked = "b" if asked == "a" else "a"
+    weight_map = dict.fromkeys(tensors, asked) | {"down.input_scale": unasked}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert checkpoint.load(folder)["up.weight"].global_scale == wanted
 
 
 def test_a_file_that_may_not_be_read(versions, tmp_path, monkeypatch):

@@ -156,12 +156,13 @@ class Folder:
 
   def changed(self) -> pathlib.Path | None:
     """The folder or an opened file, if its name means another one by now, or it was written to."""
-    if _state(self._own)[:2] != _state(_found(lambda: os.stat(self.path)))[:2]:
-      return self.path
     for name, (_, before) in self._opened.items():
       if _state(before) != _state(_found(functools.partial(self._stat, name))):
-        return self.path / name
-    return None
+        return self.path / name if self._has_its_name() else self.path
+    return None if self._has_its_name() else self.path
+
+  def _has_its_name(self) -> bool:
+    return _state(self._own)[:2] == _state(_found(lambda: os.stat(self.path)))[:2]
 
   def _at(self, name: str) -> str | pathlib.Path:
     return self.path / name if self._fd is None else name
@@ -245,15 +246,18 @@ class Reader:
       wanted = "" if names is None else f", which the index says holds {min(names)!r}"
       raise FileNotFoundError(f"load: {where}: there is no such file{wanted}.")
     entries, metadata = self._header(file)
-    self.recorded |= _recorded(where, metadata.get(RECORDED, "{}"))
-    missing = set(names or ()) - entries.keys()
+    names = list(entries) if names is None else names
+    layers = {name.rpartition(".")[0] for name in names}
+    recorded = _recorded(where, metadata.get(RECORDED, "{}"))
+    self.recorded |= {layer: recorded[layer] for layer in layers & recorded.keys()}
+    missing = set(names) - entries.keys()
     if missing:
       raise ValueError(
         f"load: {where}: tensor {min(missing)!r} is not in the file, but the index lists it."
       )
     return {
       name: TensorInfo(name, where, entry.dtype, entry.shape, entry.begin, entry.end)
-      for name, entry in ((name, entries[name]) for name in names or entries)
+      for name, entry in ((name, entries[name]) for name in names)
     }
 
   def _header(self, file: str) -> tuple[dict[str, Entry], dict[str, str]]:
