@@ -19,6 +19,8 @@ from jaxqq.checkpoint import _layouts
 from tests.support import checkpoints, oracle
 from tests.support.processes import HIDE, run_without
 
+# Where names cannot be exchanged, `save` says so.
+pytestmark = pytest.mark.filterwarnings("ignore:save. .* this system cannot exchange")
 KINDS = (*checkpoints.KINDS, "mlx-mxfp8")
 FORMAT = {kind: kind.removesuffix("-mxfp8") for kind in KINDS} | dict.fromkeys(
   ("nvfp4-pack-quantized", "mxfp8-quantized"), "compressed-tensors"

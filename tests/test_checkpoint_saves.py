@@ -24,6 +24,8 @@ from tests.support.kills import add_others, snapshot, tensors, write
 from tests.support.messages import refused
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Where names cannot be exchanged, `save` says so.
+pytestmark = pytest.mark.filterwarnings("ignore:save. .* this system cannot exchange")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
