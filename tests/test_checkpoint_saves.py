@@ -155,6 +155,18 @@ def test_files_that_cannot_be_linked_are_copied(tmp_path, monkeypatch):
   assert changed == {name for name in after if "/" not in name and name.startswith("model-")}
 
 
+@pytest.mark.parametrize("name", [".", "../m", "from within"])
+def test_the_working_directory_may_be_the_folder(name, tmp_path, monkeypatch):
+  write(tmp_path / "m", 0)
+  add_others(tmp_path / "m")
+  monkeypatch.chdir(tmp_path / "m" / ("1_Pooling" if name == "from within" else ""))
+  write(pathlib.Path(".." if name == "from within" else name), 1)
+  assert pathlib.Path.cwd().is_relative_to(tmp_path / "m")
+  if name != "from within":
+    np.testing.assert_array_equal(checkpoint.load(".")["norm"], tensors(1)["norm"])
+  assert (pathlib.Path.cwd() / "config.json").exists()
+
+
 def test_a_folder_where_a_file_is_written(tmp_path):
   (tmp_path / "m" / "config.json").mkdir(parents=True)
   with pytest.raises(FileExistsError, match=r"^save: .*/m/config.json is a folder"):

@@ -69,12 +69,26 @@ def replacing(path: pathlib.Path, replaced: list[str], overwrite: bool) -> Itera
         shutil.copymode(path, target.folder)
       for folder, _, _ in os.walk(target.folder):
         sync(folder)
-      target.at_once = _put(target.folder, path, overwrite)
+      with _staying_in(path):
+        target.at_once = _put(target.folder, path, overwrite)
       sync(path.parent)
     finally:  # by now the old one, if it had its name
       shutil.rmtree(target.folder, ignore_errors=True)
     if not target.at_once:
       shutil.rmtree(_old(target.folder), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _staying_in(path: pathlib.Path) -> Iterator[None]:
+  """A process that works in the folder works in the new one then, not in one that has no name."""
+  try:
+    working = pathlib.Path.cwd()
+  except OSError:  # it is in such a one already
+    working = path.parent
+  yield
+  if path in (working, *working.parents):
+    with contextlib.suppress(OSError):
+      os.chdir(working)
 
 
 def sync(path: str | os.PathLike[str]) -> None:
