@@ -397,3 +397,21 @@ def test_a_name_that_is_no_tensors(tmp_path):
     with pytest.raises(ValueError, match="save: the names of tensors must be"):
       checkpoint.save(tmp_path / "m", {"a.weight": weight, name: np.ones(2)}, format="mlx")
   assert not list(pathlib.Path(tmp_path).iterdir())
+
+
+def test_a_folder_that_takes_a_files_place_is_closed(tmp_path, monkeypatch):
+  """Between the look at it and its opening."""
+  folder = write_sharded(tmp_path / "m", 0)
+  real, opened = os.open, []
+
+  def swapped(path, *args, **options):
+    name = "sub" if str(path).endswith("1.safetensors") else path
+    opened.append(real(name, *args, **options))
+    return opened[-1]
+
+  (folder / "sub").mkdir()
+  monkeypatch.setattr(os, "open", swapped)
+  refused(folder, folder / "1.safetensors", "Is a directory", kind=IsADirectoryError)
+  for descriptor in opened:
+    with pytest.raises(OSError):
+      os.fstat(descriptor)

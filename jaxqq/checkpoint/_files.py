@@ -147,7 +147,9 @@ class Folder:
       # Without waiting, should it be a pipe by now.
       flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
       try:
-        file = io.FileIO(os.open(self._at(name), flags, dir_fd=self._fd))
+        file = io.FileIO(
+          str(self._at(name)), opener=lambda path, _: os.open(path, flags, dir_fd=self._fd)
+        )
         self._on_close.callback(file.close)
         self._opened[name] = file, os.fstat(file.fileno())
       except OSError as error:
