@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import jaxqq
 from jaxqq import checkpoint
-from jaxqq.checkpoint import _layouts
+from jaxqq.checkpoint import _layouts, _scalars
 from tests.support import checkpoints, oracle
 from tests.support.processes import HIDE, run_without
 
@@ -129,8 +129,8 @@ def test_scalars_that_come_from_an_amax_survive_without_what_was_stored():
   amax = np.concatenate([amax, (near.view(np.int32) + steps).view(np.float32).ravel()])
   for format in ("modelopt", "compressed-tensors"):
     layout = _layouts.layout_of(format, "nvfp4")
-    stored = _layouts.from_amax(layout, amax)
-    assert_same(_layouts.from_amax(layout, _layouts.to_amax(layout, stored)), stored)
+    stored = _scalars.from_amax(layout, amax)
+    assert_same(_scalars.from_amax(layout, _scalars.to_amax(layout, stored)), stored)
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "nvfp4-pack-quantized"])
@@ -296,30 +296,29 @@ def test_mlx_entries_of_layers(tmp_path):
     "a.scales": a_scales,
     "b.weight": b.view("<u4"),
     "b.scales": b_scales,
-    "c.weight": a.view("<u4"),
-    "c.scales": a_scales,
     "d.weight": np.ones((4, 4), np.float32),
   }
   quantization = {
     "group_size": 16,
     "bits": 4,
     "mode": "nvfp4",
-    "c": False,
     "d": False,
+    "a": True,
+    "language_model.lm_head": {"group_size": 64, "bits": 8},
     "b": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
   }
   checkpoints.write(tmp_path, tensors, config_json={"quantization": quantization})
   loaded = checkpoint.load(tmp_path)
   assert (loaded["a.weight"].mode, loaded["b.weight"].mode) == ("nvfp4", "mxfp8")
   assert_same(loaded["b.weight"].packed, tensors["b.weight"])
-  for name in ("c.weight", "c.scales", "d.weight"):
-    assert_same(loaded[name], tensors[name])
+  assert_same(loaded["d.weight"], tensors["d.weight"])
 
 
 @pytest.mark.parametrize("where", ["hf_quant_config_json", "config_json"])
 def test_modelopt_leaves_out_what_its_wildcards_match(where, tmp_path):
   tensors, wanted = checkpoints.layers("modelopt", np.random.default_rng(0))
-  renamed = {name.replace("down.", "model.layers.0.gate."): a for name, a in tensors.items()}
+  renamed = {name.replace("down.", "model.layers.10.gate."): a for name, a in tensors.items()}
+  renamed["model.layers.0.gate.weight"] = np.ones((4, 64), np.float32)
   inner = {"quant_algo": "NVFP4", "group_size": 16}
   if where == "config_json":
     ignored = {"quant_method": "modelopt", "ignore": ["lm_head", "*.gate"]}
@@ -328,10 +327,12 @@ def test_modelopt_leaves_out_what_its_wildcards_match(where, tmp_path):
     config = {"quantization": inner | {"exclude_modules": ["lm_head", "model.layers.*.gate"]}}
   loaded = checkpoint.load(checkpoints.write(tmp_path, renamed, **{where: config}))
   assert_same(loaded["up.weight"].packed, wanted["up.weight"]["packed"])
-  left_out = [name for name in renamed if "gate" in name]
-  assert len(left_out) == 4
-  for name in left_out:
-    assert_same(loaded[name], renamed[name])
+  assert_same(loaded["model.layers.0.gate.weight"], renamed["model.layers.0.gate.weight"])
+  # What the pattern means to leave out, and hits a quantized layer, is what its tensors are.
+  hit = loaded["model.layers.10.gate.weight"]
+  assert_same(hit.packed, wanted["down.weight"]["packed"])
+  assert_same(hit.global_scale, wanted["down.weight"]["global_scale"])
+  assert len(loaded) == 3
 
 
 def test_modelopt_keeps_apart_the_scales_of_layers_that_servers_fuse(tmp_path):
@@ -359,8 +360,9 @@ def test_compressed_tensors_of_two_formats_and_patterns(tmp_path):
   checkpoints.write(tmp_path, tensors, config_json={"quantization_config": config})
   loaded = checkpoint.load(tmp_path)
   modes = {k: w.mode for k, w in loaded.items() if isinstance(w, jaxqq.QuantizedWeight)}
-  assert modes == {"a.up.weight": "nvfp4", "b.up.weight": "mxfp8", "b.down.weight": "mxfp8"}
-  assert_same(loaded["a.down.weight_packed"], tensors["a.down.weight_packed"])
+  names = {"a": "nvfp4", "b": "mxfp8"}
+  assert modes == {f"{a}.{b}.weight": names[a] for a in names for b in ("up", "down")}
+  assert_same(loaded["a.down.weight"].packed.view("u1"), tensors["a.down.weight_packed"])
 
 
 def test_the_configuration_of_a_text_model_in_another(tmp_path):

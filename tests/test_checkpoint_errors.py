@@ -165,7 +165,7 @@ CONFIGS = [
   ("mlx", {"quantization": NVFP4 | {"mode": 3}}, "nvfp4", "found 3"),
   ("mlx", {"quantization": NVFP4 | {"group_size": 32}}, "group_size", "must be 16"),
   ("mlx", {"quantization": NVFP4 | {"bits": 8}}, "bits", "must be 4"),
-  ("mlx", {"quantization": NVFP4 | {"gone": NVFP4}}, "'gone.weight' is missing", "no tensor"),
+  ("mlx", {"quantization": NVFP4 | {"up": False}}, "'up' is none", "'up.scales'"),
   ("mlx", {"model_type": "toy"}, "'quantization' (MLX)", "found neither"),
   ("modelopt", {"quantization_config": {"quant_method": "gptq"}}, "'modelopt'", "found 'gptq'"),
   (
@@ -213,12 +213,13 @@ def test_configurations_that_are_refused(kind, config, expected, found, tmp_path
 @pytest.mark.parametrize(
   ("quantization", "words"),
   [
-    ({"quant_algo": "FP8"}, ("'NVFP4'", "found 'FP8'")),
+    ({"quant_algo": "W4A16_AWQ"}, ("'NVFP4'", "found 'W4A16_AWQ'")),
+    ({"quant_algo": "FP8"}, ("'down.weight' must be F8_E4M3", "found U8")),
     ({"quant_algo": "NVFP4_AWQ"}, ("found 'NVFP4_AWQ'",)),
     ({"quant_algo": "NVFP4", "group_size": 32}, ("group_size must be 16", "found 32")),
     (
-      {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"up": {"quant_algo": "FP8"}}},
-      ("layer 'up'", "found 'FP8'"),
+      {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"up": {"quant_algo": "W8A16"}}},
+      ("layer 'up'", "found 'W8A16'"),
     ),
     (
       {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"gone": {"quant_algo": "NVFP4"}}},
@@ -233,7 +234,7 @@ def test_configurations_that_are_refused(kind, config, expected, found, tmp_path
 def test_modelopt_algorithms_that_are_refused(quantization, words, tmp_path):
   tensors, _ = checkpoints.layers("modelopt", np.random.default_rng(0))
   checkpoints.write(tmp_path, tensors, hf_quant_config_json={"quantization": quantization})
-  refused(tmp_path, "hf_quant_config.json", *words)
+  refused(tmp_path, *words)
 
 
 def test_biases_of_affine_weights(tmp_path):
@@ -285,7 +286,7 @@ REFUSED = [
   ({"a.weight": jnp.ones((2, 2))}, {"format": "mlx"}, ValueError, "found none among 1"),
   ({"a.kernel": weight()}, {"format": "mlx"}, ValueError, "'.weight'.*got 'a.kernel'"),
   ({"a.weight": weight(**SCALED)}, {"format": "mlx"}, ValueError, "'a.weight' has a global scale"),
-  ({"a.weight": weight("mxfp4")}, {"format": "modelopt"}, ValueError, "'mxfp4'.*save it as 'mlx'"),
+  ({"a.weight": weight()}, {"format": "transformers"}, ValueError, "'nvfp4'.*save it as 'mlx'"),
   (
     *({"a.weight": weight(shape=(2, 8, 64))}, {"format": "compressed-tensors"}, ValueError),
     r"'a.weight' must have two dimensions.*\(2, 8, 64\)",

@@ -4,8 +4,9 @@ No number is computed anew: codes and scales are the bytes of the files. Nothing
 installed; `pip install 'jaxqq[checkpoint]'` brings tqdm, for a progress bar.
 """
 
+from jaxqq.checkpoint._checkpoint import Checkpoint
 from jaxqq.checkpoint._into import load_into
-from jaxqq.checkpoint._load import Checkpoint, LoadedTensors, load, load_each
+from jaxqq.checkpoint._load import LoadedTensors, load, load_each
 from jaxqq.checkpoint._save import save
 
 __all__ = [

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxqq.checkpoint._load import Placement, Tensor, load
+from jaxqq.checkpoint._checkpoint import Tensor
+from jaxqq.checkpoint._load import Placement, load
 
 FUNCTION = "load_into"
 # What "X.weight" of a file is called in Flax.

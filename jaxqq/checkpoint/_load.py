@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,51 +17,20 @@ from jax.typing import DTypeLike
 
 from jaxqq._checks import FLOATS, names
 from jaxqq._weight import QuantizedWeight
+from jaxqq.checkpoint._checkpoint import Checkpoint, Notes, Tensor
+from jaxqq.checkpoint._experts import read_item
 from jaxqq.checkpoint._files import Reader, TensorInfo, progress_bar
-from jaxqq.checkpoint._layouts import Layout, check_layer, read_layer
+from jaxqq.checkpoint._layers import Item, read_items
 from jaxqq.checkpoint._only import Only
-from jaxqq.checkpoint._schemes import CONFIGS, QUANTIZATION_KEYS, Scheme, read_scheme
+from jaxqq.checkpoint._read import Loaded
+from jaxqq.checkpoint._schemes import CONFIGS, QUANTIZATION_KEYS, Choices, read_scheme
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json
 
-Tensor: TypeAlias = jax.Array | np.ndarray | QuantizedWeight
+FP8: TypeAlias = Literal["dequantize", "mxfp8", "refuse"]
+Affine: TypeAlias = Literal["dequantize", "refuse"]
+Experts: TypeAlias = Literal["stack"] | None
 Placement: TypeAlias = jax.Device | jax.sharding.Sharding | None
-
-
-class Checkpoint(dict[str, Tensor]):
-  """Tensors by name, and what their files said besides.
-
-  It is a dict, and to `jax.tree` a tree as a dict is; what `jax.tree.map` returns has the tensors
-  only.
-
-  Attributes:
-    format: "mlx", "modelopt" or "compressed-tensors".
-    config: what config.json held, but for how the weights are quantized: `save` writes it again.
-    stored_scales: for each `QuantizedWeight` the scalars of its files, by the field that they
-      became. `save` writes them again where they still stand for that field.
-  """
-
-  def __init__(
-    self,
-    tensors: Iterable[tuple[str, Tensor]] = (),
-    format: str | None = None,
-    config: dict[str, Any] | None = None,
-    stored_scales: dict[str, dict[str, np.ndarray]] | None = None,
-  ):
-    super().__init__(tensors)
-    self.format = format
-    self.config = config or {}
-    self.stored_scales = stored_scales or {}
-
-
-def _flatten_with_keys(checkpoint: Checkpoint) -> tuple[Any, tuple[str, ...]]:
-  keys = sorted(checkpoint)
-  return [(jax.tree_util.DictKey(key), checkpoint[key]) for key in keys], tuple(keys)
-
-
-jax.tree_util.register_pytree_with_keys(
-  Checkpoint, _flatten_with_keys, lambda keys, leaves: Checkpoint(zip(keys, leaves, strict=True))
-)
 
 
 def load(
@@ -71,18 +39,26 @@ def load(
   only: str | Iterable[str] | None = None,
   dtype: DTypeLike | None = None,
   device: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+  fp8: FP8 = "dequantize",
+  affine: Affine = "refuse",
+  experts: Experts = None,
   progress: bool = True,
 ) -> Checkpoint:
-  """Reads a quantized checkpoint of MLX, ModelOpt or compressed-tensors.
+  """Reads a quantized checkpoint of MLX, ModelOpt, compressed-tensors or transformers.
 
   Which of them it is, and which layers are quantized, is what its configuration says. A layer `X`
   that is becomes one `QuantizedWeight` under `X.weight`, the name that its weight has where it is
-  not quantized; every other tensor keeps its name and dtype. The bits are those of the file:
+  not quantized; every other tensor keeps its name and dtype. Stacked experts that are a parameter
+  are under its name, `model.experts.gate_up_proj`. The bits are those of the file:
 
     packed = the bytes of the codes as uint32, scales = the bytes of the scales as uint8,
-    global_scale = 2688 * weight_scale_2 (ModelOpt) or 2688 / weight_global_scale
-    (compressed-tensors) in float32, and input_global_scale likewise where the file has a static
-    scale of the activations.
+    global_scale = 2688 * weight_scale_2 (ModelOpt), 2688 / weight_global_scale
+    (compressed-tensors) or global_scale (MLX) in float32, and input_global_scale likewise where the
+    file has a static scale of the activations; one for each matrix of a stack.
+
+  Codes and scales of a layer that the configuration leaves out become a `QuantizedWeight` all the
+  same, where they are those of its format. Any other code, scale or rotation that no layer takes is
+  an error, and so are rotations that a model applies as it runs, `pre_quant_scale` and zero points.
 
   A static scale of the activations that is no calibration (0 or infinite, or an amax of at most
   2688 * 2**-126: an expert that calibration never reached) is left out, with a warning: the weight
@@ -103,6 +79,13 @@ def load(
     device: where the arrays go, as of `jax.device_put`: a `jax.Device`, a sharding, None for the
       default; or a function that says so for each from its tensor's name and its own shape. For a
       `QuantizedWeight` it is asked for packed, for scales and for each global scale.
+    fp8: "dequantize" reads layers of FP8 as arrays of dtype, w = code * scale rounded once, and
+      `Checkpoint.dequantized` names them; "mxfp8" makes those a `QuantizedWeight` of the same
+      numbers whose scales are powers of two in groups of 32; "refuse" raises.
+    affine: "dequantize" reads layers of MLX's mode affine in the same way, w = scale * q + bias;
+      "refuse" raises.
+    experts: "stack" makes the layers of all experts, `a.experts.0.up.weight`, one `QuantizedWeight`
+      under `a.experts.up.weight`, (E, N, K), which `save` takes apart again. None leaves them.
     progress: a progress bar, where tqdm is installed and stderr is a terminal.
 
   Returns:
@@ -113,9 +96,10 @@ def load(
     FileNotFoundError: the path, the configuration, or a file that the index names is not there.
     ValueError: a file is cut short or no safetensors file; a tensor is missing or has another dtype
       or shape than its layout; an amax is NaN or negative, or a weight's is infinite, or 0 beside
-      codes that are not zeros; the format, or a layer's, is none of those above (MLX's "affine",
-      ModelOpt's FP8, ...); only names what is not there. The sentence names the file, the tensor,
-      what was expected and found.
+      codes that are not zeros; the format, or a layer's, is none of those above; a code, a scale
+      or a rotation would be left over; a number is beyond dtype; experts cannot be stacked; only
+      names what is not there; fp8, affine or experts is none of the above. The sentence names the
+      file, the tensor, what was expected and found.
     TypeError: dtype is none of the three, or only holds what is no string.
 
   Example:
@@ -127,10 +111,11 @@ def load(
     >>> tensors.format, tensors["proj.weight"]
     ('modelopt', QuantizedWeight(nvfp4, float32 (8, 64), with global_scale))
 
-  Source: of each layout in `jaxqq/checkpoint/_layouts.py`, of the configurations in `_schemes.py`.
+  Source: of each layout in `jaxqq/checkpoint/_layouts.py`, of the configurations in the files of
+  their projects beside it.
   """
-  stream = LoadedTensors(path, only, dtype, device, progress)
-  checkpoint = Checkpoint(stream.read(), stream.format, stream.config, stream.stored_scales)
+  stream = LoadedTensors(path, only, dtype, device, Choices(fp8, affine, experts), progress)
+  checkpoint = Checkpoint(stream.read(), stream.format, stream.config, stream.notes)
   stream.warn(stacklevel=3)
   return checkpoint
 
@@ -141,6 +126,9 @@ def load_each(
   only: str | Iterable[str] | None = None,
   dtype: DTypeLike | None = None,
   device: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+  fp8: FP8 = "dequantize",
+  affine: Affine = "refuse",
+  experts: Experts = None,
   progress: bool = False,
 ) -> LoadedTensors:
   """What `load` reads, one tensor after the other, each when it is asked for.
@@ -149,12 +137,13 @@ def load_each(
   the iterator comes to it, so memory need not hold more than one.
 
   Args:
-    path, only, dtype, device, progress: as for `load`.
+    path, only, dtype, device, fp8, affine, experts, progress: as for `load`.
 
   Returns:
     An iterator of (name, array or `QuantizedWeight`), which also has `names` (all that it will
-    yield, in order), `format` and `config` as a `Checkpoint`, and `stored_scales` of what it has
-    yielded. The files are closed when it is exhausted or no longer held; it may be used in `with`.
+    yield, in order), `format` and `config` as a `Checkpoint`, and `stored_scales` and `notes` of
+    what it has yielded. The files are closed when it is exhausted or no longer held; it may be used
+    in `with`.
 
   Raises:
     FileNotFoundError, ValueError, TypeError: as `load`, in this call or when a tensor is read.
@@ -171,7 +160,7 @@ def load_each(
 
   Source: as for `load`.
   """
-  return LoadedTensors(path, only, dtype, device, progress)
+  return LoadedTensors(path, only, dtype, device, Choices(fp8, affine, experts), progress)
 
 
 class LoadedTensors(Iterator[tuple[str, Tensor]]):
@@ -182,6 +171,7 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
     format: "mlx", "modelopt" or "compressed-tensors".
     config: what config.json held, but for how the weights are quantized.
     stored_scales: those of a `Checkpoint`, of the weights that it has yielded.
+    notes: the same, and stored_forms, weight_only, dequantized and kv_cache as of a `Checkpoint`.
   """
 
   def __init__(
@@ -190,23 +180,27 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
     only: str | Iterable[str] | None,
     dtype: DTypeLike | None,
     device: Placement | Callable[[str, tuple[int, ...]], Placement],
+    choices: Choices,
     progress: bool,
   ):
     wanted = Only(only)
     _check_dtype(dtype)
-    self.stored_scales: dict[str, dict[str, np.ndarray]] = {}
+    choices.check()
+    self._choices = choices
     self._place = _placing(device)
     self._progress = progress
     self._uncalibrated: list[tuple[TensorInfo, np.ndarray]] = []
     path = pathlib.Path(path)
     with contextlib.ExitStack() as on_error:
       self._reader = on_error.enter_context(Reader(path, CONFIGS))
-      scheme, config = read_scheme(self._reader.folder, self._reader.configs)
-      self._items = _items(self._reader, scheme, wanted)
+      scheme, config = read_scheme(self._reader.folder, self._reader.configs, choices)
+      self._items = read_items(self._reader.tensors, scheme, choices, wanted.wants)
       wanted.check_found(path, self._items, self._reader.tensors)
       on_error.pop_all()
     self._close_files = weakref.finalize(self, self._reader.close)
     self.names = list(self._items)
+    self.notes = Notes(kv_cache=scheme.kv_cache)
+    self.stored_scales = self.notes.stored_scales
     self.format, self.config = scheme.format, _without_quantization(config)
     self._dtype = _dtype_of(config) if dtype is None else np.dtype(dtype)
     self._iterator = self.read()
@@ -231,26 +225,22 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
 
   def read(self) -> Generator[tuple[str, Tensor], None, None]:
     """A new iterator, which does not warn."""
-    total = sum(len(item.parts) for item in self._items.values())
+    total = sum(_count(item) for item in self._items.values())
     with self._reader, progress_bar("load", total, self._progress) as advance:
       for name, item in self._items.items():
         yield name, self._read(name, item)
-        advance(len(item.parts))
+        advance(_count(item))
       self._reader.check_one_version()
 
-  def _read(self, name: str, item: _Item) -> Tensor:
-    if item.layout is None:
-      return self._place(name, self._reader.read(item.parts[""]))
-    layout, parts = item.layout, item.parts
-    recorded = self._reader.recorded.get(name.removesuffix(".weight"), {})
-    fields, stored = read_layer(parts, layout, self._reader.read, recorded, self._dtype)
-    for field, value in fields.items():
-      if isinstance(value, np.ndarray):
-        fields[field] = self._place(name, value)
-    self.stored_scales[name] = stored
-    if (field := "input_global_scale") in stored.keys() - fields.keys():
-      self._uncalibrated.append((parts[layout.scalars[field]], stored[field]))
-    return QuantizedWeight(**fields)
+  def _read(self, name: str, item: Item) -> Tensor:
+    if isinstance(item, TensorInfo):
+      return self._place(name, self._reader.read(item))
+    reader = self._reader
+    loaded = read_item(item, reader.read, reader.recorded, self._dtype, self._choices.fp8)
+    self.notes.add(item, loaded)
+    if loaded.uncalibrated is not None:
+      self._uncalibrated.append(loaded.uncalibrated)
+    return _placed(name, loaded, self._place)
 
   def warn(self, stacklevel: int) -> None:
     """Of scales that were left out, once."""
@@ -267,50 +257,20 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-  """What is read for one name: the parts of a layer by suffix, or a tensor as it is, under ""."""
-
-  parts: dict[str, TensorInfo]
-  layout: Layout | None = None
+def _count(item: Item) -> int:
+  """How many tensors it is of."""
+  return 1 if isinstance(item, TensorInfo) else len(item.parts)
 
 
-def _items(reader: Reader, scheme: Scheme, wanted: Only) -> dict[str, _Item]:
-  """What is loaded, by name: the quantized layers first."""
-  layers = _layers(reader, scheme, wanted)
-  items = {f"{layer}.weight": _Item(parts, layout) for layer, (layout, parts) in layers.items()}
-  used = {part.name for item in items.values() for part in item.parts.values()}
-  for name, tensor in reader.tensors.items():
-    if name not in used:
-      items[name] = _Item({"": tensor})
-  return {name: item for name, item in items.items() if wanted.wants(name)}
-
-
-def _layers(
-  reader: Reader, scheme: Scheme, wanted: Only
-) -> dict[str, tuple[Layout, dict[str, TensorInfo]]]:
-  """The quantized layers, each with its layout and the tensors of it, all checked.
-
-  Layers without a tensor that is wanted are left out, whatever they are.
-  """
-  by_layer: dict[str, dict[str, TensorInfo]] = {layer: {} for layer in scheme.layers()}
-  for name, tensor in reader.tensors.items():
-    layer, _, suffix = name.rpartition(".")
-    by_layer.setdefault(layer, {})[suffix] = tensor
-  layers = {}
-  for layer, tensors in by_layer.items():
-    if not any(wanted.wants(f"{layer}.{suffix}") for suffix in ("weight", *tensors)):
-      continue
-    layout = scheme.layout(layer, tensors)
-    if layout is not None:
-      check_layer(layer, tensors, layout, scheme.file)
-      parts = {
-        suffix: tensors[suffix]
-        for suffix in (*layout.required, *layout.scalars.values())
-        if suffix in tensors
-      }
-      layers[layer] = (layout, parts)
-  return layers
+def _placed(name: str, loaded: Loaded, place: Callable[[str, np.ndarray], Any]) -> Tensor:
+  if loaded.fields is None:
+    out: Tensor = place(name, loaded.array)  # type: ignore[arg-type]
+    return out
+  fields = {
+    field: place(name, value) if isinstance(value, np.ndarray) else value
+    for field, value in loaded.fields.items()
+  }
+  return QuantizedWeight(**fields)
 
 
 def _check_dtype(dtype: Any) -> None:

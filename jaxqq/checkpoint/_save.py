@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from jaxqq._checks import as_array, describe
-from jaxqq._weight import QuantizedWeight
-from jaxqq.checkpoint._configs import written_configs
-from jaxqq.checkpoint._files import INDEX, Recorded, progress_bar
-from jaxqq.checkpoint._layouts import (
-  LAYOUTS,
-  SAVED_FORMATS,
-  Layout,
-  converted,
-  layout_of,
-  written_codes,
-  written_scalars,
-)
-from jaxqq.checkpoint._load import DTYPE_KEYS, Checkpoint, Tensor
+from jaxqq.checkpoint._checkpoint import Checkpoint, Tensor
+from jaxqq.checkpoint._files import INDEX, progress_bar
+from jaxqq.checkpoint._layouts import SAVED_FORMATS
+from jaxqq.checkpoint._plan import planned
 from jaxqq.checkpoint._replace import check_target, replacing
-from jaxqq.checkpoint._safetensors import METADATA, NAMES
 from jaxqq.checkpoint._schemes import CONFIG, MODELOPT_CONFIG
 from jaxqq.checkpoint._writing import (
   as_json,
@@ -38,8 +24,7 @@ from jaxqq.checkpoint._writing import (
 )
 
 # The "format" of a file's metadata, which transformers and mlx-lm look at.
-FRAMEWORKS = {"mlx": "mlx", "modelopt": "pt", "compressed-tensors": "pt"}
-SUFFIX = ".weight"
+FRAMEWORKS = dict.fromkeys(SAVED_FORMATS, "pt") | {"mlx": "mlx"}
 
 
 def save(
@@ -52,7 +37,7 @@ def save(
   overwrite: bool = False,
   progress: bool = True,
 ) -> None:
-  """Writes a quantized checkpoint as MLX, ModelOpt or compressed-tensors do.
+  """Writes a quantized checkpoint as MLX, ModelOpt, compressed-tensors or transformers do.
 
   Each `QuantizedWeight` under `X.weight` becomes the tensors of layer `X`, with the bits it has:
 
@@ -61,10 +46,14 @@ def save(
       mxfp8 (ModelOpt's MXFP8) weight, weight_scale;
     "compressed-tensors": nvfp4-pack-quantized with weight_packed, weight_scale,
       weight_global_scale = 2688 / global_scale, and input_global_scale; mxfp8-quantized with
-      weight, weight_scale.
+      weight, weight_scale; mxfp4-pack-quantized with weight_packed, weight_scale;
+    "transformers": mxfp8 weight, weight_scale_inv; mxfp4, for stacked experts, blocks, scales.
 
   A scale of the activations is written where the weight has one; a layer without is declared as
-  quantized in its weight only. A weight without a global scale is written with 2688 for both, which
+  quantized in its weight only, unless `load` found otherwise. A stack of experts, (E, N, K) under
+  `a.experts.up.weight`, becomes a layer for each expert, `a.experts.0.up`, but in "mlx"; under the
+  name of a parameter, `a.experts.gate_up_proj`, it stays one, with `gate_up_proj_weight_scale` and
+  the like. A weight without a global scale is written with 2688 for both, which
   stands for the same numbers. What `load` returned is written with the scalars it was stored with,
   bit for bit; and a float32 amax that those scalars do not determine is noted in the files'
   metadata, so that `load` has it again. Every other tensor is written as it is.
@@ -78,7 +67,7 @@ def save(
   Args:
     path: a folder, new or empty. Where it is a link, the folder that it leads to is meant.
     tensors: names to arrays and `QuantizedWeight`s: a `Checkpoint`, or any mapping.
-    format: "mlx", "modelopt" or "compressed-tensors".
+    format: "mlx", "modelopt", "compressed-tensors" or "transformers".
     config: what config.json holds besides the quantization; None is a `Checkpoint`'s own.
     max_shard_size: bytes, or a string such as "5GB"; more are split into several files with an
       index. A layer's tensors stay together.
@@ -92,8 +81,9 @@ def save(
     FileExistsError: path is a file, or a folder that is not empty and overwrite is not set.
     TypeError: a tensor is no array, or of a dtype that safetensors has not; config is no JSON.
     ValueError: format or max_shard_size is not as above; no tensor is a `QuantizedWeight`, or one
-      does not fit the format: a mode that it has not, a global scale in MLX's, a name that does not
-      end in ".weight", more than two axes beside a global scale, a global scale that is no amax.
+      does not fit the format: a mode that it has not, a global scale in MLX's, a name that is
+      neither that of a layer, with ".weight", nor of stacked experts, a global scale that is no
+      amax; the format has no words for the checkpoint's kv_cache.
 
   Example:
     >>> import tempfile
@@ -112,7 +102,7 @@ def save(
   max_bytes = parse_size(max_shard_size)
   origin = tensors if isinstance(tensors, Checkpoint) else Checkpoint()
   config = origin.config if config is None else dict(config)
-  plan = _planned(tensors, format, config, origin)
+  plan = planned(tensors, format, config, origin)
   texts = {file: as_json(file, contents) for file, contents in plan.configs.items()}
   check_target(path, overwrite)
   shards = shard({name: value.nbytes for name, value in plan.values.items()}, max_bytes)
@@ -124,8 +114,7 @@ def save(
     total_size = 0
     for file, names in zip(shard_names(len(shards)), shards, strict=True):
       parts = {part: array for name in names for part, array in plan.written(name).items()}
-      recorded = {layer: plan.recorded[layer] for layer in plan.recorded if layer + SUFFIX in names}
-      write_tensors(target.folder / file, parts, FRAMEWORKS[format], recorded)
+      write_tensors(target.folder / file, parts, FRAMEWORKS[format], plan.recorded(names))
       index |= dict.fromkeys(parts, file)
       total_size += sum(part.nbytes for part in parts.values())
       advance(len(names))
@@ -140,112 +129,3 @@ def save(
       "was there; had the process been killed then, the next save would have put the old one back.",
       stacklevel=2,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-  """What will be written, of which only codes and plain tensors are still to be fetched."""
-
-  values: dict[str, Any]
-  layouts: dict[str, Layout]  # of each `QuantizedWeight`
-  scalars: dict[str, dict[str, np.ndarray]]
-  recorded: Recorded
-  configs: dict[str, dict[str, Any]]
-
-  def written(self, name: str) -> dict[str, np.ndarray]:
-    """The tensors of a file that one of the mapping becomes."""
-    value, layout = self.values[name], self.layouts.get(name)
-    if layout is None:
-      return {name: np.asarray(value, order="C")}
-    parts = written_codes(value, layout) | self.scalars[name]
-    return {f"{name.removesuffix(SUFFIX)}.{suffix}": part for suffix, part in parts.items()}
-
-
-def _planned(
-  tensors: Mapping[str, Any],
-  format: str,
-  config: dict[str, Any],
-  origin: Checkpoint,
-) -> _Plan:
-  values = {name: _checked(name, value) for name, value in tensors.items()}
-  weights = {name: w for name, w in values.items() if isinstance(w, QuantizedWeight)}
-  if not weights:
-    raise ValueError(
-      f"save: tensors must have a QuantizedWeight, found none among {len(values)}; "
-      "safetensors.flax.save_file writes a checkpoint that is not quantized."
-    )
-  layouts = {name: _layout(name, weight, format, values) for name, weight in weights.items()}
-  scalars: dict[str, dict[str, np.ndarray]] = {}
-  recorded: Recorded = {}
-  layers: dict[str, tuple[Layout, bool]] = {}
-  for name, weight in weights.items():
-    layer, layout = name.removesuffix(SUFFIX), layouts[name]
-    came_in = layout_of(origin.format, weight.mode) if origin.format else None
-    stored = converted(origin.stored_scales.get(name, {}), came_in, layout)
-    scalars[name], exact = written_scalars(name, weight, layout, stored)
-    if exact:
-      recorded[layer] = exact
-    layers[layer] = (layout, layout.scalars.get("input_global_scale") in scalars[name])
-  config = _with_dtype(config, list(weights.values()))
-  configs = written_configs(format, config, layers, _not_quantized(values))
-  return _Plan(values, layouts, scalars, recorded, configs)
-
-
-def _checked(name: Any, value: Any) -> Any:
-  """An array or a `QuantizedWeight` that can be written under its name."""
-  if not isinstance(name, str):
-    raise TypeError(f"save: the names of tensors must be strings, got {name!r}.")
-  if name == METADATA or name.encode(errors="ignore") != name.encode(errors="surrogatepass"):
-    raise ValueError(
-      f"save: the names of tensors must be Unicode text other than {METADATA!r}, got {name!r}."
-    )
-  if isinstance(value, QuantizedWeight):
-    return value
-  array = as_array("save", repr(name), value)
-  dtypes = [dtype.name for dtype in NAMES]
-  if np.dtype(array.dtype).name not in dtypes:
-    raise TypeError(
-      f"save: {name!r} must be of a dtype that safetensors has ({', '.join(dtypes)}), got "
-      f"{describe(array)}."
-    )
-  return array
-
-
-def _layout(name: str, weight: QuantizedWeight, format: str, values: dict[str, Any]) -> Layout:
-  if not name.endswith(SUFFIX):
-    raise ValueError(
-      f"save: the name of a QuantizedWeight must be that of a layer and {SUFFIX!r}, such as "
-      f"'model.proj.weight', got {name!r}."
-    )
-  layout = layout_of(format, weight.mode)
-  if layout is None:
-    able = " or ".join(repr(row.format) for row in LAYOUTS if row.mode == weight.mode)
-    raise ValueError(
-      f"save: {name!r} is quantized in mode {weight.mode!r}, which format {format!r} has not; "
-      f"save it as {able}."
-    )
-  for suffix in (*layout.required, *layout.scalars.values()):
-    part = f"{name.removesuffix(SUFFIX)}.{suffix}"
-    if part in values and part != name:
-      raise ValueError(
-        f"save: {part!r} is a tensor of the QuantizedWeight {name!r} in format {format!r}, and is "
-        "given besides; leave it out, or rename it."
-      )
-  return layout
-
-
-def _with_dtype(config: dict[str, Any], weights: list[QuantizedWeight]) -> dict[str, Any]:
-  """config, with the weights' own dtype where it names none and they have one."""
-  dtypes = {weight.dtype.name for weight in weights}
-  if len(dtypes) > 1 or any(key in config for key in DTYPE_KEYS):
-    return config
-  return {**config, "torch_dtype": dtypes.pop()}
-
-
-def _not_quantized(values: dict[str, Any]) -> list[str]:
-  """Layers whose weight could have been quantized: a reader would take them to be, unless told."""
-  return [
-    name.removesuffix(SUFFIX)
-    for name, value in values.items()
-    if name.endswith(SUFFIX) and not isinstance(value, QuantizedWeight) and value.ndim >= 2
-  ]

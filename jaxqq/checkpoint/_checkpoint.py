@@ -1,0 +1,89 @@
+"""What `load` returns: tensors by name, and what their files said besides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxqq._weight import QuantizedWeight
+from jaxqq.checkpoint._dense import DenseLayer
+from jaxqq.checkpoint._experts import Stack
+from jaxqq.checkpoint._layouts import Form, Layer
+from jaxqq.checkpoint._read import Loaded
+from jaxqq.checkpoint._scalars import Scalars
+
+Tensor: TypeAlias = jax.Array | np.ndarray | QuantizedWeight
+
+
+@dataclasses.dataclass
+class Notes:
+  """What files said of weights, by their names; see `Checkpoint`."""
+
+  stored_scales: dict[str, Scalars] = dataclasses.field(default_factory=dict)
+  stored_forms: dict[str, Form] = dataclasses.field(default_factory=dict)
+  weight_only: set[str] = dataclasses.field(default_factory=set)
+  dequantized: dict[str, str] = dataclasses.field(default_factory=dict)
+  kv_cache: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def add(self, layer: Layer | DenseLayer | Stack, loaded: Loaded) -> None:
+    if isinstance(layer, DenseLayer):
+      if loaded.fields is None:
+        self.dequantized[layer.name] = layer.report
+      return
+    self.stored_scales[layer.name] = loaded.stored
+    if layer.form != Form():
+      self.stored_forms[layer.name] = layer.form
+    if layer.weight_only:
+      self.weight_only.add(layer.name)
+
+
+class Checkpoint(dict[str, Tensor]):
+  """Tensors by name, and what their files said besides.
+
+  It is a dict, and to `jax.tree` a tree as a dict is; what `jax.tree.map` returns has the tensors
+  only.
+
+  Attributes:
+    format: "mlx", "modelopt", "compressed-tensors" or "transformers".
+    config: what config.json held, but for how the weights are quantized: `save` writes it again.
+    stored_scales: for each `QuantizedWeight` the scalars of its files, by the field that they
+      became. `save` writes them again where they still stand for that field.
+    stored_forms: for those that are no layers `X.weight`, how their tensors were called and their
+      axes ordered, or which experts are in a stack. `save` writes them so again.
+    weight_only: the names of each `QuantizedWeight` whose layer takes activations as they are
+      (W4A16_NVFP4, NVFP4A16, gpt-oss, and MLX unless it says "quantize_activations"). `save` says
+      so again; `qqmm` knows nothing of it, and quantizes x.
+    dequantized: the names of arrays whose layers were quantized as jaxqq does not, and what they
+      were, such as "modelopt FP8, a scale for the tensor". `save` writes them as numbers.
+    kv_cache: how the configuration said to quantize keys and values, in its own words: `save` says
+      so again. Its scales are tensors like others.
+  """
+
+  def __init__(
+    self,
+    tensors: Iterable[tuple[str, Tensor]] = (),
+    format: str | None = None,
+    config: dict[str, Any] | None = None,
+    notes: Notes | None = None,
+  ):
+    super().__init__(tensors)
+    self.format = format
+    self.config = config or {}
+    notes = notes or Notes()
+    self.stored_scales, self.stored_forms = notes.stored_scales, notes.stored_forms
+    self.weight_only, self.dequantized = notes.weight_only, notes.dequantized
+    self.kv_cache = notes.kv_cache
+
+
+def _flatten_with_keys(checkpoint: Checkpoint) -> tuple[Any, tuple[str, ...]]:
+  keys = sorted(checkpoint)
+  return [(jax.tree_util.DictKey(key), checkpoint[key]) for key in keys], tuple(keys)
+
+
+jax.tree_util.register_pytree_with_keys(
+  Checkpoint, _flatten_with_keys, lambda keys, leaves: Checkpoint(zip(keys, leaves, strict=True))
+)

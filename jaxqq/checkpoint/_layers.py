@@ -1,0 +1,177 @@
+"""The layers of a checkpoint: which tensors are codes and scales, and that none is left over.
+
+A tensor that belongs to no quantized layer stays what it is. So each is asked whether it can be: a
+code, a scale or a rotation that no layout took would come back as if it were numbers of a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from jaxqq.checkpoint._dense import Dense, DenseLayer, check_dense
+from jaxqq.checkpoint._experts import Stack, stack_of, stacked
+from jaxqq.checkpoint._files import TensorInfo, describe
+from jaxqq.checkpoint._layouts import Form, Layer, Layout, check_layer, is_transposed
+from jaxqq.checkpoint._naming import LAYER, PACKED, Group, grouped
+from jaxqq.checkpoint._scheme import Scheme
+from jaxqq.checkpoint._schemes import Choices
+
+# Suffixes, or endings of a parameter's name, of what only a quantized layer has.
+_OF_LAYERS = (
+  *("weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale"),
+  *("weight_zero_point", "weight_g_idx", "weight_shape", "qweight", "qzeros", "g_idx"),
+  *("weight_blocks", "weight_scales", "scale_inv"),
+)
+_SMOOTHING = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
+# Modules of rotations: compressed-tensors' transforms, FP-Quant's matrices.
+_ROTATION = re.compile(
+  r"_(input|output|weight_input|weight_output|k_cache|q_attn)\.weight$"
+  r"|(forward|backward)_hadamard_matrix$|\b(hadamard|rotation)(_matrix|\.weight)?$"
+)
+_OF_QUANTIZED = ("biases", "global_scale")  # beside a layer that has no place for them
+_CODES_OF_PARAMETERS = re.compile(r"_(packed|blocks|qweight|codes)$")
+
+
+Item: TypeAlias = Layer | DenseLayer | Stack | TensorInfo
+
+
+def read_items(
+  tensors: dict[str, TensorInfo],
+  scheme: Scheme,
+  choices: Choices,
+  wants: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Item]:
+  """What is loaded, by name: the quantized layers first, all checked.
+
+  Raises where a tensor of a layer would be left over. Layers without a tensor that is wanted are
+  left out, whatever they are.
+
+  Args:
+    wants: whether what has a name is to be loaded.
+  """
+  groups = grouped(tensors, scheme.format)
+  _check_named(scheme, groups, wants)
+  to_stack = choices.experts == "stack"
+  wanted = [group for group in groups if _is_wanted(group, wants, to_stack)]
+  layers = [layer for group in wanted if (layer := _layer(group, scheme)) is not None]
+  for layer in layers:
+    if isinstance(layer, Layer):
+      check_layer(layer, scheme.file)
+    else:
+      check_dense(layer)
+      _check_choice(layer, choices)
+  used = {tensor.name for layer in layers for tensor in layer.parts.values()}
+  rest = {t.name: t for group in wanted for t in group.tensors.values() if t.name not in used}
+  _check_left({name: rest[name] for name in sorted(rest) if wants(name)}, tensors, layers)
+  packed = [layer for layer in layers if isinstance(layer, Layer)]
+  stacks = stacked(packed) if to_stack else []
+  in_stacks = {layer.name for stack in stacks for layer in stack.layers}
+  items: dict[str, Item] = {layer.name: layer for layer in layers if layer.name not in in_stacks}
+  items |= {stack.name: stack for stack in stacks}
+  for name in sorted(rest):
+    if name in items:
+      raise ValueError(
+        f"load: {rest[name].file}: tensor {name!r} has the name of a stack of experts; load "
+        "without experts='stack'."
+      )
+    items[name] = rest[name]
+  return {name: item for name, item in items.items() if wants(name)}
+
+
+def _is_wanted(group: Group, wants: Callable[[str], bool], to_stack: bool) -> bool:
+  names = [group.weight, *(tensor.name for tensor in group.tensors.values())]
+  stack = stack_of(group.path) if to_stack else None
+  return any(map(wants, names)) or (stack is not None and wants(f"{stack}.weight"))
+
+
+def _check_choice(layer: DenseLayer, choices: Choices) -> None:
+  if layer.dense.kind == "fp8" and choices.fp8 == "refuse":
+    weight = layer.tensors["weight"]
+    raise ValueError(
+      f"load: {weight.file}: tensor {weight.name!r} is FP8 ({layer.report}), and fp8 is 'refuse'; "
+      "load(..., fp8='dequantize') reads it as numbers."
+    )
+
+
+def _layer(group: Group, scheme: Scheme) -> Layer | DenseLayer | None:
+  layout = scheme.layout(group.path, group.tensors)
+  if layout is None:
+    return None
+  if isinstance(layout, Dense):
+    return DenseLayer(group.weight, group.path, layout, group.tensors, group.naming)
+  codes, scales = (group.tensors.get(suffix) for suffix in (layout.codes, layout.scales))
+  of_parameter = group.naming != LAYER and codes is not None and scales is not None
+  return Layer(
+    group.weight,
+    group.path,
+    layout,
+    group.tensors,
+    Form(group.naming, of_parameter and is_transposed(codes, scales)),  # type: ignore[arg-type]
+    weight_only=scheme.is_weight_only(group.path, layout),
+  )
+
+
+def _check_named(scheme: Scheme, groups: Iterable[Group], wants: Callable[[str], bool]) -> None:
+  """Layers that the configuration names are there, or layers within a module that it names."""
+  paths = {group.path for group in groups}
+  for path in scheme.layers():
+    found = path in paths or any(other.startswith(path + ".") for other in paths)
+    if not found and wants(f"{path}.weight"):
+      layout = scheme.layout(path, {})
+      if layout is not None:
+        codes = layout.codes if isinstance(layout, Layout) else "weight"
+        raise ValueError(
+          f"load: {scheme.file.parent}: tensor {LAYER.tensor(path, codes)!r} is missing; "
+          f"{layout.format} {layout.name} needs it, found no tensor of that layer, which "
+          f"{scheme.file.name} names."
+        )
+
+
+def _check_left(
+  left: dict[str, TensorInfo], tensors: dict[str, TensorInfo], layers: list[Layer | DenseLayer]
+) -> None:
+  """left: what is no part of a layer. tensors: all of the files."""
+  quantized = {layer.path for layer in layers}
+  scaled = _scaled(tensors)
+  for name, tensor in left.items():
+    what = _what(name, tensor, scaled, quantized)
+    if what is not None:
+      raise ValueError(
+        f"load: {tensor.file}: tensor {name!r} is {what}, found {describe(tensor)}, "
+        "which belongs to no layer that the configuration and its tensors say how to read."
+      )
+
+
+def _scaled(tensors: dict[str, TensorInfo]) -> set[str]:
+  """Layers that have a scale, and names that a scale's begins with: "a.w_scale" is of "a.w"."""
+  out = set()
+  for name in tensors:
+    path, _, last = name.rpartition(".")
+    words = last.split("_")
+    if not {"scale", "scales"} & set(words):
+      continue
+    if words[0] in ("scale", "scales", "weight"):
+      out.add(path)
+    out |= {f"{path}.{'_'.join(words[:i])}" for i in range(1, len(words))}
+  return out
+
+
+def _what(name: str, tensor: TensorInfo, scaled: set[str], quantized: set[str]) -> str | None:
+  """What of a quantized layer a tensor is; None for one of a model."""
+  path, _, last = name.rpartition(".")
+  if last.endswith(_SMOOTHING):
+    return "a factor of the activations of a quantized layer, which is not applied"
+  if _ROTATION.search(name):
+    return "a rotation, which is not applied"
+  if any(last == suffix or last.endswith(f"_{suffix}") for suffix in _OF_LAYERS):
+    return "a scale or a code of a quantized layer"
+  if path in quantized and last in _OF_QUANTIZED:
+    return "a scale or a code of a quantized layer"
+  is_matrix = len(tensor.shape) >= 2
+  if tensor.dtype in PACKED and is_matrix:
+    of_layer = last == "weight" or _CODES_OF_PARAMETERS.search(last) is not None
+    if of_layer or tensor.dtype.startswith("F8") or {path, name} & scaled:
+      return "a code or a scale of a quantized layer"
+  return None

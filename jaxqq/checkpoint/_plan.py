@@ -1,0 +1,231 @@
+"""What `save` will write, all of it checked before a file is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxqq._checks import as_array, describe
+from jaxqq._weight import QuantizedWeight
+from jaxqq.checkpoint._checkpoint import Checkpoint
+from jaxqq.checkpoint._configs import Kind, written_configs
+from jaxqq.checkpoint._experts import expert_paths
+from jaxqq.checkpoint._files import Recorded
+from jaxqq.checkpoint._layouts import (
+  LAYOUTS,
+  Form,
+  Layout,
+  layout_of,
+  written_codes,
+)
+from jaxqq.checkpoint._load import DTYPE_KEYS
+from jaxqq.checkpoint._naming import OF_PARAMETERS
+from jaxqq.checkpoint._safetensors import METADATA, NAMES
+from jaxqq.checkpoint._scalars import converted, written_scalars
+
+SUFFIX = ".weight"
+# Formats in which a stack under the name of a module is a layer for each of its matrices.
+_ONE_MATRIX = ("modelopt", "compressed-tensors")
+_PER_MATRIX = re.compile(r"(\w+)\[(\d+)\]")  # a key of what is recorded of a stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """How a `QuantizedWeight` is written."""
+
+  path: str
+  layout: Layout
+  form: Form
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Of the layers that it becomes."""
+    return self.form.paths or (self.path,)
+
+  def names(self, suffix: str) -> list[str]:
+    return [self.form.naming.tensor(path, suffix) for path in self.paths]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What will be written, of which only codes and plain tensors are still to be fetched."""
+
+  values: dict[str, Any]
+  stored: dict[str, Stored]  # of each `QuantizedWeight`
+  scalars: dict[str, dict[str, np.ndarray]]
+  recorded_of: dict[str, Recorded]
+  configs: dict[str, dict[str, Any]]
+
+  def written(self, name: str) -> dict[str, np.ndarray]:
+    """The tensors of a file that one of the mapping becomes."""
+    value, stored = self.values[name], self.stored.get(name)
+    if stored is None:
+      return {name: np.asarray(value, order="C")}
+    parts = written_codes(value, stored.layout, stored.form.transposed)
+    if not stored.form.paths:
+      parts |= self.scalars[name]
+      return {stored.names(suffix)[0]: part for suffix, part in parts.items()}
+    out: dict[str, np.ndarray] = {}
+    one = () if stored.layout.global_scales is None else stored.layout.global_scales.shape
+    for suffix, part in parts.items():
+      out |= {n: np.ascontiguousarray(part[i]) for i, n in enumerate(stored.names(suffix))}
+    for suffix, scalar in self.scalars[name].items():
+      each = np.broadcast_to(scalar.ravel(), len(stored.paths))
+      out |= {n: each[i].reshape(one) for i, n in enumerate(stored.names(suffix))}
+    return out
+
+  def recorded(self, names: list[str]) -> Recorded:
+    """What the metadata of a file with these of the mapping says of each layer's amax."""
+    return {
+      layer: fields for name in names for layer, fields in self.recorded_of.get(name, {}).items()
+    }
+
+
+def planned(
+  tensors: Mapping[str, Any], format: str, config: dict[str, Any], origin: Checkpoint
+) -> Plan:
+  """origin: `tensors`, if that is a `Checkpoint`, and an empty one otherwise."""
+  values = {name: _checked(name, value) for name, value in tensors.items()}
+  weights = {name: w for name, w in values.items() if isinstance(w, QuantizedWeight)}
+  if not weights:
+    raise ValueError(
+      f"save: tensors must have a QuantizedWeight, found none among {len(values)}; "
+      "safetensors.flax.save_file writes a checkpoint that is not quantized."
+    )
+  stored = {name: _stored(name, weight, format, origin) for name, weight in weights.items()}
+  _check_names(values, stored)
+  scalars: dict[str, dict[str, np.ndarray]] = {}
+  recorded: dict[str, Recorded] = {}
+  layers: dict[str, Kind] = {}
+  for name, weight in weights.items():
+    layout, paths = stored[name].layout, stored[name].paths
+    came_in = layout_of(origin.format, weight.mode) if origin.format else None
+    known = name in origin.stored_scales
+    weight_only = name in origin.weight_only if known else None
+    of_files = converted(origin.stored_scales.get(name, {}), came_in, layout)
+    scalars[name], exact = written_scalars(name, weight, layout, of_files, bool(weight_only))
+    if exact:
+      recorded[name] = _by_layer(exact, stored[name])
+    static = layout.scalars.get("input_global_scale") in scalars[name]
+    layers |= dict.fromkeys(paths, Kind(layout, static, weight_only))
+  config = _with_dtype(config, list(weights.values()))
+  others = _not_quantized(values)
+  configs = written_configs(format, config, layers, others, origin.kv_cache)
+  return Plan(values, stored, scalars, recorded, configs)
+
+
+def _by_layer(exact: dict[str, float], stored: Stored) -> Recorded:
+  """Fields of a weight's matrices, by the layers that these are."""
+  if not stored.form.paths:
+    return {stored.path: exact}
+  out: Recorded = {}
+  for key, amax in exact.items():
+    field, i = _PER_MATRIX.fullmatch(key).groups()  # type: ignore[union-attr]
+    out.setdefault(stored.paths[int(i)], {})[field] = amax
+  return out
+
+
+def _checked(name: Any, value: Any) -> Any:
+  """An array or a `QuantizedWeight` that can be written under its name."""
+  if not isinstance(name, str):
+    raise TypeError(f"save: the names of tensors must be strings, got {name!r}.")
+  if name == METADATA or name.encode(errors="ignore") != name.encode(errors="surrogatepass"):
+    raise ValueError(
+      f"save: the names of tensors must be Unicode text other than {METADATA!r}, got {name!r}."
+    )
+  if isinstance(value, QuantizedWeight):
+    return value
+  array = as_array("save", repr(name), value)
+  dtypes = [dtype.name for dtype in NAMES]
+  if np.dtype(array.dtype).name not in dtypes:
+    raise TypeError(
+      f"save: {name!r} must be of a dtype that safetensors has ({', '.join(dtypes)}), got "
+      f"{describe(array)}."
+    )
+  return array
+
+
+def _stored(name: str, weight: QuantizedWeight, format: str, origin: Checkpoint) -> Stored:
+  layout = layout_of(format, weight.mode)
+  if layout is None:
+    able = " or ".join(repr(row.format) for row in LAYOUTS if row.mode == weight.mode)
+    raise ValueError(
+      f"save: {name!r} is quantized in mode {weight.mode!r}, which format {format!r} has not; "
+      f"save it as {able}."
+    )
+  form = origin.stored_forms.get(name)
+  if form is not None and _still_fits(form, weight, format, origin):
+    return Stored(name.removesuffix(form.naming.weight), layout, form)
+  if name.endswith(SUFFIX) and not layout.in_blocks:
+    path = name.removesuffix(SUFFIX)
+    if weight.ndim == 2 or format not in _ONE_MATRIX or _was_stack(name, format, origin):
+      return Stored(path, layout, Form())
+    return Stored(path, layout, Form(paths=_of_experts(name, weight, layout)))
+  if weight.ndim == 3 and OF_PARAMETERS[format] and not name.endswith(SUFFIX):
+    return Stored(name, layout, Form(OF_PARAMETERS[format][0], transposed=format == "modelopt"))
+  if layout.in_blocks:
+    raise ValueError(
+      f"save: the name of a QuantizedWeight of mode {weight.mode!r} must be that of stacked "
+      f"experts in format {format!r}, such as 'model.experts.down_proj', and its shape (E, N, K), "
+      f"got {name!r} and {weight.shape}."
+    )
+  raise ValueError(
+    f"save: the name of a QuantizedWeight must be that of a layer and {SUFFIX!r}, such as "
+    f"'model.proj.weight', got {name!r}."
+  )
+
+
+def _still_fits(form: Form, weight: QuantizedWeight, format: str, origin: Checkpoint) -> bool:
+  """Whether what a weight was stored as is what one of its shape can be in a format."""
+  if form.paths:
+    return format != "mlx" and weight.shape[:-2] == (len(form.paths),)
+  return format == origin.format and weight.ndim == 3
+
+
+def _was_stack(name: str, format: str, origin: Checkpoint) -> bool:
+  return format == origin.format and name in origin.stored_scales
+
+
+def _of_experts(name: str, weight: QuantizedWeight, layout: Layout) -> tuple[str, ...]:
+  """The paths of layers that the matrices of a stack are: a.experts.0.up of a.experts.up."""
+  paths = expert_paths(name.removesuffix(SUFFIX), weight.shape[0])
+  if paths is None or weight.ndim != 3:
+    raise ValueError(
+      f"save: {name!r} must have two dimensions, (N, K), in {layout.format} {layout.name}, which "
+      f"holds one matrix a layer, got shape {weight.shape}; save its matrices under a name each, "
+      "or a stack of experts under a name such as 'model.experts.up_proj.weight'."
+    )
+  return paths
+
+
+def _check_names(values: dict[str, Any], stored: dict[str, Stored]) -> None:
+  """No tensor of a layer has the name of another."""
+  for name, how in stored.items():
+    for suffix in (*how.layout.required, *how.layout.scalars.values()):
+      for part in how.names(suffix):
+        if part in values and part != name:
+          raise ValueError(
+            f"save: {part!r} is a tensor of the QuantizedWeight {name!r} in format "
+            f"{how.layout.format!r}, and is given besides; leave it out, or rename it."
+          )
+
+
+def _with_dtype(config: dict[str, Any], weights: list[QuantizedWeight]) -> dict[str, Any]:
+  """config, with the weights' own dtype where it names none and they have one."""
+  dtypes = {weight.dtype.name for weight in weights}
+  if len(dtypes) > 1 or any(key in config for key in DTYPE_KEYS):
+    return config
+  return {**config, "torch_dtype": dtypes.pop()}
+
+
+def _not_quantized(values: dict[str, Any]) -> list[str]:
+  """Layers whose weight could have been quantized: a reader would take them to be, unless told."""
+  return [
+    name.removesuffix(SUFFIX)
+    for name, value in values.items()
+    if name.endswith(SUFFIX) and not isinstance(value, QuantizedWeight) and value.ndim >= 2
+  ]
