@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxqq.checkpoint._dense import Dense
 from jaxqq.checkpoint._layouts import Layout, layouts_of
-from jaxqq.checkpoint._scheme import Scheme, Tensors, either, fp8_by, packed_by
+from jaxqq.checkpoint._scheme import Names, Scheme, Tensors, either, fp8_by, packed_by
 
 KV_CACHE = "kv_cache_scheme"
 # Formats whose weights are FP8 where they are floats of 8 bits.
@@ -23,7 +23,7 @@ class _Group:
   """A row of `LAYOUTS` or FP8, and the layers that have it."""
 
   layout: Layout | Dense
-  names: tuple[re.Pattern[str], ...]  # of layers
+  names: Names  # of layers
   classes: bool  # whether it names classes, such as "Linear", too
   weight_only: bool
 
@@ -45,8 +45,11 @@ class CompressedTensors(Scheme):
     """fp8: what `load` was told."""
     super().__init__(file, config)
     self._fp8 = fp8
-    self._ignored = [self._pattern("'ignore'", name) for name in self.field("ignore", list)]
+    self._ignored = self._names("'ignore'", self.field("ignore", list))
     self._refuse_rotations()
+    sparsity = self.field("sparsity_config", dict).get("format")
+    if sparsity not in (None, "dense"):
+      raise self.refuse("'format' of 'sparsity_config'", sparsity, "'dense'")
     self._groups: list[_Group] = []
     of_activations = {}
     for key, group in (self.field("config_groups", dict) or {"": {}}).items():
@@ -66,7 +69,7 @@ class CompressedTensors(Scheme):
     dense = self._dense(group)
     if fp8 is not None and dense is not None:
       fp8 = dataclasses.replace(dense, scales=fp8.scales)
-    if any(pattern.match(path) for pattern in self._ignored):
+    if self._ignored.has(path):
       return packed or fp8
     rows = [group.layout for group in self._groups]
     if packed in rows:
@@ -90,7 +93,7 @@ class CompressedTensors(Scheme):
     return group is not None and group.weight_only
 
   def _group_of(self, path: str) -> _Group | None:
-    by_name = (g for g in self._groups if any(name.match(path) for name in g.names))
+    by_name = (g for g in self._groups if g.names.has(path))
     by_class = (g for g in self._groups if g.classes)
     return next(by_name, next(by_class, None))
 
@@ -110,7 +113,7 @@ class CompressedTensors(Scheme):
     of_names = [target for target in targets if "." in target or not target[:1].isupper()]
     return _Group(
       self._layout(key, group, args),
-      tuple(self._pattern(f"'targets' of {key!r}", target) for target in of_names),
+      self._names(f"'targets' of {key!r}", of_names),
       classes=len(of_names) < len(targets) or not targets,
       weight_only="weights" in group and group.get("input_activations") is None,
     )
@@ -142,13 +145,16 @@ class CompressedTensors(Scheme):
     of_groups = strategy == "group" and isinstance(group_size, int) and group_size > 0
     return (1, group_size) if of_groups else None  # type: ignore[return-value]
 
-  def _pattern(self, key: str, named: Any) -> re.Pattern[str]:
+  def _names(self, key: str, words: list[Any]) -> Names:
     """A name means itself, and "re:..." what begins as that says."""
-    name = str(named)
-    try:
-      return re.compile(name[3:] if name.startswith("re:") else re.escape(name) + r"\Z")
-    except re.error as error:
-      raise self.refuse(key, named, f"of regular expressions ({error})") from None
+    patterns = []
+    for word in words:
+      if str(word).startswith("re:"):
+        try:
+          patterns.append(re.compile(word[3:]))
+        except re.error as error:
+          raise self.refuse(key, word, f"of regular expressions ({error})") from None
+    return Names(frozenset(map(str, words)), tuple(patterns))
 
   def _refuse_rotations(self) -> None:
     """Those that a model applies as it runs; one that was multiplied into weights is in them."""

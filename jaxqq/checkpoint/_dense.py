@@ -161,8 +161,11 @@ def _blocks(layer: DenseLayer) -> tuple[int, int] | None:
   of_matrix = shape[len(batch) :]
   if math.prod(of_matrix) == 1:
     return n, k
-  if of_matrix in ((n,), (n, 1)):
+  is_parameter = layer.naming != LAYER  # whose matrices may be (K, N)
+  if of_matrix == (n, 1) or (of_matrix == (n,) and not (is_parameter and n == k)):
     return 1, k
+  if of_matrix == (k,) and is_parameter and n != k:
+    return n, 1
   if len(of_matrix) != 2:
     return None
   rows = [layer.dense.block[0]] if layer.dense.block else [1, FP8_BLOCK, n]

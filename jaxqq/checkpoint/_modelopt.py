@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import pathlib
+import re
 from typing import Any
 
 from jaxqq.checkpoint._dense import FP8_BLOCK, Dense
 from jaxqq.checkpoint._layouts import Layout, layouts_of
-from jaxqq.checkpoint._scheme import Scheme, Tensors, either, fp8_by, packed_by
+from jaxqq.checkpoint._scheme import Names, Scheme, Tensors, either, fp8_by, packed_by
 
 MIXED = "MIXED_PRECISION"
 WEIGHT_ONLY = "W4A16_"  # a server leaves the activations; the weights are laid out alike
@@ -42,7 +43,7 @@ class ModelOpt(Scheme):
       raise ValueError(f"load: {file}: 'quantization' must be an object, found {inner!r}.")
     super().__init__(file, inner)
     self._fp8 = fp8
-    self._excluded = [*self.field("exclude_modules", list), *self.field("ignore", list)]
+    self._excluded = _as_names(self.field("exclude_modules", list) + self.field("ignore", list))
     self._of_module: dict[str, str] | None = None
     self._of_all = ""
     if self.config.get("quant_algo") == MIXED:
@@ -80,8 +81,7 @@ class ModelOpt(Scheme):
   def _algorithm(self, path: str) -> str | None:
     """That of a layer, or of the module around it that is named last; None where left out."""
     if self._of_module is None:
-      excluded = any(fnmatch.fnmatchcase(path, str(pattern)) for pattern in self._excluded)
-      return None if excluded else self._of_all
+      return None if self._excluded.has(path) else self._of_all
     while path:
       if path in self._of_module:
         return self._of_module[path]
@@ -102,6 +102,13 @@ class ModelOpt(Scheme):
       raise self.refuse(f"quant_algo{of}", entry.get("quant_algo"), either(known))
     self.check_group_size(f"group_size{of}", entry, _row(algorithm))
     return algorithm
+
+
+def _as_names(excluded: list[Any]) -> Names:
+  words = list(map(str, excluded))
+  wild = [word for word in words if set("*?[") & set(word)]
+  patterns = tuple(re.compile(fnmatch.translate(word)) for word in wild)
+  return Names(frozenset(words).difference(wild), patterns)
 
 
 def _row(algorithm: str) -> Layout:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import pathlib
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -55,6 +57,17 @@ class Scheme(abc.ABC):
 
   def refuse(self, key: str, found: Any, expected: str) -> ValueError:
     return ValueError(f"load: {self.file}: {key} must be {expected}, found {found!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """Layers by name and by pattern. Names are looked up, however many there are."""
+
+  names: frozenset[str]
+  patterns: tuple[re.Pattern[str], ...]
+
+  def has(self, path: str) -> bool:
+    return path in self.names or any(pattern.match(path) for pattern in self.patterns)
 
 
 def either(words: Iterable[str]) -> str:
