@@ -156,6 +156,55 @@ class QuantizedWeight:
       of_each = jax.vmap(of_each)
     return of_each(self.packed, self.scales, self.global_scale)
 
+  def take(self, rows: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+    """Rows of the weight as numbers, as a table of embeddings is looked up in.
+
+    out[..., k] = w_hat[rows[...], k]. Only the rows that are taken are dequantized.
+
+    Args:
+      rows: integers of any shape. Negative ones count from the end; as of `jnp.take`, a row that is
+        not there is NaN.
+      dtype: float32, float16 or bfloat16; None is the weight's own.
+
+    Returns:
+      An array of shape rows.shape + (K,).
+
+    Raises:
+      TypeError: dtype is none of the three, or rows are no integers.
+      ValueError: the weight is a stack of matrices; take one, w[i].take(rows).
+
+    Example:
+      >>> table = jaxqq.quantize_weight(jnp.full((4, 64), 3.0))
+      >>> table.take(jnp.array([[0, 2, 2]])).shape
+      (1, 3, 64)
+
+    Source: `mlx.nn.QuantizedEmbedding`.
+    """
+    function = "QuantizedWeight.take"
+    dtype = _checked_dtype(function, self.dtype if dtype is None else dtype)
+    indices = as_array(function, "rows", rows)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+      raise TypeError(f"{function}: rows must be integers, got {describe(indices)}.")
+    if self.ndim != 2:
+      raise ValueError(
+        f"{function}: the weight must have two dimensions, (N, K), got shape {self.shape}; take a "
+        "matrix of the stack first, w[i]."
+      )
+    flat = jnp.ravel(indices)
+
+    def taken(a: Any, fill: float) -> jax.Array:
+      return jnp.asarray(a).at[flat].get(mode="fill", fill_value=fill)
+
+    packed, scales = taken(self.packed, 0), taken(self.scales, FORMATS[self.mode].scale_nan)
+    of_rows = functools.partial(dequantize, mode=self.mode, dtype=dtype)
+    if self.global_scale is None or not jnp.ndim(self.global_scale):
+      out = of_rows(packed, scales, global_scale=self.global_scale)
+    else:  # one for each row
+      out = jax.vmap(lambda p, s, g: of_rows(p[None], s[None], global_scale=g)[0])(
+        packed, scales, taken(self.global_scale, 1)
+      )
+    return out.reshape(*indices.shape, self.shape[-1])
+
   def __getitem__(self, index: Any) -> QuantizedWeight:
     """Matrices of a stack, or rows of w: what numpy's indexing gives of (..., N, K).
 
