@@ -9,7 +9,7 @@ import pytest
 
 import jaxqq
 from jaxqq import checkpoint
-from tests.support import checkpoints, generated
+from tests.support import checkpoints, generated, schemes
 
 SEEDS = range(32)
 FORMATS = ("mlx", "modelopt", "compressed-tensors", "transformers")
@@ -76,7 +76,7 @@ def test_a_generated_checkpoint(seed, tmp_path):
       assert again[name] == tensor, name
   reloaded = checkpoint.load(tmp_path / "again")
   as_numbers = {
-    name: generated.Want(array=want.values.astype(np.float32)) if want.values is not None else want
+    name: schemes.Want(array=want.values.astype(np.float32)) if want.values is not None else want
     for name, want in made.wants.items()
   }
   assert_wanted(reloaded, as_numbers)

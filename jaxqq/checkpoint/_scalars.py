@@ -207,6 +207,12 @@ def _amax_of_fields(
     for field in ("global_scale", "input_global_scale")
     if (value := getattr(weight, field)) is not None
   }
+  for field, value in given.items():
+    if value.shape != weight.shape[:-2]:
+      raise ValueError(
+        f"save: {name!r} has a {field} of shape {value.shape}, and {layout.format} {layout.name} "
+        f"has one for each matrix of {weight.shape}; save the weights that it was made of."
+      )
   scales = layout.global_scales
   if scales is not None and not scales.required:  # there where the files had it
     known = layout.scalars.keys() & stored.keys()

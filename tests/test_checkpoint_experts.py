@@ -1,0 +1,267 @@
+"""mxfp4, transformers' mxfp8, and experts: stacks, parameters, gathered and taken apart."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq import checkpoint
+from tests.support import checkpoints, schemes
+from tests.support.checkpoints import E4M3
+from tests.support.messages import refused
+from tests.support.schemes import (
+  BF16,
+  CT_NVFP4,
+  LINEAR,
+  MXFP8,
+  NVFP4,
+  SHAPE,
+  Generated,
+  compressed,
+  one,
+)
+
+
+def rng():
+  return np.random.default_rng(0)
+
+
+# mxfp4, and transformers' mxfp8.
+
+
+def gpt_oss(folder):
+  made, numbers = Generated("transformers"), rng()
+  for name in ("gate_up_proj", "down_proj"):
+    path = f"model.layers.0.mlp.experts.{name}"
+    made.add_parameter(path, schemes.blocks, numbers, (3, *SHAPE), lambda s: f"_{s}")
+    made.add_plain(f"{path}_bias", np.ones((3, 8), BF16))
+  made.add_plain("model.layers.0.self_attn.q_proj.weight", np.ones((4, 64), BF16))
+  config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+  made.configs = {"config.json": {"quantization_config": config}}
+  made.write(folder)
+  return made
+
+
+def test_gpt_oss(tmp_path):
+  made = gpt_oss(tmp_path / "m")
+  loaded = checkpoint.load(tmp_path / "m")
+  name = "model.layers.0.mlp.experts.gate_up_proj"
+  weight = loaded[name]
+  assert (weight.mode, weight.shape, loaded.format) == ("mxfp4", (3, *SHAPE), "transformers")
+  assert loaded.weight_only == {name, name.replace("gate_up", "down")}
+  codes = made.tensors[f"{name}_blocks"].reshape(3, 8, 32)
+  elements = np.stack(
+    [checkpoints.E2M1_VALUES[codes & 15], checkpoints.E2M1_VALUES[codes >> 4]], -1
+  )
+  scales = np.exp2(np.repeat(made.tensors[f"{name}_scales"], 32, -1) - 127.0)
+  np.testing.assert_array_equal(weight.dequantize("float32"), elements.reshape(3, *SHAPE) * scales)
+  with pytest.raises(ValueError, match="mxfp4"):
+    jaxqq.qqmm(jnp.ones((2, 64)), weight[0])
+  checkpoint.save(tmp_path / "again", loaded, format="transformers")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+  config = checkpoints.read_json(tmp_path / "again" / "config.json")["quantization_config"]
+  assert config["quant_method"] == "mxfp4"
+  assert config["modules_to_not_convert"] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_mxfp4_of_compressed_tensors_and_of_modelopt(tmp_path):
+  group = schemes.ct_group("mxfp4", ["Linear"], weight_only=True)
+  layer = schemes.compressed_tensors("mxfp4", weight_only=True)
+  made = compressed(tmp_path / "m", {"up": layer}, [group])
+  loaded = checkpoint.load(tmp_path / "m")
+  assert loaded["up.weight"].mode == "mxfp4" and loaded.weight_only == {"up.weight"}
+  for format in ("compressed-tensors", "modelopt", "mlx"):
+    checkpoint.save(tmp_path / format, loaded, format=format)
+    there = checkpoint.load(tmp_path / format)
+    np.testing.assert_array_equal(there["up.weight"].packed, made.wants["up.weight"].packed)
+    assert there.weight_only == loaded.weight_only
+  assert checkpoints.read_raw(tmp_path / "compressed-tensors") == checkpoints.read_raw(
+    tmp_path / "m"
+  )
+  with pytest.raises(ValueError, match=r"'mxfp4' must be that of stacked experts.*'up.weight'"):
+    checkpoint.save(tmp_path / "hf", loaded, format="transformers")
+
+
+def test_mxfp8_of_transformers(tmp_path):
+  config = {"quantization_config": {"quant_method": "mxfp8"}}
+  made = one(tmp_path / "m", "transformers", {"up": schemes.transformers_mxfp8}, config)
+  loaded = checkpoint.load(tmp_path / "m")
+  np.testing.assert_array_equal(loaded["up.weight"].scales, made.wants["up.weight"].scales)
+  checkpoint.save(tmp_path / "again", loaded, format="transformers")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+  loaded["down.weight"] = jaxqq.quantize_weight(jnp.ones((8, 64)), mode="mxfp4")
+  with pytest.raises(ValueError, match=r"'down\.weight'"):
+    checkpoint.save(tmp_path / "b", loaded, format="transformers")
+  del loaded["down.weight"]
+  loaded["experts.up"] = jaxqq.quantize_weight(jnp.ones((2, 8, 64)), mode="mxfp4")
+  with pytest.raises(ValueError, match=r"one kind of quantized layers.*mxfp4.* and mxfp8"):
+    checkpoint.save(tmp_path / "b", loaded, format="transformers")
+
+
+# Experts.
+
+
+def test_a_stack_with_a_scale_for_each_expert(tmp_path):
+  """ModelOpt's, under a module's name, and MLX's with an amax for each expert."""
+  made, numbers = Generated("modelopt"), rng()
+  codes, scales, want = schemes.packed("nvfp4", numbers, (3, *SHAPE))
+  scale_2 = np.float32([0.5, 0.25, 3e-4])
+  made.tensors = {
+    "up.weight": codes,
+    "up.weight_scale": scales.view(E4M3),
+    "up.weight_scale_2": scale_2,
+    "up.input_scale": np.asarray(0.125, np.float32),
+  }
+  made.configs = {"hf_quant_config.json": schemes.modelopt_config("NVFP4")}
+  made.write(tmp_path / "m")
+  loaded = checkpoint.load(tmp_path / "m", dtype="float32")
+  weight = loaded["up.weight"]
+  np.testing.assert_array_equal(weight.global_scale, np.float32(2688) * scale_2)
+  np.testing.assert_array_equal(weight.input_global_scale, np.full(3, 336, np.float32))
+  elements = np.stack(
+    [checkpoints.E2M1_VALUES[codes & 15], checkpoints.E2M1_VALUES[codes >> 4]], -1
+  )
+  values = elements.reshape(3, *SHAPE) * np.repeat(scales.view(E4M3).astype(np.float64), 16, -1)
+  wanted = values * scale_2[:, None, None].astype(np.float64)
+  np.testing.assert_allclose(weight.dequantize(), wanted, rtol=2e-7, atol=0)
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+
+  amax = np.float32([1, 2, 3])
+  mlx = {"up.weight": want.packed, "up.scales": scales, "up.global_scale": amax}
+  config = {"quantization": schemes.mlx_entry("nvfp4")}
+  checkpoints.write(tmp_path / "mlx", mlx, config_json=config)
+  loaded = checkpoint.load(tmp_path / "mlx")
+  np.testing.assert_array_equal(loaded["up.weight"].global_scale, amax)
+  checkpoint.save(tmp_path / "mlx again", loaded, format="mlx")
+  assert checkpoints.read_raw(tmp_path / "mlx again") == checkpoints.read_raw(tmp_path / "mlx")
+  bad = mlx | {"up.global_scale": np.ones(2, np.float32)}
+  checkpoints.write(tmp_path / "bad", bad, config_json=config)
+  refused(tmp_path / "bad", "'up.global_scale' must be F32 of one element or one a matrix", "(2,)")
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("names", ["modelopt", "w13", "compressed-tensors"])
+def test_experts_that_are_parameters(names, transposed, tmp_path):
+  """gate_up_proj as Llama 4 has it, (E, K / 2, N), or the other way round."""
+  ct = names == "compressed-tensors"
+  layer = CT_NVFP4 if ct else NVFP4
+  made, numbers = Generated("compressed-tensors" if ct else "modelopt"), rng()
+  base = "m.experts.w13" if names == "w13" else "m.experts.gate_up_proj"
+  name = f"{base}_weight" if names == "w13" else base
+  endings = {
+    "modelopt": lambda s: "" if s == "weight" else f"_{s}",
+    "w13": lambda s: "" if s == "weight" else "_" + s.removeprefix("weight_"),
+    "compressed-tensors": lambda s: "_" + s.removeprefix("weight_"),
+  }
+  ending = endings[names]
+  if names == "w13":  # w13_weight, w13_weight_scale, w13_weight_scale_2, w13_input_scale
+    made.add_parameter("m.experts.w13", layer, numbers, (3, 8, 128), lambda s: f"_{s}", transposed)
+    made.wants[name] = made.wants.pop("m.experts.w13")
+  else:
+    made.add_parameter(base, layer, numbers, (3, 8, 128), ending, transposed)
+  if ct:
+    made.configs = {"config.json": {"quantization_config": schemes.ct_config([LINEAR], [])}}
+  else:
+    made.configs = {"hf_quant_config.json": schemes.modelopt_config("NVFP4")}
+  made.write(tmp_path / "m")
+  loaded = checkpoint.load(tmp_path / "m")
+  want, weight = made.wants[name], loaded[name]
+  assert loaded.keys() == {name} and weight.shape == (3, 8, 128)
+  np.testing.assert_array_equal(weight.packed, want.packed)
+  np.testing.assert_array_equal(weight.scales, want.scales)
+  checkpoint.save(tmp_path / "again", loaded, format=made.format)
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+
+
+def experts(folder, kind="modelopt", skip=(), **changed):
+  made, numbers = Generated("modelopt"), rng()
+  for e in (i for i in range(11) if i not in skip):
+    for name in ("up", "down"):
+      made.add(f"m.experts.{e}.{name}", changed.get(f"{name}{e}", NVFP4), numbers)
+  made.add("m.shared_experts.up", NVFP4, numbers)
+  made.add_plain("m.experts.0.up.bias", np.ones(8, BF16))
+  made.configs = {"hf_quant_config.json": schemes.modelopt_config("NVFP4")}
+  made.write(folder)
+  return made
+
+
+def test_experts_are_gathered_and_taken_apart(tmp_path):
+  made = experts(tmp_path / "m")
+  loaded = checkpoint.load(tmp_path / "m", experts="stack")
+  assert loaded.keys() == {
+    *("m.experts.up.weight", "m.experts.down.weight", "m.shared_experts.up.weight"),
+    "m.experts.0.up.bias",
+  }
+  weight = loaded["m.experts.up.weight"]
+  assert weight.shape == (11, *SHAPE)
+  for e in range(11):
+    want = made.wants[f"m.experts.{e}.up.weight"]
+    np.testing.assert_array_equal(weight[e].packed, want.packed)
+    assert np.asarray(weight.global_scale)[e] == want.amax["global_scale"]
+    assert np.asarray(weight.input_global_scale)[e] == want.amax["input_global_scale"]
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt", max_shard_size=3000)
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+
+  # A stack of one's own is taken apart too, and its amax is noted where no scalar stands for it.
+  amax = np.random.default_rng(0).uniform(1, 32, 400).astype(np.float32)
+  lost = amax[checkpoints.amax_of("modelopt", checkpoints.scalar_of("modelopt", amax)) != amax][:2]
+  own = jaxqq.QuantizedWeight(weight.packed[:2], weight.scales[:2], global_scale=lost)
+  checkpoint.save(tmp_path / "own", {"a.experts.w.weight": own}, format="compressed-tensors")
+  names = checkpoints.read_raw(tmp_path / "own")
+  assert "a.experts.1.w.weight_packed" in names and len(names) == 6
+  again = checkpoint.load(tmp_path / "own", experts="stack")["a.experts.w.weight"]
+  assert np.asarray(again.global_scale).tobytes() == lost.tobytes()
+  whole = checkpoint.load(tmp_path / "own", only="a.experts.*.w.weight")
+  assert whole.keys() == {"a.experts.0.w.weight", "a.experts.1.w.weight"}
+  stack = checkpoint.load(tmp_path / "own", only="a.experts.w.weight", experts="stack")
+  assert stack.keys() == {"a.experts.w.weight"}
+
+
+def test_experts_that_cannot_be_a_stack(tmp_path):
+  experts(tmp_path / "a", skip=(4,))
+  with pytest.raises(ValueError, match=r"all experts of 'm.experts.\w+'.*no quantized expert 4\.$"):
+    checkpoint.load(tmp_path / "a", experts="stack")
+  assert "m.experts.5.up.weight" in checkpoint.load(tmp_path / "a")
+  entries = {"m": schemes.modelopt_entry("NVFP4")}
+  entries["m.experts.3.up"] = schemes.modelopt_entry("MXFP8")
+  experts(tmp_path / "b", up3=MXFP8)
+  config = schemes.modelopt_config("MIXED_PRECISION", quantized_layers=entries)
+  (tmp_path / "b" / "hf_quant_config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r"of one kind, found 'm.experts.3.up' in MXFP8.*NVFP4"):
+    checkpoint.load(tmp_path / "b", experts="stack")
+
+
+def test_an_expert_that_calibration_never_reached(tmp_path):
+  """The stack has no static scale of the activations; a save writes those that were there."""
+  made = experts(tmp_path / "m")
+  made.tensors["m.experts.7.up.input_scale"] = np.asarray(0, np.float32)
+  made.write(tmp_path / "m")
+  with pytest.warns(UserWarning, match="'m.experts.7.up.input_scale' is 0.0"):
+    loaded = checkpoint.load(tmp_path / "m", experts="stack")
+  assert loaded["m.experts.up.weight"].input_global_scale is None
+  assert loaded["m.experts.down.weight"].input_global_scale is not None
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+
+
+def test_a_name_that_a_stack_would_take(tmp_path):
+  made = experts(tmp_path)
+  made.add_plain("m.experts.up.weight", np.ones(4, np.float32))
+  made.write(tmp_path)
+  with pytest.raises(ValueError, match=r"'m\.experts\.up\.weight' has the name of a stack"):
+    checkpoint.load(tmp_path, experts="stack")
+
+
+def test_a_global_scale_for_each_row_is_refused(tmp_path):
+  weight = jaxqq.quantize_weight(jnp.ones((8, 64)), global_scale="amax")
+  leaves, tree = jax.tree.flatten(weight)
+  of_rows = jax.tree.unflatten(tree, [*leaves[:2], jnp.ones(8)])
+  for format in ("modelopt", "mlx"):
+    with pytest.raises(ValueError, match=r"^save: 'up.weight' has a global_scale of shape \(8,\)"):
+      checkpoint.save(tmp_path / "m", {"up.weight": of_rows}, format=format)
