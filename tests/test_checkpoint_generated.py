@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import jaxqq
 from jaxqq import checkpoint
 from tests.support import checkpoints, generated, schemes
+from tests.support.faults import json_lies
 
 SEEDS = range(32)
+LYING = range(100, 112)
 FORMATS = ("mlx", "modelopt", "compressed-tensors", "transformers")
 
 
@@ -37,6 +40,19 @@ def assert_wanted(loaded, wants):
         else:
           assert amax is None, (name, field)
       assert (name in loaded.weight_only) == want.weight_only, name
+
+
+def assert_numbers(loaded, wants):
+  """The tensors, by whatever they are said to be."""
+  assert loaded.keys() == wants.keys()
+  for name, want in wants.items():
+    if isinstance(loaded[name], jaxqq.QuantizedWeight):
+      assert loaded[name].mode == want.mode
+      np.testing.assert_array_equal(loaded[name].packed, want.packed, name)
+      np.testing.assert_array_equal(loaded[name].scales, want.scales, name)
+    else:
+      exact = want.array if want.values is None else want.values.astype(np.float32)
+      assert np.asarray(loaded[name]).tobytes() == exact.tobytes(), name
 
 
 def packed_of(tensors):
@@ -98,3 +114,22 @@ def test_a_generated_checkpoint(seed, tmp_path):
       stack = re.sub(r"experts\.\d+\.", "experts.", name)
       whole[stack] = [a + b for a, b in zip(whole.get(stack, [b"", b""]), arrays, strict=True)]
     assert packed_of(there) == whole
+
+
+@pytest.mark.parametrize("seed", LYING)
+def test_a_configuration_that_lies(seed, tmp_path):
+  """One sentence refuses it, or the numbers are those of the tensors all the same."""
+  made, _, rng = generated.generate(seed)
+  folder = made.write(tmp_path)
+  for file, config in made.configs.items():
+    for fault in json_lies(file, config, 8, rng):
+      fault.apply(folder / file)
+      try:
+        loaded = checkpoint.load(folder, dtype="float32", **made.options)
+      except (ValueError, FileNotFoundError) as error:
+        sentence = str(error)
+        assert re.fullmatch(r"load: [^\n]{,1000}\.", sentence) and str(folder) in sentence
+      else:
+        assert_numbers(loaded, made.wants)
+    (folder / file).write_text(json.dumps(config))
+  assert_wanted(checkpoint.load(folder, **made.options), made.wants)

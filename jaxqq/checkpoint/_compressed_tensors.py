@@ -103,13 +103,13 @@ class CompressedTensors(Scheme):
     return next((layout for layout in layouts if isinstance(layout, Dense)), None)
 
   def _group(self, key: str, group: dict[str, Any]) -> _Group:
-    weights = group.get("weights")
-    args = weights if isinstance(weights, dict) else {}
+    args = self.as_kind(f"'weights' of {key!r}", group.get("weights"), dict)
     if args.get("symmetric") is False:
       raise self.refuse(
         f"'symmetric' of the weights of {key!r}", False, "true: zero points are not read"
       )
-    targets = [str(target) for target in group.get("targets") or ()]
+    targets = self.as_kind(f"'targets' of {key!r}", group.get("targets"), list)
+    targets = [str(target) for target in targets]
     of_names = [target for target in targets if "." in target or not target[:1].isupper()]
     return _Group(
       self._layout(key, group, args),
@@ -158,13 +158,16 @@ class CompressedTensors(Scheme):
 
   def _refuse_rotations(self) -> None:
     """Those that a model applies as it runs; one that was multiplied into weights is in them."""
-    groups = self.field("transform_config", dict).get("config_groups") or {}
+    groups = self.field("transform_config", dict).get("config_groups")
+    groups = self.as_kind("'config_groups' of 'transform_config'", groups, dict)
     for name, scheme in groups.items():
-      for args in scheme.get("apply") or () if isinstance(scheme, dict) else ():
-        location = str(args.get("location") if isinstance(args, dict) else args)
+      key = f"{name!r} of 'transform_config'"
+      apply = self.as_kind(key, scheme, dict).get("apply")
+      for args in self.as_kind(f"'apply' in {key}", apply, list):
+        location = self.as_kind(f"'apply' in {key}", args, dict).get("location")
         if location in _ONLINE:
           raise self.refuse(
-            f"'location' in {name!r} of 'transform_config'",
+            f"'location' in {key}",
             location,
             "one of a weight: rotations of activations, queries and keys are not applied",
           )
@@ -184,6 +187,7 @@ def _format_of(args: dict[str, Any]) -> str | None:
     return None
   bits, group_size = args.get("num_bits"), args.get("group_size")
   if bits == 4:
-    return {16: "nvfp4-pack-quantized", 32: "mxfp4-pack-quantized"}.get(group_size or 0)
+    by_size = {16: "nvfp4-pack-quantized", 32: "mxfp4-pack-quantized"}
+    return by_size.get(group_size) if isinstance(group_size, int) else None
   is_mxfp8 = group_size == 32 and args.get("scale_dtype") == "torch.uint8"
   return "mxfp8-quantized" if is_mxfp8 else "float-quantized" if bits == 8 else None

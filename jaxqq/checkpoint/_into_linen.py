@@ -9,8 +9,8 @@ from typing import Any
 from flax.core import meta
 
 from jaxqq._weight import QuantizedWeight
+from jaxqq.checkpoint._checkpoint import Tensor
 from jaxqq.checkpoint._into import NoPlaceError, as_array, cast, children_name, fitted, moved
-from jaxqq.checkpoint._load import Tensor
 from jaxqq.nn.kernel import KernelAxes
 from jaxqq.nn.params import boxed
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS
 from jaxqq._weight import QuantizedWeight
+from jaxqq.checkpoint._checkpoint import Tensor
 from jaxqq.checkpoint._into import (
   FUNCTION,
   NoPlaceError,
@@ -20,7 +21,6 @@ from jaxqq.checkpoint._into import (
   fitted,
   moved,
 )
-from jaxqq.checkpoint._load import Tensor
 from jaxqq.nn.base import Packed, QuantizedLayer, why_not
 from jaxqq.nn.convert import Replacement, items, nodes
 from jaxqq.nn.layers import LAYERS

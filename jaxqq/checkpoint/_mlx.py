@@ -80,8 +80,9 @@ class Mlx(Scheme):
 
   def _of_affine(self, key: str, entry: dict[str, Any]) -> Dense:
     sizes = {name: entry.get(name) or default for name, default in _AFFINE.items()}
-    if sizes["bits"] not in _AFFINE_BITS:
-      raise self.refuse(f"bits in {key}", sizes["bits"], " or ".join(map(str, _AFFINE_BITS)))
-    if not isinstance(sizes["group_size"], int) or sizes["group_size"] < 1:
-      raise self.refuse(f"group_size in {key}", sizes["group_size"], "a positive integer")
+    bits, group_size = sizes["bits"], sizes["group_size"]
+    if type(bits) is not int or bits not in _AFFINE_BITS:
+      raise self.refuse(f"bits in {key}", bits, " or ".join(map(str, _AFFINE_BITS)))
+    if type(group_size) is not int or not 0 < group_size < 1 << 20:
+      raise self.refuse(f"group_size in {key}", group_size, "a positive integer")
     return Dense(self.format, "affine", "affine", "scales", None, **sizes)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from jaxqq.checkpoint._dense import FP8, Dense
-from jaxqq.checkpoint._files import TensorInfo
+from jaxqq.checkpoint._files import TensorInfo, shown
 from jaxqq.checkpoint._layouts import LAYOUTS, Layout
 
 Tensors = dict[str, TensorInfo]
@@ -44,9 +44,12 @@ class Scheme(abc.ABC):
 
   def field(self, key: str, kind: type) -> Any:
     """A value of the configuration that is a dict or a list, empty where there is none."""
-    value = self.config.get(key)
+    return self.as_kind(repr(key), self.config.get(key), kind)
+
+  def as_kind(self, key: str, value: Any, kind: type) -> Any:
+    """A value that is a dict or a list, empty where there is none."""
     if value is not None and not isinstance(value, kind):
-      raise self.refuse(repr(key), value, f"a JSON {'object' if kind is dict else 'list'}")
+      raise self.refuse(key, value, f"a JSON {'object' if kind is dict else 'list'}")
     return kind() if value is None else value
 
   def check_group_size(self, key: str, entry: Any, layout: Layout) -> None:
@@ -56,7 +59,7 @@ class Scheme(abc.ABC):
       raise self.refuse(key, found, f"{right}, that of {layout.name}")
 
   def refuse(self, key: str, found: Any, expected: str) -> ValueError:
-    return ValueError(f"load: {self.file}: {key} must be {expected}, found {found!r}.")
+    return ValueError(f"load: {self.file}: {key} must be {expected}, found {shown(found)}.")
 
 
 @dataclasses.dataclass(frozen=True)
