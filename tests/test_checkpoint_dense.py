@@ -264,3 +264,28 @@ def test_choices_that_are_none(name, value, tmp_path):
     ValueError, match=rf"^load: {name} must be '.*, got {re.escape(repr(value))}\.$"
   ):
     checkpoint.load(tmp_path, **{name: value})
+
+
+def test_a_model_that_fp8_layers_are_loaded_into(tmp_path):
+  """load_into takes the choices of load: a kernel of numbers, or a packed one of mxfp8."""
+  from flax import nnx
+
+  made = compressed(
+    tmp_path,
+    {"layers.0": schemes.fp8("channel", powers=True)},
+    [schemes.ct_group("fp8", ["Linear"], strategy="channel")],
+  )
+
+  def model():
+    return nnx.eval_shape(
+      lambda: nnx.Sequential(nnx.Linear(64, 8, use_bias=False, rngs=nnx.Rngs(0)))
+    )
+
+  values = made.wants["layers.0.weight"].values
+  dense = checkpoint.load_into(model(), tmp_path).layers[0]
+  np.testing.assert_array_equal(dense.kernel[...], values.T.astype(np.float32))
+  packed = checkpoint.load_into(model(), tmp_path, fp8="mxfp8").layers[0]
+  assert packed.is_packed
+  np.testing.assert_array_equal(packed.weight.dequantize("float32"), values)
+  with pytest.raises(ValueError, match=r"format of 'group_0'.*found 'float-quantized'"):
+    checkpoint.load_into(model(), tmp_path, fp8="refuse")

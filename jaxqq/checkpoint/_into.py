@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxqq.checkpoint._checkpoint import Tensor
-from jaxqq.checkpoint._load import Placement, load
+from jaxqq.checkpoint._load import FP8, Affine, Experts, Placement, load
 
 FUNCTION = "load_into"
 # What "X.weight" of a file is called in Flax.
@@ -52,6 +52,9 @@ def load_into(
   partial: bool = False,
   dtype: DTypeLike | None = None,
   device: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+  fp8: FP8 = "dequantize",
+  affine: Affine = "refuse",
+  experts: Experts = None,
   progress: bool = True,
 ) -> Any:
   """Loads a quantized checkpoint into a model of Flax, NNX or Linen.
@@ -67,7 +70,7 @@ def load_into(
   Args:
     model: an nnx.Module, also one of `nnx.eval_shape`, which is changed; or parameters of Linen, a
       tree of dicts as `model.init(...)["params"]` or the `jax.eval_shape` of it.
-    path, dtype, progress: as for `load`.
+    path, dtype, fp8, affine, experts, progress: as for `load`.
     names: the path in the model of each tensor of the checkpoint, "layers.0.up.weight" for example:
       a function, or a dict of those that differ. None for a name leaves the tensor out. A last
       "weight" means kernel, embedding or scale, whichever the layer has.
@@ -99,7 +102,8 @@ def load_into(
   """
   destination = _destination(model)
   renamed = _renaming(names)
-  tensors = load(path, only=only, dtype=dtype, device=device, progress=progress)
+  options = {"fp8": fp8, "affine": affine, "experts": experts, "progress": progress}
+  tensors = load(path, only=only, dtype=dtype, device=device, **options)  # type: ignore[arg-type]
   for name, value in tensors.items():
     where = renamed(name)
     if where is None:
