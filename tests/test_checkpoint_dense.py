@@ -289,3 +289,29 @@ def test_a_model_that_fp8_layers_are_loaded_into(tmp_path):
   np.testing.assert_array_equal(packed.weight.dequantize("float32"), values)
   with pytest.raises(ValueError, match=r"format of 'group_0'.*found 'float-quantized'"):
     checkpoint.load_into(model(), tmp_path, fp8="refuse")
+
+
+# What mlx 0.32.4 made of arange(32) % 2**bits in groups of 32: the words, the scale and the bias.
+MLX_WORDS = {
+  3: ((0x77053977, 0x39770539, 0x5397705), -1.0, 7.0),
+  5: ((0x75BE77DF, 0x3A56D7C6, 0x35CF8465, 0xC74254B6, 0x443214), -1.0, 31.0),
+}
+
+
+@pytest.mark.parametrize("bits", MLX_WORDS)
+def test_bits_that_are_no_divisors_of_32_as_mlx_packs_them(bits, tmp_path):
+  words, scale, bias = MLX_WORDS[bits]
+  made = one(
+    tmp_path,
+    "mlx",
+    {"up": schemes.mlx("nvfp4")},
+    {"quantization": schemes.mlx_entry("nvfp4") | {"gate": {"bits": bits, "group_size": 32}}},
+    extra={
+      "gate.weight": np.array([words], np.uint32),
+      "gate.scales": np.full((1, 1), scale, np.float32),
+      "gate.biases": np.full((1, 1), bias, np.float32),
+    },
+  )
+  assert made.format == "mlx"
+  out = np.asarray(checkpoint.load(tmp_path, affine="dequantize")["gate.weight"], np.float32)
+  assert out.tolist() == [[i % (1 << bits) for i in range(32)]]
