@@ -265,3 +265,17 @@ def test_a_global_scale_for_each_row_is_refused(tmp_path):
   for format in ("modelopt", "mlx"):
     with pytest.raises(ValueError, match=r"^save: 'up.weight' has a global_scale of shape \(8,\)"):
       checkpoint.save(tmp_path / "m", {"up.weight": of_rows}, format=format)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_scalars_keep_their_shape(shape, gathered, tmp_path):
+  """ModelOpt's are of none, and others that write its format have them in an array of one."""
+  made = experts(tmp_path / "m")
+  for name, array in made.tensors.items():
+    if name.endswith(("weight_scale_2", "input_scale")):
+      made.tensors[name] = array.reshape(shape)
+  made.write(tmp_path / "m")
+  loaded = checkpoint.load(tmp_path / "m", experts="stack" if gathered else None)
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")

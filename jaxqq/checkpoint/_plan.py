@@ -75,7 +75,8 @@ class Plan:
       out |= {n: np.ascontiguousarray(part[i]) for i, n in enumerate(stored.names(suffix))}
     for suffix, scalar in self.scalars[name].items():
       each = np.broadcast_to(scalar.ravel(), len(stored.paths))
-      out |= {n: each[i].reshape(one) for i, n in enumerate(stored.names(suffix))}
+      of_each = scalar.shape[1:] or one
+      out |= {n: each[i].reshape(of_each) for i, n in enumerate(stored.names(suffix))}
     return out
 
   def recorded(self, names: list[str]) -> Recorded:

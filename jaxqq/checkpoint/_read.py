@@ -11,7 +11,7 @@ import numpy as np
 from jaxqq.checkpoint._dense import DenseLayer, read_affine, read_as_mxfp8, read_fp8
 from jaxqq.checkpoint._files import Recorded, TensorInfo
 from jaxqq.checkpoint._layouts import Layer, read_codes
-from jaxqq.checkpoint._scalars import Scalars, read_scalars
+from jaxqq.checkpoint._scalars import Scalars, is_calibration, read_scalars, to_amax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Loaded:
     fields: the arguments of `QuantizedWeight`; None for an array.
     array: of a layer that comes dequantized.
     stored: the scalars as the files have them, by field.
-    uncalibrated: a static scale of the activations that is no calibration, and its tensor.
+    uncalibrated: a tensor of static scales of the activations, and one that is no calibration.
   """
 
   fields: dict[str, Any] | None = None
@@ -58,5 +58,7 @@ def read_packed(
   fields = {"packed": packed, "scales": scales, "mode": layer.layout.mode, "dtype": dtype, **amax}
   left = None
   if (field := "input_global_scale") in stored.keys() - amax.keys():
-    left = layer.tensors[layer.layout.scalars[field]], stored[field]
+    scalars = stored[field].ravel()
+    wrong = ~is_calibration(to_amax(layer.layout, scalars))
+    left = layer.tensors[layer.layout.scalars[field]], scalars[wrong][0]
   return Loaded(fields, stored=stored, uncalibrated=left)

@@ -39,7 +39,7 @@ def read_scalars(
   for field, suffix in layout.scalars.items():
     if suffix in layer.tensors:
       scalar = read(layer.tensors[suffix])
-      stored[field] = scalar if batch else scalar.reshape(())
+      stored[field] = scalar
       amax[field] = _amax(layout, to_matrices(scalar, batch), field, recorded)
       _check_amax(field, amax[field], scalar, layer.tensors[suffix], layout)
   if "input_global_scale" in amax and not is_calibration(amax["input_global_scale"]).all():
@@ -150,28 +150,27 @@ def written_scalars(
     lost = again.ravel().view(np.uint32) != amax.ravel().view(np.uint32)
     for i in np.flatnonzero(lost).tolist():
       recorded[_key(field, i, amax.shape)] = float(amax.ravel()[i])
-    one = layout.global_scales.shape  # type: ignore[union-attr]
-    out[layout.scalars[field]] = scalar if weight.ndim > 2 else scalar.reshape(one)
+    out[layout.scalars[field]] = scalar
   _check_zero(name, weight, layout, amax_of_fields.get("global_scale"))
   suffix, left = layout.scalars.get("input_global_scale"), stored.get("input_global_scale")
   if suffix is not None and left is not None and suffix not in out:
     beside = out[layout.scalars["global_scale"]].tobytes()
     same_weight = beside == stored["global_scale"].tobytes()
     if same_weight and not is_calibration(to_amax(layout, left)).all():
-      one = layout.global_scales.shape  # type: ignore[union-attr]
-      out[suffix] = left if weight.ndim > 2 else left.reshape(one)
+      out[suffix] = left
   return out, recorded
 
 
 def _scalar_of(amax: np.ndarray, stored: np.ndarray | None, layout: Layout) -> np.ndarray:
   """What was stored, where it still stands for the amax, and otherwise what the amax gives."""
+  one = layout.global_scales.shape  # type: ignore[union-attr]
   if stored is None or stored.size not in (1, amax.size):
-    return from_amax(layout, amax)
+    return from_amax(layout, amax).reshape(amax.shape or one)
   old = np.broadcast_to(to_matrices(stored, amax.shape), amax.shape)
   stands = to_amax(layout, old).view(np.uint32) == amax.view(np.uint32)
   if stands.all():
     return stored
-  return np.where(stands, old, from_amax(layout, amax))
+  return np.where(stands, old, from_amax(layout, amax)).reshape(amax.shape or one)
 
 
 def _check_zero(
@@ -191,7 +190,11 @@ def converted(stored: Scalars, layout: Layout | None, to: Layout) -> Scalars:
   """Scalars as they were stored in a layout, as another one stores them."""
   if layout is None or layout.format == to.format or not to.scalars:
     return stored
-  return {field: from_amax(to, to_amax(layout, scalar)) for field, scalar in stored.items()}
+  one = to.global_scales.shape  # type: ignore[union-attr]
+  return {
+    field: from_amax(to, to_amax(layout, scalar)).reshape(one if scalar.size == 1 else scalar.shape)
+    for field, scalar in stored.items()
+  }
 
 
 def _amax_of_fields(
