@@ -279,3 +279,16 @@ def test_scalars_keep_their_shape(shape, gathered, tmp_path):
   loaded = checkpoint.load(tmp_path / "m", experts="stack" if gathered else None)
   checkpoint.save(tmp_path / "again", loaded, format="modelopt")
   assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+
+
+@pytest.mark.parametrize("path", ["experts.w1", "a.local_experts.w1", "a.b.experts.mlp.w1"])
+def test_names_of_experts(path, tmp_path):
+  weight = jaxqq.quantize_weight(jnp.ones((2, 8, 64)), global_scale="amax")
+  checkpoint.save(tmp_path / "m", {f"{path}.weight": weight}, format="modelopt")
+  names = set(checkpoint.load(tmp_path / "m"))
+  before, _, after = path.rpartition("experts.")
+  assert names == {f"{before}experts.{i}.{after}.weight" for i in range(2)}
+  loaded = checkpoint.load(tmp_path / "m", experts="stack")
+  assert loaded.keys() == {f"{path}.weight"}
+  with pytest.raises(ValueError, match=r"'a.myexperts.w1.weight' must have two dimensions"):
+    checkpoint.save(tmp_path / "b", {"a.myexperts.w1.weight": weight}, format="modelopt")

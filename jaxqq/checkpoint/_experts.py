@@ -13,7 +13,8 @@ from jaxqq.checkpoint._files import Recorded, TensorInfo
 from jaxqq.checkpoint._layouts import Form, Layer
 from jaxqq.checkpoint._read import Loaded, read_dense, read_packed
 
-_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"((?:.*[._])?experts)\.(\d+)\.(.+)")
+_STACK = re.compile(r"((?:.*[._])?experts)\.(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Stack:
 
   @property
   def form(self) -> Form:
-    return Form(paths=tuple(layer.path for layer in self.layers))
+    paths = tuple(layer.path for layer in self.layers)
+    return Form(paths=paths, scales_dtype=self.layers[0].form.scales_dtype)
 
   @property
   def weight_only(self) -> bool:
@@ -44,9 +46,8 @@ def stack_of(path: str) -> str | None:
 
 def expert_paths(stack: str, count: int) -> tuple[str, ...] | None:
   """The paths of the experts' layers that a stack of this path is; None where it names none."""
-  before, experts, after = stack.rpartition("experts.")
-  whole_word = experts and after and (not before or before[-1] in "._")
-  return tuple(f"{before}experts.{i}.{after}" for i in range(count)) if whole_word else None
+  found = _STACK.fullmatch(stack)
+  return None if found is None else tuple(f"{found[1]}.{i}.{found[2]}" for i in range(count))
 
 
 def stacked(layers: list[Layer]) -> list[Stack]:

@@ -102,15 +102,13 @@ def _layer(group: Group, scheme: Scheme) -> Layer | DenseLayer | None:
   if isinstance(layout, Dense):
     return DenseLayer(group.weight, group.path, layout, group.tensors, group.naming)
   codes, scales = (group.tensors.get(suffix) for suffix in (layout.codes, layout.scales))
-  of_parameter = group.naming != LAYER and codes is not None and scales is not None
-  return Layer(
-    group.weight,
-    group.path,
-    layout,
-    group.tensors,
-    Form(group.naming, of_parameter and is_transposed(codes, scales)),  # type: ignore[arg-type]
-    weight_only=scheme.is_weight_only(group.path, layout),
-  )
+  form = Form()
+  if codes is not None and scales is not None:
+    transposed = group.naming != LAYER and is_transposed(codes, scales)
+    other = scales.dtype if scales.dtype in layout.scales_dtypes[1:] else None
+    form = Form(group.naming, transposed, scales_dtype=other)
+  weight_only = scheme.is_weight_only(group.path, layout)
+  return Layer(group.weight, group.path, layout, group.tensors, form, weight_only)
 
 
 def _check_named(scheme: Scheme, groups: Iterable[Group], wants: Callable[[str], bool]) -> None:

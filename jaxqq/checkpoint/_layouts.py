@@ -151,11 +151,13 @@ class Form:
     naming: what they are called.
     transposed: a stack of matrices (K, N), as a model that multiplies by x @ w holds them.
     paths: those of its matrices, where each is a layer.
+    scales_dtype: safetensors' name, where it is not the one that the layout writes.
   """
 
   naming: Naming = LAYER
   transposed: bool = False
   paths: tuple[str, ...] = ()
+  scales_dtype: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,14 +281,13 @@ def read_codes(
   return out[0], out[1]
 
 
-def written_codes(
-  weight: QuantizedWeight, layout: Layout, transposed: bool = False
-) -> dict[str, np.ndarray]:
+def written_codes(weight: QuantizedWeight, layout: Layout, form: Form) -> dict[str, np.ndarray]:
   """The tensors of codes and scales by suffix: the inverse of `read_codes`."""
   packed = np.asarray(weight.packed, order="C").view(DTYPES[layout.codes_dtype])
-  scales = np.asarray(weight.scales, order="C").view(DTYPES[layout.scales_dtypes[0]])
+  scales_dtype = form.scales_dtype or layout.scales_dtypes[0]
+  scales = np.asarray(weight.scales, order="C").view(DTYPES[scales_dtype])
   if layout.in_blocks:
     packed = packed.reshape(*packed.shape[:-1], -1, BLOCK)
-  if transposed:
+  if form.transposed:
     packed, scales = (np.ascontiguousarray(np.swapaxes(a, -1, -2)) for a in (packed, scales))
   return {layout.codes: packed, layout.scales: scales}

@@ -84,8 +84,9 @@ def load(
       numbers whose scales are powers of two in groups of 32; "refuse" raises.
     affine: "dequantize" reads layers of MLX's mode affine in the same way, w = scale * q + bias;
       "refuse" raises.
-    experts: "stack" makes the layers of all experts, `a.experts.0.up.weight`, one `QuantizedWeight`
-      under `a.experts.up.weight`, (E, N, K), which `save` takes apart again. None leaves them.
+    experts: "stack" makes packed layers of all experts, `a.experts.0.up.weight` and so on, one
+      `QuantizedWeight` under `a.experts.up.weight`, (E, N, K), which `save` takes apart again. None
+      leaves them.
     progress: a progress bar, where tqdm is installed and stderr is a terminal.
 
   Returns:

@@ -23,7 +23,7 @@ from jaxqq.checkpoint._layouts import (
   written_codes,
 )
 from jaxqq.checkpoint._load import DTYPE_KEYS
-from jaxqq.checkpoint._naming import OF_PARAMETERS
+from jaxqq.checkpoint._naming import LAYER, OF_PARAMETERS
 from jaxqq.checkpoint._safetensors import METADATA, NAMES
 from jaxqq.checkpoint._scalars import converted, written_scalars
 
@@ -65,7 +65,7 @@ class Plan:
     value, stored = self.values[name], self.stored.get(name)
     if stored is None:
       return {name: np.asarray(value, order="C")}
-    parts = written_codes(value, stored.layout, stored.form.transposed)
+    parts = written_codes(value, stored.layout, stored.form)
     if not stored.form.paths:
       parts |= self.scalars[name]
       return {stored.names(suffix)[0]: part for suffix, part in parts.items()}
@@ -159,7 +159,9 @@ def _stored(name: str, weight: QuantizedWeight, format: str, origin: Checkpoint)
       f"save it as {able}."
     )
   form = origin.stored_forms.get(name)
-  if form is not None and _still_fits(form, weight, format, origin):
+  if form is not None and _still_fits(form, weight, layout, origin):
+    dtype = form.scales_dtype if form.scales_dtype in layout.scales_dtypes else None
+    form = dataclasses.replace(form, scales_dtype=dtype)
     return Stored(name.removesuffix(form.naming.weight), layout, form)
   if name.endswith(SUFFIX) and not layout.in_blocks:
     path = name.removesuffix(SUFFIX)
@@ -180,11 +182,13 @@ def _stored(name: str, weight: QuantizedWeight, format: str, origin: Checkpoint)
   )
 
 
-def _still_fits(form: Form, weight: QuantizedWeight, format: str, origin: Checkpoint) -> bool:
+def _still_fits(form: Form, weight: QuantizedWeight, layout: Layout, origin: Checkpoint) -> bool:
   """Whether what a weight was stored as is what one of its shape can be in a format."""
   if form.paths:
-    return format != "mlx" and weight.shape[:-2] == (len(form.paths),)
-  return format == origin.format and weight.ndim == 3
+    return layout.format != "mlx" and weight.shape[:-2] == (len(form.paths),)
+  if layout.format != origin.format:
+    return False
+  return form.naming == LAYER or weight.ndim == 3
 
 
 def _was_stack(name: str, format: str, origin: Checkpoint) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.support import checkpoints
-from tests.support.checkpoints import E2M1_VALUES, E4M3
+from tests.support.checkpoints import E2M1_VALUES, E4M3, E8M0
 
 BF16 = ml_dtypes.bfloat16
 SHAPE = (8, 64)
@@ -53,6 +53,11 @@ def packed(mode, rng, shape):
   low, high = (1, 0x7F) if mode == "nvfp4" else (100, 150)
   scales = rng.integers(low, high, (*shape[:-1], shape[-1] // group)).astype(np.uint8)
   return codes, scales, Want(mode, codes.view(np.uint8).view("<u4"), scales)
+
+
+def of_powers(scales, rng):
+  """Powers of two as bytes, or in their own type."""
+  return scales if rng.integers(2) else scales.view(E8M0)
 
 
 # The tensors of a layer by suffix in each scheme, and what is wanted of it.
@@ -109,7 +114,7 @@ def modelopt_nvfp4(static=True, weight_only=False):
 def modelopt_mx(mode):
   def layer(rng, shape=SHAPE):
     codes, scales, want = packed(mode, rng, shape)
-    return {"weight": codes, "weight_scale": scales}, want
+    return {"weight": codes, "weight_scale": of_powers(scales, rng)}, want
 
   return layer
 
@@ -119,7 +124,8 @@ def compressed_tensors(mode, weight_only=False):
     codes, scales, want = packed(mode, rng, shape)
     want.weight_only = weight_only
     name = "weight" if mode == "mxfp8" else "weight_packed"
-    tensors = {name: codes, "weight_scale": scales.view(E4M3) if mode == "nvfp4" else scales}
+    stored = scales.view(E4M3) if mode == "nvfp4" else of_powers(scales, rng)
+    tensors = {name: codes, "weight_scale": stored}
     if mode == "nvfp4":
       of = ("global_scale", "input_global_scale")[: 2 - weight_only]
       stored, want.amax = scalars("nvfp4-pack-quantized", rng, of)
@@ -152,7 +158,7 @@ def fp8(of, suffix="weight_scale", dtype=np.float32, powers=False, block=(4, 32)
 
 def transformers_mxfp8(rng, shape=SHAPE):
   codes, scales, want = packed("mxfp8", rng, shape)
-  return {"weight": codes, "weight_scale_inv": scales}, want
+  return {"weight": codes, "weight_scale_inv": of_powers(scales, rng)}, want
 
 
 def blocks(rng, shape):
