@@ -156,6 +156,39 @@ class QuantizedWeight:
       of_each = jax.vmap(of_each)
     return of_each(self.packed, self.scales, self.global_scale)
 
+  def __getitem__(self, index: Any) -> QuantizedWeight:
+    """Matrices of a stack, or rows of w: what numpy's indexing gives of (..., N, K).
+
+    w[3] is a matrix of a stack, w[:, :64] the first 64 rows of each, w[jnp.array([2, 0])] two
+    matrices. N stays an axis, and K is whole.
+
+    Args:
+      index: an index of each axis but the last, as of an array: slices, an Ellipsis and, of
+        leading axes, integers or one array of integers.
+
+    Raises:
+      IndexError: the index is not as above, or an integer is out of range.
+
+    Example:
+      >>> stack = jaxqq.quantize_weight(jnp.ones((3, 8, 64)), global_scale="amax")
+      >>> stack[0], stack[..., :4, :].shape
+      (QuantizedWeight(nvfp4, float32 (8, 64), with global_scale), (3, 4, 64))
+    """
+    of_stack, of_rows = _checked_index(index, self.shape)
+    packed, scales = (a[of_stack][..., of_rows, :] for a in (self.packed, self.scales))
+    of_w, of_input = (
+      None if scale is None else scale[of_stack]
+      for scale in (self.global_scale, self.input_global_scale)
+    )
+    return QuantizedWeight(packed, scales, self.mode, of_w, self.dtype, of_input)
+
+  @property
+  def T(self) -> Any:
+    raise AttributeError(
+      "QuantizedWeight has no transpose: groups run along its last axis, the one that qqmm sums "
+      "over; quantize the transposed weight, quantize_weight(w, axis=-2), or dequantize it."
+    )
+
   def take(self, rows: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
     """Rows of the weight as numbers, as a table of embeddings is looked up in.
 
@@ -204,39 +237,6 @@ class QuantizedWeight:
         packed, scales, taken(self.global_scale, 1)
       )
     return out.reshape(*indices.shape, self.shape[-1])
-
-  def __getitem__(self, index: Any) -> QuantizedWeight:
-    """Matrices of a stack, or rows of w: what numpy's indexing gives of (..., N, K).
-
-    w[3] is a matrix of a stack, w[:, :64] the first 64 rows of each, w[jnp.array([2, 0])] two
-    matrices. N stays an axis, and K is whole.
-
-    Args:
-      index: an index of each axis but the last, as of an array: slices, an Ellipsis and, of
-        leading axes, integers or one array of integers.
-
-    Raises:
-      IndexError: the index is not as above, or an integer is out of range.
-
-    Example:
-      >>> stack = jaxqq.quantize_weight(jnp.ones((3, 8, 64)), global_scale="amax")
-      >>> stack[0], stack[..., :4, :].shape
-      (QuantizedWeight(nvfp4, float32 (8, 64), with global_scale), (3, 4, 64))
-    """
-    of_stack, of_rows = _checked_index(index, self.shape)
-    packed, scales = (a[of_stack][..., of_rows, :] for a in (self.packed, self.scales))
-    of_w, of_input = (
-      None if scale is None else scale[of_stack]
-      for scale in (self.global_scale, self.input_global_scale)
-    )
-    return QuantizedWeight(packed, scales, self.mode, of_w, self.dtype, of_input)
-
-  @property
-  def T(self) -> Any:
-    raise AttributeError(
-      "QuantizedWeight has no transpose: groups run along its last axis, the one that qqmm sums "
-      "over; quantize the transposed weight, quantize_weight(w, axis=-2), or dequantize it."
-    )
 
   def __array__(self, *_: Any, **__: Any) -> Any:
     raise TypeError(

@@ -258,13 +258,17 @@ def test_a_name_that_a_stack_would_take(tmp_path):
     checkpoint.load(tmp_path, experts="stack")
 
 
-def test_a_global_scale_for_each_row_is_refused(tmp_path):
+@pytest.mark.parametrize("format", ["modelopt", "compressed-tensors"])
+def test_a_global_scale_for_each_row(format, tmp_path):
+  """One for all where they are equal, and refused otherwise."""
   weight = jaxqq.quantize_weight(jnp.ones((8, 64)), global_scale="amax")
   leaves, tree = jax.tree.flatten(weight)
-  of_rows = jax.tree.unflatten(tree, [*leaves[:2], jnp.ones(8)])
-  for format in ("modelopt", "mlx"):
-    with pytest.raises(ValueError, match=r"^save: 'up.weight' has a global_scale of shape \(8,\)"):
-      checkpoint.save(tmp_path / "m", {"up.weight": of_rows}, format=format)
+  same = jax.tree.unflatten(tree, [*leaves[:2], jnp.full(8, leaves[2])])
+  checkpoint.save(tmp_path / "m", {"up.weight": same}, format=format)
+  assert float(checkpoint.load(tmp_path / "m")["up.weight"].global_scale) == 1
+  of_rows = jax.tree.unflatten(tree, [*leaves[:2], jnp.arange(1.0, 9)])
+  with pytest.raises(ValueError, match=r"^save: 'up.weight' has a global_scale for each row"):
+    checkpoint.save(tmp_path / "b", {"up.weight": of_rows}, format=format)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

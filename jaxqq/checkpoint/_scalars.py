@@ -210,12 +210,7 @@ def _amax_of_fields(
     for field in ("global_scale", "input_global_scale")
     if (value := getattr(weight, field)) is not None
   }
-  for field, value in given.items():
-    if value.shape != weight.shape[:-2]:
-      raise ValueError(
-        f"save: {name!r} has a {field} of shape {value.shape}, and {layout.format} {layout.name} "
-        f"has one for each matrix of {weight.shape}; save the weights that it was made of."
-      )
+  given = {field: _of_each_matrix(name, field, a, weight, layout) for field, a in given.items()}
   scales = layout.global_scales
   if scales is not None and not scales.required:  # there where the files had it
     known = layout.scalars.keys() & stored.keys()
@@ -225,7 +220,7 @@ def _amax_of_fields(
   if any((value != LARGEST_NVFP4).any() for value in rest.values()):
     raise ValueError(
       f"save: {name!r} has a global scale, for which {layout.format} {layout.name} has no "
-      "tensor; save it as 'modelopt' or 'compressed-tensors', or quantize without a global scale."
+      "tensor; save it as 'modelopt' or 'compressed-tensors', or quantize with global_scale=None."
     )
   given = {field: value for field, value in given.items() if field in known}
   if scales is not None and scales.required and "global_scale" not in given:
@@ -233,3 +228,21 @@ def _amax_of_fields(
     ones = np.full(weight.shape[:-2], LARGEST_NVFP4, F32)
     given = dict.fromkeys(fields, ones) | given
   return given
+
+
+def _of_each_matrix(
+  name: str, field: str, amax: np.ndarray, weight: QuantizedWeight, layout: Layout
+) -> np.ndarray:
+  """An amax of each row, as concatenated weights have it, as that of its matrix."""
+  batch = weight.shape[:-2]
+  if amax.shape == batch:
+    return amax
+  of_rows = amax.reshape(*batch, -1)
+  if not of_rows.size:
+    return np.zeros(batch, F32)
+  if (of_rows != of_rows[..., :1]).any():
+    raise ValueError(
+      f"save: {name!r} has a {field} for each row, and {layout.format} {layout.name} holds one a "
+      "matrix; save its parts, slices of its rows, under a name each."
+    )
+  return of_rows[..., 0]
