@@ -89,7 +89,7 @@ def load_into(
 
   Example:
     >>> import tempfile
-    >>> weight = jaxqq.quantize_weight(jnp.ones((32, 64)))
+    >>> weight = jaxqq.quantize_weight(jnp.ones((32, 64)), mode="mxfp8")
     >>> tensors = {"model.up.weight": weight, "model.up.bias": jnp.ones(32)}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   checkpoint.save(folder, tensors, format="mlx")

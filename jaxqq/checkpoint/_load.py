@@ -151,7 +151,7 @@ def load_each(
 
   Example:
     >>> import tempfile
-    >>> weight = jaxqq.quantize_weight(jnp.ones((8, 64)))
+    >>> weight = jaxqq.quantize_weight(jnp.ones((8, 64)), mode="mxfp8")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   checkpoint.save(folder, {"proj.weight": weight, "norm": jnp.ones(64)}, format="mlx")
     ...   for name, tensor in checkpoint.load_each(folder):
