@@ -137,7 +137,13 @@ def check_has_global_scale(function: str, name: str, fmt: Format) -> None:
 
 
 def check_global_scale(
-  function: str, name: str, value: Any, fmt: Format, *, batch_shapes: Sequence[Any] = ()
+  function: str,
+  name: str,
+  value: Any,
+  fmt: Format,
+  *,
+  batch_shapes: Sequence[Any] = (),
+  abstract: bool = False,
 ) -> Any:
   """The float32 scalar, of shape (), or None; or one for each matrix, of one of batch_shapes."""
   if value is None:
@@ -145,7 +151,7 @@ def check_global_scale(
   check_has_global_scale(function, name, fmt)
   if isinstance(value, (int, float, np.floating)) and not isinstance(value, bool):
     return jnp.float32(value)
-  value = as_array(function, name, value)
+  value = as_array(function, name, value, abstract=abstract)
   batch_shapes = [shape for shape in batch_shapes if shape]
   one_each = " or ".join(dict.fromkeys(map(str, batch_shapes)))
   right = "a float32 scalar" + (f", or one a matrix, {one_each}" if one_each else "")
@@ -161,7 +167,7 @@ def check_global_scale(
       "magnitude of the whole tensor."
     )
   if isinstance(value, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(value.shape, np.float32)
+    return jax.ShapeDtypeStruct(value.shape if is_one_each else (), np.float32)
   value = jnp.asarray(value).astype(jnp.float32)
   return value if is_one_each else value.reshape(())
 

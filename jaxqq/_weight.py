@@ -22,6 +22,7 @@ from jaxqq._checks import (
   as_array,
   check_dtype,
   check_format,
+  check_global_scale,
   check_groups,
   check_has_global_scale,
   check_packed,
@@ -48,11 +49,11 @@ class QuantizedWeight:
     scales: (..., N, K / group_size), uint8 or the same bytes as float8_e4m3fn (nvfp4) or
       float8_e8m0fnu (mxfp8, mxfp4).
     mode: "nvfp4", "mxfp8" or "mxfp4" (which `qqmm` cannot multiply).
-    global_scale: nvfp4 only, float32, (...) or of size 1: the amax each matrix was quantized with
-      (compressed-tensors has a reciprocal under this name).
+    global_scale: nvfp4 only, a number, taken as float32, or one for each matrix, (...): the amax
+      each matrix was quantized with (compressed-tensors has a reciprocal under this name).
     dtype: float32, float16 or bfloat16: that of the weight before, and of `dequantize`.
-    input_global_scale: nvfp4 only, float32, (...) or of size 1: a static amax of the activations,
-      as some checkpoints bring it. `qqmm` uses it as global_scale_x where it is given none.
+    input_global_scale: nvfp4 only, likewise: a static amax of the activations, as some checkpoints
+      bring it. `qqmm` uses it as global_scale_x where it is given none.
 
   Raises:
     TypeError: an array or dtype is of a type that it may not be.
@@ -273,8 +274,8 @@ def quantize_weight(
     w: float32, float16 or bfloat16, (..., N, K), K a multiple of the group size. Leading axes are
       stacked matrices.
     mode: "nvfp4", "mxfp8" or "mxfp4".
-    global_scale: nvfp4 only. "amax" takes the largest magnitude of each matrix; a float32 scalar,
-      or one for each matrix, is taken as it is; None is no global scale.
+    global_scale: nvfp4 only. "amax" takes the largest magnitude of each matrix; a number, or one
+      for each matrix, is taken as it is, in float32; None is no global scale.
     axis: -1, or -2 for w of (..., K, N), as kernels of Flax are: the weight is that of its
       transpose, (..., N, K).
 
@@ -338,23 +339,16 @@ def amax_of_each_matrix(a: jax.Array, batch_ndim: int) -> jax.Array:
 def _scale_of_each_matrix(
   function: str, name: str, value: Any, *, fmt: Format, batch_shape: tuple[int, ...]
 ) -> Any:
-  """float32 of batch_shape, from that or from what has size 1; None from None."""
-  if value is None:
-    return None
-  check_has_global_scale(function, name, fmt)
-  value = as_array(function, name, value, abstract=True)
-  check_dtype(function, name, value, (np.dtype(np.float32),))
-  shape = tuple(value.shape)
-  if shape == batch_shape:
+  """float32 of batch_shape, from one number each or one for all; None from None."""
+  is_float32 = getattr(value, "dtype", None) == np.float32
+  if is_float32 and fmt.has_global_scale and tuple(value.shape) == batch_shape:
+    return value  # of numpy, as it came
+  value = check_global_scale(function, name, value, fmt, batch_shapes=(batch_shape,), abstract=True)
+  if value is None or tuple(value.shape) == batch_shape:
     return value
-  if math.prod(shape) != 1:
-    raise ValueError(
-      f"{function}: {name} must be a float32 scalar, or one for each matrix, of shape "
-      f"{batch_shape}, got {describe(value)}."
-    )
   if isinstance(value, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(batch_shape, value.dtype)
-  return jnp.broadcast_to(jnp.asarray(value).reshape(()), batch_shape)
+  return jnp.broadcast_to(value, batch_shape)
 
 
 def _as_bytes(scales: Any) -> Any:

@@ -55,6 +55,24 @@ def test_holds_the_bits_of_the_oracle(mode, scale, dtype):
   assert weight.dequantize(jnp.float16).dtype == jnp.float16
 
 
+@pytest.mark.parametrize(
+  "number",
+  [5, 5.0, np.float64(5), np.float16(5), jnp.bfloat16(5), jnp.ones((1, 1), jnp.bfloat16) * 5],
+  ids=["int", "float", "float64", "float16", "bfloat16", "size1"],
+)
+def test_global_scales_are_any_number(number):
+  weight = jaxqq.quantize_weight(W, global_scale=number)
+  own = jaxqq.QuantizedWeight(weight.packed, weight.scales, "nvfp4", number, "float32", number)
+  for scale in (weight.global_scale, own.global_scale, own.input_global_scale):
+    assert (scale.shape, scale.dtype, float(scale)) == ((), jnp.float32, 5)
+  each = jaxqq.quantize_weight(STACK, global_scale=np.float16([3, 60, 0.5]))
+  assert each.global_scale.dtype == jnp.float32 and each.global_scale.tolist() == [3, 60, 0.5]
+  assert jaxqq.quantize_weight(STACK, global_scale=number).global_scale.tolist() == [5, 5, 5]
+  abstract = jax.eval_shape(lambda: each)
+  half = jax.ShapeDtypeStruct((3,), jnp.float16)
+  assert dataclasses.replace(abstract, global_scale=half).global_scale.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(("mode", "scale"), CASES, ids=IDS)
 def test_stacked_matrices_are_quantized_one_by_one(mode, scale):
   stacked = jaxqq.quantize_weight(STACK, mode, global_scale=scale)
@@ -206,8 +224,8 @@ MAKE = [
   ("scales of another mode", ValueError, ["scales", "(8, 1)", "(8, 4)"], (Q, S, "mxfp8"), {}),
   ("dtype", TypeError, ["dtype", "bfloat16", "int8"], (Q, S), {"dtype": np.int8}),
   ("scale shape", ValueError, ["global_scale", "scalar", "(8,)"], (Q, S), {"global_scale": np.ones(8, np.float32)}),
-  ("scale dtype", TypeError, ["global_scale", "float32", "float64"], (Q, S), {"global_scale": np.float64(1)}),
-  ("input scale", TypeError, ["input_global_scale", "float"], (Q, S), {"input_global_scale": 1.0}),
+  ("scale dtype", TypeError, ["global_scale", "float32", "float64"], (Q, S), {"global_scale": np.ones((), np.float64)}),
+  ("input scale", TypeError, ["input_global_scale", "int32", "amax"], (Q, S), {"input_global_scale": np.int32([1])}),
 ]  # fmt: skip
 
 
@@ -313,8 +331,8 @@ QUANTIZE = [
   ("dtype", TypeError, ["w", "float64"], W.astype(np.float64), {}),
   ("word", ValueError, ["global_scale", "'max'", "'amax'"], W, {"global_scale": "max"}),
   ("mxfp8", ValueError, ["global_scale", "'mxfp8'"], W, {"mode": "mxfp8", "global_scale": "amax"}),
-  ("number", TypeError, ["global_scale", "float"], W, {"global_scale": 2.0}),
-  ("one a row", ValueError, ["global_scale", "(8,)", "()"], W, {"global_scale": W[:, 0]}),
+  ("integers", TypeError, ["global_scale", "int32"], W, {"global_scale": np.int32([2])}),
+  ("one a row", ValueError, ["global_scale", "(8,)", "scalar"], W, {"global_scale": W[:, 0]}),
 ]
 
 
