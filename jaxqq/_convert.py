@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from jaxqq._checks import (
   check_format,
   check_global_scale,
   check_groups,
+  check_has_global_scale,
   check_packed,
   describe,
 )
 from jaxqq._checks import names as names_of
-from jaxqq._formats import Mode
+from jaxqq._formats import Format, Mode
+from jaxqq._global_scales import amax_of_each_matrix
 from jaxqq._reference import TRANSPOSED
 from jaxqq._sharding import vary_alike
 
@@ -34,7 +36,7 @@ def quantize(
   bits: int | None = None,
   mode: Mode = "nvfp4",
   *,
-  global_scale: ArrayLike | None = None,
+  global_scale: ArrayLike | Literal["amax"] | None = None,
   axis: int = -1,
 ) -> tuple[jax.Array, jax.Array]:
   """Quantizes an array in groups along its last axis, or of its transpose along the one before.
@@ -50,9 +52,11 @@ def quantize(
     group_size: the mode's own, or None.
     bits: the mode's own, or None.
     mode: "nvfp4", "mxfp8" or "mxfp4".
-    global_scale: nvfp4 only, a float32 scalar: the amax of the tensor (compressed-tensors has a
-      reciprocal under this name), 0 for zeros only. Under 0, a group with a number of 2**-126 or
-      more becomes NaN, as under what is no amax.
+    global_scale: nvfp4 only, a number, taken as float32: the amax of the tensor (compressed-tensors
+      has a reciprocal under this name), 0 for zeros only. Under 0, a group with a number of 2**-126
+      or more becomes NaN, as under what is no amax. "amax" takes it from w; `dequantize` and `qqmm`
+      then need the same number, which `quantize_weight` keeps beside the results. None, as in MLX,
+      is no global scale: numbers far below 2**-9 are lost.
     axis: -1, or -2 for w of (..., K, N): the results are those of its transpose (..., N, K),
       which a Hopper GPU never writes (with one matrix w).
 
@@ -161,9 +165,22 @@ def checked_quantize(
       f"{function}: w has no axis -2 to quantize along, got {describe(w)}; leave axis out."
     )
   check_groups(function, "w", w, fmt, axis)
-  global_scale = check_global_scale(function, "global_scale", global_scale, fmt)
+  global_scale = _global_scale_of(function, w, global_scale, fmt)
   name = "w" + TRANSPOSED if axis == -2 else "w"
   return *_with(global_scale, [w], (name,)), fmt.mode
+
+
+def _global_scale_of(function: str, w: Any, value: Any, fmt: Format) -> Any:
+  """As `check_global_scale`; "amax" is that of w."""
+  name = "global_scale"
+  if not isinstance(value, str):
+    return check_global_scale(function, name, value, fmt)
+  if value != "amax":
+    raise ValueError(f"{function}: unknown {name} {value!r}; it must be 'amax', a number or None.")
+  check_has_global_scale(function, name, fmt)
+  if isinstance(w, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct((), np.float32)
+  return amax_of_each_matrix(jnp.asarray(w), 0)
 
 
 def checked_dequantize(

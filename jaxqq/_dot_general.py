@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -21,7 +21,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxqq import _einsum
 from jaxqq._checks import (
   check_format,
-  check_has_global_scale,
   check_out_dtype,
   check_precision,
   describe,
@@ -37,11 +36,18 @@ from jaxqq._contraction import (
   rows,
   sizes,
 )
-from jaxqq._formats import FORMATS, Mode, ProductMode
+from jaxqq._formats import FORMATS, Format, Mode, ProductMode
+from jaxqq._global_scales import (
+  DEFAULT,
+  GlobalScale,
+  amax_of_each_matrix,
+  checked_choice,
+  unscaled,
+)
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._qqmm import product
 from jaxqq._reference import Operands
-from jaxqq._weight import QuantizedWeight, amax_of_each_matrix
+from jaxqq._weight import QuantizedWeight
 
 OutSharding: TypeAlias = jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None
 
@@ -50,7 +56,7 @@ def dot_general(
   mode: ProductMode = "nvfp4",
   *,
   backward: Backward = "straight_through",
-  global_scale: Literal["amax"] | None = None,
+  global_scale: GlobalScale = DEFAULT,
 ) -> DotGeneral:
   """Makes a `jax.lax.dot_general` that quantizes both operands, for layers that take one.
 
@@ -64,8 +70,10 @@ def dot_general(
   Args:
     mode: "nvfp4" or "mxfp8".
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: nvfp4 only. "amax" gives both operands global scales, the largest magnitude of
-      each matrix, taken anew in every call; None gives none.
+    global_scale: nvfp4 only. "weight", there the default, gives w a global scale, its largest
+      magnitude, taken anew in every call, and lhs none: weights are often smaller than nvfp4's
+      scales reach, activations seldom are. "amax" gives both operands one, the largest magnitude
+      of each matrix; None gives none.
 
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *,
@@ -100,7 +108,7 @@ class DotGeneral:
   Attributes:
     mode: "nvfp4" or "mxfp8".
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: "amax" or None, as for `dot_general`.
+    global_scale: "weight", "amax" or None, as for `dot_general`.
 
   Raises:
     ValueError: mode, backward or global_scale is not as above.
@@ -118,7 +126,7 @@ class DotGeneral:
 
   mode: Mode
   backward: Backward = "straight_through"
-  global_scale: Literal["amax"] | None = None
+  global_scale: GlobalScale = DEFAULT
   function: dataclasses.InitVar[str] = FUNCTION  # that its errors name
 
   def __post_init__(self, function: str) -> None:
@@ -128,14 +136,8 @@ class DotGeneral:
         f"{function}: unknown backward {self.backward!r}; it must be one of "
         f"{', '.join(repr(name) for name in BACKWARDS)}."
       )
-    if self.global_scale is None:
-      return
-    if not isinstance(self.global_scale, str) or self.global_scale != "amax":
-      raise ValueError(
-        f"{function}: global_scale must be 'amax' or None, got {self.global_scale!r}; it is taken "
-        "from the operands of each call."
-      )
-    check_has_global_scale(function, "global_scale", fmt)
+    choice = checked_choice(function, self.global_scale, fmt)
+    object.__setattr__(self, "global_scale", choice)
 
   def __call__(
     self,
@@ -173,10 +175,7 @@ class DotGeneral:
     of_lhs, of_rhs = checked_axes(lhs, rhs, dimension_numbers)
     self._check_groups(lhs, of_lhs)
     x, (w, transposed) = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
-    operands = Operands(x, w, transposed=transposed)
-    if self.global_scale is not None:
-      amaxes = amax_of_each_matrix(x, len(of_lhs.batch)), amax_of_each_matrix(w, w.ndim - 2)
-      operands = Operands(x, w, None, *amaxes, transposed)
+    operands = Operands(x, w, None, *self._global_scales(x, w, len(of_lhs.batch)), transposed)
     out_dtype = _out_dtype(lhs.dtype, rhs.dtype, cast(Hashable, preferred_element_type))
     out = self._product(operands, self.mode, precision, out_dtype)
     return placed(out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free)), out_sharding)
@@ -231,7 +230,8 @@ class DotGeneral:
     Args:
       lhs: x, float32, float16 or bfloat16.
       weight: of logical shape (batch, N, K), K the contracted axes of lhs, flattened. Where it has
-        a global scale, that of x is its input_global_scale, or without one the amax of each matrix.
+        a global scale, that of x is its input_global_scale, or without one, if `self.global_scale`
+        is "amax", the amax of each matrix.
       contracting: axes of lhs.
       batch: axes of lhs.
       out_features: sizes whose product is N.
@@ -265,11 +265,22 @@ class DotGeneral:
     if weight.global_scale is not None:
       global_scale_x = weight.input_global_scale
       if global_scale_x is None:
-        global_scale_x = amax_of_each_matrix(x, len(axes.batch))
+        global_scale_x = self._global_scale_of_x(x, len(axes.batch), fmt)
     operands = Operands(x, weight.packed, weight.scales, global_scale_x, weight.global_scale)
     out_dtype = _out_dtype(lhs.dtype, lhs.dtype, cast(Hashable, preferred_element_type))
     out = self._product(operands, fmt.mode, precision, out_dtype)
     return out.reshape(*rows(lhs, axes), *out_features)
+
+  def _global_scales(self, x: jax.Array, w: jax.Array, batch_ndim: int) -> tuple[Any, Any]:
+    """Those of x and w."""
+    if self.global_scale is None:
+      return None, None
+    # Of a whole w one number is enough, and kernels take one.
+    of_w = amax_of_each_matrix(w, batch_ndim if self.global_scale == "amax" else 0)
+    return self._global_scale_of_x(x, batch_ndim, FORMATS[self.mode]), of_w
+
+  def _global_scale_of_x(self, x: jax.Array, batch_ndim: int, fmt: Format) -> jax.Array:
+    return amax_of_each_matrix(x, batch_ndim) if self.global_scale == "amax" else unscaled(fmt)
 
   def _product(
     self, operands: Operands, mode: str, precision: Any, out_dtype: np.dtype

@@ -15,6 +15,8 @@ evaluates it. Reverse mode transposes it, and the rule for that is ours to choos
 
 The second is what MLX does: each operand is quantized anew along the axis that the product
 sums over, zero-padded to whole groups; x's and w's global scales are kept, and g's is its amax.
+In nvfp4 without global scales MLX loses most cotangents, which are too small for its scales. Here
+an unpacked operand whose amax is below 1 gets a global scale, 2688 times a power of two.
 Both sum over rows: dx over n, dw over m, and over every batch axis that the result lacks. dx
 through a packed w is a primitive of its own, `qqmm_pullback`, so that w is moved between devices
 as it is packed.
@@ -39,6 +41,7 @@ from jax.interpreters import ad, batching, mlir, xla
 
 from jaxqq import _primitive
 from jaxqq._formats import FORMATS
+from jaxqq._global_scales import scale_that_reaches, unscaled
 from jaxqq._primitive import qqmm_p
 from jaxqq._reference import Operands, dequantize_packed, matmul, times_alpha, unflatten
 from jaxqq._row_sums import (
@@ -189,7 +192,13 @@ def _pulled(
   if backward == "quantized" and global_scale is not None:
     shapes = ops.global_scale_x.shape, ops.global_scale_w.shape
     global_scale = jnp.broadcast_to(global_scale, lax.broadcast_shapes(*shapes))
-    amax_g = amax(cotangent, global_scale)
+    amax_g = amax(cotangent, global_scale.shape)
+  elif backward == "quantized" and fmt.has_global_scale:
+    batch_of_w = (target if wrt == "w" else ops.w).shape[:-2]
+    amax_g = scale_that_reaches(amax(cotangent, batch_of_w), fmt)
+    global_scale = unscaled(fmt)  # as packed w is
+    if ops.scales is None:
+      global_scale = scale_that_reaches(amax(others, batch_of_w), fmt)
   if ops.scales is not None and target.shape[:-2] == cotangent.shape[:-2]:
     at = Operands(cotangent, ops.w, ops.scales, amax_g, global_scale)
     return _pullback(at, mode, target.dtype, backward, precision)

@@ -26,11 +26,12 @@ from jaxqq._checks import (
   describe,
   names,
 )
-from jaxqq._formats import Format, ProductMode
+from jaxqq._formats import FORMATS, Format, ProductMode
+from jaxqq._global_scales import amax_of_each_matrix, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
-from jaxqq._weight import QuantizedWeight, amax_of_each_matrix
+from jaxqq._weight import QuantizedWeight
 
 
 class _DefaultMode(str):
@@ -74,15 +75,17 @@ def qqmm(
     global_scale_x: nvfp4 only, a scalar, taken as float32: the amax of x (compressed-tensors has a
       reciprocal under this name), 0 for zeros only (beside other numbers of x it makes NaN of
       them). "amax" takes it from x. Against a w with batch axes it may be one for each matrix, of
-      x's batch axes. With global_scale_w or not at all. None beside a `QuantizedWeight` is the
-      weight's own input_global_scale.
+      x's batch axes. With global_scale_w or not at all: 2688 is none. None beside a
+      `QuantizedWeight` is the weight's own input_global_scale, and without that none.
     global_scale_w: nvfp4 only, likewise of w; "amax" of unquantized w only. A w packed with a
       global scale must be multiplied with it; without it the result is off by a factor.
     backward: "straight_through": dx = g w, dw = g^T x, of the unquantized operands. "quantized", as
       in MLX: dx = qqmm(g, w^T), dw = qqmm(g^T, x^T), each operand quantized again along the axis
-      that is then contracted, with rows zero-padded to whole groups; with global scales, g's is its
-      amax. For packed w, which receives no gradient, dx is taken through the dequantized w. Global
-      scales have gradient zero. Forward mode is the straight-through tangent.
+      that is then contracted, with rows zero-padded to whole groups. With global scales, g's is its
+      amax. Without them, in nvfp4, each of g, x and w whose amax is below 1 gets one, 2688 times a
+      power of two, where MLX loses small numbers. For packed w, which receives no gradient, dx is
+      taken through the dequantized w. Global scales have gradient zero. Forward mode is the
+      straight-through tangent.
     precision: `jax.lax.Precision.HIGHEST`, or "highest", asks for exact operands and float32 sums,
       within 2^-18 of |x_hat| |w_hat|^T, where fp8 tensor cores would lose more
       (jaxqq/EXACTNESS.md).
@@ -161,9 +164,10 @@ def checked(
   _check_shapes(function, x, w, scales, fmt)
   if (global_scale_x is None) != (global_scale_w is None):
     missing, given = ("x", "w") if global_scale_x is None else ("w", "x")
+    check_has_global_scale(function, f"global_scale_{given}", fmt)
     raise ValueError(
       f"{function}: global_scale_{given} was given without global_scale_{missing}; give both, "
-      "each the amax of its tensor, or neither."
+      f"each the amax of its tensor ({fmt.largest_value:g} is no scale), or neither."
     )
   batch_of_w = tuple(w.shape[:-2])
   global_scale_x = _global_scale(function, "x", global_scale_x, x, fmt, batch_of_w)
@@ -237,10 +241,7 @@ def _global_scale_of_x(function: str, w: QuantizedWeight, global_scale_x: Any) -
   if global_scale_x is None:
     global_scale_x = w.input_global_scale
   if global_scale_x is None:
-    raise ValueError(
-      f"{function}: w ({w!r}) has a global scale, and x has none; give global_scale_x, the amax "
-      "of x."
-    )
+    return unscaled(FORMATS[w.mode])
   return global_scale_x
 
 

@@ -134,10 +134,10 @@ def quantized_product(
   )
 
 
-def amax(a: jax.Array, global_scale: jax.Array) -> jax.Array:
-  """The amax of a cotangent, over every axis along which the other's scale is one number."""
-  ndim = a.ndim - 2 - global_scale.ndim
-  shape = (1,) * ndim + global_scale.shape
+def amax(a: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
+  """The amax of (..., m, n) over every axis but those of matrices that have scales of their own."""
+  ndim = a.ndim - 2
+  shape = (1,) * (ndim - len(batch_shape)) + batch_shape[max(0, len(batch_shape) - ndim) :]
   axes = [i for i in range(a.ndim) if i >= a.ndim - 2 or shape[i] == 1]
   return _rounding.amax(a, tuple(axes), keepdims=True).squeeze((-1, -2))
 

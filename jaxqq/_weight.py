@@ -16,7 +16,6 @@ from jax import lax
 from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxqq import _rounding
 from jaxqq._checks import (
   FLOATS,
   as_array,
@@ -31,6 +30,11 @@ from jaxqq._checks import (
 )
 from jaxqq._convert import dequantize, quantize
 from jaxqq._formats import FORMATS, Format, Mode
+from jaxqq._global_scales import (
+  DEFAULT_OF_WEIGHT,
+  amax_of_each_matrix,
+  is_default,
+)
 
 LEAVES = ("packed", "scales", "global_scale", "input_global_scale")
 
@@ -265,7 +269,7 @@ def quantize_weight(
   w: ArrayLike,
   mode: Mode = "nvfp4",
   *,
-  global_scale: Literal["amax"] | ArrayLike | None = None,
+  global_scale: Literal["amax"] | ArrayLike | None = DEFAULT_OF_WEIGHT,
   axis: Literal[-1, -2] = -1,
 ) -> QuantizedWeight:
   """Quantizes a weight along its last axis, the one that `qqmm` sums over, or of its transpose.
@@ -274,8 +278,9 @@ def quantize_weight(
     w: float32, float16 or bfloat16, (..., N, K), K a multiple of the group size. Leading axes are
       stacked matrices.
     mode: "nvfp4", "mxfp8" or "mxfp4".
-    global_scale: nvfp4 only. "amax" takes the largest magnitude of each matrix; a number, or one
-      for each matrix, is taken as it is, in float32; None is no global scale.
+    global_scale: nvfp4 only. "amax", there the default, takes the largest magnitude of each matrix;
+      a number, or one for each matrix, is taken as it is, in float32; None is no global scale, so
+      that numbers far below 2**-9 are lost.
     axis: -1, or -2 for w of (..., K, N), as kernels of Flax are: the weight is that of its
       transpose, (..., N, K).
 
@@ -288,7 +293,7 @@ def quantize_weight(
 
   Example:
     >>> w = jax.random.normal(jax.random.key(0), (32, 64))
-    >>> weight = jaxqq.quantize_weight(w, global_scale="amax")
+    >>> weight = jaxqq.quantize_weight(w)
     >>> weight
     QuantizedWeight(nvfp4, float32 (32, 64), with global_scale)
     >>> w.nbytes, weight.nbytes
@@ -310,6 +315,8 @@ def quantize_weight(
   check_groups(function, "w", checked, fmt, axis)
   matrices = jnp.asarray(checked)
   batch_shape = matrices.shape[:-2]
+  if is_default(global_scale) and not fmt.has_global_scale:
+    global_scale = None
   if isinstance(global_scale, str):
     if global_scale != "amax":
       raise ValueError(
@@ -329,11 +336,6 @@ def quantize_weight(
     of_each = jax.vmap(of_each)
   packed, scales = of_each(matrices, scale)
   return QuantizedWeight(packed, scales, fmt.mode, scale, matrices.dtype)
-
-
-def amax_of_each_matrix(a: jax.Array, batch_ndim: int) -> jax.Array:
-  """float32, over all but the first batch_ndim axes; global scales have no gradient."""
-  return _rounding.amax(lax.stop_gradient(a), tuple(range(batch_ndim, a.ndim)))
 
 
 def _scale_of_each_matrix(

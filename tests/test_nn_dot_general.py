@@ -76,7 +76,8 @@ def test_gradients_of_layers_are_those_of_qqmm(backward):
   kernel = jax.random.normal(jax.random.key(2), (64, 32))
 
   def qqmm(kernel):
-    return jnp.sum(jnp.sin(jaxqq.qqmm(x, kernel.T, backward=backward)))
+    scales = {"global_scale_x": 2688, "global_scale_w": "amax"}
+    return jnp.sum(jnp.sin(jaxqq.qqmm(x, kernel.T, **scales, backward=backward)))
 
   want = jax.grad(qqmm)(kernel)
   linen = nn.Dense(32, use_bias=False, dot_general=dot_general)

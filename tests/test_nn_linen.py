@@ -99,7 +99,8 @@ def test_a_model_with_attention_packed(mode, scale, chosen):
   error = oracle.relative_error(hat, kernel.T.astype(np.float64))
   assert report["head"].relative_error == pytest.approx(error, rel=1e-4)
   # Packed, the model computes what it computes when it quantizes in every call.
-  serve = jax.jit(jaxqq.nn.quantized_apply(MODEL))
+  of_inputs = {} if scale is None else {"global_scale": scale}
+  serve = jax.jit(jaxqq.nn.quantized_apply(MODEL, **of_inputs))
   train = jax.jit(jaxqq.nn.quantized_apply(MODEL, mode, **options))
   want = train({"params": PARAMS}, TOKENS)
   np.testing.assert_array_equal(serve({"params": params}, TOKENS), want)
@@ -185,7 +186,8 @@ def test_gradients_are_those_of_qqmm():
     return jnp.sum(jnp.sin(layer.apply({"params": {"kernel": kernel}}, X)))
 
   def theirs(kernel):
-    return jnp.sum(jnp.sin(jaxqq.qqmm(X, kernel.T, backward="quantized")))
+    scales = {"global_scale_x": 2688, "global_scale_w": "amax"}
+    return jnp.sum(jnp.sin(jaxqq.qqmm(X, kernel.T, **scales, backward="quantized")))
 
   assert oracle.relative_error(jax.grad(ours)(kernel), jax.grad(theirs)(kernel)) <= 1e-6
 
@@ -217,8 +219,8 @@ def test_bad_input():
     jaxqq.nn.quantize_params(PARAMS, "mxfp4")
   check_sentence(str(caught.value), "quantize_params", ["'mxfp4'"])
   with pytest.raises(ValueError) as caught:
-    jaxqq.nn.quantized_apply(MODEL, global_scale="amax")
-  check_sentence(str(caught.value), "quantized_apply", ["global_scale", "mode"])
+    jaxqq.nn.quantized_apply(MODEL, global_scale="max")
+  check_sentence(str(caught.value), "quantized_apply", ["global_scale", "'amax'", "'max'"])
   with pytest.raises(ValueError) as caught:
     jaxqq.nn.QQDense(32, mode="int8").init(KEY, X)
   check_sentence(str(caught.value), "QQDense", ["'int8'"])

@@ -133,7 +133,10 @@ def test_scales_as_float8_are_the_same_bytes():
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
 def test_in_the_place_of_w(mode):
   weight = jaxqq.quantize_weight(W, mode)
-  want = jaxqq.qqmm(X, weight.packed, weight.scales, mode=mode)
+  scales = {}
+  if mode == "nvfp4":  # of x none
+    scales = {"global_scale_x": 2688, "global_scale_w": weight.global_scale}
+  want = jaxqq.qqmm(X, weight.packed, weight.scales, mode=mode, **scales)
   np.testing.assert_array_equal(jaxqq.qqmm(X, weight), want)
   np.testing.assert_array_equal(jaxqq.qqmm(X, weight, mode=mode), want)
   np.testing.assert_array_equal(jax.jit(jaxqq.qqmm)(X, weight), want)
@@ -296,7 +299,7 @@ def test_repr_of_any_tree():
     tree = jax.tree.unflatten(jax.tree.structure(weight), [leaf] * 3)
     assert repr(tree).startswith("QuantizedWeight(") and "mode=" in repr(tree)
   abstract = jax.eval_shape(lambda: jaxqq.quantize_weight(W))
-  assert repr(abstract) == "QuantizedWeight(nvfp4, float32 (8, 64))"
+  assert repr(abstract) == "QuantizedWeight(nvfp4, float32 (8, 64), with global_scale)"
 
 
 @pytest.mark.parametrize(("mode", "scale"), CASES, ids=IDS)
@@ -344,7 +347,7 @@ def test_what_cannot_be_quantized(case):
   check_sentence(str(caught.value), "quantize_weight", words)
 
 
-PLAIN = jaxqq.quantize_weight(W)
+PLAIN = jaxqq.quantize_weight(W, global_scale=None)
 SCALED = jaxqq.quantize_weight(W, global_scale="amax")
 MX = jaxqq.quantize_weight(W, "mxfp8")
 
@@ -354,7 +357,6 @@ PRODUCT = [
   ("another mode", ValueError, ["'mxfp8'", "'nvfp4'", "leave mode out"], X, PLAIN, {"mode": "mxfp8"}),
   ("the usual mode", ValueError, ["'nvfp4'", "'mxfp8'"], X, MX, {"mode": "nvfp4"}),
   ("group_size", ValueError, ["group_size=16", "32"], X, MX, {"group_size": 16}),
-  ("no scale of x", ValueError, ["global_scale_x", "amax"], X, SCALED, {}),
   ("no scale of w", ValueError, ["global_scale_x", "no global scale"], X, PLAIN, {"global_scale_x": ONE}),
   ("K", ValueError, ["x", "K = 64", "(4, 32)"], X[:, :32], PLAIN, {}),
   ("mxfp4", ValueError, ["'mxfp4'", "quantize"], X, jaxqq.quantize_weight(W, "mxfp4"), {}),

@@ -62,8 +62,8 @@ def load(
 
   A static scale of the activations that is no calibration (0 or infinite, or an amax of at most
   2688 * 2**-126: an expert that calibration never reached) is left out, with a warning: the weight
-  has no input_global_scale, so `qqmm` asks for global_scale_x, and layers take the amax of each
-  input. `save` writes the scalar again as it was.
+  has no input_global_scale, so `qqmm` and layers leave x unscaled, unless they are told to take its
+  amax. `save` writes the scalar again as it was.
 
   Layers that a server would fuse keep a global scale each. Each file is opened once, and read one
   tensor at a time after the headers of all of them were checked. What is loaded is one version of
@@ -252,8 +252,8 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
     self._uncalibrated.clear()
     warnings.warn(
       f"load: {tensor.file}: tensor {tensor.name!r} is {scalar}, which is no calibration of the "
-      f"activations{others}; a weight of which that holds has no input_global_scale: give qqmm "
-      "global_scale_x, the amax of x, as layers do by themselves.",
+      f"activations{others}; a weight of which that holds has no input_global_scale, and x "
+      'no global scale: give qqmm global_scale_x="amax", or a layer global_scale="amax".',
       stacklevel=stacklevel,
     )
 

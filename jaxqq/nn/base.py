@@ -13,7 +13,8 @@ from jax import lax
 
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
-from jaxqq._weight import LEAVES, QuantizedWeight, quantize_weight
+from jaxqq._global_scales import DEFAULT
+from jaxqq._weight import LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes
 
 # Attributes of every layer of nnx.
@@ -141,18 +142,11 @@ class QuantizedLayer(nnx.Module):
     assert self.kernel is not None
     kernel = self.kernel.get_value()
 
-    def quantize(kernel: jax.Array) -> QuantizedWeight:
-      cast = kernel if self.dtype is None else kernel.astype(self.dtype)
-      matrices = self._kernel_axes().as_matrices(cast)
-      return quantize_weight(matrices, self.mode, global_scale=self.dot_general.global_scale)
-
-    is_abstract = isinstance(kernel, jax.ShapeDtypeStruct)
-    weight = jax.eval_shape(quantize, kernel) if is_abstract else quantize(kernel)
+    choice = self.dot_general.global_scale
+    weight = self._kernel_axes().quantized(kernel, self.mode, choice, self.dtype)
     scale = self.input_global_scale
     return dataclasses.replace(
-      weight,
-      dtype=np.dtype(kernel.dtype),
-      input_global_scale=None if scale is None else scale.get_value(),
+      weight, input_global_scale=None if scale is None else scale.get_value()
     )
 
   def set_weight(self, weight: QuantizedWeight) -> None:
@@ -176,10 +170,11 @@ class QuantizedLayer(nnx.Module):
       self._remember_kernel(self.kernel)
       self.kernel = nnx.data(None)
     metadata = dict(self.kernel_metadata)
+    choice = self.dot_general.global_scale or DEFAULT
     self.dot_general = dataclasses.replace(
       self.dot_general,
       mode=weight.mode,
-      global_scale=None if weight.global_scale is None else "amax",
+      global_scale=None if weight.global_scale is None else choice,
     )
     self.param_dtype = weight.dtype
     placement: Any = {name: metadata[name] for name in PLACEMENT if name in metadata}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 
 from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode, ProductMode
+from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq.nn.base import Packed, QuantizedLayer, packing, why_not
 from jaxqq.nn.layers import LAYERS
@@ -28,7 +29,7 @@ def quantize_model(
   predicate: Predicate | None = None,
   packed: bool = False,
   backward: Backward = "straight_through",
-  global_scale: Literal["amax"] | None = None,
+  global_scale: GlobalScale = DEFAULT,
 ) -> Report:
   """Converts the layers of a Flax NNX model, in place, to layers that multiply by `qqmm`.
 
@@ -45,7 +46,7 @@ def quantize_model(
       to convert a layer; it may also answer with the mode for that layer. None converts all.
     packed: whether to pack the kernels.
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: nvfp4 only: "amax" or None, as for `QQLinear`.
+    global_scale: nvfp4 only: "weight", there the default, "amax" or None, as for `QQLinear`.
 
   Returns:
     What became of each layer that has parameters; `str(report)` is a table.
@@ -72,7 +73,9 @@ def quantize_model(
       f"{FUNCTION}: model is a single nnx.{type(model).__name__}, which cannot be replaced in "
       f"place; make a layer of it with jaxqq.nn.{kind}."
     )
-  conversion = _Conversion(dot_general=dot_general, predicate=predicate, packed=packed)
+  conversion = _Conversion(
+    dot_general=dot_general, global_scale=global_scale, predicate=predicate, packed=packed
+  )
   conversion.choose(model)
   conversion.walk((), model)
   return Report(tuple(conversion.rows))
@@ -236,6 +239,7 @@ class _Conversion(Replacement):
 
   _: dataclasses.KW_ONLY
   dot_general: DotGeneral
+  global_scale: GlobalScale  # of layers whose mode has one
   predicate: Predicate | None
   packed: bool
   rows: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -256,7 +260,7 @@ class _Conversion(Replacement):
       _check_shared(FUNCTION, model, ways)
 
   def dot_general_in(self, mode: Mode) -> DotGeneral:
-    scale = self.dot_general.global_scale if FORMATS[mode].has_global_scale else None
+    scale = self.global_scale if FORMATS[mode].has_global_scale else None
     return dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
 
   def layer(self, path: str, node: nnx.Module) -> nnx.Module:

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxqq import _einsum
 from jaxqq._checks import FLOATS, names
-from jaxqq._formats import FORMATS
+from jaxqq._formats import FORMATS, Mode
+from jaxqq._global_scales import GlobalScale, amax_of_each_matrix
+from jaxqq._weight import QuantizedWeight, quantize_weight
 
 Axes = tuple[int, ...]
 
@@ -54,6 +57,27 @@ class KernelAxes:
     sizes = (self.shape[i] for i in (*self.free, *self.contracting))
     ordered = matrices.reshape(*matrices.shape[:-2], *sizes)
     return jnp.transpose(ordered, np.argsort(self._order(ordered.ndim)).tolist())
+
+  def quantized(
+    self, kernel: jax.Array, mode: Mode, choice: GlobalScale, dtype: Any = None
+  ) -> QuantizedWeight:
+    """The packed kernel, as a layer that computes in dtype quantizes it; it remembers its own."""
+
+    def quantize(kernel: jax.Array) -> QuantizedWeight:
+      matrices = self.as_matrices(kernel if dtype is None else kernel.astype(dtype))
+      return quantize_weight(matrices, mode, global_scale=self._global_scale(matrices, choice))
+
+    is_abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+    weight = jax.eval_shape(quantize, kernel) if is_abstract else quantize(jnp.asarray(kernel))
+    return dataclasses.replace(weight, dtype=np.dtype(kernel.dtype))
+
+  def _global_scale(self, matrices: jax.Array, choice: GlobalScale) -> Any:
+    """As `DotGeneral` gives it to a kernel: one to each matrix, or one to all of a layer."""
+    if choice != "weight":
+      return choice
+    batch = matrices.shape[:-2]
+    amax = amax_of_each_matrix(matrices, len(batch) - len(self.batch))
+    return jnp.broadcast_to(lax.expand_dims(amax, range(amax.ndim, len(batch))), batch)
 
   def _order(self, ndim: int) -> Axes:
     stacked = ndim - len(self.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral, OutSharding, placed
 from jaxqq._formats import FORMATS, ProductMode
+from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import NO_NUMBERS, QuantizedLayer
@@ -33,8 +34,9 @@ class QQLinear(QuantizedLayer):
     out_features: N.
     mode: "nvfp4" or "mxfp8".
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: nvfp4 only. "amax" gives inputs and kernel global scales, taken in every call
-      (of a packed kernel, once); None gives none.
+    global_scale: nvfp4 only. "weight", there the default, gives the kernel a global scale, its
+      amax, taken in every call (of a packed kernel, once); "amax" gives the inputs one too, in
+      every call; None gives none.
     rngs: as for `nnx.Linear`.
     options: use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
       preferred_element_type, kernel_metadata and bias_metadata, as for `nnx.Linear`.
@@ -67,7 +69,7 @@ class QQLinear(QuantizedLayer):
     *,
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
-    global_scale: Literal["amax"] | None = None,
+    global_scale: GlobalScale = DEFAULT,
     rngs: nnx.Rngs,
     **options: Any,
   ):
@@ -81,7 +83,7 @@ class QQLinear(QuantizedLayer):
     *,
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
-    global_scale: Literal["amax"] | None = None,
+    global_scale: GlobalScale = DEFAULT,
   ) -> Self:
     """The same layer as an `nnx.Linear`, whose variables it shares.
 
@@ -99,7 +101,12 @@ class QQLinear(QuantizedLayer):
 
   @classmethod
   def from_weight(
-    cls, weight: QuantizedWeight, bias: jax.Array | None = None, *, dtype: DTypeLike | None = None
+    cls,
+    weight: QuantizedWeight,
+    bias: jax.Array | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    global_scale: GlobalScale = DEFAULT,
   ) -> Self:
     """A packed layer of a weight that exists, as one from a checkpoint.
 
@@ -107,13 +114,17 @@ class QQLinear(QuantizedLayer):
       weight: (N, K).
       bias: (N,), or None.
       dtype: that of the computation; None is inferred from inputs, weight and bias.
+      global_scale: "amax" gives inputs a global scale in every call, where the weight has one and
+        brings no static one for them.
 
     Example:
       >>> weight = jaxqq.quantize_weight(jnp.ones((32, 64)))
       >>> jaxqq.nn.QQLinear.from_weight(weight)(jnp.ones((2, 64))).shape
       (2, 32)
     """
-    layer = cls._placeholder(DotGeneral(weight.mode), dtype=dtype)
+    dot_general = DotGeneral(weight.mode, global_scale=global_scale, function="from_weight")
+    layer = cls._placeholder(dot_general, dtype=dtype)
+    layer.dot_general = dot_general
     layer.out_features, layer.in_features = weight.shape[-2:]
     layer.use_bias = bias is not None
     if bias is not None:
@@ -170,7 +181,7 @@ class QQLinearGeneral(QuantizedLayer):
     batch_axis: Mapping[int, int] | None = None,
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
-    global_scale: Literal["amax"] | None = None,
+    global_scale: GlobalScale = DEFAULT,
     rngs: nnx.Rngs,
     **options: Any,
   ):
@@ -188,7 +199,7 @@ class QQLinearGeneral(QuantizedLayer):
     *,
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
-    global_scale: Literal["amax"] | None = None,
+    global_scale: GlobalScale = DEFAULT,
   ) -> Self:
     """The same layer as an `nnx.LinearGeneral`, whose variables it shares; as for `QQLinear`."""
     return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale))
@@ -249,7 +260,7 @@ class QQEinsum(QuantizedLayer):
     *,
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
-    global_scale: Literal["amax"] | None = None,
+    global_scale: GlobalScale = DEFAULT,
     rngs: nnx.Rngs,
     **options: Any,
   ):
@@ -263,7 +274,7 @@ class QQEinsum(QuantizedLayer):
     *,
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
-    global_scale: Literal["amax"] | None = None,
+    global_scale: GlobalScale = DEFAULT,
   ) -> Self:
     """The same layer as an `nnx.Einsum`, whose variables it shares; as `QQLinear.from_linear`."""
     return cls._from("from_einsum", einsum, DotGeneral(mode, backward, global_scale))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import ProductMode
+from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._weight import LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum
@@ -35,8 +36,9 @@ class QQDense(linen.Module):
     features: N.
     mode: "nvfp4" or "mxfp8"; of a `QuantizedWeight`, its own holds.
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: nvfp4 only. "amax" gives inputs and kernel global scales, taken in every call;
-      None gives none.
+    global_scale: nvfp4 only. "weight", there the default, gives the kernel a global scale, its
+      amax, taken in every call; "amax" gives the inputs one too; None gives none. A
+      `QuantizedWeight` has its own, and the inputs none beside it, unless this is "amax".
     use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for
       `nn.Dense`.
 
@@ -55,7 +57,7 @@ class QQDense(linen.Module):
   features: int
   mode: ProductMode = "nvfp4"
   backward: Backward = "straight_through"
-  global_scale: Literal["amax"] | None = None
+  global_scale: GlobalScale = DEFAULT
   use_bias: bool = True
   dtype: DTypeLike | None = None
   param_dtype: DTypeLike = jnp.float32
@@ -166,7 +168,7 @@ def quantized_apply(
   *,
   predicate: Predicate | None = None,
   backward: Backward = "straight_through",
-  global_scale: Literal["amax"] | None = None,
+  global_scale: GlobalScale = DEFAULT,
 ) -> Callable[..., Any]:
   """`model.apply`, in which the layers of any Linen model multiply by `qqmm`.
 
@@ -180,7 +182,8 @@ def quantized_apply(
     predicate: a function of (path, layer), path as "blocks_0.attention.query", that says whether
       to quantize a layer whose kernel is not packed. None says yes to those that can be.
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: nvfp4 only: "amax" or None, as for `QQDense`; of kernels that are not packed.
+    global_scale: nvfp4 only: "weight", there the default, "amax" or None, as for `QQDense`. "amax"
+      holds for the inputs of packed kernels too.
 
   Returns:
     A function with the arguments of `model.apply`.
@@ -198,13 +201,8 @@ def quantized_apply(
   Source: `flax.linen.intercept_methods`.
   """
   function = "quantized_apply"
-  if mode is None and global_scale is not None:
-    raise ValueError(
-      f"{function}: global_scale was given without a mode; packed kernels have their own, so leave "
-      "it out, or give the mode of the others."
-    )
+  packed = DotGeneral("nvfp4", backward, global_scale, function)
   on_the_fly = None if mode is None else DotGeneral(mode, backward, global_scale, function)
-  packed = DotGeneral("nvfp4", backward, None, function)
 
   def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
     layer = context.module

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen
 from flax.core import meta
 
 from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode, ProductMode
-from jaxqq._weight import QuantizedWeight, quantize_weight
+from jaxqq._global_scales import DEFAULT, GlobalScale, checked_choice
+from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.kernel import KernelAxes
 from jaxqq.nn.linen import LAYERS, planned
 from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
@@ -42,7 +41,7 @@ def quantize_params(
   *,
   apply: Callable[[Any], Any] | None = None,
   predicate: Predicate | None = None,
-  global_scale: Literal["amax"] | None = None,
+  global_scale: GlobalScale = DEFAULT,
 ) -> tuple[dict[str, Any], Report]:
   """Packs the kernels in a tree of parameters of Flax Linen, for serving.
 
@@ -58,8 +57,9 @@ def quantize_params(
       converted, which are taken to be those of dense layers.
     predicate: a function of (path, params of the layer), path as "blocks_0.attention.query", that
       says whether to convert a layer; it may also answer with the mode for that layer.
-    global_scale: nvfp4 only. "amax" gives each kernel a global scale, and the inputs theirs in
-      every call; None gives none.
+    global_scale: nvfp4 only. "weight", there the default, gives each kernel a global scale, its
+      amax, and "amax" one to each of its matrices; None gives none. What inputs get is up to the
+      layer that multiplies.
 
   Returns:
     params: a tree of dicts; what was not converted is as it was.
@@ -86,7 +86,7 @@ def quantize_params(
     raise TypeError(f"{FUNCTION}: params must be a tree of dicts, got {type(params).__name__}.")
   dot_general = DotGeneral(mode, "straight_through", global_scale, FUNCTION)
   seen = None if apply is None else _run(apply, params)
-  conversion = _Conversion(dot_general, predicate, seen)
+  conversion = _Conversion(dot_general.mode, global_scale, predicate, seen)
   converted = conversion.walk((), params)
   return converted, Report(tuple(conversion.rows))
 
@@ -123,7 +123,8 @@ def _run(apply: Callable[[Any], Any], params: Any) -> dict[Path, Seen]:
 class _Conversion:
   """One walk over a tree of parameters, and what it finds on the way."""
 
-  dot_general: DotGeneral
+  mode: Mode
+  global_scale: GlobalScale  # of kernels whose mode has one
   predicate: Predicate | None
   seen: dict[Path, Seen] | None
   rows: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -184,7 +185,7 @@ class _Conversion:
     if seen.axes is None or kernel is None:
       unknown = "it is no layer of Linen that multiplies by a kernel"
       return None, seen.reason or NO_PRODUCT.get(seen.kind, unknown)
-    mode = self.dot_general.mode
+    mode = self.mode
     chosen = True if self.predicate is None else self.predicate(".".join(path), own)
     if isinstance(chosen, str):
       mode = check_format(FUNCTION, chosen, None, None, multiplies=True).mode
@@ -194,17 +195,10 @@ class _Conversion:
     return (mode, None) if reason is None else (None, reason)
 
   def quantized(self, kernel: Any, seen: Seen, mode: Mode) -> QuantizedWeight:
-    axes, scale = seen.axes, self.dot_general.global_scale
-    assert axes is not None
-
-    def quantize(kernel: jax.Array) -> QuantizedWeight:
-      cast = kernel if seen.dtype is None else kernel.astype(seen.dtype)
-      own_scale = scale if FORMATS[mode].has_global_scale else None
-      return quantize_weight(axes.as_matrices(cast), mode, global_scale=own_scale)
-
-    is_abstract = isinstance(kernel, jax.ShapeDtypeStruct)
-    weight = jax.eval_shape(quantize, kernel) if is_abstract else quantize(jnp.asarray(kernel))
-    return dataclasses.replace(weight, dtype=np.dtype(kernel.dtype))
+    assert seen.axes is not None
+    fmt = FORMATS[mode]
+    scale = checked_choice(FUNCTION, self.global_scale if fmt.has_global_scale else None, fmt)
+    return seen.axes.quantized(kernel, mode, scale, seen.dtype)
 
 
 def boxed(weight: QuantizedWeight, box: Any, axes: KernelAxes) -> QuantizedWeight:

@@ -1,0 +1,76 @@
+"""Which global scales operands get where a caller leaves that to jaxqq.
+
+nvfp4's scales of groups reach from 2**-9 to 448. A global scale, the amax of its tensor, moves the
+tensor into that range. Weights and cotangents are often below it, activations seldom are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq import _rounding
+from jaxqq._checks import check_has_global_scale
+from jaxqq._formats import Format
+
+# Of an operation that has both operands: w its amax and x none; each its amax; none.
+GlobalScale: TypeAlias = Literal["weight", "amax"] | None
+
+
+class _Default(str):
+  """A choice that nobody asked for, so that it is none in a mode without global scales."""
+
+
+DEFAULT = cast(GlobalScale, _Default("weight"))
+DEFAULT_OF_WEIGHT = cast(Literal["amax"], _Default("amax"))
+
+
+def is_default(choice: Any) -> bool:
+  return isinstance(choice, _Default)
+
+
+def checked_choice(function: str, choice: Any, fmt: Format) -> GlobalScale:
+  """ "weight", "amax" or None, or the error that the caller should see."""
+  if is_default(choice):
+    return cast(GlobalScale, str(choice)) if fmt.has_global_scale else None
+  if choice is None:
+    return None
+  if not isinstance(choice, str) or choice not in ("weight", "amax"):
+    raise ValueError(
+      f"{function}: global_scale must be 'weight' (the amax of the weight), 'amax' (of both "
+      f"operands) or None, got {choice!r}; it is taken from the operands of each call."
+    )
+  check_has_global_scale(function, "global_scale", fmt)
+  return cast(GlobalScale, choice)
+
+
+def unscaled(fmt: Format) -> jax.Array:
+  """The global scale that is none: what it is mapped to is itself."""
+  return jnp.float32(fmt.largest_value)
+
+
+def amax_of_each_matrix(a: jax.Array, batch_ndim: int) -> jax.Array:
+  """float32, over all but the first batch_ndim axes; global scales have no gradient."""
+  return _rounding.amax(lax.stop_gradient(a), tuple(range(batch_ndim, a.ndim)))
+
+
+def scale_that_reaches(amax: jax.Array, fmt: Format) -> jax.Array:
+  """A global scale for what has none: none, 2688, unless amax is below 1; then 2688 * 2**e.
+
+  With an amax of 1 or more only groups are lost that matter little beside the largest, and the bits
+  are those without a global scale. Below, it is the smallest 2688 * 2**e that amax does not exceed.
+  """
+  largest = int(np.float32(fmt.largest_value).view(np.int32))
+  bits = _rounding.magnitude_bits(amax)
+  above = ((bits & _MANTISSA) > (largest & _MANTISSA)).astype(jnp.int32)
+  exponent = jnp.maximum((bits >> 23) + above, 1)
+  scale = lax.bitcast_convert_type((exponent << 23) | (largest & _MANTISSA), jnp.float32)
+  return jnp.where((bits == 0) | (bits >= _ONE), unscaled(fmt), scale)
+
+
+_MANTISSA = 0x007FFFFF
+_ONE = 0x3F800000
