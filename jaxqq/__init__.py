@@ -9,11 +9,12 @@ from jaxqq._convert import dequantize, quantize
 from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
 from jaxqq._qqmm import qqmm
-from jaxqq._weight import QuantizedWeight, quantize_weight
+from jaxqq._weight import QuantizedWeight, concatenate, quantize_weight
 
 __all__ = [
   "QuantizedWeight",
   "checkpoint_policies",
+  "concatenate",
   "dequantize",
   "dot_general",
   "explain",

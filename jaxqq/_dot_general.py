@@ -266,7 +266,7 @@ class DotGeneral:
       global_scale_x = weight.input_global_scale
       if global_scale_x is None:
         global_scale_x = self._global_scale_of_x(x, len(axes.batch), fmt)
-    operands = Operands(x, weight.packed, weight.scales, global_scale_x, weight.global_scale)
+    operands = weight.operands(x, global_scale_x)
     out_dtype = _out_dtype(lhs.dtype, lhs.dtype, cast(Hashable, preferred_element_type))
     out = self._product(operands, fmt.mode, precision, out_dtype)
     return out.reshape(*rows(lhs, axes), *out_features)

@@ -19,6 +19,7 @@ from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
 from jaxqq._kernels.plan import Implementation, Plan
+from jaxqq._primitive import planned
 from jaxqq._qqmm import checked, qqmm
 from jaxqq._reference import matrix_ndim
 from jaxqq._split import described, named_sharding
@@ -102,11 +103,13 @@ def _explain_qqmm(device: Any, **arguments: Any) -> Explanation:
   part, summed, about_split = described(as_matrix, FORMATS[params["mode"]])
   part_dtype = np.dtype(np.float32) if summed else params["out_dtype"]
   fmt = FORMATS[params["mode"]]
-  problem = _kernels.Problem.of(part, fmt, part_dtype, params["precision"], params["out_dtype"])
+  device_of = _kernels.device_of(platform)
+  plan, inner = planned(part, fmt, part_dtype, params["precision"], device_of, params["out_dtype"])
+  if inner is not part:
+    about_split = ["Its float32 result is multiplied by the global scales of w.", *about_split]
   w_words = _of("w", operands.w)
   w_words += " quantized on the fly" if operands.scales is None else " packed"
   heading = f"qqmm {params['mode']}, {_of('x', operands.x)}, {w_words}"
-  plan = _kernels.plan(problem, _kernels.device_of(platform))
   return _sentences(heading, plan, platform, about_split)
 
 

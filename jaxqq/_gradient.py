@@ -43,7 +43,7 @@ from jaxqq import _primitive
 from jaxqq._formats import FORMATS
 from jaxqq._global_scales import scale_that_reaches, unscaled
 from jaxqq._primitive import qqmm_p
-from jaxqq._reference import Operands, dequantize_packed, matmul, times_alpha, unflatten
+from jaxqq._reference import Operands, dequantized, matmul, times_alpha, unflatten
 from jaxqq._row_sums import (
   amax,
   dequantized_for,
@@ -111,7 +111,8 @@ def _tangent_product(
   else:
     fmt = FORMATS[mode]
     w = dequantized_for(ops.x.dtype, ops, fmt)
-    out = times_alpha(matmul(ops.x, jnp.swapaxes(w, -1, -2)), None, ops.global_scale_w, fmt)
+    out = matmul(ops.x, jnp.swapaxes(w, -1, -2))
+    out = times_alpha(out, None, ops.global_scale_w, fmt, ops.row_scales)
   # A batch axis may come from a global scale alone.
   return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)
 
@@ -189,25 +190,30 @@ def _pulled(
   others, global_scale, amax_g = ops.x, ops.global_scale_x, None
   if wrt == "x":
     others, global_scale = ops.w, ops.global_scale_w
+  if wrt == "x" and ops.row_scales is not None:  # w_hat is quantized anew, under one for all rows
+    global_scale = jnp.max(ops.row_scales, axis=-1)
   if backward == "quantized" and global_scale is not None:
-    shapes = ops.global_scale_x.shape, ops.global_scale_w.shape
+    scales = (ops.global_scale_x, ops.global_scale_w, global_scale)
+    shapes = (scale.shape for scale in scales if scale is not None)
     global_scale = jnp.broadcast_to(global_scale, lax.broadcast_shapes(*shapes))
     amax_g = amax(cotangent, global_scale.shape)
   elif backward == "quantized" and fmt.has_global_scale:
-    batch_of_w = (target if wrt == "w" else ops.w).shape[:-2]
-    amax_g = scale_that_reaches(amax(cotangent, batch_of_w), fmt)
+    # One for all matrices of a batch, as kernels take it.
+    amax_g = scale_that_reaches(amax(cotangent, ()), fmt)
     global_scale = unscaled(fmt)  # as packed w is
     if ops.scales is None:
-      global_scale = scale_that_reaches(amax(others, batch_of_w), fmt)
+      global_scale = scale_that_reaches(amax(others, ()), fmt)
   if ops.scales is not None and target.shape[:-2] == cotangent.shape[:-2]:
-    at = Operands(cotangent, ops.w, ops.scales, amax_g, global_scale)
+    at = dataclasses.replace(ops, x=cotangent, global_scale_x=amax_g, global_scale_w=global_scale)
     return _pullback(at, mode, target.dtype, backward, precision)
   if backward == "quantized":
     if ops.scales is not None:
-      others = dequantize_packed(ops.w, ops.scales, fmt, ops.global_scale_w)
+      others = dequantized(ops, fmt)
     product = functools.partial(quantized_product, fmt=fmt, precision=precision, dtype=target.dtype)
   else:
-    if ops.scales is not None:
+    if ops.row_scales is not None:
+      others, global_scale = dequantized(ops, fmt), None
+    elif ops.scales is not None:
       others = dequantized_for(cotangent.dtype, ops, fmt)
     else:
       global_scale = None
@@ -256,11 +262,14 @@ def _pullback_lowering(
 
   def product(ops: Operands, out_dtype: np.dtype) -> jax.Array:
     if quantized:
-      w = dequantize_packed(ops.w, ops.scales, fmt, ops.global_scale_w)
+      w = dequantized(ops, fmt)
       ready = Operands(ops.x, w, None, ops.global_scale_x, ops.global_scale_w, ("w",))
       return _primitive.run(whole_groups(ready, fmt), mode, out_dtype, precision, platform)
-    out = matmul(ops.x, dequantized_for(ops.x.dtype, ops, fmt))
-    out = times_alpha(out, None, ops.global_scale_w, fmt)
+    g, of_w = ops.x, ops.global_scale_w
+    if ops.row_scales is not None:
+      g, of_w = times_alpha(g.astype(jnp.float32), None, None, fmt, ops.row_scales), None
+      g = g.astype(ops.x.dtype) if ops.x.dtype == jnp.bfloat16 else g
+    out = times_alpha(matmul(g, dequantized_for(ops.x.dtype, ops, fmt)), None, of_w, fmt)
     return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)
 
   layout = pullback(fmt, quantized=quantized)

@@ -6,7 +6,9 @@ loop. What differentiation does with it is in `_gradient.py`, where it runs in `
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from jaxqq import _compat, _kernels
-from jaxqq._formats import FORMATS
-from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, unflatten
+from jaxqq._formats import FORMATS, Format
+from jaxqq._global_scales import unscaled
+from jaxqq._reference import TRANSPOSED, Operands, matrix_ndim, times_alpha, unflatten
 from jaxqq._sharding import out_aval, over_explicit_axes, partitioned
 from jaxqq._split import Layout, forward
 
@@ -85,8 +88,38 @@ def run(
   result_dtype: np.dtype | None = None,
 ) -> jax.Array:
   """The product as it is planned for one device."""
-  problem = _kernels.Problem.of(operands, FORMATS[mode], out_dtype, precision, result_dtype)
-  return _kernels.plan(problem, _kernels.device_of(platform)).run(operands)
+  fmt, device = FORMATS[mode], _kernels.device_of(platform)
+  plan, inner = planned(operands, fmt, out_dtype, precision, device, result_dtype)
+  out = plan.run(inner)
+  if inner is not operands:
+    out = times_alpha(out, None, operands.global_scale_w, fmt, operands.row_scales)
+  return out.astype(out_dtype)
+
+
+def planned(
+  operands: Operands,
+  fmt: Format,
+  out_dtype: np.dtype,
+  precision: jax.lax.Precision | None,
+  device: _kernels.Device,
+  result_dtype: np.dtype | None = None,
+) -> tuple[_kernels.Plan, Operands]:
+  """The plan of one device, and what it multiplies: w without global scales that kernels lack.
+
+  Kernels take one global scale of w. Where those of packed w differ from matrix to matrix or from
+  row to row, a kernel's float32 result is multiplied by them. XLA takes all of them.
+  """
+  of_w, of_rows = operands.global_scale_w, operands.row_scales
+  differ = of_rows is not None or (of_w is not None and math.prod(of_w.shape) > 1)
+  if operands.scales is None or not differ:
+    problem = _kernels.Problem.of(operands, fmt, out_dtype, precision, result_dtype)
+    return _kernels.plan(problem, device), operands
+  none = None if operands.global_scale_x is None else unscaled(fmt)
+  inner = dataclasses.replace(operands, global_scale_w=none, row_scales=None)
+  sums = np.dtype(jnp.float32)
+  problem = _kernels.Problem.of(inner, fmt, sums, precision, result_dtype or out_dtype)
+  plan = _kernels.plan(problem, device)
+  return plan, (operands if isinstance(plan.kernel, _kernels.xla.Reference) else inner)
 
 
 def lower_split(

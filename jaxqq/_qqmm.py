@@ -152,17 +152,20 @@ def checked(
   preferred_element_type: Any,
 ) -> tuple[Operands, dict[str, Any]]:
   """The operands and the primitive's parameters, or the error that the caller should see."""
+  row_scales = None
   if isinstance(w, QuantizedWeight):
     mode = _mode_of(function, w, mode, scales, global_scale_w)
     global_scale_x = _global_scale_of_x(function, w, global_scale_x)
-    w, scales, global_scale_w = w.packed, w.scales, w.global_scale
+    packed = w.operands(x, global_scale_x)
+    w, scales, global_scale_w = packed.w, packed.scales, packed.global_scale_w
+    row_scales = packed.row_scales
   fmt = check_format(function, mode, group_size, bits, multiplies=True)
   x, w = as_array(function, "x", x), as_array(function, "w", w)
   check_dtype(function, "x", x, FLOATS)
   check_groups(function, "x", x, fmt)
   scales = _check_w(function, w, scales, fmt)
   _check_shapes(function, x, w, scales, fmt)
-  if (global_scale_x is None) != (global_scale_w is None):
+  if row_scales is None and (global_scale_x is None) != (global_scale_w is None):
     missing, given = ("x", "w") if global_scale_x is None else ("w", "x")
     check_has_global_scale(function, f"global_scale_{given}", fmt)
     raise ValueError(
@@ -180,7 +183,7 @@ def checked(
   out_dtype = np.dtype(x.dtype)
   if preferred_element_type is not None:
     out_dtype = check_out_dtype(function, preferred_element_type)
-  operands = Operands(x, w, scales, global_scale_x, global_scale_w)
+  operands = Operands(x, w, scales, global_scale_x, global_scale_w, row_scales=row_scales)
   return operands, {
     "mode": fmt.mode,
     "out_dtype": out_dtype,

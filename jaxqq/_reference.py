@@ -22,7 +22,7 @@ from jaxqq._quantize import (
 )
 
 TRANSPOSED = "_transposed"  # ends the name of an operand that is
-_ARRAYS = ("x", "w", "scales", "global_scale_x", "global_scale_w")
+_ARRAYS = ("x", "w", "scales", "global_scale_x", "global_scale_w", "row_scales")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Operands:
   global_scale_w: Any = None  # (...)
   # Which of "x" and "w" are stored as (..., k, m), (..., k, n). None is beside scales.
   transposed: tuple[str, ...] = ()
+  row_scales: Any = None  # (..., n): the global scales of the rows of packed w, where they differ
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -100,6 +101,8 @@ def unflatten(names: Sequence[str], values: Sequence[Any]) -> Operands:
 
 def matrix_ndim(name: str) -> int:
   """How many axes of an operand are not batch axes."""
+  if name == "row_scales":
+    return 1
   return 0 if name.startswith("global_scale") else 2
 
 
@@ -117,7 +120,7 @@ def product(operands: Operands, *, fmt: Format, out_dtype: np.dtype) -> jax.Arra
   else:
     w_hat = dequantize_to_multiply(*unpacked(operands.w, operands.scales, fmt), fmt)
   out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
-  out = times_alpha(out, operands.global_scale_x, operands.global_scale_w, fmt)
+  out = times_alpha(out, operands.global_scale_x, operands.global_scale_w, fmt, operands.row_scales)
   return out.astype(out_dtype)
 
 
@@ -133,6 +136,14 @@ def dequantize_packed(
   batch_shape = () if global_scale is None else global_scale.shape
   codes, scales = unpacked(w, scales, fmt, batch_shape)
   return dequantize_groups(codes, scales, fmt, global_scale)
+
+
+def dequantized(operands: Operands, fmt: Format) -> jax.Array:
+  """Packed w in float32 with its global scales, as `dequantize` has it."""
+  w, scales, rows = operands.w, operands.scales, operands.row_scales
+  if rows is None:
+    return dequantize_packed(w, scales, fmt, operands.global_scale_w)
+  return dequantize_packed(w[..., None, :], scales[..., None, :], fmt, rows).squeeze(-2)
 
 
 def unpacked(
@@ -172,15 +183,21 @@ def times_alpha(
   global_scale_x: jax.Array | None,  # (...)
   global_scale_w: jax.Array | None,  # (...)
   fmt: Format,
+  row_scales: jax.Array | None = None,  # (..., n), in place of global_scale_w
 ) -> jax.Array:
   """sums * alpha, with no step out of float32's range where neither sums nor the result are."""
-  if global_scale_x is None and global_scale_w is None:
+  if global_scale_x is None and global_scale_w is None and row_scales is None:
     return sums
-  first, second = alpha_factors(global_scale_x, global_scale_w, fmt)
+  if row_scales is None:
+    first, second = alpha_factors(global_scale_x, global_scale_w, fmt)
+    first, second = (factor[..., None, None] for factor in (first, second))
+  else:
+    of_x = None if global_scale_x is None else global_scale_x[..., None]
+    first, second = (factor[..., None, :] for factor in alpha_factors(of_x, row_scales, fmt))
   # Two constants in a row XLA would multiply by each other, and underflow.
   first = lax.optimization_barrier(first)
-  ndim = max(sums.ndim, first.ndim + 2)
-  first, second = (with_ndim(factor[..., None, None], ndim) for factor in (first, second))
+  ndim = max(sums.ndim, first.ndim)
+  first, second = (with_ndim(factor, ndim) for factor in (first, second))
   return with_ndim(sums, ndim) * first * second
 
 

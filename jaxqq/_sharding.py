@@ -310,7 +310,7 @@ def _rule(names: tuple[str, ...], args: Any, result: Any, layout: Layout) -> Sdy
 
   def matrix_factors(dims: str, shape: tuple[int, ...]) -> list[str | CompoundFactor]:
     factors: list[str | CompoundFactor] = []
-    for dim, size in zip(dims, shape[-2:], strict=True):
+    for dim, size in zip(dims, shape[-len(dims) :], strict=True):
       whole = size // num_units[dim]
       factor = f"{dim}{whole}"
       if layout.unit(dim) == 1 or size == num_units[dim] != 1:

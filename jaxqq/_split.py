@@ -31,7 +31,7 @@ Axes = tuple[str, ...]  # mesh axes that one axis of an array is split over
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The last two axes of every array of a product, by dims; arrays by their names."""
+  """The last axes of every array of a product, by dims; arrays by their names."""
 
   operands: Mapping[str, str]
   out: str
@@ -48,7 +48,7 @@ class Layout:
 
 def forward(fmt: Format | None) -> Layout:
   """out[m, n] = sum_k x[m, k] * w[n, k], in groups along k; without a format, in none."""
-  dims = {"x": "mk", "w": "nk", "scales": "nk"}
+  dims = {"x": "mk", "w": "nk", "scales": "nk", "row_scales": "n"}
   dims |= {name + TRANSPOSED: dims[name][::-1] for name in ("x", "w")}
   return Layout(dims, "mn", "k", {"k": fmt.group_size} if fmt else {})
 
@@ -56,7 +56,7 @@ def forward(fmt: Format | None) -> Layout:
 def pullback(fmt: Format, *, quantized: bool) -> Layout:
   """out[m, k] = sum_n x[m, n] * w[n, k], w packed along k; `quantized` anew, also along n."""
   units = {"k": fmt.group_size, "n": fmt.group_size if quantized else 1}
-  return Layout({"x": "mn", "w": "nk", "scales": "nk"}, "mk", "n", units)
+  return Layout({"x": "mn", "w": "nk", "scales": "nk", "row_scales": "n"}, "mk", "n", units)
 
 
 @dataclasses.dataclass(frozen=True)

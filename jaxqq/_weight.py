@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -34,7 +35,9 @@ from jaxqq._global_scales import (
   DEFAULT_OF_WEIGHT,
   amax_of_each_matrix,
   is_default,
+  unscaled,
 )
+from jaxqq._reference import Operands
 
 LEAVES = ("packed", "scales", "global_scale", "input_global_scale")
 
@@ -53,8 +56,9 @@ class QuantizedWeight:
     scales: (..., N, K / group_size), uint8 or the same bytes as float8_e4m3fn (nvfp4) or
       float8_e8m0fnu (mxfp8, mxfp4).
     mode: "nvfp4", "mxfp8" or "mxfp4" (which `qqmm` cannot multiply).
-    global_scale: nvfp4 only, a number, taken as float32, or one for each matrix, (...): the amax
-      each matrix was quantized with (compressed-tensors has a reciprocal under this name).
+    global_scale: nvfp4 only, a number, taken as float32, or one for each matrix, (...), or for each
+      row, (..., N), as `concatenate` makes them: the amax that it was quantized with
+      (compressed-tensors has a reciprocal under this name).
     dtype: float32, float16 or bfloat16: that of the weight before, and of `dequantize`.
     input_global_scale: nvfp4 only, likewise: a static amax of the activations, as some checkpoints
       bring it. `qqmm` uses it as global_scale_x where it is given none.
@@ -99,10 +103,11 @@ class QuantizedWeight:
       )
     batch_shape = tuple(codes.shape[:-2])
     scale_of = functools.partial(_scale_of_each_matrix, function, fmt=fmt, batch_shape=batch_shape)
+    rows = codes.shape[-2]
     self._set(
       packed=codes,
       scales=_as_bytes(of_groups),
-      global_scale=scale_of("global_scale", global_scale),
+      global_scale=scale_of("global_scale", global_scale, rows=rows),
       input_global_scale=scale_of("input_global_scale", input_global_scale),
       mode=fmt.mode,
       dtype=_checked_dtype(function, dtype),
@@ -159,7 +164,20 @@ class QuantizedWeight:
     of_each = one
     for _ in range(0 if self.global_scale is None else jnp.ndim(self.global_scale)):
       of_each = jax.vmap(of_each)
+    if self.has_row_scales:
+      matrices = (self.packed[..., None, :], self.scales[..., None, :])
+      return of_each(*matrices, self.global_scale).squeeze(-2)
     return of_each(self.packed, self.scales, self.global_scale)
+
+  @property
+  def has_row_scales(self) -> bool:
+    """Whether each row has a global scale, as after `concatenate`, and not each matrix."""
+    return self.global_scale is not None and len(self.global_scale.shape) == self.ndim - 1
+
+  def operands(self, x: Any, global_scale_x: Any) -> Operands:
+    """Of the product of x and this weight."""
+    rows, of_w = (self.global_scale, None) if self.has_row_scales else (None, self.global_scale)
+    return Operands(x, self.packed, self.scales, global_scale_x, of_w, row_scales=rows)
 
   def __getitem__(self, index: Any) -> QuantizedWeight:
     """Matrices of a stack, or rows of w: what numpy's indexing gives of (..., N, K).
@@ -185,6 +203,9 @@ class QuantizedWeight:
       None if scale is None else scale[of_stack]
       for scale in (self.global_scale, self.input_global_scale)
     )
+    if self.has_row_scales:
+      assert of_w is not None
+      of_w = of_w[..., of_rows]
     return QuantizedWeight(packed, scales, self.mode, of_w, self.dtype, of_input)
 
   @property
@@ -338,15 +359,113 @@ def quantize_weight(
   return QuantizedWeight(packed, scales, fmt.mode, scale, matrices.dtype)
 
 
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+  """One weight of several that are multiplied by the same x: their rows, one after the other.
+
+  qqmm(x, concatenate([a, b])) is the products by a and by b side by side, in one call, as q, k and
+  v of attention or gate and up of an MLP are fused. Each part keeps its global scale: of parts with
+  them the result has one for each row, (..., N).
+
+  Args:
+    weights: at least one, of shapes (..., N_i, K), all of one mode, K, leading axes and dtype.
+      Static scales of the activations, input_global_scale, are of all or of none; the largest is
+      the result's.
+
+  Returns:
+    The weight of shape (..., sum of N_i, K). Its rows are sliced as those of any, w[..., :N, :].
+
+  Raises:
+    TypeError: weights are no sequence of `QuantizedWeight`s.
+    ValueError: there is none, or they differ as above.
+
+  Example:
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> a, b = (jaxqq.quantize_weight(jax.random.normal(key, (8, 64))) for key in keys)
+    >>> both = jaxqq.concatenate([a, b])
+    >>> both.shape, both.global_scale.shape
+    ((16, 64), (16,))
+    >>> x = jnp.ones((2, 64))
+    >>> bool(jnp.allclose(jaxqq.qqmm(x, both)[:, 8:], jaxqq.qqmm(x, b)))
+    True
+
+  Source: `jnp.concatenate`, along axis -2.
+  """
+  parts = _checked_parts("concatenate", weights)
+  first = parts[0]
+  of_input = first.input_global_scale
+  if of_input is not None:
+    scales = (jnp.asarray(part.input_global_scale) for part in parts)
+    of_input = functools.reduce(jnp.maximum, scales)
+  return QuantizedWeight(
+    jnp.concatenate([jnp.asarray(part.packed) for part in parts], axis=-2),
+    jnp.concatenate([jnp.asarray(part.scales) for part in parts], axis=-2),
+    first.mode,
+    _scales_of_rows(parts),
+    first.dtype,
+    of_input,
+  )
+
+
+def _checked_parts(function: str, weights: Any) -> list[QuantizedWeight]:
+  parts = list(weights) if isinstance(weights, (list, tuple)) else [weights]
+  if not isinstance(weights, (list, tuple)) or any(type(p) is not QuantizedWeight for p in parts):
+    kinds = ", ".join(dict.fromkeys(type(part).__name__ for part in parts))
+    raise TypeError(
+      f"{function}: weights must be a list or tuple of QuantizedWeights, got {kinds}; quantize "
+      "each with quantize_weight."
+    )
+  if not parts:
+    raise ValueError(f"{function}: weights are empty; give at least one QuantizedWeight.")
+  first = parts[0]
+  for part in parts[1:]:
+    alike = (part.mode, part.dtype, part.shape[-1], part.shape[:-2])
+    if alike != (first.mode, first.dtype, first.shape[-1], first.shape[:-2]):
+      raise ValueError(
+        f"{function}: weights must have one mode, dtype, K (the last axis) and leading axes, got "
+        f"{first!r} and {part!r}."
+      )
+    if (part.input_global_scale is None) != (first.input_global_scale is None):
+      raise ValueError(
+        f"{function}: input_global_scale, that of the x which all are multiplied by, must be of "
+        f"all weights or of none, got {first!r} and {part!r}; set it with dataclasses.replace."
+      )
+  return parts
+
+
+def _scales_of_rows(parts: list[QuantizedWeight]) -> jax.Array | None:
+  """A global scale for each row; 2688 is that of a part that has none."""
+  if all(part.global_scale is None for part in parts):
+    return None
+  rows = []
+  for part in parts:
+    scale: Any = part.global_scale
+    if scale is None:
+      scale = unscaled(FORMATS[part.mode])
+    elif not part.has_row_scales:
+      scale = jnp.asarray(scale)[..., None]
+    rows.append(jnp.broadcast_to(scale, part.shape[:-1]))
+  return jnp.concatenate(rows, axis=-1)
+
+
 def _scale_of_each_matrix(
-  function: str, name: str, value: Any, *, fmt: Format, batch_shape: tuple[int, ...]
+  function: str,
+  name: str,
+  value: Any,
+  *,
+  fmt: Format,
+  batch_shape: tuple[int, ...],
+  rows: int | None = None,
 ) -> Any:
-  """float32 of batch_shape, from one number each or one for all; None from None."""
+  """float32 of batch_shape, from one number each or one for all; None from None.
+
+  Or (*batch_shape, rows), where there may be one for each row.
+  """
   is_float32 = getattr(value, "dtype", None) == np.float32
-  if is_float32 and fmt.has_global_scale and tuple(value.shape) == batch_shape:
+  right = (batch_shape,) if rows is None else (batch_shape, (*batch_shape, rows))
+  if is_float32 and fmt.has_global_scale and tuple(value.shape) in right:
     return value  # of numpy, as it came
-  value = check_global_scale(function, name, value, fmt, batch_shapes=(batch_shape,), abstract=True)
-  if value is None or tuple(value.shape) == batch_shape:
+  value = check_global_scale(function, name, value, fmt, batch_shapes=right, abstract=True)
+  if value is None or tuple(value.shape) in right:
     return value
   if isinstance(value, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(batch_shape, value.dtype)

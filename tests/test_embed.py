@@ -147,7 +147,8 @@ def test_the_sentences(example):
 def test_main(example, folder, capsys):
   arguments = ["--model", str(folder), "--sentences", "6", "--batch", "6", "--repeats", "1"]
   results = example.main(arguments)
-  assert list(results) == ["float32", "mxfp8", "nvfp4", "nvfp4, global scales"]
+  names = ["float32", "mxfp8", "nvfp4", "nvfp4, inputs scaled too", "nvfp4, no global scales"]
+  assert list(results) == names
   linear = 4 * (4 * (64 * 64 + 64) + 2 * 64 * 128 + 64 + 128)
   assert results["float32"]["linear_bytes"] == linear
   for name, result in results.items():
@@ -160,9 +161,9 @@ def test_main(example, folder, capsys):
     assert result["linear_bytes"] == pytest.approx(weights + 4 * (5 * 64 + 128), rel=2e-3)
     assert result["mean_cosine"] > (0.995 if name == "mxfp8" else 0.95)
     unable = [format for format, size in result["files"].items() if not isinstance(size, int)]
-    assert unable == (["mlx"] if "global" in name else [])
+    assert unable == (["mlx"] if name in ("nvfp4", "nvfp4, inputs scaled too") else [])
   printed = capsys.readouterr().out
-  assert printed.count("the same embeddings when loaded") == 8
+  assert printed.count("the same embeddings when loaded") == 10
   assert "6 of 12 layers converted" in printed and "| nvfp4 | " in printed
 
 
@@ -189,7 +190,7 @@ def test_a_packed_model_that_was_changed_embeds_otherwise(example, folder):
     weight = model.blocks[0].up.weight
     packed = weight.packed.at[0, 0].set(weight.packed[0, 0] ^ jnp.uint32(8))
     model.blocks[0].up.set_weight(dataclasses.replace(weight, packed=packed))
-    example.reloads(CONFIG, model, out, batches, order)
+    example.reloads(CONFIG, model, {"mode": "mxfp8"}, out, batches, order)
 
 
 def test_a_packed_model_in_a_checkpoint(example, folder, tmp_path):
@@ -199,7 +200,7 @@ def test_a_packed_model_in_a_checkpoint(example, folder, tmp_path):
   packed = example.tensors_of(model)
   assert packed.keys() == tensors.keys() - {"embeddings.position_ids"}
   checkpoint.save(tmp_path / "m", packed, format="compressed-tensors", config=CONFIG)
-  again = example.tensors_of(example.reload(CONFIG, tmp_path / "m"))
+  again = example.tensors_of(example.reload(CONFIG, tmp_path / "m", {"mode": "nvfp4"}))
   for name, value in packed.items():
     assert type(again[name]) is type(value)
     if isinstance(value, jaxqq.QuantizedWeight):

@@ -11,7 +11,6 @@ from flax import nnx
 
 import jaxqq
 from tests.support import oracle
-from tests.support.jaxprs import count
 from tests.support.messages import check_sentence
 from tests.support.operands import amax, quantized_product, vjp
 
@@ -234,29 +233,6 @@ def test_cotangents_without_global_scales_are_kept(powers, packed):
     np.testing.assert_allclose(dw[0], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
     assert oracle.relative_error(dw[0], g.T.astype(np.float64) @ x) < 0.2
     assert oracle.relative_error(dx, g.astype(np.float64) @ w) < 0.2
-
-
-@pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("shape", [(2, 16, 64), (3, 2, 16, 64)], ids=str)
-def test_matrices_of_a_batch_have_cotangents_of_their_own(shape):
-  """As many scales as there are matrices w, so that no batch needs products of its own."""
-  rng = np.random.default_rng(8)
-  far = np.float32([1, 2.0**-40]).reshape(2, 1, 1)
-  x, w = oracle.random(rng, shape, "float32"), oracle.random(rng, (2, 32, 64), "float32") * far
-  g = oracle.random(rng, (*shape[:-1], 32), "float32") * far
-  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, backward="quantized"), x, w, g=g)
-  assert oracle.relative_error(dx[..., 1, :, :], (g.astype(np.float64) @ w)[..., 1, :, :]) < 0.2
-  flat = (a.astype(np.float64).reshape(-1, *a.shape[-3:]) for a in (g, x))
-  whole = np.einsum("abmn,abmk->bnk", *flat)
-  assert oracle.relative_error(dw[1], whole[1]) < 0.2
-  jaxpr = jax.make_jaxpr(lambda g: vjp_of_shared(g))(g)
-  assert count(jaxpr.jaxpr, "qqmm") == 3
-
-
-def vjp_of_shared(g):
-  """One w: rows of x make up one matrix."""
-  x, w = jnp.ones((*g.shape[:-1], 64)), jnp.ones((g.shape[-1], 64))
-  return jax.vjp(lambda x, w: jaxqq.qqmm(x, w, backward="quantized"), x, w)[1](g)
 
 
 @pytest.mark.usefixtures("quick_compiles")

@@ -35,7 +35,9 @@ def test_import_needs_the_four_packages_only():
   assert out.stdout.strip() == "[]"
 
 
-FUNCTIONS = ("qqmm", "quantize", "dequantize", "explain", "quantize_weight", "dot_general")
+FUNCTIONS = (
+  *("qqmm", "quantize", "dequantize", "explain", "quantize_weight", "dot_general", "concatenate"),
+)
 POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
 

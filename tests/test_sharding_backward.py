@@ -99,6 +99,8 @@ def test_what_moves(split, backward, packed):
   mode = "nvfp4" if packed else "mxfp8"
   g_spec = P("data", "tensor") if split == "column" else P("data")
   found = moved(split, mode, backward, packed, g_spec)
+  if packed and backward == "quantized":  # the amax of g, a number
+    found = [one for one in found if one != ("all-reduce", "s32")]
   if split != "columns of w":
     # Column: dx is summed over tensor. Row: the product is. Either: dw over data, as x is split.
     assert found == [("all-reduce", "f32")] * (1 if packed else 2)

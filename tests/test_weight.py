@@ -226,7 +226,7 @@ MAKE = [
   ("scales dtype", TypeError, ["scales", "uint8", "float32"], (Q, S.astype(np.float32)), {}),
   ("scales of another mode", ValueError, ["scales", "(8, 1)", "(8, 4)"], (Q, S, "mxfp8"), {}),
   ("dtype", TypeError, ["dtype", "bfloat16", "int8"], (Q, S), {"dtype": np.int8}),
-  ("scale shape", ValueError, ["global_scale", "scalar", "(8,)"], (Q, S), {"global_scale": np.ones(8, np.float32)}),
+  ("scale shape", ValueError, ["global_scale", "scalar", "(5,)", "(8,)"], (Q, S), {"global_scale": np.ones(5, np.float32)}),
   ("scale dtype", TypeError, ["global_scale", "float32", "float64"], (Q, S), {"global_scale": np.ones((), np.float64)}),
   ("input scale", TypeError, ["input_global_scale", "int32", "amax"], (Q, S), {"input_global_scale": np.int32([1])}),
 ]  # fmt: skip

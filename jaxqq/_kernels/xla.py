@@ -62,7 +62,7 @@ class InBfloat16:
       precision = lax.Precision.HIGHEST  # whatever JAX's default is
       sums = jnp.matmul(x, w, precision=precision, preferred_element_type=self.dtype_of_sums)
     global_scales = operands.global_scale_x, operands.global_scale_w
-    sums = _reference.times_alpha(sums, *global_scales, self.problem.fmt)
+    sums = _reference.times_alpha(sums, *global_scales, self.problem.fmt, operands.row_scales)
     return sums.astype(self.problem.out_dtype)
 
   def x_hat(self, operands: Operands) -> jax.Array:
