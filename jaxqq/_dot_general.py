@@ -45,7 +45,7 @@ from jaxqq._global_scales import (
   unscaled,
 )
 from jaxqq._gradient import BACKWARDS, Backward
-from jaxqq._qqmm import product
+from jaxqq._qqmm import product, product_by_rows
 from jaxqq._reference import Operands
 from jaxqq._weight import QuantizedWeight
 
@@ -73,7 +73,8 @@ def dot_general(
     global_scale: nvfp4 only. "weight", there the default, gives w a global scale, its largest
       magnitude, taken anew in every call, and lhs none: weights are often smaller than nvfp4's
       scales reach, activations seldom are. "amax" gives both operands one, the largest magnitude
-      of each matrix; None gives none.
+      of each matrix. "row" gives w its own, and each row of lhs a power of two, so that no row
+      depends on another. None gives none.
 
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *,
@@ -108,7 +109,7 @@ class DotGeneral:
   Attributes:
     mode: "nvfp4" or "mxfp8".
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: "weight", "amax" or None, as for `dot_general`.
+    global_scale: "weight", "amax", "row" or None, as for `dot_general`.
 
   Raises:
     ValueError: mode, backward or global_scale is not as above.
@@ -285,7 +286,8 @@ class DotGeneral:
   def _product(
     self, operands: Operands, mode: str, precision: Any, out_dtype: np.dtype
   ) -> jax.Array:
-    return product(
+    is_by_rows = self.global_scale == "row" and FORMATS[mode].has_global_scale
+    return (product_by_rows if is_by_rows else product)(
       operands,
       {
         "mode": mode,

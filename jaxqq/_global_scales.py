@@ -18,7 +18,8 @@ from jaxqq._checks import check_has_global_scale
 from jaxqq._formats import Format
 
 # Of an operation that has both operands: w its amax and x none; each its amax; none.
-GlobalScale: TypeAlias = Literal["weight", "amax"] | None
+# Or w its amax, and each row of x a power of two.
+GlobalScale: TypeAlias = Literal["weight", "amax", "row"] | None
 
 
 class _Default(str):
@@ -34,15 +35,16 @@ def is_default(choice: Any) -> bool:
 
 
 def checked_choice(function: str, choice: Any, fmt: Format) -> GlobalScale:
-  """ "weight", "amax" or None, or the error that the caller should see."""
+  """The choice itself, or the error that the caller should see; of a default, what it is."""
   if is_default(choice):
     return cast(GlobalScale, str(choice)) if fmt.has_global_scale else None
   if choice is None:
     return None
-  if not isinstance(choice, str) or choice not in ("weight", "amax"):
+  if not isinstance(choice, str) or choice not in ("weight", "amax", "row"):
     raise ValueError(
       f"{function}: global_scale must be 'weight' (the amax of the weight), 'amax' (of both "
-      f"operands) or None, got {choice!r}; it is taken from the operands of each call."
+      f"operands), 'row' (of the weight and of each row of x) or None, got {choice!r}; it is taken "
+      "from the operands of each call."
     )
   check_has_global_scale(function, "global_scale", fmt)
   return cast(GlobalScale, choice)
@@ -74,3 +76,25 @@ def scale_that_reaches(amax: jax.Array, fmt: Format) -> jax.Array:
 
 _MANTISSA = 0x007FFFFF
 _ONE = 0x3F800000
+
+
+def by_rows(x: jax.Array, fmt: Format) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Each row of x times a power of two, and two factors, (..., 1), that undo it together.
+
+  The power moves a row's amax to above half of 2688 and no further than that, so that without a
+  global scale no row depends on another. A row of zeros, or one that is not finite, stays.
+  """
+  largest = int(np.float32(fmt.largest_value).view(np.int32))
+  bits = _rounding.magnitude_bits(_rounding.amax(x, (x.ndim - 1,), keepdims=True))
+  above = ((bits & _MANTISSA) > (largest & _MANTISSA)).astype(jnp.int32)
+  power = (bits >> 23) + above - (largest >> 23)
+  power = jnp.where((bits == 0) | (bits >= _rounding.INFINITY_BITS), 0, power)
+  half = power >> 1
+  # Two, since one alone may be out of float32's range.
+  factors = _power_of_two(half), _power_of_two(power - half)
+  moved = x.astype(jnp.float32) * _power_of_two(-half) * _power_of_two(half - power)
+  return moved.astype(x.dtype), factors
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

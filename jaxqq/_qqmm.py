@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, cast
 
 import jax
@@ -27,7 +28,7 @@ from jaxqq._checks import (
   names,
 )
 from jaxqq._formats import FORMATS, Format, ProductMode
-from jaxqq._global_scales import amax_of_each_matrix, unscaled
+from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
@@ -48,7 +49,7 @@ def qqmm(
   group_size: int | None = None,
   bits: int | None = None,
   mode: ProductMode = DEFAULT_MODE,
-  global_scale_x: ArrayLike | Literal["amax"] | None = None,
+  global_scale_x: ArrayLike | Literal["amax", "row"] | None = None,
   global_scale_w: ArrayLike | Literal["amax"] | None = None,
   *,
   backward: Backward = "straight_through",
@@ -75,7 +76,9 @@ def qqmm(
     global_scale_x: nvfp4 only, a scalar, taken as float32: the amax of x (compressed-tensors has a
       reciprocal under this name), 0 for zeros only (beside other numbers of x it makes NaN of
       them). "amax" takes it from x. Against a w with batch axes it may be one for each matrix, of
-      x's batch axes. With global_scale_w or not at all: 2688 is none. None beside a
+      x's batch axes. "row" multiplies each row of x by a power of two instead, by which the result
+      is divided again, so that no row of x depends on another: not on garbage in rows of padding.
+      With global_scale_w or not at all: 2688 is none. None beside a
       `QuantizedWeight` is the weight's own input_global_scale, and without that none.
     global_scale_w: nvfp4 only, likewise of w; "amax" of unquantized w only. A w packed with a
       global scale must be multiplied with it; without it the result is off by a factor.
@@ -124,7 +127,25 @@ def qqmm(
     precision,
     preferred_element_type,
   )
-  return product(operands, params)
+  return (product_by_rows if _is_by_rows(global_scale_x) else product)(operands, params)
+
+
+def product_by_rows(operands: Operands, params: dict[str, Any]) -> jax.Array:
+  """The same, each row of x moved by a power of two to where nvfp4's scales reach."""
+  x, factors = by_rows(jnp.asarray(operands.x), FORMATS[params["mode"]])
+  dtype = params["out_dtype"]
+  # What is not divided yet may be out of float16's range.
+  sums_dtype = np.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+  moved = dataclasses.replace(operands, x=x)
+  out = product(moved, {**params, "out_dtype": sums_dtype})
+  for factor in factors:
+    ones = (1,) * (out.ndim - factor.ndim)
+    out = out * factor.reshape(ones + factor.shape).astype(sums_dtype)
+  return out.astype(dtype)
+
+
+def _is_by_rows(global_scale_x: Any) -> bool:
+  return isinstance(global_scale_x, str) and global_scale_x == "row"
 
 
 def product(operands: Operands, params: dict[str, Any]) -> jax.Array:
@@ -165,6 +186,10 @@ def checked(
   check_groups(function, "x", x, fmt)
   scales = _check_w(function, w, scales, fmt)
   _check_shapes(function, x, w, scales, fmt)
+  if _is_by_rows(global_scale_x):
+    check_has_global_scale(function, "global_scale_x", fmt)
+    has_none = global_scale_w is None and row_scales is None
+    global_scale_x = None if has_none else unscaled(fmt)
   if row_scales is None and (global_scale_x is None) != (global_scale_w is None):
     missing, given = ("x", "w") if global_scale_x is None else ("w", "x")
     check_has_global_scale(function, f"global_scale_{given}", fmt)
@@ -202,8 +227,9 @@ def _global_scale(
     batch_shapes = (batch_of_w, tuple(a.shape[:-2])) if batch_of_w else ()
     return check_global_scale(function, name, value, fmt, batch_shapes=batch_shapes)
   if value != "amax":
+    words = "'amax', 'row', " if operand == "x" else "'amax', "
     raise ValueError(
-      f"{function}: unknown {name} {value!r}; it must be 'amax', a float32 scalar or None."
+      f"{function}: unknown {name} {value!r}; it must be {words}a float32 scalar or None."
     )
   check_has_global_scale(function, name, fmt)
   if np.dtype(a.dtype) == PACKED:
@@ -234,7 +260,7 @@ def _mode_of(function: str, w: QuantizedWeight, mode: Any, scales: Any, global_s
 
 
 def _global_scale_of_x(function: str, w: QuantizedWeight, global_scale_x: Any) -> Any:
-  if w.global_scale is None:
+  if w.global_scale is None and not _is_by_rows(global_scale_x):
     if global_scale_x is not None:
       raise ValueError(
         f"{function}: global_scale_x was given, but w ({w!r}) has no global scale; leave it out, "

@@ -46,7 +46,8 @@ def quantize_model(
       to convert a layer; it may also answer with the mode for that layer. None converts all.
     packed: whether to pack the kernels.
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: nvfp4 only: "weight", there the default, "amax" or None, as for `QQLinear`.
+    global_scale: nvfp4 only: "weight", there the default, "amax", "row" or None, as for
+      `QQLinear`.
 
   Returns:
     What became of each layer that has parameters; `str(report)` is a table.

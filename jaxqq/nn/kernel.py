@@ -73,7 +73,7 @@ class KernelAxes:
 
   def _global_scale(self, matrices: jax.Array, choice: GlobalScale) -> Any:
     """As `DotGeneral` gives it to a kernel: one to each matrix, or one to all of a layer."""
-    if choice != "weight":
+    if choice in (None, "amax"):
       return choice
     batch = matrices.shape[:-2]
     amax = amax_of_each_matrix(matrices, len(batch) - len(self.batch))

@@ -36,7 +36,7 @@ class QQLinear(QuantizedLayer):
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: nvfp4 only. "weight", there the default, gives the kernel a global scale, its
       amax, taken in every call (of a packed kernel, once); "amax" gives the inputs one too, in
-      every call; None gives none.
+      every call; "row" the kernel, and each row of the inputs a power of two; None gives none.
     rngs: as for `nnx.Linear`.
     options: use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
       preferred_element_type, kernel_metadata and bias_metadata, as for `nnx.Linear`.

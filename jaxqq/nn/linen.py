@@ -37,8 +37,9 @@ class QQDense(linen.Module):
     mode: "nvfp4" or "mxfp8"; of a `QuantizedWeight`, its own holds.
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: nvfp4 only. "weight", there the default, gives the kernel a global scale, its
-      amax, taken in every call; "amax" gives the inputs one too; None gives none. A
-      `QuantizedWeight` has its own, and the inputs none beside it, unless this is "amax".
+      amax, taken in every call; "amax" gives the inputs one too, "row" each row of them a power of
+      two; None gives none. A `QuantizedWeight` has its own, and the inputs none beside it, unless
+      this is "amax" or "row".
     use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for
       `nn.Dense`.
 
@@ -182,8 +183,8 @@ def quantized_apply(
     predicate: a function of (path, layer), path as "blocks_0.attention.query", that says whether
       to quantize a layer whose kernel is not packed. None says yes to those that can be.
     backward: "straight_through" or "quantized", as for `qqmm`.
-    global_scale: nvfp4 only: "weight", there the default, "amax" or None, as for `QQDense`. "amax"
-      holds for the inputs of packed kernels too.
+    global_scale: nvfp4 only: "weight", there the default, "amax", "row" or None, as for
+      `QQDense`. What it says of inputs holds beside packed kernels too.
 
   Returns:
     A function with the arguments of `model.apply`.
