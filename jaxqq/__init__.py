@@ -5,11 +5,12 @@ import typing as _typing
 from importlib import util as _util
 
 from jaxqq import checkpoint_policies
+from jaxqq._concatenate import concatenate
 from jaxqq._convert import dequantize, quantize
 from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
 from jaxqq._qqmm import qqmm
-from jaxqq._weight import QuantizedWeight, concatenate, quantize_weight
+from jaxqq._weight import QuantizedWeight, quantize_weight
 
 __all__ = [
   "QuantizedWeight",

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxqq._checks import FLOATS, as_array, check_dtype, describe
 
 Axes = tuple[int, ...]
-FUNCTION = "dot_general"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +61,22 @@ def rows(lhs: jax.Array, axes: AxesOf) -> tuple[int, ...]:
   return (*sizes(lhs, axes.batch), *sizes(lhs, axes.free))
 
 
-def operand(name: str, a: Any) -> jax.Array:
-  a = as_array(FUNCTION, name, a)
-  check_dtype(FUNCTION, name, a, FLOATS)
+def operand(function: str, name: str, a: Any) -> jax.Array:
+  a = as_array(function, name, a)
+  check_dtype(function, name, a, FLOATS)
   return jnp.asarray(a)
 
 
-def checked_axes(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> tuple[AxesOf, AxesOf]:
+def checked_axes(
+  function: str, lhs: jax.Array, rhs: Any, dimension_numbers: Any
+) -> tuple[AxesOf, AxesOf]:
   """The axes of both operands, contracted ones in the order that they have in lhs."""
   try:
     pairs = [[tuple(map(int, own)) for own in both] for both in dimension_numbers]
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = pairs
   except (TypeError, ValueError):
     raise ValueError(
-      f"{FUNCTION}: dimension_numbers must be ((lhs contracting, rhs contracting), (lhs batch, rhs "
+      f"{function}: dimension_numbers must be ((lhs contracting, rhs contracting), (lhs batch, rhs "
       f"batch)), four sequences of axes, got {dimension_numbers!r}."
     ) from None
   for name, a, own in (
@@ -84,7 +85,7 @@ def checked_axes(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> tupl
   ):
     if len(set(own)) != len(own) or not all(0 <= i < a.ndim for i in own):
       raise ValueError(
-        f"{FUNCTION}: the axes {own} of {name} must be different ones between 0 and {a.ndim - 1}, "
+        f"{function}: the axes {own} of {name} must be different ones between 0 and {a.ndim - 1}, "
         f"got dimension_numbers {dimension_numbers!r} with {name} {describe(a)}."
       )
   for name, of_lhs, of_rhs in (
@@ -93,7 +94,7 @@ def checked_axes(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> tupl
   ):
     if sizes(lhs, of_lhs) != sizes(rhs, of_rhs):
       raise ValueError(
-        f"{FUNCTION}: the {name} axes must have the same sizes, got {sizes(lhs, of_lhs)} of lhs "
+        f"{function}: the {name} axes must have the same sizes, got {sizes(lhs, of_lhs)} of lhs "
         f"({describe(lhs)}, axes {of_lhs}) and {sizes(rhs, of_rhs)} of rhs ({describe(rhs)}, axes "
         f"{of_rhs})."
       )

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
@@ -26,7 +27,6 @@ from jaxqq._checks import (
   describe,
 )
 from jaxqq._contraction import (
-  FUNCTION,
   Axes,
   AxesOf,
   as_w,
@@ -45,11 +45,12 @@ from jaxqq._global_scales import (
   unscaled,
 )
 from jaxqq._gradient import BACKWARDS, Backward
+from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
 from jaxqq._qqmm import product, product_by_rows
 from jaxqq._reference import Operands
 from jaxqq._weight import QuantizedWeight
 
-OutSharding: TypeAlias = jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None
+FUNCTION = "dot_general"
 
 
 def dot_general(
@@ -99,6 +100,19 @@ def dot_general(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Call:
+  """Of one call: what its errors name, and what it asks of the product."""
+
+  function: str
+  precision: Any
+  preferred_element_type: Any
+
+  def out_dtype(self, lhs: Any, rhs: Any) -> np.dtype:
+    preferred = cast(Hashable, self.preferred_element_type)
+    return check_out_dtype(self.function, _dtype_of_lax(lhs, rhs, preferred))
+
+
+@dataclasses.dataclass(frozen=True)
 class DotGeneral:
   """A `jax.lax.dot_general` that quantizes both operands, made by `dot_general`.
 
@@ -128,9 +142,10 @@ class DotGeneral:
   mode: Mode
   backward: Backward = "straight_through"
   global_scale: GlobalScale = DEFAULT
-  function: dataclasses.InitVar[str] = FUNCTION  # that its errors name
+  function: str = dataclasses.field(default=FUNCTION, compare=False, repr=False)  # in errors
 
-  def __post_init__(self, function: str) -> None:
+  def __post_init__(self) -> None:
+    function = self.function
     fmt = check_format(function, self.mode, None, None, multiplies=True)
     if not isinstance(self.backward, str) or self.backward not in BACKWARDS:
       raise ValueError(
@@ -143,7 +158,7 @@ class DotGeneral:
   def __call__(
     self,
     lhs: ArrayLike,
-    rhs: ArrayLike,
+    rhs: ArrayLike | QuantizedWeight,
     dimension_numbers: lax.DotDimensionNumbers,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -154,14 +169,16 @@ class DotGeneral:
 
     Args:
       lhs: x, float32, float16 or bfloat16; any shape with an axis to contract.
-      rhs: w, float32, float16 or bfloat16.
+      rhs: w, float32, float16 or bfloat16; or a `QuantizedWeight`, as its logical shape (batch, N,
+        K) has it, contracted along the last axis. It brings its mode and global scale.
       dimension_numbers: ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), as of
         `jax.lax.dot_general`. The product of the contracted sizes is a multiple of the group size.
       precision: None, a `jax.lax.Precision` or its name, or two of them, of which the higher
         counts; HIGHEST is as for `qqmm`.
       preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is that
         of `jax.lax.dot_general`.
-      out_sharding: where the result goes, as of `jax.lax.dot_general`.
+      out_sharding: where the result goes, as of `jax.lax.dot_general`. On explicit axes it is
+        needed where both operands are split along what is summed over.
 
     Returns:
       (batch, free axes of lhs, free axes of rhs).
@@ -172,20 +189,65 @@ class DotGeneral:
       ValueError: dimension_numbers do not fit the operands, contract no axis, or contract what
         makes no whole groups.
     """
-    lhs, rhs = operand("lhs", lhs), operand("rhs", rhs)
-    of_lhs, of_rhs = checked_axes(lhs, rhs, dimension_numbers)
-    self._check_groups(lhs, of_lhs)
+    call = _Call(self.function, precision, preferred_element_type)
+    lhs = operand(call.function, "lhs", lhs)
+    if not isinstance(rhs, QuantizedWeight):
+      rhs = operand(call.function, "rhs", rhs)
+    return self._contracted(call, lhs, rhs, dimension_numbers, out_sharding)
+
+  def _contracted(
+    self,
+    call: _Call,
+    lhs: jax.Array,
+    rhs: Any,
+    dimension_numbers: Any,
+    out_sharding: Any,
+    in_order: Callable[[jax.Array], jax.Array] = lambda out: out,
+  ) -> jax.Array:
+    """The product, `in_order` of whose axes is the result."""
+    out_sharding = checked_out_sharding(call.function, out_sharding)
+    axes = checked_axes(call.function, lhs, rhs, dimension_numbers)
+    is_packed = isinstance(rhs, QuantizedWeight)
+
+    def contract(lhs: jax.Array, rhs: Any) -> jax.Array:
+      return in_order((self._by_packed_rhs if is_packed else self._by_array)(call, lhs, rhs, *axes))
+
+    with errors_of(call.function):
+      return produced(contract, out_sharding, lhs, rhs)
+
+  def _by_array(
+    self, call: _Call, lhs: jax.Array, rhs: jax.Array, of_lhs: AxesOf, of_rhs: AxesOf
+  ) -> jax.Array:
+    self._check_groups(call.function, lhs, of_lhs)
     x, (w, transposed) = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
-    operands = Operands(x, w, None, *self._global_scales(x, w, len(of_lhs.batch)), transposed)
-    out_dtype = _out_dtype(lhs.dtype, rhs.dtype, cast(Hashable, preferred_element_type))
-    out = self._product(operands, self.mode, precision, out_dtype)
-    return placed(out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free)), out_sharding)
+    of_x, of_w = self._global_scales(x, w, len(of_lhs.batch))
+    operands = Operands(x, w, None, of_x, of_w, transposed=transposed)
+    out = self._product(operands, self.mode, call, call.out_dtype(lhs.dtype, rhs.dtype))
+    return out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free))
+
+  def _by_packed_rhs(
+    self, call: _Call, lhs: jax.Array, weight: QuantizedWeight, of_lhs: AxesOf, of_rhs: AxesOf
+  ) -> jax.Array:
+    """The same of a weight (batch, N, K), whose axes are in this order."""
+    k = weight.ndim - 1
+    if of_rhs.contracting != (k,) or of_rhs.free != (k - 1,):
+      raise ValueError(
+        f"{call.function}: a packed rhs is contracted along its last axis, {k}, in which its "
+        "groups run, and the axes before its rows are batch axes, got contracting axes "
+        f"{of_rhs.contracting} and batch axes {of_rhs.batch} of {weight!r}."
+      )
+    order = sorted(range(k - 1), key=lambda i: of_rhs.batch[i])
+    batch = tuple(of_lhs.batch[i] for i in order)
+    features = (weight.shape[-2],)
+    out = self._by_packed(call, lhs, weight, of_lhs.contracting, batch, features)
+    back = [order.index(i) for i in range(k - 1)]
+    return jnp.transpose(out, [*back, *range(k - 1, out.ndim)]) if back != sorted(back) else out
 
   def einsum(
     self,
     subscripts: str,
     x: ArrayLike,
-    w: ArrayLike,
+    w: ArrayLike | QuantizedWeight,
     *,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -196,7 +258,7 @@ class DotGeneral:
     Args:
       subscripts: two operands and the output, as "...d,df->...f".
       x: float32, float16 or bfloat16.
-      w: float32, float16 or bfloat16.
+      w: float32, float16 or bfloat16, or a `QuantizedWeight`, as in a call.
       precision, preferred_element_type, out_sharding: as in a call.
 
     Returns:
@@ -211,10 +273,12 @@ class DotGeneral:
       >>> einsum("...d,df->...f", jnp.ones((2, 3, 64)), jnp.ones((64, 5))).shape
       (2, 3, 5)
     """
-    x, w = operand("x", x), operand("w", w)
-    plan = _einsum.plan(f"{FUNCTION}.einsum", subscripts, x.ndim, w.ndim)
-    out = self(x, w, plan.dimension_numbers, precision, preferred_element_type)
-    return placed(plan.in_order(out), out_sharding)
+    call = _Call(f"{self.function}.einsum", precision, preferred_element_type)
+    x = operand(call.function, "x", x)
+    if not isinstance(w, QuantizedWeight):
+      w = operand(call.function, "w", w)
+    plan = _einsum.plan(call.function, subscripts, x.ndim, w.ndim)
+    return self._contracted(call, x, w, plan.dimension_numbers, out_sharding, plan.in_order)
 
   def packed(
     self,
@@ -251,15 +315,28 @@ class DotGeneral:
       >>> dot_general.packed(jnp.ones((2, 5, 64)), weight, (2,), (), (3, 4)).shape
       (2, 5, 3, 4)
     """
-    fmt = check_format(FUNCTION, weight.mode, None, None, multiplies=True)
-    lhs = operand("lhs", lhs)
+    call = _Call(self.function, precision, preferred_element_type)
+    lhs = operand(call.function, "lhs", lhs)
+    with errors_of(call.function):
+      return self._by_packed(call, lhs, weight, contracting, batch, out_features)
+
+  def _by_packed(
+    self,
+    call: _Call,
+    lhs: jax.Array,
+    weight: QuantizedWeight,
+    contracting: Axes,
+    batch: Axes,
+    out_features: Axes,
+  ) -> jax.Array:
+    fmt = check_format(call.function, weight.mode, None, None, multiplies=True)
     axes = AxesOf.of(lhs.ndim, contracting, batch)
     x = as_x(lhs, axes)
     batch_shape = sizes(lhs, axes.batch)
     right = (*batch_shape, math.prod(out_features), x.shape[-1])
     if weight.shape != right:
       raise ValueError(
-        f"{FUNCTION}: a packed weight of shape {right} is needed for lhs ({describe(lhs)}) "
+        f"{call.function}: a packed weight of shape {right} is needed for lhs ({describe(lhs)}) "
         f"contracted along axes {axes.contracting}, got {weight!r}."
       )
     global_scale_x = None
@@ -268,8 +345,7 @@ class DotGeneral:
       if global_scale_x is None:
         global_scale_x = self._global_scale_of_x(x, len(axes.batch), fmt)
     operands = weight.operands(x, global_scale_x)
-    out_dtype = _out_dtype(lhs.dtype, lhs.dtype, cast(Hashable, preferred_element_type))
-    out = self._product(operands, fmt.mode, precision, out_dtype)
+    out = self._product(operands, fmt.mode, call, call.out_dtype(lhs.dtype, lhs.dtype))
     return out.reshape(*rows(lhs, axes), *out_features)
 
   def _global_scales(self, x: jax.Array, w: jax.Array, batch_ndim: int) -> tuple[Any, Any]:
@@ -283,9 +359,7 @@ class DotGeneral:
   def _global_scale_of_x(self, x: jax.Array, batch_ndim: int, fmt: Format) -> jax.Array:
     return amax_of_each_matrix(x, batch_ndim) if self.global_scale == "amax" else unscaled(fmt)
 
-  def _product(
-    self, operands: Operands, mode: str, precision: Any, out_dtype: np.dtype
-  ) -> jax.Array:
+  def _product(self, operands: Operands, mode: str, call: _Call, out_dtype: np.dtype) -> jax.Array:
     is_by_rows = self.global_scale == "row" and FORMATS[mode].has_global_scale
     return (product_by_rows if is_by_rows else product)(
       operands,
@@ -293,41 +367,32 @@ class DotGeneral:
         "mode": mode,
         "out_dtype": out_dtype,
         "backward": self.backward,
-        "precision": check_precision(FUNCTION, precision),
+        "precision": check_precision(call.function, call.precision),
       },
     )
 
-  def _check_groups(self, lhs: jax.Array, axes: AxesOf) -> None:
+  def _check_groups(self, function: str, lhs: jax.Array, axes: AxesOf) -> None:
     group_size = FORMATS[self.mode].group_size
     contracted = sizes(lhs, axes.contracting)
     if not contracted:
       raise ValueError(
-        f"{FUNCTION}: no axis of lhs ({describe(lhs)}) is contracted, and a qqmm sums over at "
+        f"{function}: no axis of lhs ({describe(lhs)}) is contracted, and a qqmm sums over at "
         "least one; multiply by broadcasting instead."
       )
     k = math.prod(contracted)
     if k % group_size:
       raise ValueError(
-        f"{FUNCTION}: the contracted axes {axes.contracting} of lhs ({describe(lhs)}) have {k} "
+        f"{function}: the contracted axes {axes.contracting} of lhs ({describe(lhs)}) have {k} "
         f"elements, which must be a multiple of the group size {group_size} of mode {self.mode!r}; "
         "pad them with zeros."
       )
 
 
 @functools.cache
-def _out_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
+def _dtype_of_lax(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
   """What `jax.lax.dot_general` gives of these two, or what is preferred."""
   scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (lhs, rhs))
   dot = functools.partial(
     lax.dot_general, dimension_numbers=(((), ()), ((), ())), preferred_element_type=preferred
   )
-  return check_out_dtype(FUNCTION, jax.eval_shape(dot, *scalars).dtype)
-
-
-def placed(out: jax.Array, out_sharding: OutSharding) -> jax.Array:
-  if out_sharding is None:
-    return out
-  mesh = getattr(out_sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
-  if mesh.are_all_axes_auto:
-    return lax.with_sharding_constraint(out, out_sharding)
-  return jax.sharding.reshard(out, out_sharding)
+  return np.dtype(jax.eval_shape(dot, *scalars).dtype)

@@ -19,6 +19,7 @@ from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
 from jaxqq._kernels.plan import Implementation, Plan
+from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import planned
 from jaxqq._qqmm import checked, qqmm
 from jaxqq._reference import matrix_ndim
@@ -94,7 +95,8 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
   return explained(device, **call.arguments)
 
 
-def _explain_qqmm(device: Any, **arguments: Any) -> Explanation:
+def _explain_qqmm(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:
+  checked_out_sharding("explain", out_sharding)
   operands, params = checked("explain", **arguments)
   platform = _platform(operands.x, device)
   as_matrix = operands

@@ -30,6 +30,7 @@ from jaxqq._checks import (
 from jaxqq._formats import FORMATS, Format, ProductMode
 from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
+from jaxqq._out_sharding import OutSharding, checked_out_sharding, produced
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
 from jaxqq._weight import QuantizedWeight
@@ -55,6 +56,7 @@ def qqmm(
   backward: Backward = "straight_through",
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
+  out_sharding: OutSharding = None,
 ) -> jax.Array:
   """Multiplies two block-quantized matrices: x quantized on the fly, w packed or on the fly too.
 
@@ -93,6 +95,8 @@ def qqmm(
       within 2^-18 of |x_hat| |w_hat|^T, where fp8 tensor cores would lose more
       (jaxqq/EXACTNESS.md).
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+    out_sharding: where the result goes, a `NamedSharding` or `PartitionSpec`, as of `jnp.matmul`.
+      On explicit axes it is needed where x and w are both split along K.
 
   Returns:
     x.shape[:-1] + (N,), batch axes broadcast.
@@ -127,7 +131,14 @@ def qqmm(
     precision,
     preferred_element_type,
   )
-  return (product_by_rows if _is_by_rows(global_scale_x) else product)(operands, params)
+  multiply = product_by_rows if _is_by_rows(global_scale_x) else product
+  names = operands.names
+
+  def of_arrays(*arrays: Any) -> jax.Array:
+    return multiply(unflatten(names, arrays), params)
+
+  out_sharding = checked_out_sharding("qqmm", out_sharding)
+  return produced(of_arrays, out_sharding, *map(jnp.asarray, operands.flatten()))
 
 
 def product_by_rows(operands: Operands, params: dict[str, Any]) -> jax.Array:

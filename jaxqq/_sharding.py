@@ -86,8 +86,8 @@ def _explicit_spec(operands: Operands, layout: Layout, row: int, column: int) ->
   if x.sharding.spec[of_x] is not None and w.sharding.spec[of_w] is not None:
     raise ShardingTypeError(
       f"qqmm: x and w are both split along {layout.contracted.upper()}, which is summed over, so "
-      f"that it is ambiguous how the output should be split ({_types(x, w)}); wrap the call as "
-      "jax.sharding.auto_axes(jaxqq.qqmm, out_sharding=...), or reshard one of them."
+      f"that it is ambiguous how the output should be split ({_types(x, w)}); say it with "
+      "out_sharding=, or reshard one of them with jax.sharding.reshard."
     )
   spec = PartitionSpec(*batch, x.sharding.spec[row], w.sharding.spec[column])
   used = [axis for axes in dims_of_spec(tuple(spec)) for axis in axes]

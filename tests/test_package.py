@@ -148,8 +148,9 @@ def test_a_file_imports_only_from_files_above_it():
   order = [
     *("_compat", "_formats", "_checks", "_rounding", "_global_scales", "_quantize"),
     *("_reference", "_kernels"),
-    *("_split", "_sharding", "_primitive", "_convert_split", "_convert_primitive", "_convert"),
-    *("_weight", "_row_sums", "_gradient", "_qqmm", "_explain", "_einsum", "_contraction"),
+    *("_split", "_sharding", "_out_sharding", "_primitive", "_convert_split"),
+    *("_convert_primitive", "_convert", "_weight", "_concatenate", "_row_sums"),
+    *("_gradient", "_qqmm", "_explain", "_einsum", "_contraction"),
     *("_dot_general", "checkpoint_policies", "__init__"),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}

@@ -86,6 +86,8 @@ def test_product_and_gradients(split, mode, backward, packed):
   for gradient, operand in zip(got[1:], placed[:1] if packed else placed, strict=True):
     assert gradient.sharding.is_equivalent_to(operand.sharding, 2)
   moved = collectives(executable)
+  if (mode, backward) == ("nvfp4", "quantized"):  # amaxes, a number each
+    moved = [one for one in moved if one != ("all-reduce", "s32")]
   if split == "columns of w" and packed:
     assert moved == GATHERED[True]
   if split in ("column", "x on k only") and packed:

@@ -256,13 +256,16 @@ class _Conversion(Replacement):
       if isinstance(node, nnx.Module) and _parameters(node):
         mode, _ = self.choices[id(node)] = self.choice(".".join(path), node)
         if mode is not None:
-          ways[id(node)] = packing(LAYERS[type(node)], node, self.dot_general_in(mode))
+          kind = LAYERS[type(node)]
+          ways[id(node)] = packing(kind, node, self.dot_general_in(mode, kind))
     if self.packed:
       _check_shared(FUNCTION, model, ways)
 
-  def dot_general_in(self, mode: Mode) -> DotGeneral:
+  def dot_general_in(self, mode: Mode, kind: type) -> DotGeneral:
     scale = self.global_scale if FORMATS[mode].has_global_scale else None
-    return dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
+    return dataclasses.replace(
+      self.dot_general, mode=mode, global_scale=scale, function=kind.__name__
+    )
 
   def layer(self, path: str, node: nnx.Module) -> nnx.Module:
     """The layer converted, or as it is, and its row of the report."""
@@ -282,7 +285,8 @@ class _Conversion(Replacement):
     if mode is None:
       self.rows.append(row)
       return node
-    layer: Any = LAYERS[type(node)]._from(FUNCTION, node, self.dot_general_in(mode))
+    kind = LAYERS[type(node)]
+    layer: Any = kind._from(FUNCTION, node, self.dot_general_in(mode, kind))
     kernel, first = self.packed_kernels.get(id(layer.kernel), (layer.kernel, layer))
     weight = layer.quantized()
     error = relative_error(layer.kernel.get_value(), weight, layer._kernel_axes())

@@ -12,10 +12,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxqq import _einsum
-from jaxqq._dot_general import DotGeneral, OutSharding, placed
+from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, ProductMode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
+from jaxqq._out_sharding import OutSharding, placed
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import NO_NUMBERS, QuantizedLayer
 from jaxqq.nn.kernel import KernelAxes, axes_of_einsum
@@ -97,7 +98,7 @@ class QQLinear(QuantizedLayer):
       >>> layer.kernel is linear.kernel
       True
     """
-    return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale))
+    return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale, cls.__name__))
 
   @classmethod
   def from_weight(
@@ -122,7 +123,7 @@ class QQLinear(QuantizedLayer):
       >>> jaxqq.nn.QQLinear.from_weight(weight)(jnp.ones((2, 64))).shape
       (2, 32)
     """
-    dot_general = DotGeneral(weight.mode, global_scale=global_scale, function="from_weight")
+    dot_general = DotGeneral(weight.mode, global_scale=global_scale, function=cls.__name__)
     layer = cls._placeholder(dot_general, dtype=dtype)
     layer.dot_general = dot_general
     layer.out_features, layer.in_features = weight.shape[-2:]
@@ -202,7 +203,7 @@ class QQLinearGeneral(QuantizedLayer):
     global_scale: GlobalScale = DEFAULT,
   ) -> Self:
     """The same layer as an `nnx.LinearGeneral`, whose variables it shares; as for `QQLinear`."""
-    return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale))
+    return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale, cls.__name__))
 
   def _kernel_axes(self) -> KernelAxes:
     parts = (tuple(self.batch_axis.values()), self.in_features, self.out_features)
@@ -277,7 +278,7 @@ class QQEinsum(QuantizedLayer):
     global_scale: GlobalScale = DEFAULT,
   ) -> Self:
     """The same layer as an `nnx.Einsum`, whose variables it shares; as `QQLinear.from_linear`."""
-    return cls._from("from_einsum", einsum, DotGeneral(mode, backward, global_scale))
+    return cls._from("from_einsum", einsum, DotGeneral(mode, backward, global_scale, cls.__name__))
 
   @classmethod
   def _placeholder(cls, dot_general: DotGeneral, **options: Any) -> Self:
