@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import config, dispatch
+from jax._src import checkify, config, dispatch
 
 # The effect of arrays that kernels write to in place: no public name tells which functions have it.
 from jax._src.core import InternalMutableArrayEffect
@@ -26,6 +27,14 @@ def needs_devices_to_lower(primitive: Primitive) -> None:
   primitives in this set.
   """
   dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def seen_by_checkify(primitive: Primitive) -> None:
+  """Makes `checkify.nan_checks` look at the results of a primitive, as at those of JAX's own.
+
+  The table of what is checked has no public name.
+  """
+  checkify.error_checks[primitive] = functools.partial(checkify.nan_error_check, primitive)
 
 
 def device_assignment(sharding: jax.sharding.Sharding) -> tuple[jax.Device, ...]:

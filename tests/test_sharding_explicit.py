@@ -218,3 +218,28 @@ def test_a_mesh_that_is_set_for_the_program(kind):
   np.testing.assert_array_equal(packed, jaxqq.quantize(w)[0])
   for a in (packed, back):
     assert a.sharding.is_equivalent_to(placed[1].sharding, 2)
+
+
+@QUICK
+@pytest.mark.parametrize(
+  ("shape", "spec", "axis"),
+  [
+    ((64,), P(("data", "tensor")), -1),  # 8 numbers a device: a group is 16
+    ((32, 64), P("data", "tensor"), -1),
+    ((32, 64), P("tensor", "data"), -2),  # 8 of 32
+    ((2, 64, 32), P(None, "tensor", "data"), -2),
+  ],
+  ids=str,
+)
+def test_conversions_of_what_is_split_along_the_groups(shape, spec, axis):
+  """Also where a split would cut a group, in a mesh that is set."""
+  (w,) = data(shape)
+  want = jaxqq.quantize(w, axis=axis)
+  back = jaxqq.dequantize(*want)
+  with jax.set_mesh(explicit_mesh()):
+    placed = place_explicit(w, spec)
+    for quantize in (jaxqq.quantize, jax.jit(jaxqq.quantize, static_argnames="axis")):
+      got = quantize(placed, axis=axis)
+      jax.tree.map(np.testing.assert_array_equal, got, want)
+      np.testing.assert_array_equal(jaxqq.dequantize(*got), back)
+      np.testing.assert_array_equal(jax.jit(jaxqq.dequantize)(*got), back)
