@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,17 @@ def test_what_no_layer_takes_is_refused(what, tmp_path):
   extra, *words = LEFT[what]
   modelopt(tmp_path, {"up": NVFP4}, schemes.modelopt_config("NVFP4", ["a", "m*"]), extra)
   refused(tmp_path, "model.safetensors", *words)
+
+
+@pytest.mark.parametrize("what", ["smoothing", "a low rank", "a rotation", "FP-Quant's"])
+def test_what_a_layer_needs_is_not_left_out(what, tmp_path):
+  """By asking for the weight alone. Of another layer it is no matter."""
+  extra, *_ = LEFT[what]
+  modelopt(tmp_path, {"up": NVFP4, "down": NVFP4}, schemes.modelopt_config("NVFP4"), extra)
+  assert checkpoint.load(tmp_path, only="down.weight").keys() == {"down.weight"}
+  (name,) = extra
+  with pytest.raises(ValueError, match=rf"^load: .*{re.escape(repr(name))}"):
+    checkpoint.load(tmp_path, only="up.weight")
 
 
 def test_what_looks_like_codes_and_is_none_stays(tmp_path):

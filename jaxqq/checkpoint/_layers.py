@@ -64,7 +64,7 @@ def read_items(
       _check_choice(layer, choices)
   used = {tensor.name for layer in layers for tensor in layer.parts.values()}
   rest = {t.name: t for group in wanted for t in group.tensors.values() if t.name not in used}
-  _check_left({name: rest[name] for name in sorted(rest) if wants(name)}, tensors, layers)
+  _check_left(tensors, used, layers, wants)
   packed = [layer for layer in layers if isinstance(layer, Layer)]
   stacks = stacked(packed) if to_stack else []
   in_stacks = {layer.name for stack in stacks for layer in stack.layers}
@@ -128,18 +128,30 @@ def _check_named(scheme: Scheme, groups: Iterable[Group], wants: Callable[[str],
 
 
 def _check_left(
-  left: dict[str, TensorInfo], tensors: dict[str, TensorInfo], layers: list[Layer | DenseLayer]
+  tensors: dict[str, TensorInfo],
+  used: set[str],
+  layers: list[Layer | DenseLayer],
+  wants: Callable[[str], bool],
 ) -> None:
-  """left: what is no part of a layer. tensors: all of the files."""
+  """Of what is wanted, and of what is below or beside a layer, nothing is left that it needs.
+
+  used: the parts of the layers.
+  """
   quantized = {layer.path for layer in layers}
   scaled = _scaled(tensors)
-  for name, tensor in left.items():
-    what = _what(name, tensor, scaled, quantized)
-    if what is not None:
+  for name, tensor in tensors.items():
+    of_layer = not quantized.isdisjoint(_beginnings(name))
+    what = _what(name, tensor, scaled, quantized) if of_layer or wants(name) else None
+    if what is not None and name not in used:
       raise ValueError(
         f"load: {tensor.file}: tensor {name!r} is {what}, found {describe(tensor)}, "
         "which belongs to no layer that the configuration and its tensors say how to read."
       )
+
+
+def _beginnings(name: str) -> list[str]:
+  """What ends where a word of the name does."""
+  return [name[: found.start()] for found in re.finditer(r"[._]", name)]
 
 
 def _scaled(tensors: dict[str, TensorInfo]) -> set[str]:
