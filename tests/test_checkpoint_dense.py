@@ -172,6 +172,18 @@ def test_powers_of_two_that_are_no_groups_of_32(dtype, tmp_path):
   np.testing.assert_array_equal(weight.dequantize("float32"), values)
 
 
+def test_blocks_narrower_than_a_group_of_mxfp8(tmp_path):
+  """Two scales in a group of 32 are no mxfp8, powers of two or not."""
+  made = Generated("transformers")
+  made.add("q", schemes.fp8("block", "weight_scale_inv", powers=True, block=(4, 16)), rng())
+  config = {"quant_method": "fp8", "weight_block_size": [4, 16]}
+  made.configs = {"config.json": {"quantization_config": config}}
+  made.write(tmp_path)
+  loaded = checkpoint.load(tmp_path, fp8="mxfp8", dtype="float32")
+  assert loaded.dequantized == {"q.weight": "transformers fp8, a scale for each 4 x 16"}
+  np.testing.assert_array_equal(loaded["q.weight"], made.wants["q.weight"].values)
+
+
 def fp8_wrong(suffix, array):
   return {"q.weight": np.ones((8, 64), E4M3), "q.weight_scale": np.float32(1)} | {
     f"q.{suffix}": array

@@ -210,7 +210,8 @@ def test_experts_are_gathered_and_taken_apart(tmp_path):
 
   # A stack of one's own is taken apart too, and its amax is noted where no scalar stands for it.
   amax = np.random.default_rng(0).uniform(1, 32, 400).astype(np.float32)
-  lost = amax[checkpoints.amax_of("modelopt", checkpoints.scalar_of("modelopt", amax)) != amax][:2]
+  kind = "nvfp4-pack-quantized"
+  lost = amax[checkpoints.amax_of(kind, checkpoints.scalar_of(kind, amax)) != amax][:2]
   own = jaxqq.QuantizedWeight(weight.packed[:2], weight.scales[:2], global_scale=lost)
   checkpoint.save(tmp_path / "own", {"a.experts.w.weight": own}, format="compressed-tensors")
   names = checkpoints.read_raw(tmp_path / "own")
@@ -246,6 +247,21 @@ def test_an_expert_that_calibration_never_reached(tmp_path):
     loaded = checkpoint.load(tmp_path / "m", experts="stack")
   assert loaded["m.experts.up.weight"].input_global_scale is None
   assert loaded["m.experts.down.weight"].input_global_scale is not None
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+
+
+def test_a_stack_of_which_one_expert_was_not_reached(tmp_path):
+  made, numbers = Generated("modelopt"), rng()
+  codes, scales, _ = schemes.packed("nvfp4", numbers, (3, *SHAPE))
+  made.tensors = {"up.weight": codes, "up.weight_scale": scales.view(E4M3)}
+  made.tensors["up.weight_scale_2"] = np.float32([0.5, 0.25, 0.1])
+  made.tensors["up.input_scale"] = np.float32([0.5, 0, 0.1])
+  made.configs = {"hf_quant_config.json": schemes.modelopt_config("NVFP4")}
+  made.write(tmp_path / "m")
+  with pytest.warns(UserWarning, match="'up.input_scale' is 0.0, which is no calibration"):
+    loaded = checkpoint.load(tmp_path / "m")
+  assert loaded["up.weight"].input_global_scale is None
   checkpoint.save(tmp_path / "again", loaded, format="modelopt")
   assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
 

@@ -114,6 +114,14 @@ def test_a_pattern_that_hits_a_quantized_layer_too(format, path, tmp_path):
   assert all(name in loaded for name in plain)
 
 
+@pytest.mark.parametrize("suffix", ["global_scale", "biases"])
+def test_what_a_mode_of_mlx_has_no_place_for(suffix, tmp_path):
+  config = {"quantization": schemes.mlx_entry("mxfp8")}
+  extra = {f"up.{suffix}": np.ones((), np.float32)}
+  one(tmp_path, "mlx", {"up": schemes.mlx("mxfp8")}, config, extra=extra)
+  refused(tmp_path, f"'up.{suffix}'")
+
+
 # Rotations and zero points of compressed-tensors' configurations.
 
 
@@ -291,6 +299,7 @@ def test_mlx_says_whether_activations_are_quantized(quantized, tmp_path):
   checkpoint.save(tmp_path / "ct", loaded, format="compressed-tensors")
   there = checkpoint.load(tmp_path / "ct")
   assert there.weight_only == loaded.weight_only
+  there.config.pop("quantize_activations", None)
   checkpoint.save(tmp_path / "back", there, format="mlx")
   back = checkpoints.read_json(tmp_path / "back" / "config.json")
   assert back.get("quantize_activations", False) is quantized
