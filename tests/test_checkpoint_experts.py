@@ -301,6 +301,17 @@ def test_scalars_keep_their_shape(shape, gathered, tmp_path):
   assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
 
 
+def test_experts_whose_scalars_differ_in_shape(tmp_path):
+  made = experts(tmp_path / "m")
+  name = "m.experts.3.up.weight_scale_2"
+  made.tensors[name] = made.tensors[name].reshape(1)
+  made.write(tmp_path / "m")
+  weight = checkpoint.load(tmp_path / "m", experts="stack")["m.experts.up.weight"]
+  assert (
+    np.asarray(weight.global_scale)[3] == made.wants["m.experts.3.up.weight"].amax["global_scale"]
+  )
+
+
 @pytest.mark.parametrize("path", ["experts.w1", "a.local_experts.w1", "a.b.experts.mlp.w1"])
 def test_names_of_experts(path, tmp_path):
   weight = jaxqq.quantize_weight(jnp.ones((2, 8, 64)), global_scale="amax")

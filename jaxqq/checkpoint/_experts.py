@@ -105,12 +105,18 @@ def read_stack(
     if len(have) == len(values):
       fields[field] = np.stack(have)
   stored = {
-    field: np.stack([loaded.stored[field] for loaded in each])
+    field: _stack_of_scalars([loaded.stored[field] for loaded in each])
     for field in each[0].stored
     if all(field in loaded.stored for loaded in each)
   }
   left = next((loaded.uncalibrated for loaded in each if loaded.uncalibrated is not None), None)
   return Loaded(fields, stored=stored, uncalibrated=left)
+
+
+def _stack_of_scalars(scalars: list[np.ndarray]) -> np.ndarray:
+  """Along a new first axis; each in an array of the same axes, or without any."""
+  shapes = {scalar.shape for scalar in scalars}
+  return np.stack(scalars if len(shapes) == 1 else [scalar.reshape(()) for scalar in scalars])
 
 
 def read_item(
