@@ -10,15 +10,18 @@ from jaxqq._convert import dequantize, quantize
 from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
 from jaxqq._qqmm import qqmm
+from jaxqq._trees import combine, partition
 from jaxqq._weight import QuantizedWeight, quantize_weight
 
 __all__ = [
   "QuantizedWeight",
   "checkpoint_policies",
+  "combine",
   "concatenate",
   "dequantize",
   "dot_general",
   "explain",
+  "partition",
   "qqmm",
   "quantize",
   "quantize_weight",

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -36,6 +37,9 @@ from jaxqq._global_scales import (
   is_default,
 )
 from jaxqq._reference import Operands
+
+# What `w @ x` is, put here by `_qqmm.py`: a weight itself knows no product.
+MATMUL: dict[str, Callable[..., jax.Array]] = {}
 
 LEAVES = ("packed", "scales", "global_scale", "input_global_scale")
 
@@ -205,6 +209,10 @@ class QuantizedWeight:
       assert of_w is not None
       of_w = of_w[..., of_rows]
     return QuantizedWeight(packed, scales, self.mode, of_w, self.dtype, of_input)
+
+  def __matmul__(self, x: ArrayLike) -> jax.Array:
+    """w @ x, (..., N, K) times (K,) or (..., K, M): `qqmm`, as layers that multiply so need it."""
+    return MATMUL["product"](self, x)
 
   @property
   def T(self) -> Any:

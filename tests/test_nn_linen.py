@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
+from flax import errors, serialization
 from jax.sharding import PartitionSpec
 
 import jaxqq
@@ -224,3 +224,11 @@ def test_bad_input():
   with pytest.raises(ValueError) as caught:
     jaxqq.nn.QQDense(32, mode="int8").init(KEY, X)
   check_sentence(str(caught.value), "QQDense", ["'int8'"])
+
+
+def test_the_report_says_how_to_run_the_model():
+  params, report = packed_in_mxfp8()
+  assert "quantized_apply(model)" in str(report).splitlines()[-1]
+  with pytest.raises(errors.ScopeParamShapeError):  # what the sentence is about
+    MODEL.apply({"params": params}, TOKENS)
+  assert "quantized_apply" not in str(jaxqq.nn.quantize_params({"scale": jnp.ones(64)})[1])

@@ -21,6 +21,11 @@ from jaxqq.nn.linen import LAYERS, planned
 from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
 
 FUNCTION = "quantize_params"
+# What Flax would say to a packed kernel is that its shape is wrong (ScopeParamShapeError).
+NOTE = (
+  "Run the model with these parameters by jaxqq.nn.quantized_apply(model), not by model.apply: "
+  "the layers of Flax know no packed kernel, and would say that its shape is wrong."
+)
 Predicate = Callable[[str, Any], bool | str]
 Path = tuple[str, ...]
 
@@ -88,7 +93,8 @@ def quantize_params(
   seen = None if apply is None else _run(apply, params)
   conversion = _Conversion(dot_general.mode, global_scale, predicate, seen)
   converted = conversion.walk((), params)
-  return converted, Report(tuple(conversion.rows))
+  rows = tuple(conversion.rows)
+  return converted, Report(rows, NOTE if any(row.converted for row in rows) else "")
 
 
 def _run(apply: Callable[[Any], Any], params: Any) -> dict[Path, Seen]:

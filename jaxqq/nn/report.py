@@ -76,6 +76,7 @@ class Report:
   """
 
   layers: tuple[LayerReport, ...]
+  note: str = ""  # what to do with the result
 
   @property
   def converted(self) -> tuple[LayerReport, ...]:
@@ -121,14 +122,16 @@ class Report:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._advice()])
 
   def _advice(self) -> list[str]:
+    notes = [self.note] if self.note else []
     if not self.lossy:
-      return []
+      return notes
     first = self.lossy[0].path or "the model"
     others = f" and {len(self.lossy) - 1} more" if len(self.lossy) > 1 else ""
     return [
+      *notes,
       f"! {first}{others} lost more than {LOSSY:.0%} of the kernel: without a global scale nvfp4 "
       'does not reach small numbers, so give global_scale="weight"; or use mode "mxfp8" for such '
-      "layers, or leave them out, by predicate."
+      "layers, or leave them out, by predicate.",
     ]
 
 
