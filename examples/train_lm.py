@@ -1,4 +1,4 @@
-"""Trains one byte-level language model three times: unquantized, in mxfp8 and in nvfp4.
+"""Trains one byte-level language model three times: in bfloat16, mxfp8 and nvfp4.
 
   pip install 'jaxqq[examples]'    # from a checkout: pip install '.[examples]'
   python examples/train_lm.py      # two to three minutes on two CPU cores
@@ -269,8 +269,12 @@ def train(
   evaluate: Callable[[Params], float],
   make_state: Callable[..., Any] = make_state,
   put: Callable[[np.ndarray], Any] = lambda windows: windows,
+  finish: Callable[[Params], Result] = lambda params: {},
 ) -> tuple[Params, Result]:
-  """Weights and losses; `make_state` and `put` may place weights and windows on many devices."""
+  """Weights and losses; `make_state` and `put` may place weights and windows on many devices.
+
+  `finish` is what else to tell of the weights, while the bar is still there.
+  """
   optimizer = make_optimizer(cfg)
   params, state, options = make_state(cfg, optimizer)
   order = np.random.default_rng(cfg.seed).integers(len(windows), size=(cfg.steps, cfg.batch))
@@ -289,7 +293,9 @@ def train(
         val_losses[i + 1] = evaluate(params)
       bar.set_postfix_str(f"loss {losses[-1]:.3f}, {milliseconds[-1]:.0f} ms/step", refresh=False)
       bar.update()
-  return params, {
+    bar.set_postfix_str("packing and sampling")
+    told = finish(params)
+  return params, told | {
     "losses": losses,
     "first_loss": losses[0],
     "val_losses": val_losses,
@@ -317,46 +323,75 @@ def sample(params: Params, cfg: Config, mode: str) -> str:
 
 def run(cfg: Config, mode: str, train_windows: np.ndarray, val_windows: np.ndarray) -> Result:
   """Trains, packs and samples one model."""
-  params, result = train(cfg, mode, train_windows, make_evaluate(cfg, mode, val_windows))
-  served = pack(params, mode, DTYPES[cfg.dtype])
-  bf16 = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-  result["bytes"] = linear_bytes(bf16 if mode == UNQUANTIZED else served)
-  result["bf16_bytes"] = linear_bytes(bf16)
-  return {**result, "sample": sample(served, cfg, mode)}
+
+  def finish(params: Params) -> Result:
+    served = pack(params, mode, DTYPES[cfg.dtype])
+    bf16 = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    return {
+      "bytes": linear_bytes(bf16 if mode == UNQUANTIZED else served),
+      "bf16_bytes": linear_bytes(bf16),
+      "sample": sample(served, cfg, mode),
+    }
+
+  evaluate = make_evaluate(cfg, mode, val_windows)
+  return train(cfg, mode, train_windows, evaluate, finish=finish)[1]
+
+
+def name_of(mode: str, dtype: str = "bf16") -> str:
+  """As the README calls a model."""
+  names = {UNQUANTIZED: {"bf16": "bfloat16", "f32": "float32"}[dtype]}
+  return (names | {"nvfp4": "nvfp4, global scales"}).get(mode, mode)
 
 
 def table(cfg: Config, results: dict[str, Result]) -> str:
-  rows = [("model", "validation loss (nats/byte)", "vs unquantized", "ms/step", "linear weights")]
+  against = f"against {name_of(UNQUANTIZED, cfg.dtype)}"
+  of_weights = "bytes of the linear layers' weights"
+  rows = [("model", "validation loss, nats a byte", against, of_weights, "ms/step")]
   base = results.get(UNQUANTIZED, {}).get("val_loss")
   for mode, result in results.items():
     loss, size, bf16 = result["val_loss"], result["bytes"], result["bf16_bytes"]
     change = "-" if base is None or mode == UNQUANTIZED else f"{100 * (loss / base - 1):+.2f}%"
-    name = f"{mode} ({cfg.dtype})" if mode == UNQUANTIZED else mode
-    weights = f"{size:,} bytes, {100 * size / bf16:.1f}% of bf16's {bf16:,}"
-    rows.append((name, f"{loss:.4f}", change, f"{result['ms_per_step']:.1f}", weights))
+    weights = f"{size:,}" + ("" if size == bf16 else f" ({100 * size / bf16:.1f}%)")
+    ms_per_step = f"{result['ms_per_step']:.1f}"
+    rows.append((name_of(mode, cfg.dtype), f"{loss:.4f}", change, weights, ms_per_step))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = (" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
   return "\n".join(lines)
 
 
-def plot(results: dict[str, Result], path: str) -> str:
-  """Draws the losses; says what became of it."""
+def plot(results: dict[str, Result], path: str, dtype: str = "bf16") -> str:
+  """Draws the losses, and how far they are from those of the first model; says what became of it.
+
+  The curves lie on one another, so the second panel shows what is between them.
+  """
   try:
     from matplotlib.figure import Figure
   except ImportError:
     return f"No plot: that needs matplotlib, of the extra `examples`: {INSTALL}"
-  figure = Figure(figsize=(8, 5), layout="constrained")
-  axes = figure.subplots()
-  for mode, result in results.items():
-    losses = result["losses"]
+  figure = Figure(figsize=(8, 7), layout="constrained")
+  losses_axes, gap_axes = figure.subplots(2, 1, sharex=True)
+  first = next(iter(results))
+
+  def smooth(losses: Sequence[float]) -> np.ndarray:
     span = len(losses) // 50 + 1
-    smooth = np.convolve(losses, np.full(span, 1 / span), "valid")
-    (line,) = axes.plot(range(span, len(losses) + 1), smooth, label=mode, linewidth=1)
-    axes.plot(*zip(*result["val_losses"].items(), strict=True), "o", color=line.get_color())
-  axes.set(xlabel="step", ylabel="nats per byte", title="lines: training; points: validation")
-  axes.legend()
+    return np.convolve(losses, np.full(span, 1 / span), "valid")
+
+  base, base_points = smooth(results[first]["losses"]), results[first]["val_losses"]
+  for mode, result in results.items():
+    curve, points = smooth(result["losses"]), result["val_losses"]
+    steps = range(len(result["losses"]) - len(curve) + 1, len(result["losses"]) + 1)
+    (line,) = losses_axes.plot(steps, curve, label=name_of(mode, dtype), linewidth=1)
+    losses_axes.plot(*zip(*points.items(), strict=True), "o", color=line.get_color())
+    gap_axes.plot(steps, 100 * (curve / base - 1), linewidth=1, color=line.get_color())
+    gaps = [100 * (points[step] / base_points[step] - 1) for step in points]
+    gap_axes.plot(list(points), gaps, "o", color=line.get_color())
+  losses_axes.set(ylabel="loss, nats a byte", title="Lines: training; points: validation")
+  losses_axes.legend()
+  gap_axes.set(
+    xlabel="step", ylabel=f"% above {name_of(first, dtype)}", title="The gap between them"
+  )
   figure.savefig(path, dpi=150)
-  return f"Loss curves: {path}"
+  return f"Loss curves, and the gap between them: {path}"
 
 
 def parse_config(argv: Sequence[str] | None, config: Any = Config, about: str = __doc__) -> Any:
@@ -385,9 +420,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
   results = {mode: run(cfg, mode, *windows) for mode in cfg.modes}
   print(table(cfg, results))
   for mode, result in results.items():
-    print(f"{mode}: {result['sample']}")
+    print(f"{name_of(mode, cfg.dtype)}: {result['sample']}")
   if cfg.plot:
-    print(plot(results, cfg.plot))
+    print(plot(results, cfg.plot, cfg.dtype))
   return results
 
 

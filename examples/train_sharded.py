@@ -121,11 +121,17 @@ def run(cfg: Config, mode: str, mesh: Mesh, windows: Sequence[np.ndarray]) -> Re
   evaluate = train_lm.make_evaluate(cfg, mode, windows[1][: NUM_VAL_WINDOWS * cfg.seq])
   state = functools.partial(make_state, mesh=mesh)
   params, result = train_lm.train(cfg, mode, windows[0], evaluate, state, put)
-  served = jax.jit(functools.partial(train_lm.pack, mode=mode, dtype=train_lm.DTYPES[cfg.dtype]))(
-    params
-  )
-  shards = [a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(served["blocks"])]
-  return {**result, "bytes_per_device": sum(shards)}
+  dtype = train_lm.DTYPES[cfg.dtype]
+  served = jax.jit(functools.partial(train_lm.pack, mode=mode, dtype=dtype))(params)
+  return {**result, "bytes_per_device": bytes_per_device(served, mode)}
+
+
+def bytes_per_device(served: Params, mode: str) -> int:
+  """Those of the linear layers' weights; in bfloat16 where they are not quantized."""
+  arrays = jax.tree.leaves([served["blocks"][name] for name in train_lm.LINEARS])
+  size_of = (2 if mode == train_lm.UNQUANTIZED else a.dtype.itemsize for a in arrays)
+  shards = (a.addressable_shards[0].data.size for a in arrays)
+  return sum(size * count for size, count in zip(size_of, shards, strict=True))
 
 
 def table(cfg: Config, results: dict[str, Result]) -> str:

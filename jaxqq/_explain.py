@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,10 @@ def _sentences(heading: str, plan: Plan, platform: str, about_split: list[str]) 
     + (f"; {plan.details}." if plan.details else "."),
     *(f"Not {refusal}." for refusal in plan.refusals),
   ]
+  needs_newer_jax = any("it needs JAX" in refusal for refusal in plan.refusals)
+  if needs_newer_jax and sys.version_info < (3, 12):
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    sentences.append(f"That JAX needs Python 3.12 or newer, and this is {python}.")
   if plan.implementation.platforms is None and not plan.refusals:
     sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
   return Explanation(" ".join([*sentences, *about_split]), plan)

@@ -76,6 +76,10 @@ def test_wall_clock_of_chains(chains):
   rows, kept = chains
   header, found = read([kept])
   assert found == rows and header["chain"] == 3 and "chain, scan" in report.header_lines(header)[-1]
+  base = next(row for row in rows if row.implementation == CUBLAS)
+  told = [*report.header_lines(header), report.row_line(base, platform=header["platform"])]
+  assert all("jnp.dot bf16" in text and "cublas" not in text for text in told[1:])
+  assert CUBLAS in report.row_line(base, platform="gpu")
   assert {row.implementation for row in rows} == {CUBLAS, "xla dequantize", "jaxqq"}
   for row in rows:
     assert row.chain == 3 and row.chain_note == ""

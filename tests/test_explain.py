@@ -6,6 +6,7 @@ import collections
 import copy
 import json
 import pickle
+import sys
 from importlib import resources
 
 import jax
@@ -85,6 +86,7 @@ def test_old_jax_gets_xla_and_is_told_why():
   text = of(256, 512, 4096, "mxfp8", True)
   assert "computed by XLA" in text
   assert f"needs JAX 0.11 or newer, and this is {jax.__version__}" in text
+  assert ("needs Python 3.12 or newer" in text) == (sys.version_info < (3, 12))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")

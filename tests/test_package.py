@@ -235,6 +235,9 @@ def test_train_lm(tmp_path, capsys):
   assert plot.stat().st_size > 1000
   printed = capsys.readouterr().out
   assert all(word in printed for word in ("validation loss", "ms/step", "nvfp4", str(plot)))
+  # The README's words.
+  titles = re.search(r"^\| (model .*) \|$", README, re.MULTILINE).group(1).split(" | ")
+  assert all(title in printed for title in titles) and "nvfp4, global scales" in printed
 
 
 @pytest.mark.parametrize("flags", [["--d-model", "40"], ["--heads", "3"], ["--steps", "0"]])

@@ -138,6 +138,17 @@ def test_the_version_stands_in_one_place():
   assert jaxqq.__version__ == installed
 
 
+def test_an_editable_install_puts_the_checkout_on_the_path():
+  """Its folder has the package's name: a finder behind the path would find that, empty."""
+  assert PYPROJECT["tool"]["setuptools"]["package-dir"] == {"": "."}
+  code = (
+    "import importlib.machinery as m; spec = m.PathFinder.find_spec('jaxqq', ['..', '.']);"
+    "assert spec.origin and spec.origin.endswith('__init__.py'), spec"
+  )
+  done = run(code)
+  assert done.returncode == 0, done.stderr
+
+
 def test_the_changelog_has_the_version():
   changelog = (ROOT / "CHANGELOG.md").read_text()
   headings = re.findall(r"^## \[(.*?)\](?: - (\d{4}-\d\d-\d\d))?$", changelog, re.MULTILINE)

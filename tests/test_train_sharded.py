@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,6 +66,17 @@ def test_losses_are_those_of_one_device(example, one_device, capsys):
   assert split["val_loss"] == pytest.approx(one_device["val_loss"], rel=1e-3)
   assert split["bytes_per_device"] < 0.52 * one_device["bytes_per_device"]
   assert "bytes a device" in capsys.readouterr().out
+
+
+def test_bytes_are_counted_as_train_lm_counts_them(example):
+  cfg = example.train_lm.parse_config(SIZES, example.Config, "")
+  params = example.train_lm.init_params(cfg)
+  dtype = example.train_lm.DTYPES["bf16"]
+  for mode in example.train_lm.MODES:
+    shapes = jax.eval_shape(lambda p, m=mode: example.train_lm.pack(p, m, dtype), params)
+    served = jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), shapes)
+    want = example.train_lm.linear_bytes(served) // (2 if mode == "unquantized" else 1)
+    assert example.bytes_per_device(served, mode) == want
 
 
 def test_two_processes(one_device):

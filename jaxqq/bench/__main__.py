@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
       found = with_chains(case, compared[case], found, settings, bar.set_postfix_str)
       rows = kept.replaced(rows, found)
       for row in found:
-        tqdm.write(report.row_line(row, chain))
+        tqdm.write(report.row_line(row, chain, header["platform"]))
       sys.stdout.flush()
       if options.json:  # after every case, so that a run cut short leaves what it has
         kept.write(options.json, header, rows)

@@ -63,8 +63,15 @@ def titles(chain: bool = False) -> str:
   return line([title for title, _ in columns], columns)
 
 
-def row_line(row: Row, chain: bool = False) -> str:
-  return line(_cells(row, chain), _columns(chain))
+def row_line(row: Row, chain: bool = False, platform: str = "gpu") -> str:
+  cells = _cells(row, chain)
+  cells[1] = base_name(platform) if cells[1] == CUBLAS else cells[1]
+  return line(cells, _columns(chain))
+
+
+def base_name(platform: str) -> str:
+  """What to call the product that ratios are to: only on GPUs does XLA give it to cuBLAS."""
+  return CUBLAS if platform in ("gpu", "cuda") else "jnp.dot bf16"
 
 
 def _columns(chain: bool) -> tuple[tuple[str, int], ...]:
@@ -107,13 +114,15 @@ def header_lines(header: Header) -> list[str]:
   lines = [
     f"{header['device']} ({header['platform']}{driver}), JAX {header['jax']}, "
     f"jaxqq {header['jaxqq']}, Python {header['python']}, {header['date']}",
-    f"{header['timing']}; medians, first and third quartile; ratio: time of {CUBLAS} / time, "
+    f"{header['timing']}; medians, first and third quartile; ratio: time of "
+    f"{base_name(header['platform'])} / time, "
     f"or bytes per second / those of {COPY}",
   ]
   if header.get("chain"):
     lines.append(
       f"chain, scan: wall clock of {header['chain']} products in one program, a product, unrolled "
-      f"and under lax.scan; XLA's defaults, CUDA graphs too; ratio: to the same by {CUBLAS}"
+      f"and under lax.scan; XLA's defaults, CUDA graphs too; ratio: to the same by "
+      f"{base_name(header['platform'])}"
     )
   return lines
 
