@@ -344,7 +344,7 @@ class DotGeneral:
       global_scale_x = weight.input_global_scale
       if global_scale_x is None:
         global_scale_x = self._global_scale_of_x(x, len(axes.batch), fmt)
-    operands = weight.operands(x, global_scale_x)
+    operands = weight._operands(x, global_scale_x)
     out = self._product(operands, fmt.mode, call, call.out_dtype(lhs.dtype, lhs.dtype))
     return out.reshape(*rows(lhs, axes), *out_features)
 

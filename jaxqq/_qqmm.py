@@ -188,7 +188,7 @@ def checked(
   if isinstance(w, QuantizedWeight):
     mode = _mode_of(function, w, mode, scales, global_scale_w)
     global_scale_x = _global_scale_of_x(function, w, global_scale_x)
-    packed = w.operands(x, global_scale_x)
+    packed = w._operands(x, global_scale_x)
     w, scales, global_scale_w = packed.w, packed.scales, packed.global_scale_w
     row_scales = packed.row_scales
   fmt = check_format(function, mode, group_size, bits, multiplies=True)

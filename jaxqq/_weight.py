@@ -176,7 +176,7 @@ class QuantizedWeight:
     """Whether each row has a global scale, as after `concatenate`, and not each matrix."""
     return self.global_scale is not None and len(self.global_scale.shape) == self.ndim - 1
 
-  def operands(self, x: Any, global_scale_x: Any) -> Operands:
+  def _operands(self, x: Any, global_scale_x: Any) -> Operands:
     """Of the product of x and this weight."""
     rows, of_w = (self.global_scale, None) if self.has_row_scales else (None, self.global_scale)
     return Operands(x, self.packed, self.scales, global_scale_x, of_w, row_scales=rows)

@@ -175,7 +175,7 @@ def test_a_kernel_gets_w_without_what_it_lacks(scales, monkeypatch):
   weight, x = fused(), X.astype(jnp.bfloat16)
   if scales == "matrices":
     weight, x = jaxqq.quantize_weight(np.stack([w[:16] for w in PARTS])), np.stack([x] * 3)
-  operands = weight.operands(x, jnp.float32(64))
+  operands = weight._operands(x, jnp.float32(64))
   run = jax.jit(
     lambda x: _primitive.run(
       dataclasses.replace(operands, x=x), "nvfp4", jnp.dtype(jnp.bfloat16), None, "cuda"

@@ -21,6 +21,7 @@ import jaxqq
 from jaxqq import _formats
 from jaxqq._dot_general import DotGeneral
 from jaxqq._gradient import BACKWARDS
+from tests.support import api_reference
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -122,6 +123,13 @@ def test_examples_of_what_dot_general_returns(name):
   example = doctest.DocTestParser().get_doctest(documented.__doc__, names, name, None, 0)
   assert example.examples
   assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_reference_is_made_of_the_docstrings():
+  text = api_reference.PAGE.read_text()
+  assert text == api_reference.page(), "python -m tests.support.api_reference writes it anew"
+  for name in jaxqq.__all__:
+    assert name == "checkpoint_policies" or f"\n### {name}\n" in text
 
 
 # The version and links
