@@ -119,7 +119,10 @@ def planned(
   sums = np.dtype(jnp.float32)
   problem = _kernels.Problem.of(inner, fmt, sums, precision, result_dtype or out_dtype)
   plan = _kernels.plan(problem, device)
-  return plan, (operands if isinstance(plan.kernel, _kernels.xla.Reference) else inner)
+  if not isinstance(plan.kernel, _kernels.xla.Reference | _kernels.xla.InBfloat16):
+    return plan, inner
+  problem = _kernels.Problem.of(operands, fmt, out_dtype, precision, result_dtype)
+  return _kernels.plan(problem, device), operands
 
 
 def lower_split(

@@ -267,7 +267,7 @@ def decoding(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array
 def _raised(global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
   """|global_scale| * 2**power, and power: int32, not 0 where float32 is too short below."""
   limit = int(np.float32(2.0**-SMALL).view(np.int32))
-  power = jnp.where(_rounding.magnitude_bits(global_scale) < limit, RAISED, 0)
+  power = jnp.where(_rounding.magnitude_bits(global_scale) < limit, jnp.int32(RAISED), jnp.int32(0))
   return _rounding.scaled(global_scale, power), power
 
 

@@ -28,8 +28,10 @@ def test_one_device_and_two(tmp_path, capsys):
       assert all(0 < share <= 1 for share in result.error_shares.values())
     if result.devices == 1:
       assert (result.collectives, result.off_by) == ({}, 0)
-    else:  # the parts of y are added up once, and nothing else moves
-      assert result.collectives == {"all-reduce": 1}
+    else:
+      # The parts of y are added up once. A step of nvfp4 has two amax of all devices' numbers too.
+      training = result.work == mesh.TRAINING
+      assert result.collectives == {"all-reduce": 3 if training else 1}
       # By the rounding of y, of the hidden layer and of cotangents, whose codes then may differ.
       assert result.off_by < 5e-2
   assert mesh.read(file)[1] == forward

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxqq.bench.cases import FORMS, Case
+from jaxqq.bench.cases import BACKWARD_FORMS, FORMS, Case
 
 SAMPLE = 64  # rows, and columns
 
@@ -34,6 +35,7 @@ _MODES = {
   "mxfp8": _Mode(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, 32, True),
   "mxfp4": _Mode(ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e8m0fnu, 32, True),
 }
+_LARGEST_NVFP4 = 2688.0
 # A bound is this share of |exact|, and that of |x_hat| |w_hat|^T.
 _BOUNDS = {
   "float32": (0.0, 2.0**-18),
@@ -97,10 +99,29 @@ def error_share(
   if not form.is_product:
     return _bits_share(case, rows[0], out, samples[form.out[0]])
   if quantized:
-    rows = [round_trip(a, case.mode) for a in rows]
+    powers = [_power_for(a, case) for a in operands]
+    rows = [
+      np.ldexp(round_trip(np.ldexp(a.astype(np.float32), -power), case.mode), power)
+      for a, power in zip(rows, powers, strict=True)
+    ]
   lhs, rhs = (a.astype(np.float64) for a in rows)
   result = np.asarray(take_rows(out, samples[form.out[0]], axis=0))[:, samples[form.out[1]]]
   return _product_share(result, lhs @ rhs.T, np.abs(lhs) @ np.abs(rhs).T)
+
+
+def _power_for(a: jax.Array, case: Case) -> int:
+  """The exponent of what an operand is divided by before it is quantized.
+
+  In the quantized backward nvfp4 takes the global scale 2688 * 2**power of an operand whose amax is
+  below 1: the least that the amax does not exceed.
+  """
+  if case.form not in BACKWARD_FORMS or case.mode != "nvfp4":
+    return 0
+  amax = float(jnp.max(jnp.abs(a)))
+  if amax == 0 or amax >= 1:
+    return 0
+  fraction, power = math.frexp(amax / _LARGEST_NVFP4)
+  return power if fraction > 0.5 else power - 1
 
 
 def _product_share(
