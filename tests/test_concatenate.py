@@ -20,11 +20,12 @@ from tests.support.jaxprs import count
 from tests.support.messages import check_sentence
 from tests.support.operands import amax, quantized_product, vjp
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 RNG = np.random.default_rng(11)
-X = oracle.random(RNG, (6, 128), "float32")
+X = oracle.random(RNG, (6, 64), "float32")
 # As q, k and v are: of several sizes, and here a thousandfold apart.
 SIZES = ((16, 1), (32, 1e-3), (32, 50))
-PARTS = [oracle.random(RNG, (n, 128), "float32") * np.float32(s) for n, s in SIZES]
+PARTS = [oracle.random(RNG, (n, 64), "float32") * np.float32(s) for n, s in SIZES]
 W = np.concatenate(PARTS)
 STACKS = [np.stack([w, w * np.float32(0.01)]) for w in PARTS]
 P = PartitionSpec
@@ -51,7 +52,7 @@ def test_the_product_is_that_of_the_parts(mode, dtype):
   x = X.astype(oracle.DTYPES[dtype])
   weights = weights_of(mode)
   both = jaxqq.concatenate(weights)
-  assert both.shape == (80, 128) and both.dtype == jnp.float32 and both.mode == mode
+  assert both.shape == (80, 64) and both.dtype == jnp.float32 and both.mode == mode
   out = jax.jit(jaxqq.qqmm)(x, both)
   oracle.assert_within_bound(
     np.asarray(out), *oracle.product(oracle.round_trip(x, mode), hat(mode=mode))
@@ -77,7 +78,7 @@ def test_parts_come_out_again():
   nested = jaxqq.concatenate([jaxqq.concatenate([first, others[0]]), others[1]])
   jax.tree.map(np.testing.assert_array_equal, nested, both)
   abstract = jax.eval_shape(jaxqq.concatenate, [first, *others])
-  assert abstract.shape == (80, 128) and abstract.has_row_scales
+  assert abstract.shape == (80, 64) and abstract.has_row_scales
   none = jaxqq.quantize_weight(PARTS[2], global_scale=None)
   mixed = jaxqq.concatenate([first, none])
   np.testing.assert_array_equal(mixed.global_scale[16:], 2688)
@@ -85,15 +86,14 @@ def test_parts_come_out_again():
   assert jaxqq.concatenate([none, none]).global_scale is None
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_stacks_are_scanned_mapped_and_multiplied():
   both = fused(stacked=True)
-  assert both.shape == (2, 80, 128) and both.global_scale.shape == (2, 80)
+  assert both.shape == (2, 80, 64) and both.global_scale.shape == (2, 80)
   weights = weights_of(stacked=True)
   want = np.stack([np.concatenate([jaxqq.qqmm(X, w[i]) for w in weights], -1) for i in range(2)])
   close = functools.partial(np.testing.assert_allclose, desired=want, rtol=2.0**-20, atol=0)
-  close(jaxqq.qqmm(X[None], both))
-  close(jax.vmap(jaxqq.qqmm, (None, 0))(X, both))
+  close(jax.jit(jaxqq.qqmm)(X[None], both))
+  close(jax.jit(jax.vmap(jaxqq.qqmm, (None, 0)))(X, both))
   close(jax.lax.scan(lambda c, w: (c, jaxqq.qqmm(X, w)), 0, both)[1])
   close(jnp.stack([jaxqq.qqmm(X, both[i]) for i in range(2)]))
   again = jax.vmap(lambda *ws: jaxqq.concatenate(ws))(*weights)
@@ -101,7 +101,6 @@ def test_stacks_are_scanned_mapped_and_multiplied():
   np.testing.assert_array_equal(jax.vmap(jaxqq.qqmm, (0, None))(X, both[1]), jaxqq.qqmm(X, both[1]))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("stacked", [False, True], ids=["matrix", "stack"])
 @pytest.mark.parametrize("backward", ["straight_through", "quantized"])
 def test_gradient_reaches_x(backward, stacked):
@@ -114,7 +113,7 @@ def test_gradient_reaches_x(backward, stacked):
   want = sum(a.astype(np.float64) @ b for a, b in zip(g, w_hats, strict=True))
   if backward == "quantized":  # under one scale for all rows
     largest = [max(amax(w * s) for w in PARTS) for s in by]
-    rounded = np.asarray(both.dequantize(jnp.float32)).reshape(len(by), 80, 128)
+    rounded = np.asarray(both.dequantize(jnp.float32)).reshape(len(by), 80, 64)
     each = zip(g, rounded, largest, strict=True)
     want = sum(quantized_product(a, b.T, "nvfp4", amax(a), s) for a, b, s in each)
   assert oracle.relative_error(dx, want) <= 2e-6
@@ -138,7 +137,6 @@ def meshes(kind):
   return jax.make_mesh((2, 4), ("a", "b"), axis_types=types)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("spec", [P("b", None), P(None, "b")], ids=["N split", "K split"])
 def test_split_over_devices(spec, kind):
@@ -193,12 +191,12 @@ def test_a_kernel_gets_w_without_what_it_lacks(scales, monkeypatch):
 
 
 def test_explain_says_so():
-  x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)
+  x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
   text = jaxqq.explain(x, jax.eval_shape(fused), device="cuda")
   assert "float32 result is multiplied by the global scales of w" in text
   assert text.plan.name.startswith("hopper")
   stack = jax.eval_shape(lambda: jaxqq.quantize_weight(STACKS[0]))
-  xs = jax.ShapeDtypeStruct((2, 128, 128), jnp.bfloat16)
+  xs = jax.ShapeDtypeStruct((2, 64, 64), jnp.bfloat16)
   assert jaxqq.explain(xs, stack, device="cuda").plan.name.startswith("hopper")
   assert jaxqq.explain(x, jax.eval_shape(fused), device="cpu").plan.name == "xla"
   other = Operands(xs, *jaxqq.quantize(STACKS[0]), jnp.ones(2), jnp.ones(2))
@@ -212,7 +210,7 @@ def test_explain_says_so():
 
 
 A = weights_of()[0]
-A_64, A_STACK = (jaxqq.quantize_weight(a) for a in (PARTS[0][:, :64], STACKS[0]))
+A_32, A_STACK = (jaxqq.quantize_weight(a) for a in (PARTS[0][:, :32], STACKS[0]))
 IN_BF16, STATIC = (
   dataclasses.replace(A, **how) for how in ({"dtype": "bfloat16"}, {"input_global_scale": 3})
 )
@@ -221,8 +219,8 @@ WRONG = [
   ("arrays", TypeError, ["weights", "QuantizedWeights", "ndarray"], lambda: PARTS),
   ("nothing", ValueError, ["weights", "empty"], list),
   ("modes", ValueError, ["mode", "nvfp4", "mxfp8"], lambda: [A, jaxqq.quantize_weight(W, "mxfp8")]),
-  ("K", ValueError, ["K", "(16, 128)", "(16, 64)"], lambda: [A, A_64]),
-  ("axes", ValueError, ["leading axes", "(2, 16, 128)"], lambda: [A, A_STACK]),
+  ("K", ValueError, ["K", "(16, 64)", "(16, 32)"], lambda: [A, A_32]),
+  ("axes", ValueError, ["leading axes", "(2, 16, 64)"], lambda: [A, A_STACK]),
   ("dtype", ValueError, ["dtype", "bfloat16"], lambda: [A, IN_BF16]),
   ("inputs", ValueError, ["input_global_scale"], lambda: [A, STATIC]),
 ]  # fmt: skip

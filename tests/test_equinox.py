@@ -12,6 +12,7 @@ import pytest
 import jaxqq
 from tests.support import oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 X = jnp.asarray(oracle.random(np.random.default_rng(51), (16, 64), "float32"))
 
 

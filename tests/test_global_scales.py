@@ -14,6 +14,7 @@ from tests.support import oracle
 from tests.support.messages import check_sentence
 from tests.support.operands import amax, quantized_product, vjp
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 DENSE = (((1,), (0,)), ((), ()))
 RNG = np.random.default_rng(7)
 X = oracle.random(RNG, (16, 256), "float32")
@@ -113,7 +114,6 @@ def test_x_without_a_scale_is_that_of_2688():
   assert "packed" in jaxqq.explain(X, weight)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("choice", ["weight", "amax"])
 def test_packed_layers_have_the_scales_of_unpacked_ones(choice):
   """Matrices of a batch differ a thousandfold; those of stacked layers too."""
@@ -217,7 +217,6 @@ def reaching(a):
   return np.float32(2688 * 2.0 ** np.ceil(np.log2(largest / 2688)))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 @pytest.mark.parametrize("powers", [(0, 0, 0), (0, -9, -3), (-20, -20, -60)])
 def test_cotangents_without_global_scales_are_kept(powers, packed):
@@ -235,7 +234,6 @@ def test_cotangents_without_global_scales_are_kept(powers, packed):
     assert oracle.relative_error(dx, g.astype(np.float64) @ w) < 0.2
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("choice", [{}, {"global_scale": None}], ids=["default", "None"])
 def test_a_bfloat16_model_has_gradients(choice):
   """A mean over many outputs: cotangents of 1e-6 and less."""

@@ -20,6 +20,7 @@ from tests.support.messages import check_sentence
 from tests.support.operands import amax
 from tests.support.sharding import collectives
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 RNG = np.random.default_rng(31)
 X, W = (oracle.random(RNG, shape, "float32") for shape in ((16, 256), (32, 256)))
 KINDS = pytest.mark.parametrize(
@@ -40,7 +41,6 @@ def spec_of(out):
   return spec + (None,) * (out.ndim - len(spec))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @KINDS
 @pytest.mark.parametrize("spec", [P("data", None), P("data", "tensor"), P(None, None)], ids=str)
 def test_k_split_in_both(spec, kind):
@@ -62,7 +62,6 @@ def test_k_split_in_both(spec, kind):
     assert any(kind in ("all-reduce", "reduce-scatter") for kind, _ in found)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_gradients_where_k_is_split_in_both():
   mesh, x, w = placed(AxisType.Explicit, P("data", "tensor"), P(None, "tensor"))
 
@@ -150,7 +149,6 @@ def test_bad_out_sharding(error, words, out_sharding):
 # A packed weight as the right operand
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
 def test_a_packed_weight_is_contracted(mode):
   weight = jaxqq.quantize_weight(W, mode)

@@ -13,6 +13,7 @@ from tests.support import oracle
 from tests.support.messages import check_sentence
 from tests.support.operands import amax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 RNG = np.random.default_rng(41)
 X = oracle.random(RNG, (4, 64), "float32")
 W = oracle.random(RNG, (8, 64), "float32")
