@@ -17,6 +17,7 @@ from jaxqq._formats import FORMATS
 from jaxqq._reference import Operands
 from tests.support import oracle
 from tests.support.jaxprs import count
+from tests.support.kernels import needs_kernels
 from tests.support.messages import check_sentence
 from tests.support.operands import amax, quantized_product, vjp
 
@@ -165,6 +166,7 @@ def test_split_over_devices(spec, kind):
 # Kernels take one global scale of w
 
 
+@needs_kernels
 @pytest.mark.parametrize("scales", ["rows", "matrices"])
 def test_a_kernel_gets_w_without_what_it_lacks(scales, monkeypatch):
   """XLA's block-scaled dot, which runs on a CPU: its float32 result is multiplied by the scales."""
@@ -190,6 +192,7 @@ def test_a_kernel_gets_w_without_what_it_lacks(scales, monkeypatch):
   oracle.assert_within_bound(np.asarray(run(x)), exact, mag)
 
 
+@needs_kernels
 def test_explain_says_so():
   x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
   text = jaxqq.explain(x, jax.eval_shape(fused), device="cuda")
