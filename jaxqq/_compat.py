@@ -65,16 +65,13 @@ def interprets_kernels() -> bool:
   return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def cuda_compute_capability() -> str:
-  """That of the device programs are made for: an abstract one, the GPU at hand, or Hopper's.
-
-  A machine without a GPU may lower for one; then 9.0 is assumed.
-  """
+def cuda_compute_capability() -> str | None:
+  """That of the device programs are made for: an abstract one, or the GPU at hand; else None."""
   abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   kind = getattr(abstract, "device_kind", None)
   if kind is not None and "cpu" not in kind.lower():
     return "9.0" if any(name in kind for name in ("H100", "H200", "H800", "H20")) else f"a {kind}"
-  return _capability_at_hand() or "9.0"
+  return _capability_at_hand()
 
 
 def cuda_sm_count() -> int | None:

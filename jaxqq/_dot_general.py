@@ -368,6 +368,7 @@ class DotGeneral:
         "out_dtype": out_dtype,
         "backward": self.backward,
         "precision": check_precision(call.function, call.precision),
+        "implementation": None,
       },
     )
 

@@ -184,6 +184,7 @@ def _pulled(
   mode: str,
   backward: str,
   precision: lax.Precision | None,
+  implementation: str | None,
 ) -> jax.Array:
   """The cotangent of x or w, of that operand's shape and dtype."""
   fmt, ops = FORMATS[mode], unflatten(operands, known)
@@ -205,11 +206,12 @@ def _pulled(
       global_scale = scale_that_reaches(amax(others, ()), fmt)
   if ops.scales is not None and target.shape[:-2] == cotangent.shape[:-2]:
     at = dataclasses.replace(ops, x=cotangent, global_scale_x=amax_g, global_scale_w=global_scale)
-    return _pullback(at, mode, target.dtype, backward, precision)
+    return _pullback(at, mode, target.dtype, backward, precision, implementation)
   if backward == "quantized":
     if ops.scales is not None:
       others = dequantized(ops, fmt)
-    product = functools.partial(quantized_product, fmt=fmt, precision=precision, dtype=target.dtype)
+    how = precision, implementation
+    product = functools.partial(quantized_product, fmt=fmt, how=how, dtype=target.dtype)
   else:
     if ops.row_scales is not None:
       others, global_scale = dequantized(ops, fmt), None
@@ -233,6 +235,7 @@ def _pullback(
   out_dtype: np.dtype,
   backward: str,
   precision: lax.Precision | None,
+  implementation: str | None,
 ) -> jax.Array:
   return qqmm_pullback_p.bind(
     *operands.flatten(),
@@ -241,6 +244,7 @@ def _pullback(
     out_dtype=np.dtype(out_dtype),
     backward=backward,
     precision=precision,
+    implementation=implementation,
   )
 
 
@@ -256,7 +260,7 @@ def _pullback_lowering(
   operands: tuple[str, ...],
   **params: Any,
 ) -> Any:
-  mode, precision = params["mode"], params["precision"]
+  mode, how = params["mode"], (params["precision"], params["implementation"])
   fmt, quantized = FORMATS[mode], params["backward"] == "quantized"
   platform = _primitive.platform_of(ctx)
 
@@ -264,7 +268,7 @@ def _pullback_lowering(
     if quantized:
       w = dequantized(ops, fmt)
       ready = Operands(ops.x, w, None, ops.global_scale_x, ops.global_scale_w, ("w",))
-      return _primitive.run(whole_groups(ready, fmt), mode, out_dtype, precision, platform)
+      return _primitive.run(whole_groups(ready, fmt), mode, out_dtype, how, platform)
     g, of_w = ops.x, ops.global_scale_w
     if ops.row_scales is not None:
       g, of_w = times_alpha(g.astype(jnp.float32), None, None, fmt, ops.row_scales), None

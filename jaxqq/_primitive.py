@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from jaxqq._split import Layout, forward
 
 qqmm_p = Primitive("qqmm")
 
+# Which precision, and which implementation, were asked for.
+How: TypeAlias = tuple[jax.lax.Precision | None, str | None]
+
 
 def qqmm(
   operands: Operands,
@@ -35,6 +38,7 @@ def qqmm(
   out_dtype: np.dtype,
   backward: str,
   precision: jax.lax.Precision | None,
+  implementation: str | None,
 ) -> jax.Array:
   """out[..., m, n] = sum_k x_hat[..., m, k] * w_hat[..., n, k], in out_dtype."""
   return qqmm_p.bind(
@@ -44,6 +48,7 @@ def qqmm(
     out_dtype=np.dtype(out_dtype),
     backward=backward,
     precision=precision,
+    implementation=implementation,
   )
 
 
@@ -61,9 +66,8 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) ->
   platform = platform_of(ctx)
 
   def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
-    return run(
-      values, params["mode"], out_dtype, params["precision"], platform, params["out_dtype"]
-    )
+    how = params["precision"], params["implementation"]
+    return run(values, params["mode"], out_dtype, how, platform, params["out_dtype"])
 
   layout = forward(FORMATS[params["mode"]])
   return lower_split(ctx, args, operands, product, layout, f"qqmm_{label(params)}")
@@ -71,8 +75,9 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) ->
 
 def label(params: dict[str, Any]) -> str:
   """What a product's lowering depends on, beside its operands."""
-  precision = params["precision"]
-  return f"{params['mode']}_{params['backward']}_{precision.name if precision else 'default'}"
+  precision, implementation = params["precision"], params["implementation"]
+  words = (params["mode"], params["backward"], precision.name if precision else "default")
+  return "_".join(words if implementation is None else (*words, implementation))
 
 
 def platform_of(ctx: Any) -> str:
@@ -83,13 +88,13 @@ def run(
   operands: Operands,
   mode: str,
   out_dtype: np.dtype,
-  precision: jax.lax.Precision | None,
+  how: How,
   platform: str,
   result_dtype: np.dtype | None = None,
 ) -> jax.Array:
   """The product as it is planned for one device."""
   fmt, device = FORMATS[mode], _kernels.device_of(platform)
-  plan, inner = planned(operands, fmt, out_dtype, precision, device, result_dtype)
+  plan, inner = planned(operands, fmt, out_dtype, how, device, result_dtype)
   out = plan.run(inner)
   if inner is not operands:
     out = times_alpha(out, None, operands.global_scale_w, fmt, operands.row_scales)
@@ -100,7 +105,7 @@ def planned(
   operands: Operands,
   fmt: Format,
   out_dtype: np.dtype,
-  precision: jax.lax.Precision | None,
+  how: How,
   device: _kernels.Device,
   result_dtype: np.dtype | None = None,
 ) -> tuple[_kernels.Plan, Operands]:
@@ -109,20 +114,21 @@ def planned(
   Kernels take one global scale of w. Where those of packed w differ from matrix to matrix or from
   row to row, a kernel's float32 result is multiplied by them. XLA takes all of them.
   """
+  precision, implementation = how
   of_w, of_rows = operands.global_scale_w, operands.row_scales
   differ = of_rows is not None or (of_w is not None and math.prod(of_w.shape) > 1)
   if operands.scales is None or not differ:
     problem = _kernels.Problem.of(operands, fmt, out_dtype, precision, result_dtype)
-    return _kernels.plan(problem, device), operands
+    return _kernels.plan(problem, device, chosen=implementation), operands
   none = None if operands.global_scale_x is None else unscaled(fmt)
   inner = dataclasses.replace(operands, global_scale_w=none, row_scales=None)
   sums = np.dtype(jnp.float32)
   problem = _kernels.Problem.of(inner, fmt, sums, precision, result_dtype or out_dtype)
-  plan = _kernels.plan(problem, device)
+  plan = _kernels.plan(problem, device, chosen=implementation)
   if not isinstance(plan.kernel, _kernels.xla.Reference | _kernels.xla.InBfloat16):
     return plan, inner
   problem = _kernels.Problem.of(operands, fmt, out_dtype, precision, result_dtype)
-  return _kernels.plan(problem, device), operands
+  return _kernels.plan(problem, device, chosen=implementation), operands
 
 
 def lower_split(

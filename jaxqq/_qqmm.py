@@ -30,6 +30,7 @@ from jaxqq._checks import (
 from jaxqq._formats import FORMATS, Format, ProductMode
 from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
+from jaxqq._kernels import IMPLEMENTATIONS
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, produced
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
@@ -57,6 +58,7 @@ def qqmm(
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
   out_sharding: OutSharding = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies two block-quantized matrices: x quantized on the fly, w packed or on the fly too.
 
@@ -97,6 +99,10 @@ def qqmm(
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
     out_sharding: where the result goes, a `NamedSharding` or `PartitionSpec`, as of `jnp.matmul`.
       On explicit axes it is needed where x and w are both split along K.
+    implementation: what computes it, by its name in `explain` or the beginning of one: "hopper",
+      "hopper_fp8", "block_scaled_dot", "xla". The program is not lowered where that cannot, and
+      the error says why. So are the products of the quantized backward computed. None takes the
+      first that can.
 
   Returns:
     x.shape[:-1] + (N,), batch axes broadcast.
@@ -105,7 +111,8 @@ def qqmm(
     TypeError: an argument has a dtype, or is of a type, that it may not be.
     ValueError: mode, group_size, bits, backward or a shape is not as above; scales without
       packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
-      brings, given once more.
+      brings, given once more. Or, as the program is lowered: `implementation` cannot compute it
+      on that platform.
 
   Example:
     >>> x, w = jnp.full((8, 64), 3.0), jnp.full((4, 64), 3.0)
@@ -130,6 +137,7 @@ def qqmm(
     backward,
     precision,
     preferred_element_type,
+    implementation,
   )
   multiply = product_by_rows if _is_by_rows(global_scale_x) else product
   names = operands.names
@@ -182,6 +190,7 @@ def checked(
   backward: Any,
   precision: Any,
   preferred_element_type: Any,
+  implementation: Any,
 ) -> tuple[Operands, dict[str, Any]]:
   """The operands and the primitive's parameters, or the error that the caller should see."""
   row_scales = None
@@ -225,7 +234,21 @@ def checked(
     "out_dtype": out_dtype,
     "backward": backward,
     "precision": check_precision(function, precision),
+    "implementation": _check_implementation(function, implementation),
   }
+
+
+def _check_implementation(function: str, implementation: Any) -> str | None:
+  names = [row.name for row in IMPLEMENTATIONS]
+  if implementation is None:
+    return None
+  is_one = isinstance(implementation, str) and implementation
+  if not is_one or not any(name.startswith(implementation) for name in names):
+    raise ValueError(
+      f"{function}: unknown implementation {implementation!r}; it must be None, or one of "
+      f"{', '.join(repr(name) for name in names)}, or what they begin with."
+    )
+  return str(implementation)
 
 
 def _global_scale(

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxqq import _primitive, _rounding
 from jaxqq._formats import Format
@@ -121,7 +120,7 @@ def quantized_product(
   *,
   sums_follow: bool,
   fmt: Format,
-  precision: lax.Precision | None,
+  how: _primitive.How,
   dtype: np.dtype,
 ) -> jax.Array:
   """qqmm(x, w), both quantized along the axis they are summed over."""
@@ -130,7 +129,8 @@ def quantized_product(
     mode=fmt.mode,
     out_dtype=np.dtype(jnp.float32) if sums_follow else dtype,
     backward="quantized",
-    precision=precision,
+    precision=how[0],
+    implementation=how[1],
   )
 
 

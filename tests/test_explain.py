@@ -115,7 +115,7 @@ class TestChoice:
     monkeypatch.setattr(_compat, "cuda_sm_count", lambda: 78)  # of an H20
     text = of(256, 8192, 8192, "nvfp4", True)
     assert text.plan.kernel.tiles.cluster == 1 and text.plan.kernel.device.num_sms == 78
-    assert "for 78 SMs" in text and "assumed" not in text
+    assert "for 78 SMs" in text and "(assumed" not in text
 
   def test_tiles_were_the_fastest_that_were_measured(self):
     """Within 5%, of those in tuned/; which shapes a change of the costs moves, this tells."""

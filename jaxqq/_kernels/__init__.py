@@ -29,6 +29,16 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 PLATFORMS = tuple(sorted({p for row in IMPLEMENTATIONS for p in row.platforms or ()}))
 
 
-def plan(problem: Any, device: Device, table: tuple[Implementation, ...] = IMPLEMENTATIONS) -> Plan:
-  """What runs a product on a device; or a conversion, by its own table."""
-  return from_table(problem, device, table)
+def plan(
+  problem: Any,
+  device: Device,
+  table: tuple[Implementation, ...] = IMPLEMENTATIONS,
+  *,
+  chosen: str | None = None,
+) -> Plan:
+  """What runs a product on a device; or a conversion, by its own table.
+
+  Raises:
+    ValueError: no row whose name begins with `chosen` takes it.
+  """
+  return from_table(problem, device, table, chosen)

@@ -9,6 +9,8 @@ from typing import Any
 
 from jaxqq import _compat
 
+TARGET = "JAXQQ_TARGET"  # the compute capability that programs are made for, as 9.0
+_ASSUMED_CAPABILITY = "9.0"
 _ASSUMED_SMS = 132  # of an H100 SXM or H200; an H100 PCIe has 114, an H20 78
 
 
@@ -24,6 +26,7 @@ class Device:
   compute_capability: str | None = None  # of NVIDIA's
   num_sms: int = _ASSUMED_SMS
   knows_sms: bool = True  # else that number is an assumption
+  knows_capability: bool = True
   max_cluster: int = 8  # CTAs in one
 
   def num_clusters(self, size: int) -> int:
@@ -39,12 +42,20 @@ class Device:
 
 
 def device_of(platform: str) -> Device:
-  """The device at hand; if none is, an H200 is assumed."""
+  """That which the environment names, or the one at hand; if none is, an H200 is assumed."""
   if platform != "cuda":
     return Device(platform)
-  known = _compat.cuda_sm_count()
-  capability = _compat.cuda_compute_capability()
-  return Device(platform, capability, known or _ASSUMED_SMS, known is not None)
+  capability, num_sms = _compat.cuda_compute_capability(), _compat.cuda_sm_count()
+  target = os.environ.get(TARGET)
+  if target and target != capability:
+    capability, num_sms = target, None
+  return Device(
+    platform,
+    capability or _ASSUMED_CAPABILITY,
+    num_sms or _ASSUMED_SMS,
+    num_sms is not None,
+    capability is not None,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +105,18 @@ def turned_off() -> tuple[str, ...]:
   return tuple(filter(None, (name.strip() for name in os.environ.get(TURNED_OFF, "").split(","))))
 
 
-def from_table(problem: Any, device: Device, table: Sequence[Implementation]) -> Plan:
-  """The plan by the first row of a table that takes the problem; the last row takes everything."""
+def from_table(
+  problem: Any, device: Device, table: Sequence[Implementation], chosen: str | None = None
+) -> Plan:
+  """The plan by the first row of a table that takes the problem; the last row takes everything.
+
+  If one is `chosen`, only rows whose names begin with that are asked.
+  """
   refusals: list[str] = []
   for row in table:
-    if row is not table[-1] and row.name.startswith(turned_off()):
+    if chosen is not None and not row.name.startswith(chosen):
+      reason = f"implementation={chosen!r} was asked for"
+    elif chosen is None and row is not table[-1] and row.name.startswith(turned_off()):
       reason = f"the environment variable {TURNED_OFF} turns it off"
     elif row.platforms is not None and device.platform not in row.platforms:
       reason = f"it is for {' and '.join(row.platforms)}, not {device.platform}"
@@ -108,4 +126,10 @@ def from_table(problem: Any, device: Device, table: Sequence[Implementation]) ->
       except Unsupported as error:
         reason = str(error)
     refusals.append(f"{row.name}: {reason}")
-  raise AssertionError("the last row of a table takes every problem")
+  if chosen is None:
+    raise AssertionError("the last row of a table takes every problem")
+  reasons = [refusal for refusal in refusals if refusal.startswith(chosen)]
+  raise ValueError(
+    f"qqmm: implementation {chosen!r} cannot compute this product on {device.platform}: "
+    f"{'; '.join(reasons)}."
+  )

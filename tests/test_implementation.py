@@ -1,0 +1,86 @@
+"""Which implementation computes a product, where a caller chooses, and for which GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq._kernels.plan import TARGET
+from tests.support import oracle
+from tests.support.programs import lowered_for_cuda
+
+needs_kernels = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
+X, W = (jax.ShapeDtypeStruct((size, 256), jnp.bfloat16) for size in (96, 128))
+
+
+def explained(**how):
+  return jaxqq.explain(X, W, device="cuda", **how)
+
+
+@needs_kernels
+def test_the_first_that_can_unless_one_is_asked_for():
+  assert explained(mode="mxfp8").plan.name == "hopper_fp8"
+  text = explained(mode="mxfp8", implementation="hopper_exact")
+  assert text.plan.name == "hopper_exact"
+  assert "Not hopper_fp8: implementation='hopper_exact' was asked for." in text
+
+
+def test_what_several_names_begin_with():
+  assert explained(implementation="xla").plan.name == "xla_bfloat16"
+  assert explained(implementation="xla", precision="highest").plan.name == "xla"
+  assert jaxqq.explain(X, W, device="cpu", implementation="xla").plan.name == "xla"
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+def test_no_kernel_is_in_the_program_nor_in_its_gradient(backward):
+  def loss(x, w):
+    out = jaxqq.qqmm(x, w, mode="mxfp8", backward=backward, implementation="xla")
+    return out.astype(jnp.float32).sum()
+
+  assert "mosaic_gpu" not in lowered_for_cuda(jax.grad(loss, argnums=(0, 1)), X, W)
+
+
+def test_the_result_is_right():
+  rng = np.random.default_rng(0)
+  x, w = (oracle.random(rng, (3, size, 64), "float32") for size in (5, 7))
+  run = jax.vmap(lambda x, w: jaxqq.qqmm(x, w, mode="mxfp8", implementation="xla"))
+  exact, mag = oracle.product(*(oracle.round_trip(a, "mxfp8") for a in (x, w)))
+  oracle.assert_within_bound(np.asarray(jax.jit(run)(x, w)), exact, mag)
+
+
+@pytest.mark.parametrize(
+  ("platform", "how", "reason"),
+  [
+    ("cpu", {"implementation": "hopper"}, "hopper_fp8: it is for cuda, not cpu"),
+    ("cuda", {"implementation": "hopper_fp8"}, "hopper_fp8: (it needs JAX|nvfp4 has no e4m3)"),
+    ("cuda", {"implementation": "block_scaled_dot"}, "block_scaled_dot: it is for compute cap"),
+  ],
+)
+def test_why_it_cannot_be_had(platform, how, reason):
+  message = (
+    f"qqmm: implementation '{how['implementation']}' cannot compute this product on {platform}"
+  )
+  with pytest.raises(ValueError, match=rf"{message}: .*{reason}"):
+    jaxqq.explain(X, W, device=platform, **how)
+  traced = jax.jit(lambda x, w: jaxqq.qqmm(x, w, **how)).trace(X, W)
+  with pytest.raises(ValueError, match=message):
+    traced.lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("wrong", ["cublas", "", 3])
+def test_unknown(wrong):
+  with pytest.raises(ValueError, match=rf"qqmm: unknown implementation {wrong!r}; .*'xla'"):
+    jaxqq.qqmm(jnp.ones((1, 64)), jnp.ones((1, 64)), implementation=wrong)
+
+
+def test_the_gpu_that_a_program_is_made_for(monkeypatch):
+  assert "compute capability 9.0 is assumed, since none is at hand" in explained()
+  monkeypatch.setenv(TARGET, "8.0")
+  text = explained()
+  assert text.plan.name == "xla_bfloat16" and "is assumed" not in text
+  assert "mosaic_gpu" not in lowered_for_cuda(lambda x, w: jaxqq.qqmm(x, w), X, W)
+  monkeypatch.setenv(TARGET, "10.0")
+  assert explained().plan.name == "block_scaled_dot"
