@@ -32,6 +32,11 @@ def rng():
 # Packed bytes are no weights.
 
 
+ONE = np.ones((), np.float32)
+# With a letter of the path flipped or of the suffix, a scale of "up" is one of these.
+SCALARS = ("input_scale", "input_global_scale", "weight_scale_1", "activation_scale")
+BESIDE = ("input_scale_2", "input_zero_point", "scale", "scales", "zero_point")
+
 LEFT = {
   "codes without a scale": ({"a.weight": np.zeros((16, 32), np.uint8)}, "'a.weight'"),
   "a scale alone": ({"a.weight_scale": np.zeros((16, 4), E4M3)}, "'a.weight_scale'"),
@@ -52,6 +57,11 @@ LEFT = {
   "a low rank": ({"up.svdquant_lora_a": np.ones((4, 64), BF16)}, "'up.svdquant_lora_a'"),
   "a rotation": ({"up.R4_input.weight": np.eye(64, dtype=np.float32)}, "a rotation"),
   "FP-Quant's": ({"up.forward_hadamard_matrix": np.eye(16, dtype=BF16)}, "a rotation"),
+  "gpt-oss's": ({"m.experts.w_scales": np.zeros((2, 8, 2), np.uint8)}, "'m.experts.w_scales'"),
+  "what scales are made from": ({"a.input_quantizer._amax": ONE}, "'a.input_quantizer._amax'"),
+  **{f"{n} of no layer": ({f"u.{n}": ONE}, f"'u.{n}'") for n in SCALARS},
+  **{f"{n} beside a layer": ({f"up.{n}": ONE}, f"'up.{n}'") for n in BESIDE},
+  "an expert's": ({"m.experts.gate_up_input_scale": ONE}, "'m.experts.gate_up_input_scale'"),
 }  # fmt: skip
 
 
@@ -84,12 +94,34 @@ def test_what_looks_like_codes_and_is_none_stays(tmp_path):
     "h.gamma": np.ones((4, 4), np.float32),
     "h.gamma_scale": np.ones(4, np.float32),
     "h.rotary_emb.inv_freq": np.ones(8, np.float32),
+    "h.v_proj.output_scale": ONE,
+    "h.router.per_expert_scale": np.ones(4, BF16),
+    "up.bias": np.ones(8, BF16),
+    "h.attn_output.weight": np.ones((8, 8), np.float32),
+    "embed_input.weight": np.ones((8, 8), np.float32),
   }
   modelopt(tmp_path, {"up": NVFP4}, schemes.modelopt_config("NVFP4"), extra)
   loaded = checkpoint.load(tmp_path)
   assert loaded.keys() == extra.keys() | {"up.weight"}
   for name, array in extra.items():
     assert np.asarray(loaded[name]).tobytes() == array.tobytes()
+
+
+def test_a_global_scale_of_no_layer_of_mlx(tmp_path):
+  config = {"quantization": schemes.mlx_entry("nvfp4")}
+  one(tmp_path, "mlx", {"up": schemes.mlx("nvfp4")}, config, extra={"u.global_scale": ONE})
+  refused(tmp_path, "model.safetensors", "'u.global_scale'")
+
+
+def test_scales_of_activations_alone_stay(tmp_path):
+  """Of layers whose weights are not quantized, as the configuration says."""
+  of_activations = schemes.ct_group("fp8", ["re:.*b$"], strategy="tensor") | {"weights": None}
+  extra = {"b.weight": np.ones((8, 64), BF16), "b.input_scale": ONE}
+  compressed(tmp_path, {"up": CT_NVFP4}, [LINEAR, of_activations], extra=extra)
+  loaded = checkpoint.load(tmp_path)
+  assert loaded["b.input_scale"] == 1
+  checkpoint.save(tmp_path / "again", loaded, format="compressed-tensors")
+  assert checkpoint.load(tmp_path / "again").keys() == loaded.keys()
 
 
 PATTERNS = {

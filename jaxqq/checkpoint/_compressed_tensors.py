@@ -62,6 +62,7 @@ class CompressedTensors(Scheme):
     self.kv_cache = {} if config.get(KV_CACHE) is None else {KV_CACHE: config[KV_CACHE]}
     if of_activations:
       self.kv_cache["config_groups"] = of_activations
+    self.scales_activations = bool(of_activations)
 
   def layout(self, path: str, tensors: Tensors) -> Layout | Dense | None:
     group = self._group_of(path)

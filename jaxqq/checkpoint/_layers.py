@@ -6,7 +6,6 @@ code, a scale or a rotation that no layout took would come back as if it were nu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -14,25 +13,10 @@ from jaxqq.checkpoint._dense import Dense, DenseLayer, check_dense
 from jaxqq.checkpoint._experts import Stack, stack_of, stacked
 from jaxqq.checkpoint._files import TensorInfo, describe
 from jaxqq.checkpoint._layouts import Form, Layer, Layout, check_layer, is_transposed
-from jaxqq.checkpoint._naming import LAYER, PACKED, Group, grouped
+from jaxqq.checkpoint._left import Left
+from jaxqq.checkpoint._naming import LAYER, Group, grouped
 from jaxqq.checkpoint._scheme import Scheme
 from jaxqq.checkpoint._schemes import Choices
-
-# Suffixes, or endings of a parameter's name, of what only a quantized layer has.
-_OF_LAYERS = (
-  *("weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale"),
-  *("weight_zero_point", "weight_g_idx", "weight_shape", "qweight", "qzeros", "g_idx"),
-  *("weight_blocks", "weight_scales", "scale_inv"),
-)
-_SMOOTHING = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
-# Modules of rotations: compressed-tensors' transforms, FP-Quant's matrices.
-_ROTATION = re.compile(
-  r"_(input|output|weight_input|weight_output|k_cache|q_attn)\.weight$"
-  r"|(forward|backward)_hadamard_matrix$|\b(hadamard|rotation)(_matrix|\.weight)?$"
-)
-_OF_QUANTIZED = ("biases", "global_scale")  # beside a layer that has no place for them
-_CODES_OF_PARAMETERS = re.compile(r"_(packed|blocks|qweight|codes)$")
-
 
 Item: TypeAlias = Layer | DenseLayer | Stack | TensorInfo
 
@@ -64,7 +48,7 @@ def read_items(
       _check_choice(layer, choices)
   used = {tensor.name for layer in layers for tensor in layer.parts.values()}
   rest = {t.name: t for group in wanted for t in group.tensors.values() if t.name not in used}
-  _check_left(tensors, used, layers, wants)
+  _check_left(tensors, used, layers, scheme, wants)
   packed = [layer for layer in layers if isinstance(layer, Layer)]
   stacks = stacked(packed) if to_stack else []
   in_stacks = {layer.name for stack in stacks for layer in stack.layers}
@@ -131,57 +115,18 @@ def _check_left(
   tensors: dict[str, TensorInfo],
   used: set[str],
   layers: list[Layer | DenseLayer],
+  scheme: Scheme,
   wants: Callable[[str], bool],
 ) -> None:
   """Of what is wanted, and of what is below or beside a layer, nothing is left that it needs.
 
   used: the parts of the layers.
   """
-  quantized = {layer.path for layer in layers}
-  scaled = _scaled(tensors)
+  left = Left(tensors, {layer.path for layer in layers}, scheme.format, scheme.scales_activations)
   for name, tensor in tensors.items():
-    of_layer = not quantized.isdisjoint(_beginnings(name))
-    what = _what(name, tensor, scaled, quantized) if of_layer or wants(name) else None
+    what = left.what(tensor) if left.is_beside_layer(name) or wants(name) else None
     if what is not None and name not in used:
       raise ValueError(
         f"load: {tensor.file}: tensor {name!r} is {what}, found {describe(tensor)}, "
         "which belongs to no layer that the configuration and its tensors say how to read."
       )
-
-
-def _beginnings(name: str) -> list[str]:
-  """What ends where a word of the name does."""
-  return [name[: found.start()] for found in re.finditer(r"[._]", name)]
-
-
-def _scaled(tensors: dict[str, TensorInfo]) -> set[str]:
-  """Layers that have a scale, and names that a scale's begins with: "a.w_scale" is of "a.w"."""
-  out = set()
-  for name in tensors:
-    path, _, last = name.rpartition(".")
-    words = last.split("_")
-    if not {"scale", "scales"} & set(words):
-      continue
-    if words[0] in ("scale", "scales", "weight"):
-      out.add(path)
-    out |= {f"{path}.{'_'.join(words[:i])}" for i in range(1, len(words))}
-  return out
-
-
-def _what(name: str, tensor: TensorInfo, scaled: set[str], quantized: set[str]) -> str | None:
-  """What of a quantized layer a tensor is; None for one of a model."""
-  path, _, last = name.rpartition(".")
-  if last.endswith(_SMOOTHING):
-    return "a factor of the activations of a quantized layer, which is not applied"
-  if _ROTATION.search(name):
-    return "a rotation, which is not applied"
-  if any(last == suffix or last.endswith(f"_{suffix}") for suffix in _OF_LAYERS):
-    return "a scale or a code of a quantized layer"
-  if path in quantized and last in _OF_QUANTIZED:
-    return "a scale or a code of a quantized layer"
-  is_matrix = len(tensor.shape) >= 2
-  if tensor.dtype in PACKED and is_matrix:
-    of_layer = last == "weight" or _CODES_OF_PARAMETERS.search(last) is not None
-    if of_layer or tensor.dtype.startswith("F8") or {path, name} & scaled:
-      return "a code or a scale of a quantized layer"
-  return None

@@ -21,6 +21,7 @@ class Scheme(abc.ABC):
 
   Attributes:
     kv_cache: what it says of the cache of keys and values, as it is there.
+    scales_activations: whether layers that are not quantized may have scales of their activations.
   """
 
   format: ClassVar[str]
@@ -29,6 +30,7 @@ class Scheme(abc.ABC):
     self.file = file
     self.config = config
     self.kv_cache: dict[str, Any] = {}
+    self.scales_activations = False
 
   @abc.abstractmethod
   def layout(self, path: str, tensors: Tensors) -> Layout | Dense | None:
