@@ -303,6 +303,21 @@ REFUSED = [
   ),
   *(
     (
+      {"a.weight": weight(mode="mxfp8"), name: array},
+      {"format": format},
+      ValueError,
+      f"'{name}' is",
+    )
+    for name, array, format in (
+      ("b.weight", np.zeros((8, 64), np.uint8), "modelopt"),
+      ("b", np.zeros((8, 64), ml_dtypes.float8_e4m3fn), "mlx"),
+      ("b.input_scale", np.ones((), np.float32), "compressed-tensors"),
+      ("b.global_scale", np.ones((), np.float32), "mlx"),
+      ("a.R1_input.weight", np.eye(64, dtype=np.float32), "transformers"),
+    )
+  ),
+  *(
+    (
       {"a.weight": weight()},
       {"format": "mlx", "max_shard_size": size},
       ValueError,

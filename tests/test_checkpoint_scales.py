@@ -159,3 +159,11 @@ def test_save_refuses_what_load_would(format, value, tmp_path):
   with pytest.raises(ValueError, match=r"^save: 'up.weight' must have a .*global_scale.*got \S+"):
     checkpoint.save(tmp_path / "m", {"up.weight": weight}, format=format)
   assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0)])
+def test_a_weight_without_numbers(shape, tmp_path):
+  weight = jaxqq.quantize_weight(jnp.zeros(shape), global_scale="amax")
+  checkpoint.save(tmp_path, {"a.weight": weight}, format="modelopt")
+  loaded = checkpoint.load(tmp_path)["a.weight"]
+  assert loaded.shape == shape and np.asarray(loaded.global_scale) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 
 from jaxqq._checks import as_array, describe
 from jaxqq._weight import QuantizedWeight
+from jaxqq.checkpoint import _kv_cache
 from jaxqq.checkpoint._checkpoint import Checkpoint
 from jaxqq.checkpoint._configs import Kind, written_configs
 from jaxqq.checkpoint._experts import expert_paths
-from jaxqq.checkpoint._files import Recorded
+from jaxqq.checkpoint._files import Recorded, TensorInfo
 from jaxqq.checkpoint._layouts import (
   LAYOUTS,
   Form,
@@ -22,6 +24,7 @@ from jaxqq.checkpoint._layouts import (
   layout_of,
   written_codes,
 )
+from jaxqq.checkpoint._left import Left
 from jaxqq.checkpoint._load import DTYPE_KEYS
 from jaxqq.checkpoint._naming import LAYER, OF_PARAMETERS
 from jaxqq.checkpoint._safetensors import METADATA, NAMES
@@ -99,6 +102,7 @@ def planned(
     )
   stored = {name: _stored(name, weight, format, origin) for name, weight in weights.items()}
   _check_names(values, stored)
+  _check_plain(values, stored, format, origin)
   scalars: dict[str, dict[str, np.ndarray]] = {}
   recorded: dict[str, Recorded] = {}
   layers: dict[str, Kind] = {}
@@ -217,6 +221,31 @@ def _check_names(values: dict[str, Any], stored: dict[str, Stored]) -> None:
             f"save: {part!r} is a tensor of the QuantizedWeight {name!r} in format "
             f"{how.layout.format!r}, and is given besides; leave it out, or rename it."
           )
+
+
+def _check_plain(
+  values: dict[str, Any], stored: dict[str, Stored], format: str, origin: Checkpoint
+) -> None:
+  """No array would be taken for a part of a quantized layer, which `load` refuses."""
+  parts = [
+    part
+    for how in stored.values()
+    for suffix in (*how.layout.required, *how.layout.scalars.values())
+    for part in how.names(suffix)
+  ]
+  quantized = {path for how in stored.values() for path in how.paths}
+  of_activations = _kv_cache.GROUPS in origin.kv_cache
+  left = Left([*values, *parts], quantized, format, of_activations)
+  for name, value in values.items():
+    if name in stored:
+      continue
+    dtype = NAMES[np.dtype(value.dtype)]
+    what = left.what(TensorInfo(name, pathlib.Path(), dtype, tuple(value.shape)))
+    if what is not None:
+      raise ValueError(
+        f"save: {name!r} is {what} by its name, dtype and shape, got {describe(value)}, which load "
+        "would refuse; rename it, cast it or leave it out."
+      )
 
 
 def _with_dtype(config: dict[str, Any], weights: list[QuantizedWeight]) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def is_all_zeros(packed: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndar
   """Whether every code of a matrix or its scale is zero, of either sign."""
   magnitude = (1 << (fmt.bits - 1)) - 1
   mask = np.uint32(sum(magnitude << (fmt.bits * i) for i in range(fmt.codes_per_word)))
-  has_codes = ((packed & mask) != 0).reshape(*scales.shape, -1).any(-1)
+  words = fmt.group_size // fmt.codes_per_word
+  has_codes = ((packed & mask) != 0).reshape(*scales.shape, words).any(-1)
   scale = scales & 0x7F
   return ~np.asarray(((has_codes & (scale != 0)) | (scale == fmt.scale_nan)).any((-2, -1)))
 
