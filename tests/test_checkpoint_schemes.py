@@ -175,6 +175,29 @@ def test_rotations_that_are_in_the_weights_are_none_of_load(location, tmp_path):
   assert checkpoint.load(tmp_path).keys() == made.wants.keys()
 
 
+ACTIVATIONS = {
+  "of 8 bits": ({"num_bits": 8, "group_size": None}, "'num_bits'", "found 8"),
+  "integers": ({"type": "int"}, "'type'", "found 'int'"),
+  "a scale for each token": ({"group_size": None, "strategy": "token"}, "'strategy'"),
+  "other groups": ({"group_size": 32}, "'group_size'", "found 32"),
+  "zero points": ({"symmetric": False}, "'symmetric'", "found False"),
+}
+
+
+@pytest.mark.parametrize("what", ACTIVATIONS)
+def test_activations_that_are_not_quantized_as_weights_are(what, tmp_path):
+  change, *words = ACTIVATIONS[what]
+  group = LINEAR | {"input_activations": LINEAR["input_activations"] | change}
+  compressed(tmp_path, {"up": CT_NVFP4}, [group])
+  refused(tmp_path, "config.json", "input_activations", "'group_0'", *words)
+
+
+def test_results_of_layers_that_are_quantized(tmp_path):
+  group = LINEAR | {"output_activations": LINEAR["input_activations"]}
+  compressed(tmp_path, {"up": CT_NVFP4}, [group])
+  refused(tmp_path, "config.json", "'output_activations'", "'group_0'", "null")
+
+
 def test_zero_points_and_sparsity_are_refused(tmp_path):
   group = json.loads(json.dumps(LINEAR))
   group["weights"]["symmetric"] = False
@@ -209,6 +232,18 @@ def test_the_configuration_of_the_kv_cache_survives(tmp_path):
   assert float(there["a.v_proj.v_scale"]) == 0.5
   checkpoint.save(tmp_path / "back", there, format="modelopt")
   assert checkpoint.load(tmp_path / "back").kv_cache == loaded.kv_cache
+
+
+def test_a_kv_cache_that_config_json_alone_names(tmp_path):
+  """Of the two files that ModelOpt writes."""
+  modelopt(tmp_path, {"up": NVFP4}, schemes.modelopt_config("NVFP4"))
+  scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+  config = {"quantization_config": {"quant_method": "modelopt", "kv_cache_scheme": scheme}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  loaded = checkpoint.load(tmp_path)
+  assert loaded.kv_cache == {"kv_cache_scheme": scheme}
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt")
+  assert checkpoint.load(tmp_path / "again").kv_cache["kv_cache_quant_algo"] == "FP8"
 
 
 @pytest.mark.parametrize("format", ["mlx", "transformers"])

@@ -34,7 +34,8 @@ class CompressedTensors(Scheme):
   A layer belongs to the first group that has a target of its name, or else of a class; where its
   tensors are those of another group, to that. A layer that is ignored and has codes and scales all
   the same is what its tensors are. Groups without weights are of activations alone; they are kept
-  as they are.
+  as they are. Activations that are quantized otherwise than the weights are refused, as the product
+  would quantize them like the weights.
   Source: vllm-project/compressed-tensors src/compressed_tensors/quantization/quant_config.py and
   quant_args.py, src/compressed_tensors/transform/, and src/compressed_tensors/utils/match.py.
   """
@@ -112,8 +113,10 @@ class CompressedTensors(Scheme):
     targets = self.as_kind(f"'targets' of {key!r}", group.get("targets"), list)
     targets = [str(target) for target in targets]
     of_names = [target for target in targets if "." in target or not target[:1].isupper()]
+    layout = self._layout(key, group, args)
+    self._check_activations(key, group, layout)
     return _Group(
-      self._layout(key, group, args),
+      layout,
       self._names(f"'targets' of {key!r}", of_names),
       classes=len(of_names) < len(targets) or not targets,
       weight_only="weights" in group and group.get("input_activations") is None,
@@ -132,6 +135,32 @@ class CompressedTensors(Scheme):
       raise self.refuse(where, name, either([*layouts, *fp8]))
     self.check_group_size(f"group_size of {key!r}", group.get("weights"), layouts[name])
     return layouts[name]
+
+  def _check_activations(self, key: str, group: dict[str, Any], layout: Layout | Dense) -> None:
+    """They are left as they are, or quantized as the weights: `qqmm` does nothing else."""
+    if group.get("output_activations") is not None:
+      raise self.refuse(
+        f"'output_activations' of {key!r}",
+        group["output_activations"],
+        "null: what a layer returns is not quantized",
+      )
+    args = self.as_kind(f"'input_activations' of {key!r}", group.get("input_activations"), dict)
+    if isinstance(layout, Dense) or not layout.fmt.multiplies:
+      return
+    of_weights = {
+      "num_bits": (layout.fmt.bits,),
+      "type": ("float",),
+      "group_size": (layout.fmt.group_size,),
+      "strategy": ("group", "tensor_group"),
+      "symmetric": (True,),
+    }
+    for name, right in of_weights.items():
+      if args.get(name) is not None and args[name] not in right:
+        raise self.refuse(
+          f"{name!r} of the input_activations of {key!r}",
+          args[name],
+          f"{either(right)}, as activations are quantized as the weights are, or not at all",
+        )
 
   def _block(self, key: str, args: dict[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None where its shape says so."""

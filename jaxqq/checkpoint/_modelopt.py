@@ -53,7 +53,7 @@ class ModelOpt(Scheme):
       }
     else:
       self._of_all = self._checked("", self.config)
-    self.kv_cache = {key: inner[key] for key in KV_CACHE_KEYS if inner.get(key) is not None}
+    self.kv_cache = kv_cache_of(inner)
 
   def layout(self, path: str, tensors: Tensors) -> Layout | Dense | None:
     algorithm = self._algorithm(path)
@@ -102,6 +102,11 @@ class ModelOpt(Scheme):
       raise self.refuse(f"quant_algo{of}", entry.get("quant_algo"), either(known))
     self.check_group_size(f"group_size{of}", entry, _row(algorithm))
     return algorithm
+
+
+def kv_cache_of(config: dict[str, Any]) -> dict[str, Any]:
+  """What a configuration says of the cache of keys and values."""
+  return {key: config[key] for key in KV_CACHE_KEYS if config.get(key) is not None}
 
 
 def _as_names(excluded: list[Any]) -> Names:

@@ -83,7 +83,8 @@ def save(
     ValueError: format or max_shard_size is not as above; no tensor is a `QuantizedWeight`, or one
       does not fit the format: a mode that it has not, a global scale in MLX's, a name that is
       neither that of a layer, with ".weight", nor of stacked experts, a global scale that is no
-      amax; the format has no words for the checkpoint's kv_cache.
+      amax; an array that load would take for a code, a scale or a rotation of a layer, such as one
+      of float8; the format has no words for the checkpoint's kv_cache.
 
   Example:
     >>> import tempfile

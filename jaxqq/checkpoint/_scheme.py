@@ -75,7 +75,7 @@ class Names:
     return path in self.names or any(pattern.match(path) for pattern in self.patterns)
 
 
-def either(words: Iterable[str]) -> str:
+def either(words: Iterable[object]) -> str:
   return " or ".join(map(repr, words))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxqq.checkpoint._compressed_tensors import CompressedTensors
 from jaxqq.checkpoint._mlx import Mlx
-from jaxqq.checkpoint._modelopt import ModelOpt
+from jaxqq.checkpoint._modelopt import ModelOpt, kv_cache_of
 from jaxqq.checkpoint._scheme import Scheme, either
 from jaxqq.checkpoint._transformers import Transformers
 
@@ -59,11 +59,15 @@ def read_scheme(
     )
   config = configs.get(CONFIG, {})
   if MODELOPT_CONFIG in configs:
-    return ModelOpt(folder / MODELOPT_CONFIG, configs[MODELOPT_CONFIG], choices.fp8), config
+    scheme: Scheme = ModelOpt(folder / MODELOPT_CONFIG, configs[MODELOPT_CONFIG], choices.fp8)
+    in_config = config.get("quantization_config")
+    if not scheme.kv_cache and isinstance(in_config, dict):
+      scheme.kv_cache = kv_cache_of(in_config)
+    return scheme, config
   for part in (config, config.get("text_config")):  # of a model that reads more than text
-    scheme = _scheme_in(file, part, config, choices) if isinstance(part, dict) else None
-    if scheme is not None:
-      return scheme, config
+    found = _scheme_in(file, part, config, choices) if isinstance(part, dict) else None
+    if found is not None:
+      return found, config
   raise ValueError(
     f"load: {file}: expected 'quantization' (MLX) or 'quantization_config' (ModelOpt, "
     "compressed-tensors, transformers), found neither; safetensors.flax.load_file reads a "
