@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -284,3 +285,15 @@ def test_writing_without_jaxqq_agrees(tmp_path):
   for name, value in tensors(3).items():
     data = value.packed if name.endswith("weight") else value
     assert raw[name][2] == data.tobytes()
+
+
+def test_a_name_as_long_as_the_system_takes(tmp_path):
+  """What is written beside it has a shorter one; what a killed save left is found by it."""
+  folder = tmp_path / ("n" * 255)
+  weight = jaxqq.quantize_weight(jnp.ones((8, 64)), mode="mxfp8")
+  for name in ("a.weight", "b.weight"):
+    checkpoint.save(folder, {name: weight}, format="mlx", overwrite=True)
+    left = f".{hashlib.sha256(folder.name.encode()).hexdigest()}.{'0' * 32}.tmp"
+    assert checkpoint.load(folder).keys() == {name}
+    assert not (tmp_path / left).exists()
+    (tmp_path / left).mkdir()

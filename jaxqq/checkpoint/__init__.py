@@ -1,4 +1,4 @@
-"""Quantized checkpoints of MLX, ModelOpt and compressed-tensors, read and written as they are.
+"""Quantized checkpoints of MLX, ModelOpt, compressed-tensors and transformers, as they are stored.
 
 No number is computed anew: codes and scales are the bytes of the files. Nothing more has to be
 installed; `pip install 'jaxqq[checkpoint]'` brings tqdm, for a progress bar.

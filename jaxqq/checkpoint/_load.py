@@ -169,7 +169,7 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
 
   Attributes:
     names: of all tensors that it yields, in order.
-    format: "mlx", "modelopt" or "compressed-tensors".
+    format: "mlx", "modelopt", "compressed-tensors" or "transformers".
     config: what config.json held, but for how the weights are quantized.
     stored_scales: those of a `Checkpoint`, of the weights that it has yielded.
     notes: the same, and stored_forms, weight_only, dequantized and kv_cache as of a `Checkpoint`.

@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import fnmatch
 import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -28,6 +29,7 @@ try:
 except ImportError:  # Windows: what a killed save left is not told from what a live one writes
   fcntl = None  # type: ignore[assignment]
 
+_LONGEST_PREFIX = 200  # bytes; file systems have names of 255, and an id and ".tmp" take 38
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
 
@@ -110,7 +112,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
       raise
     reason = error.strerror or str(error)
     file = pathlib.Path(os.fsdecode(error.filename)) if error.filename else path
-    what = file.name if file.parent.name.startswith(f".{path.name}.") else file
+    what = file.name if file.parent.name.startswith(_prefix(path)) else file
     sentence = type(error)(f"save: {path}: {what} could not be written ({reason}).")
     sentence.errno = error.errno
     raise sentence from error
@@ -119,7 +121,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 def _locked_folder(path: pathlib.Path, exit_stack: contextlib.ExitStack) -> pathlib.Path:
   """A new folder beside path, whose lock is held until the exit."""
   while True:
-    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    folder = path.with_name(f"{_prefix(path)}{uuid.uuid4().hex}.tmp")
     folder.mkdir()
     if fcntl is None:
       return folder
@@ -133,13 +135,21 @@ def _locked_folder(path: pathlib.Path, exit_stack: contextlib.ExitStack) -> path
     # Another save took it for one left by a killed save, before it was locked.
 
 
+def _prefix(path: pathlib.Path) -> str:
+  """Of the names of folders beside path: a long name's digest, as theirs have no room for both."""
+  name = os.fsencode(path.name)
+  if len(name) <= _LONGEST_PREFIX:
+    return f".{path.name}."
+  return f".{hashlib.sha256(name).hexdigest()}."
+
+
 def _old(folder: pathlib.Path) -> pathlib.Path:
   return folder.with_suffix(".old")
 
 
 def left_beside(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   """The folders beside path that saves to it write or wrote, by the id of each save."""
-  pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9a-f]{32})\.(?:tmp|old)")
+  pattern = re.compile(re.escape(_prefix(path)) + r"([0-9a-f]{32})\.(?:tmp|old)")
   saves: dict[str, list[pathlib.Path]] = {}
   with os.scandir(path.parent) as entries:
     for entry in entries:
