@@ -238,6 +238,23 @@ def test_experts_that_cannot_be_a_stack(tmp_path):
     checkpoint.load(tmp_path / "b", experts="stack")
 
 
+@pytest.mark.parametrize("of", ["fp8", "numbers"])
+def test_a_last_expert_that_is_not_packed(of, tmp_path):
+  """It would be left out of a stack that is one expert short."""
+  layers, extra = {"m.experts.0.up": NVFP4}, {}
+  if of == "fp8":
+    layers["m.experts.1.up"] = schemes.fp8("tensor")
+  else:
+    extra["m.experts.1.up.weight"] = np.zeros(schemes.SHAPE, np.float32)
+  schemes.modelopt(tmp_path, layers, schemes.modelopt_config("NVFP4", ["m.experts.1*"]), extra)
+  assert checkpoint.load(tmp_path).keys() == {"m.experts.0.up.weight", "m.experts.1.up.weight"}
+  for only in (None, "m.experts.up.weight"):
+    with pytest.raises(
+      ValueError, match=r"^load: .*'m.experts.up' packed.*'m.experts.1.up.weight'"
+    ):
+      checkpoint.load(tmp_path, experts="stack", only=only)
+
+
 def test_an_expert_that_calibration_never_reached(tmp_path):
   """The stack has no static scale of the activations; a save writes those that were there."""
   made = experts(tmp_path / "m")

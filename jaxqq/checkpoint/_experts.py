@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxqq.checkpoint._dense import DenseLayer
-from jaxqq.checkpoint._files import Recorded, TensorInfo
+from jaxqq.checkpoint._files import Recorded, TensorInfo, describe
 from jaxqq.checkpoint._layouts import Form, Layer
 from jaxqq.checkpoint._read import Loaded, read_dense, read_packed
 
@@ -50,16 +50,25 @@ def expert_paths(stack: str, count: int) -> tuple[str, ...] | None:
   return None if found is None else tuple(f"{found[1]}.{i}.{found[2]}" for i in range(count))
 
 
-def stacked(layers: list[Layer]) -> list[Stack]:
+def stacked(layers: list[Layer], others: dict[str, TensorInfo]) -> list[Stack]:
   """A stack of each kind of layer that all experts of a module have.
 
   Raises where an expert is missing, or where two of them cannot be in one stack.
+
+  others: the weights that are not packed, by the paths of their layers.
   """
   experts: dict[str, dict[int, Layer]] = {}
   for layer in layers:
     found = _EXPERT.fullmatch(layer.path)
     if found is not None:
       experts.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = layer
+  for path, tensor in others.items():
+    stack = stack_of(path)
+    if stack in experts:
+      raise ValueError(
+        f"load: {tensor.file}: experts='stack' needs all experts of {stack!r} packed, found "
+        f"{tensor.name!r}, {describe(tensor)}, which is not; load without it."
+      )
   return [_stack(path, by_number) for path, by_number in experts.items()]
 
 

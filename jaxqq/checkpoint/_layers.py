@@ -50,7 +50,9 @@ def read_items(
   rest = {t.name: t for group in wanted for t in group.tensors.values() if t.name not in used}
   _check_left(tensors, used, layers, scheme, wants)
   packed = [layer for layer in layers if isinstance(layer, Layer)]
-  stacks = stacked(packed) if to_stack else []
+  dense = {layer.path: layer.tensors["weight"] for layer in layers if isinstance(layer, DenseLayer)}
+  plain = {n.removesuffix(".weight"): t for n, t in rest.items() if n.endswith(".weight")}
+  stacks = stacked(packed, dense | plain) if to_stack else []
   in_stacks = {layer.name for stack in stacks for layer in stack.layers}
   items: dict[str, Item] = {layer.name: layer for layer in layers if layer.name not in in_stacks}
   items |= {stack.name: stack for stack in stacks}
