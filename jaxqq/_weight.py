@@ -214,6 +214,12 @@ class QuantizedWeight:
     """w @ x, (..., N, K) times (K,) or (..., K, M): `qqmm`, as layers that multiply so need it."""
     return MATMUL["product"](self, x)
 
+  def __rmatmul__(self, x: Any) -> Any:
+    raise TypeError(
+      "QuantizedWeight: it cannot be the right operand of @, since it is (N, K) and groups run "
+      "along K; write jaxqq.qqmm(x, w) for x times its transpose."
+    )
+
   @property
   def T(self) -> Any:
     raise AttributeError(

@@ -293,6 +293,14 @@ def test_is_no_array_and_has_no_transpose():
     _ = weight.T
 
 
+def test_is_no_right_operand_of_matmul():
+  weight = jaxqq.quantize_weight(W)
+  for w in (weight, jaxqq.quantize_weight(oracle.random(RNG, (64, 64), "float32"))):
+    with pytest.raises(TypeError) as caught:
+      jnp.asarray(X) @ w
+    check_sentence(str(caught.value), "QuantizedWeight", ["jaxqq.qqmm(x, w)"])
+
+
 def test_repr_of_any_tree():
   weight = jaxqq.quantize_weight(W, global_scale="amax")
   for leaf in (np.dtype("int32"), jax.ShapeDtypeStruct((), "float32"), "name", None, 3, ()):
