@@ -151,10 +151,15 @@ def check_global_scale(
   check_has_global_scale(function, name, fmt)
   if isinstance(value, (int, float, np.floating)) and not isinstance(value, bool):
     return jnp.float32(value)
-  value = as_array(function, name, value, abstract=abstract)
   batch_shapes = [shape for shape in batch_shapes if shape]
   one_each = " or ".join(dict.fromkeys(map(str, batch_shapes)))
   right = "a float32 scalar" + (f", or one a matrix, {one_each}" if one_each else "")
+  if not hasattr(value, "dtype") and not hasattr(value, "__jax_array__"):
+    raise TypeError(
+      f"{function}: {name} must be a number or {right}, got {type(value).__name__}; it is an amax, "
+      "the largest magnitude of the tensor."
+    )
+  value = as_array(function, name, value, abstract=abstract)
   if np.dtype(value.dtype) not in FLOATS:
     raise TypeError(
       f"{function}: {name} must be {right}, got {describe(value)}; it is an amax, the largest "

@@ -262,9 +262,7 @@ def _global_scale(
     return check_global_scale(function, name, value, fmt, batch_shapes=batch_shapes)
   if value != "amax":
     words = "'amax', 'row', " if operand == "x" else "'amax', "
-    raise ValueError(
-      f"{function}: unknown {name} {value!r}; it must be {words}a float32 scalar or None."
-    )
+    raise ValueError(f"{function}: unknown {name} {value!r}; it must be {words}a number or None.")
   check_has_global_scale(function, name, fmt)
   if np.dtype(a.dtype) == PACKED:
     raise ValueError(
