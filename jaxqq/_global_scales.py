@@ -91,10 +91,8 @@ def by_rows(x: jax.Array, fmt: Format) -> tuple[jax.Array, tuple[jax.Array, jax.
   power = jnp.where((bits == 0) | (bits >= _rounding.INFINITY_BITS), 0, power)
   half = power >> 1
   # Two, since one alone may be out of float32's range.
-  factors = _power_of_two(half), _power_of_two(power - half)
-  moved = x.astype(jnp.float32) * _power_of_two(-half) * _power_of_two(half - power)
+  factors = _rounding.power_of_two(half), _rounding.power_of_two(power - half)
+  moved = x.astype(jnp.float32)
+  for exponent in (-half, half - power):
+    moved = moved * _rounding.power_of_two(exponent)
   return moved.astype(x.dtype), factors
-
-
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-  return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

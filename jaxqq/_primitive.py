@@ -38,7 +38,7 @@ def qqmm(
   out_dtype: np.dtype,
   backward: str,
   precision: jax.lax.Precision | None,
-  implementation: str | None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """out[..., m, n] = sum_k x_hat[..., m, k] * w_hat[..., n, k], in out_dtype."""
   return qqmm_p.bind(
