@@ -18,10 +18,11 @@ if jax.__version_info__ >= (0, 11):
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
 
-def _as_on_a_gpu(operands, *, mode, out_dtype, precision, backward):
+def _as_on_a_gpu(operands, *, mode, out_dtype, precision, backward, implementation=None):
   """`qqmm` without its primitive: a lowering may not have the effects of interpreted kernels."""
   del backward
-  return _primitive.run(operands, mode, out_dtype, precision, "cuda")
+  how = precision, implementation
+  return _primitive.run(operands, mode, out_dtype, how, "cuda")
 
 
 @contextlib.contextmanager
