@@ -112,7 +112,7 @@ def planned(
   """The plan of one device, and what it multiplies: w without global scales that kernels lack.
 
   Kernels take one global scale of w. Where those of packed w differ from matrix to matrix or from
-  row to row, a kernel's float32 result is multiplied by them. XLA takes all of them.
+  row to row, a kernel's float32 result is multiplied by them, unless it `takes_row_scales`.
   """
   precision, implementation = how
   of_w, of_rows = operands.global_scale_w, operands.row_scales
@@ -125,7 +125,7 @@ def planned(
   sums = np.dtype(jnp.float32)
   problem = _kernels.Problem.of(inner, fmt, sums, precision, result_dtype or out_dtype)
   plan = _kernels.plan(problem, device, chosen=implementation)
-  if not isinstance(plan.kernel, _kernels.xla.Reference | _kernels.xla.InBfloat16):
+  if not plan.implementation.takes_row_scales:
     return plan, inner
   problem = _kernels.Problem.of(operands, fmt, out_dtype, precision, result_dtype)
   return _kernels.plan(problem, device, chosen=implementation), operands

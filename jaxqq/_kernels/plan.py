@@ -67,6 +67,7 @@ class Implementation:
   platforms: tuple[str, ...] | None  # as JAX names them; None is any
   # (problem, device) -> something with `run(operands)` and `details`; raises Unsupported.
   plan: Callable[[Any, Device], Any]
+  takes_row_scales: bool = False  # a global scale for each row of packed w, or for each matrix
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ class InBfloat16:
 
   def run(self, operands: Operands) -> jax.Array:
     operands = operands.untransposed()
-    x, w = self.x_hat(operands), self.w_hat(operands)
+    x, w = self.quantized(operands.x, operands.global_scale_x), self.w_hat(operands)
     if min(x.ndim, w.ndim) > 2 or self.reads_w_once:  # else a matrix stays one
       x, w = (_reference.with_ndim(a, max(x.ndim, w.ndim)) for a in (x, w))
     if self.reads_w_once:
@@ -64,9 +64,6 @@ class InBfloat16:
     global_scales = operands.global_scale_x, operands.global_scale_w
     sums = _reference.times_alpha(sums, *global_scales, self.problem.fmt, operands.row_scales)
     return sums.astype(self.problem.out_dtype)
-
-  def x_hat(self, operands: Operands) -> jax.Array:
-    return self.quantized(operands.x, operands.global_scale_x)
 
   def w_hat(self, operands: Operands) -> jax.Array:
     if operands.scales is None:
@@ -157,6 +154,7 @@ BFLOAT16 = Implementation(
   ),
   platforms=(*_GPUS, "tpu"),
   plan=_plan_bfloat16,
+  takes_row_scales=True,
 )
 
 
@@ -169,4 +167,5 @@ PRODUCT = Implementation(
   ),
   platforms=None,
   plan=_plan,
+  takes_row_scales=True,
 )
