@@ -19,7 +19,7 @@ from jaxqq._convert_split import described as described_conversion
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
-from jaxqq._kernels.plan import TARGET, Implementation, Plan
+from jaxqq._kernels.plan import TARGET, Device, Implementation, Plan
 from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import planned
 from jaxqq._qqmm import checked, qqmm
@@ -106,15 +106,14 @@ def _explain_qqmm(device: Any, out_sharding: Any, **arguments: Any) -> Explanati
   part, summed, about_split = described(as_matrix, FORMATS[params["mode"]])
   part_dtype = np.dtype(np.float32) if summed else params["out_dtype"]
   fmt = FORMATS[params["mode"]]
-  how = params["precision"], params["implementation"]
-  device = _kernels.device_of(platform)
-  plan, inner = planned(part, fmt, part_dtype, how, device, params["out_dtype"])
+  how, target = (params["precision"], params["implementation"]), _kernels.device_of(platform)
+  plan, inner = planned(part, fmt, part_dtype, how, target, params["out_dtype"])
   if inner is not part:
     about_split = ["Its float32 result is multiplied by the global scales of w.", *about_split]
   w_words = _of("w", operands.w)
   w_words += " quantized on the fly" if operands.scales is None else " packed"
   heading = f"qqmm {params['mode']}, {_of('x', operands.x)}, {w_words}"
-  return _sentences(heading, plan, platform, about_split)
+  return _sentences(heading, plan, target, about_split)
 
 
 def _explain_quantize(device: Any, *, axis: int, **arguments: Any) -> Explanation:
@@ -155,13 +154,13 @@ def _explain_conversion(
   table: tuple[Implementation, ...],
   about_split: list[str],
 ) -> Explanation:
-  plan = _kernels.plan(problem, _kernels.device_of(platform), table)
-  return _sentences(heading, plan, platform, about_split)
+  device = _kernels.device_of(platform)
+  return _sentences(heading, _kernels.plan(problem, device, table), device, about_split)
 
 
-def _sentences(heading: str, plan: Plan, platform: str, about_split: list[str]) -> Explanation:
+def _sentences(heading: str, plan: Plan, device: Device, about_split: list[str]) -> Explanation:
   sentences = [
-    f"{heading}, on {platform}: computed by {plan.implementation.summary}"
+    f"{heading}, on {device.platform}: computed by {plan.implementation.summary}"
     + (f"; {plan.details}." if plan.details else "."),
     *(f"Not {refusal}." for refusal in plan.refusals),
   ]
@@ -169,13 +168,13 @@ def _sentences(heading: str, plan: Plan, platform: str, about_split: list[str]) 
   if needs_newer_jax and sys.version_info < (3, 12):
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     sentences.append(f"That JAX needs Python 3.12 or newer, and this is {python}.")
-  if platform == "cuda" and not _kernels.device_of(platform).knows_capability:
+  if not device.knows_capability:
     sentences.append(
       "A GPU of compute capability 9.0 is assumed, since none is at hand; the environment variable "
       f"{TARGET} names another."
     )
   if plan.implementation.platforms is None and not plan.refusals:
-    sentences.append(f"No kernel is made for {platform} yet, so there was no other choice.")
+    sentences.append(f"No kernel is made for {device.platform} yet, so there was no other choice.")
   return Explanation(" ".join([*sentences, *about_split]), plan)
 
 
