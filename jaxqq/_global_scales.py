@@ -68,14 +68,13 @@ def scale_that_reaches(amax: jax.Array, fmt: Format) -> jax.Array:
   """
   largest = int(np.float32(fmt.largest_value).view(np.int32))
   bits = _rounding.magnitude_bits(amax)
-  above = ((bits & _MANTISSA) > (largest & _MANTISSA)).astype(jnp.int32)
-  exponent = jnp.maximum((bits >> 23) + above, 1)
-  scale = lax.bitcast_convert_type((exponent << 23) | (largest & _MANTISSA), jnp.float32)
-  return jnp.where((bits == 0) | (bits >= _ONE), unscaled(fmt), scale)
+  power = _rounding.exponent_to_reach(bits, fmt.largest_value) - 127
+  power = jnp.maximum(power, 1 - (largest >> 23))  # the scale is normal
+  scale = lax.bitcast_convert_type(largest + (power << 23), jnp.float32)
+  return jnp.where((bits == 0) | (bits >= _ONE_BITS), unscaled(fmt), scale)
 
 
-_MANTISSA = 0x007FFFFF
-_ONE = 0x3F800000
+_ONE_BITS = 0x3F800000
 
 
 def by_rows(x: jax.Array, fmt: Format) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -84,10 +83,8 @@ def by_rows(x: jax.Array, fmt: Format) -> tuple[jax.Array, tuple[jax.Array, jax.
   The power moves a row's amax to above half of 2688 and no further than that, so that without a
   global scale no row depends on another. A row of zeros, or one that is not finite, stays.
   """
-  largest = int(np.float32(fmt.largest_value).view(np.int32))
   bits = _rounding.magnitude_bits(_rounding.amax(x, (x.ndim - 1,), keepdims=True))
-  above = ((bits & _MANTISSA) > (largest & _MANTISSA)).astype(jnp.int32)
-  power = (bits >> 23) + above - (largest >> 23)
+  power = _rounding.exponent_to_reach(bits, fmt.largest_value) - 127
   power = jnp.where((bits == 0) | (bits >= _rounding.INFINITY_BITS), 0, power)
   half = power >> 1
   # Two, since one alone may be out of float32's range.

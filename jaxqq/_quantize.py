@@ -99,7 +99,7 @@ def encoding_of(a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
     amax_bits = _rounding.magnitude_bits(_rounding.scaled(amax, power))
   blank, factor = poisoned, None
   if fmt.scale_is_power_of_two:
-    scales = _scales_of_power_of_two(amax_bits, fmt)
+    scales = scales_of_power_of_two(amax_bits, fmt)
     power = 127 - scales  # from -126 to 127: a finite amax has a scale of at most 253
   else:
     scales, factor = _scales_of_float(amax_bits, fmt, global_scale)
@@ -125,19 +125,15 @@ def _scales_of_float(
   return scales, lax.optimization_barrier(factor)
 
 
-def _scales_of_power_of_two(amax_bits: jax.Array, fmt: Format) -> jax.Array:
-  """e with 2**(e - 127) = amax / max rounded up.
+def scales_of_power_of_two(amax_bits: jax.Array, fmt: Format) -> jax.Array:
+  """e with 2**(e - 127) = amax / max rounded up; int32, 0 at least.
 
-  In float32, amax / max is a power of two only where it is one exactly, so comparing the two
-  mantissas rounds up without dividing. One number is an exception: next above max * 2**-127
-  the quotient, a subnormal, rounds back down to 2**-127.
+  In float32, amax / max is a power of two only where it is one exactly. One number is an
+  exception: next above max * 2**-127 the quotient, a subnormal, rounds back down to 2**-127.
   """
-  max_bits = int(np.float32(fmt.element_max).view(np.int32))
-  max_mantissa, max_exponent = max_bits & 0x7FFFFF, (max_bits >> 23) - 127
-  mantissa, exponent = _rounding.split(lax.bitcast_convert_type(amax_bits, jnp.float32))
-  above = (mantissa & 0x7FFFFF) > max_mantissa
-  scales = exponent - max_exponent + above.astype(jnp.int32)
-  return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, scales)
+  lowest = int(np.float32(fmt.element_max * 2.0**-127).view(np.int32))
+  scales = _rounding.exponent_to_reach(amax_bits, fmt.element_max)
+  return jnp.where(amax_bits <= lowest + 1, 0, scales)
 
 
 def dequantize_groups(
@@ -156,12 +152,13 @@ def dequantize_groups(
   Returns:
     float32, (..., k).
   """
-  values = _rounding.value(_grouped(codes, fmt), fmt.element)
-  scales = scales[..., None]
+  groups, scales = _grouped(codes, fmt), scales[..., None]
+  values = _rounding.value(groups, fmt.element)
   if fmt.scale_is_power_of_two:
-    poisoned = _rounding.is_nan(scales, fmt.scale) | (values != values)
-    magnitudes = _rounding.times_power_of_two(values, scales - 127)
-    values = jnp.where(poisoned, jnp.float32(np.nan), _with_sign_of(values, magnitudes))
+    poisoned = _rounding.is_nan(scales, fmt.scale) | _rounding.is_nan(groups, fmt.element)
+    magnitudes = _rounding.times_power_of_two(_rounding.decode(groups, fmt.element), scales - 127)
+    values = jnp.where(groups >> (fmt.bits - 1) == 0, magnitudes, -magnitudes)
+    values = jnp.where(poisoned, jnp.float32(np.nan), values)
   elif global_scale is None:
     values = values * _rounding.value(scales, fmt.scale)
   else:

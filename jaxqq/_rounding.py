@@ -96,6 +96,17 @@ def scaled(a: jax.Array, power: jax.Array | int) -> jax.Array:
   return lax.bitcast_convert_type(jnp.where(whole >= INFINITY_BITS, whole, bits), jnp.float32)
 
 
+def exponent_to_reach(bits: jax.Array, largest: float) -> jax.Array:
+  """e + 127, int32, for the least e with |a| <= largest * 2**e.
+
+  bits: int32, of |a|, float32. Of a subnormal |a| the result is at most that of 2**-126.
+  """
+  largest_bits = int(np.float32(largest).view(np.int32))
+  mantissa, exponent = largest_bits & _MANTISSA, (largest_bits >> 23) - 127
+  # Comparing the mantissas rounds up without a division: what is left of one carries.
+  return ((bits + (_MANTISSA - mantissa)) >> 23) - exponent
+
+
 def encode(bits: jax.Array, dtype: np.dtype) -> jax.Array:
   """The code of a magnitude in a narrow float type, without its sign: nearest even, saturating.
 
@@ -164,11 +175,11 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
 
 
 def times_power_of_two(a: jax.Array, exponent: jax.Array | int) -> jax.Array:
-  """|a| * 2**exponent in float32, infinite above the range; subnormal bits are cut off.
+  """a * 2**exponent in float32, infinite above the range, for what no subnormal has to round.
 
-  a is 0 or normal, and finite.
+  a is 0, or normal and positive, so this takes fewer steps than `scaled`.
   """
-  bits = magnitude_bits(a)
+  bits = lax.bitcast_convert_type(a, jnp.int32)
   field = (bits >> 23) + exponent
   mantissa = bits & _MANTISSA
   normal = (jnp.clip(field, 1, 254) << 23) | mantissa

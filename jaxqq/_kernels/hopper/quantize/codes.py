@@ -21,7 +21,7 @@ from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.rounding import MAGNITUDE, quotient
 from jaxqq._kernels.hopper.quantize.groups import per_group
-from jaxqq._quantize import RAISED, SMALL
+from jaxqq._quantize import RAISED, SMALL, scales_of_power_of_two
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SIGN = np.int32(-(2**31))
@@ -50,17 +50,6 @@ def amax_bits_of(a: jax.Array) -> jax.Array:
   """The bits of the largest magnitude of each group, NaN being the largest."""
   bits = as_bits(a) & MAGNITUDE
   return jnp.max(jnp.max(bits, axis=-1), axis=-1)
-
-
-def exponents_of(amax_bits: jax.Array, fmt: Format) -> jax.Array:
-  """e with 2**(e - 127) = amax / max rounded up: see `_quantize_by_power_of_two`.
-
-  Subnormal amax are far below what gets 0, so float32's fields are all that is needed.
-  """
-  max_bits = int(np.float32(fmt.element_max).view(np.int32))
-  max_mantissa, max_exponent = max_bits & 0x7FFFFF, (max_bits >> 23) - 127
-  exponents = ((amax_bits + (0x7FFFFF - max_mantissa)) >> 23) - max_exponent
-  return jnp.where(amax_bits <= (max_exponent << 23 | max_mantissa) + 1, 0, exponents)
 
 
 def finite_bits(amax_bits: jax.Array) -> jax.Array:
@@ -97,7 +86,7 @@ def scales_of(
     enc, raising = _encoding_scale(global_scale, fmt)
     amax_bits = as_bits(as_float(amax_bits) * raising)
   if fmt.scale_is_power_of_two:
-    byte = exponents_of(amax_bits, fmt)
+    byte = scales_of_power_of_two(amax_bits, fmt)
     factor, scale, blank = inverse_power(byte), power(byte), nan
   else:
     if global_scale is not None:

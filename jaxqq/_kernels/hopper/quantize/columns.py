@@ -32,7 +32,6 @@ from jaxqq._kernels.hopper.quantize.codes import (
   E4M3,
   amax_bits_of,
   codes_of,
-  exponents_of,
   finite_bits,
   power,
   scalar_of,
@@ -55,6 +54,7 @@ from jaxqq._kernels.hopper.quantize.rebased import (
   check_rebasable,
   rebased_codes,
 )
+from jaxqq._quantize import scales_of_power_of_two
 
 TILE_K = 64
 TILE_ROWS = WARPS * WARP  # columns of what is loaded, rows of what is stored
@@ -278,7 +278,7 @@ def _quantize_kernel(
 def _top_kernel(numbers: jax.Array, tile: Any, here: Any, found_ref: Any, *, fmt: Format) -> None:
   """The largest exponent of the groups that are finite."""
   a, _ = _grouped(numbers, *_group_shape(fmt))
-  top = exponents_of(jnp.max(finite_bits(amax_bits_of(a)), axis=-1), fmt)
+  top = scales_of_power_of_two(jnp.max(finite_bits(amax_bits_of(a)), axis=-1), fmt)
   store_gmem(found_ref.at[here, tile], top.astype(found_ref.dtype))
 
 

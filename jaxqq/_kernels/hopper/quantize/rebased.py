@@ -19,7 +19,6 @@ from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.rounding import thread_amax_bits
 from jaxqq._kernels.hopper.quantize.codes import (
   E4M3,
-  exponents_of,
   finite_bits,
   inverse_power,
   power,
@@ -35,6 +34,7 @@ from jaxqq._kernels.hopper.quantize.groups import (
   per_group,
   store_gmem,
 )
+from jaxqq._quantize import scales_of_power_of_two
 
 # Elements that a thread holds side by side, 16 bytes of codes: two threads share a group, and
 # compute its factors twice. With four, that was a third of all instructions. Of shorter rows a
@@ -133,7 +133,7 @@ def rebase_row(
     return jnp.max(thread_amax_bits(a, view.layout), axis=-1)
 
   def write_row(largest: jax.Array) -> jax.Array:
-    top = exponents_of(largest, fmt)
+    top = scales_of_power_of_two(largest, fmt)
     row_scales_ref[pl.ds(row, 1)] = power(jnp.full((1,), top))
     return top
 
@@ -177,7 +177,7 @@ def _whole_and_rest(groups: int, tile: int) -> list[tuple[int, int]]:
 
 def rebased_codes(a: jax.Array, amax_bits: jax.Array, top: jax.Array, fmt: Format) -> jax.Array:
   """e4m3 codes on the row's exponent `top`, the largest of those of its groups."""
-  exponents = exponents_of(amax_bits, fmt)
+  exponents = scales_of_power_of_two(amax_bits, fmt)
   finite = amax_bits < _rounding.INFINITY_BITS
   factor = jnp.where(finite, inverse_power(exponents), jnp.float32(np.nan))
   codes = (a * per_group(factor, a)).astype(E4M3)
