@@ -100,9 +100,8 @@ def qqmm(
     out_sharding: where the result goes, a `NamedSharding` or `PartitionSpec`, as of `jnp.matmul`.
       On explicit axes it is needed where x and w are both split along K.
     implementation: what computes it, by its name in `explain` or the beginning of one: "hopper",
-      "hopper_fp8", "block_scaled_dot", "xla". The program is not lowered where that cannot, and
-      the error says why. So are the products of the quantized backward computed. None takes the
-      first that can.
+      "hopper_fp8", "block_scaled_dot", "xla". The products of the quantized backward are computed
+      by it, too. Where it cannot, lowering fails and says why. None takes the first that can.
 
   Returns:
     x.shape[:-1] + (N,), batch axes broadcast.

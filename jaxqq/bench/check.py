@@ -115,7 +115,7 @@ def _power_for(a: jax.Array, case: Case) -> int:
   In the quantized backward nvfp4 takes the global scale 2688 * 2**power of an operand whose amax is
   below 1: the least that the amax does not exceed.
   """
-  if case.form not in BACKWARD_FORMS or case.mode != "nvfp4":
+  if case.form not in BACKWARD_FORMS or _MODES[case.mode].power_of_two:
     return 0
   amax = float(jnp.max(jnp.abs(a)))
   if amax == 0 or amax >= 1:
