@@ -129,6 +129,15 @@ def test_report_is_a_table():
     report["no such layer"]
 
 
+@pytest.mark.parametrize("function", ["pack", "unpack"])
+def test_a_model_with_nothing_to_do_is_refused(function):
+  model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
+  message = f"{function}: Sequential holds no layer of jaxqq.nn, .* jaxqq.nn.quantize_model"
+  with pytest.raises(ValueError, match=message):
+    getattr(jaxqq.nn, function)(model)
+  assert type(model.layers[0]) is nnx.Linear
+
+
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(("mode", "scale", "blocks"), [("nvfp4", "amax", 0), ("mxfp8", None, 1)])
 def test_packed_unpacked_split_saved(mode, scale, blocks):
