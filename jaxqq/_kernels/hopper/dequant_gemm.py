@@ -37,9 +37,17 @@ from jaxqq._kernels.hopper import epilogue, pipeline
 from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
 from jaxqq._kernels.hopper.ptx import cluster, named_barriers, wgmma
 from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
-from jaxqq._kernels.hopper.tiles import ROWS, SCALES, TMA_BYTES, Grid, WideTiles, cdiv, scale_slots
+from jaxqq._kernels.hopper.tiles import (
+  DEQUANT_STORE,
+  ROWS,
+  SCALES,
+  TMA_BYTES,
+  Grid,
+  WideTiles,
+  cdiv,
+  scale_slots,
+)
 
-STORE = 64  # rows of x that are stored at a time, at most
 PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
 
 
@@ -141,7 +149,7 @@ class _DequantGemm:
     self.out_dtype = jnp.dtype(out_dtype)
     self.compute_warpgroups = tiles.block_n // ROWS
     self.k_steps = x.shape[2] // mainloop.step_k  # of all CTAs that share a tile
-    sizes = range(8, STORE + 1, 8)  # rows of x that a CTA stores at a time
+    sizes = range(8, DEQUANT_STORE + 1, 8)  # rows of x that a CTA stores at a time
     self.store_m = max(s for s in sizes if tiles.own_m % s == 0 and tiles.block_m % s == 0)
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
     self.has_row_scales = operands.x_scales is not None
@@ -360,7 +368,7 @@ class _Cta:
   # The epilogue
 
   def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
-    """Scales and writes the sums of a tile's rows from `first_row` on, 64 after the other."""
+    """Scales and writes the sums of a tile's rows from `first_row` on, a piece after the other."""
     kernel, b = self.kernel, tile.batch
     columns, store_m = pl.ds(self.first_row(tile), ROWS), kernel.store_m
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

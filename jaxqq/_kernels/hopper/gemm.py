@@ -24,10 +24,10 @@ from jaxqq._kernels.hopper import epilogue, pipeline
 from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
+from jaxqq._kernels.hopper.tiles import GEMM_STORE as STORE
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles
 
 COMPUTE_WARPGROUPS = 2
-STORE = 64  # rows and columns that a warpgroup stores at a time
 
 
 @pipeline.arrays

@@ -40,6 +40,8 @@ from jaxqq._kernels.hopper.costs import (
   Timed,
 )
 from jaxqq._kernels.hopper.tiles import (
+  DEQUANT_STORE,
+  GEMM_STORE,
   ROWS,
   SCALES,
   STAGED_BLOCK_N,
@@ -234,7 +236,6 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
       block_m=timed.block_m,
       block_n=timed.block_n,
       promote=fp8 or problem.wants_exact_sums,
-      store_stages=2 if mainloop == "ready" and out_bytes == 2 else 1,
       cluster=cluster,
     )
     grid = _wide_grid(problem, tiles, device)
@@ -282,6 +283,8 @@ _MAX_STAGES = 9
 def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> WideTiles | None:
   """With as many steps in shared memory as there is room for, or None if for no two.
 
+  A step more is worth more than a second piece of the result on its way out.
+
   Args:
     tiles: without.
     mainloop: as of `WidePlan`.
@@ -291,16 +294,16 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
   block_m, block_n = tiles.block_m, tiles.block_n
   step_k, bytes_of_w, scales = STEPS[mainloop]
   from_cluster = 4 * (tiles.cluster - 1) * tiles.own_m * block_n
-  out = out_bytes * tiles.store_stages * ROWS * block_n
+  piece = out_bytes * block_n * (GEMM_STORE if mainloop == "ready" else DEQUANT_STORE)
 
-  def size(stages: int) -> int:
+  def size(stages: int, store_stages: int) -> int:
     slots = scale_slots(cdiv(k, step_k), SCALES // scales, stages) if scales else 0
     loads = stages * (128 * block_m + bytes_of_w * block_n) + slots * SCALES * block_n
-    return loads + from_cluster + out
+    return loads + from_cluster + store_stages * piece
 
-  for stages in range(_MAX_STAGES, 1, -1):
-    if size(stages) <= _SHARED_MEMORY:
-      return dataclasses.replace(tiles, num_stages=stages)
+  for stages, store_stages in itertools.product(range(_MAX_STAGES, 1, -1), (2, 1)):
+    if size(stages, store_stages) <= _SHARED_MEMORY:
+      return dataclasses.replace(tiles, num_stages=stages, store_stages=store_stages)
   return None
 
 

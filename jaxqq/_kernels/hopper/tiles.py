@@ -7,6 +7,8 @@ import math
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
 TMA_BYTES = 16  # a multiple of which rows in memory are apart
+GEMM_STORE = 64  # rows and columns that a warpgroup of `gemm` stores at a time
+DEQUANT_STORE = 32  # rows of x, with 64 of w, that one of `dequant_gemm` does, at most
 SCALES = 32  # bytes of a row's scales that `dequant_gemm` loads at once: less is no cheaper
 STAGED_BLOCK_N = 128  # rows of w that are expanded at a time are a multiple of this, and so is n
 
@@ -55,7 +57,7 @@ class WideTiles:
   block_m: int  # rows of x a CTA: a multiple of 32 up to 256; of `gemm` 128 or 256
   num_stages: int = 0  # steps of both operands in shared memory; 0: not known yet
   promote: bool = False  # add to float32 sums after every step
-  store_stages: int = 2  # pieces of 64 x 64 on their way out, a warpgroup
+  store_stages: int = 2  # pieces of the result on their way out, a warpgroup
   cluster: int = 1  # CTAs that share a tile, each with a part of k: up to 8, of `gemm` 1
   block_n: int = 2 * ROWS  # rows of w a CTA; of `dequant_gemm` 64 a compute warpgroup
 
