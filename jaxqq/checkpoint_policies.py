@@ -67,3 +67,7 @@ def dots_with_no_batch_dims_saveable(prim: Any, *args: Any, **params: Any) -> An
 
 checkpoint_dots = dots_saveable
 checkpoint_dots_with_no_batch_dims = dots_with_no_batch_dims_saveable
+
+
+def __dir__() -> list[str]:
+  return list(__all__)

@@ -36,7 +36,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 # Names
 
 
-@pytest.mark.parametrize("name", ["jaxqq", "jaxqq.nn", "jaxqq.checkpoint"])
+@pytest.mark.parametrize(
+  "name", ["jaxqq", "jaxqq.checkpoint", "jaxqq.checkpoint_policies", "jaxqq.nn"]
+)
 def test_all_is_what_completion_shows(name):
   module = importlib.import_module(name)
   subpackages = {"bench", "checkpoint", "nn", "__version__"} if name == "jaxqq" else set()
