@@ -41,6 +41,10 @@ from jaxqq._reference import Operands
 # What `w @ x` is, put here by `_qqmm.py`: a weight itself knows no product.
 MATMUL: dict[str, Callable[..., jax.Array]] = {}
 
+# Asked before a weight is taken apart into its arrays, and may refuse: `jaxqq.nn` puts here what a
+# layer of Flax would take for an array.
+BEFORE_FLATTEN: list[Callable[[QuantizedWeight], None]] = []
+
 LEAVES = ("packed", "scales", "global_scale", "input_global_scale")
 
 
@@ -418,6 +422,8 @@ def _checked_dtype(function: str, dtype: Any) -> np.dtype:
 
 
 def _flatten(weight: QuantizedWeight) -> tuple[tuple[Any, ...], tuple[str, np.dtype]]:
+  for check in BEFORE_FLATTEN:
+    check(weight)
   return tuple(getattr(weight, name) for name in LEAVES), (weight.mode, weight.dtype)
 
 

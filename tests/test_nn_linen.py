@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import errors, serialization
+from flax import serialization
 from jax.sharding import PartitionSpec
 
 import jaxqq
@@ -227,8 +227,67 @@ def test_bad_input():
 
 
 def test_the_report_says_how_to_run_the_model():
-  params, report = packed_in_mxfp8()
+  _, report = packed_in_mxfp8()
   assert "quantized_apply(model)" in str(report).splitlines()[-1]
-  with pytest.raises(errors.ScopeParamShapeError):  # what the sentence is about
-    MODEL.apply({"params": params}, TOKENS)
   assert "quantized_apply" not in str(jaxqq.nn.quantize_params({"scale": jnp.ones(64)})[1])
+
+
+class One(nn.Module):
+  kind: str
+
+  @nn.compact
+  def __call__(self, x):
+    make = {
+      "Dense": lambda: nn.Dense(96, name="it"),
+      "DenseGeneral": lambda: nn.DenseGeneral((4, 16), name="it"),
+      "Einsum": lambda: nn.Einsum((64, 4, 16), "...d,dhk->...hk", name="it"),
+    }
+    return make[self.kind]()(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["Dense", "DenseGeneral", "Einsum"])
+def test_packed_kernels_say_which_function_runs_the_model(kind, compiled):
+  def apply(params):
+    return One(kind).apply({"params": params}, X)
+
+  params = jax.eval_shape(One(kind).init, KEY, X)["params"]
+  params = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), params)
+  packed, _ = jaxqq.nn.quantize_params(params, "mxfp8", apply=apply)
+  with pytest.raises(TypeError) as caught:
+    (jax.jit(apply) if compiled else apply)(packed)
+  words = ["packed", "jaxqq.nn.quantized_apply(model)", "'it'", "model.apply"]
+  check_sentence(str(caught.value), f"nn.{kind}", words)
+
+
+def test_so_they_do_in_the_middle_of_a_model():
+  """Under `nn.scan`, boxed with the names of axes, whatever way the tree went."""
+  params, _ = packed_in_mxfp8()
+  params = serialization.from_bytes(params, serialization.to_bytes(jax.tree.map(abs, params)))
+  with pytest.raises(TypeError) as caught:
+    jax.eval_shape(run, params)
+  check_sentence(str(caught.value), "nn.DenseGeneral", ["'blocks.attention.query'", "packed"])
+  del params["blocks"]["attention"]
+  params["blocks"]["attention"] = PARAMS["blocks"]["attention"]
+  with pytest.raises(TypeError) as caught:
+    jax.eval_shape(run, params)
+  check_sentence(str(caught.value), "nn.Dense", ["'blocks.up'", "packed"])
+
+
+def test_a_layer_of_flax_may_hold_a_weight_that_is_not_its_kernel():
+  weight = jaxqq.quantize_weight(jnp.ones((32, 64)), "mxfp8")
+
+  def by_weight(x, kernel, dimension_numbers, precision=None):
+    return jax.jit(jaxqq.qqmm)(x, weight)
+
+  layer = nn.Dense(32, use_bias=False, dot_general=by_weight)
+  out, _ = layer.init_with_output(KEY, X)
+  np.testing.assert_array_equal(out, jaxqq.qqmm(X, weight))
+
+
+def test_a_packed_kernel_whose_layer_has_a_product_of_its_own():
+  packed, _ = jaxqq.nn.quantize_params({"kernel": jnp.ones((64, 32))})
+  model = nn.Dense(32, use_bias=False, dot_general=jax.lax.dot_general)
+  with pytest.raises(ValueError) as caught:
+    jaxqq.nn.quantized_apply(model)({"params": packed}, X)
+  check_sentence(str(caught.value), "quantized_apply", ["packed", "dot_general"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, serialization
 from flax.core import meta
+from flax.linen import module as linen_module
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax.typing import DTypeLike
@@ -20,7 +22,7 @@ from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import ProductMode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
-from jaxqq._weight import LEAVES, QuantizedWeight
+from jaxqq._weight import BEFORE_FLATTEN, LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum
 
 Predicate = Callable[[str, linen.Module], bool]
@@ -72,7 +74,7 @@ class QQDense(linen.Module):
     """(..., K) to (..., features)."""
     kernel = None
     if self.has_variable("params", "kernel"):
-      kernel = meta.unbox(self.get_variable("params", "kernel"))
+      kernel = kernel_of(self)
     if not isinstance(kernel, QuantizedWeight):
       shape = (inputs.shape[-1], self.features)
       kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
@@ -209,12 +211,15 @@ def quantized_apply(
     layer = context.module
     if not is_call_of_layer(context) or not layer.has_variable("params", "kernel"):
       return next_method(*args, **kwargs)
-    kernel = meta.unbox(layer.get_variable("params", "kernel"))
+    kernel = kernel_of(layer)
     dot_general = packed if isinstance(kernel, QuantizedWeight) else on_the_fly
     if dot_general is None:
       return next_method(*args, **kwargs)
     plan = planned(layer, args, kwargs)
     if isinstance(plan, str):
+      if dot_general is packed:
+        path = ".".join(layer.path)
+        raise ValueError(f"{function}: the kernel of {path!r} is packed, and {plan}.")
       return next_method(*args, **kwargs)
     if dot_general is on_the_fly and (
       plan.kernel.why_not(kernel, dot_general.mode) is not None
@@ -230,6 +235,13 @@ def quantized_apply(
       return model.apply(*args, **kwargs)
 
   return apply
+
+
+def kernel_of(layer: linen.Module) -> Any:
+  """That of a layer, out of its box."""
+  kernel: Any = layer.get_variable("params", "kernel")
+  # A copy, which `_refuse_to_flax` tells from the layer's own.
+  return meta.unbox(copy.copy(kernel) if isinstance(kernel, QuantizedWeight) else kernel)
 
 
 def is_call_of_layer(context: Any) -> bool:
@@ -253,12 +265,38 @@ def planned(layer: Any, args: Any, kwargs: Any) -> Contraction | str:
 
 
 def _to_state_dict(weight: QuantizedWeight) -> dict[str, Any]:
-  return {name: getattr(weight, name) for name in LEAVES if getattr(weight, name) is not None}
+  arrays = {name: getattr(weight, name) for name in LEAVES}
+  return {name: serialization.to_state_dict(a) for name, a in arrays.items() if a is not None}
 
 
 def _from_state_dict(weight: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight:
-  return dataclasses.replace(weight, **state)
+  arrays = {
+    name: serialization.from_state_dict(getattr(weight, name), a, name) for name, a in state.items()
+  }
+  checked = dataclasses.replace(meta.unbox(weight), **meta.unbox(arrays))
+  boxes = {name: a for name, a in arrays.items() if isinstance(a, meta.AxisMetadata)}
+  checked._set(**boxes)
+  return checked
 
+
+def _refuse_to_flax(weight: QuantizedWeight) -> None:
+  """TypeError where a layer of Flax takes its packed kernel for an array.
+
+  It compares the shapes of the arrays in it with its own kernel's, and Flax would say no more
+  than that they differ (ScopeParamShapeError). No public name tells which layer is running.
+  """
+  layer: Any = linen_module._context.module_stack[-1]
+  if type(layer) not in LAYERS or type(layer) is QQDense or layer.scope is None:
+    return
+  if layer.get_variable("params", "kernel") is weight:
+    raise TypeError(
+      f"nn.{type(layer).__name__}: the kernel of {'.'.join(layer.path)!r} is packed, and layers of "
+      "Flax cannot multiply by it; run the model by jaxqq.nn.quantized_apply(model), which takes "
+      "the arguments of model.apply."
+    )
+
+
+BEFORE_FLATTEN.append(_refuse_to_flax)
 
 # For flax.serialization.to_bytes and what is built on it.
 serialization.register_serialization_state(QuantizedWeight, _to_state_dict, _from_state_dict)

@@ -21,10 +21,9 @@ from jaxqq.nn.linen import LAYERS, planned
 from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
 
 FUNCTION = "quantize_params"
-# What Flax would say to a packed kernel is that its shape is wrong (ScopeParamShapeError).
 NOTE = (
   "Run the model with these parameters by jaxqq.nn.quantized_apply(model), not by model.apply: "
-  "the layers of Flax know no packed kernel, and would say that its shape is wrong."
+  "the layers of Flax cannot multiply by a packed kernel."
 )
 Predicate = Callable[[str, Any], bool | str]
 Path = tuple[str, ...]
