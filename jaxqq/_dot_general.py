@@ -46,7 +46,7 @@ from jaxqq._global_scales import (
 )
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
-from jaxqq._qqmm import product, product_by_rows
+from jaxqq._qqmm import check_implementation, product, product_by_rows
 from jaxqq._reference import Operands
 from jaxqq._weight import QuantizedWeight
 
@@ -58,6 +58,7 @@ def dot_general(
   *,
   backward: Backward = "straight_through",
   global_scale: GlobalScale = DEFAULT,
+  implementation: str | None = None,
 ) -> DotGeneral:
   """Makes a `jax.lax.dot_general` that quantizes both operands, for layers that take one.
 
@@ -76,15 +77,16 @@ def dot_general(
       scales reach, activations seldom are. "amax" gives both operands one, the largest magnitude
       of each matrix. "row" gives w its own, and each row of lhs a power of two, so that no row
       depends on another. None gives none.
+    implementation: what computes it, as for `qqmm`: "xla", say, or None for the first that can.
 
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *,
     out_sharding=None).
 
   Raises:
-    TypeError, ValueError: mode, backward or global_scale is not as above; or, in a call, the
-      contraction is no `qqmm`: no axis is contracted, sizes make no whole groups, or an operand
-      is none of float32, float16 and bfloat16.
+    TypeError, ValueError: mode, backward, global_scale or implementation is not as above; or, in a
+      call, the contraction is no `qqmm`: no axis is contracted, sizes make no whole groups, or an
+      operand is none of float32, float16 and bfloat16.
 
   Example:
     >>> dot_general = jaxqq.dot_general("mxfp8")
@@ -96,7 +98,7 @@ def dot_general(
 
   Source: `jax.lax.dot_general`; `mlx.core.qqmm`.
   """
-  return DotGeneral(mode, backward, global_scale)
+  return DotGeneral(mode, backward, global_scale, implementation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +126,10 @@ class DotGeneral:
     mode: "nvfp4" or "mxfp8".
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: "weight", "amax", "row" or None, as for `dot_general`.
+    implementation: what computes it, as for `qqmm`.
 
   Raises:
-    ValueError: mode, backward or global_scale is not as above.
+    ValueError: mode, backward, global_scale or implementation is not as above.
 
   Example:
     >>> import functools
@@ -142,6 +145,7 @@ class DotGeneral:
   mode: Mode
   backward: Backward = "straight_through"
   global_scale: GlobalScale = DEFAULT
+  implementation: str | None = None
   function: str = dataclasses.field(default=FUNCTION, compare=False, repr=False)  # in errors
 
   def __post_init__(self) -> None:
@@ -154,6 +158,7 @@ class DotGeneral:
       )
     choice = checked_choice(function, self.global_scale, fmt)
     object.__setattr__(self, "global_scale", choice)
+    check_implementation(function, self.implementation)
 
   def __call__(
     self,
@@ -368,7 +373,7 @@ class DotGeneral:
         "out_dtype": out_dtype,
         "backward": self.backward,
         "precision": check_precision(call.function, call.precision),
-        "implementation": None,
+        "implementation": self.implementation,
       },
     )
 

@@ -233,11 +233,11 @@ def checked(
     "out_dtype": out_dtype,
     "backward": backward,
     "precision": check_precision(function, precision),
-    "implementation": _check_implementation(function, implementation),
+    "implementation": check_implementation(function, implementation),
   }
 
 
-def _check_implementation(function: str, implementation: Any) -> str | None:
+def check_implementation(function: str, implementation: Any) -> str | None:
   names = [row.name for row in IMPLEMENTATIONS]
   if implementation is None:
     return None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import jaxqq
+import jaxqq.nn
 from jaxqq._kernels.plan import TARGET
 from tests.support import oracle
 from tests.support.programs import lowered_for_cuda
@@ -68,6 +73,96 @@ def test_why_it_cannot_be_had(platform, how, reason):
   traced = jax.jit(lambda x, w: jaxqq.qqmm(x, w, **how)).trace(X, W)
   with pytest.raises(ValueError, match=message):
     traced.lower(lowering_platforms=(platform,))
+
+
+DENSE = (((1,), (0,)), ((), ()))
+DENSE_OF_LINEN = linen.Dense(128, use_bias=False)
+XLA = {"mode": "mxfp8", "implementation": "xla"}
+
+
+KERNEL = np.ones((256, 128), np.float32)
+WEIGHT = jaxqq.quantize_weight(KERNEL.T, "mxfp8")
+RNGS = nnx.Rngs(0)
+LINEAR = nnx.Linear(256, 128, rngs=RNGS)
+EINSUM = nnx.Einsum("mk,kn->mn", (256, 128), rngs=RNGS)
+
+
+def packed(layer):
+  layer.pack()
+  return layer
+
+
+def converted():
+  model = nnx.Sequential(nnx.Linear(256, 128, rngs=RNGS))
+  jaxqq.nn.quantize_model(model, **XLA)
+  return model
+
+
+def of_linen(apply, kernel):
+  return functools.partial(apply, {"params": {"kernel": kernel}})
+
+
+PASSED_ON = {
+  "dot_general": lambda: lambda x: jaxqq.dot_general(**XLA)(x, KERNEL, DENSE),
+  "einsum": lambda: lambda x: jaxqq.dot_general(**XLA).einsum("mk,kn->mn", x, KERNEL),
+  "packed rhs": lambda: lambda x: jaxqq.dot_general(**XLA)(x, WEIGHT, (((1,), (1,)), ((), ()))),
+  "QQLinear": lambda: jaxqq.nn.QQLinear(256, 128, rngs=RNGS, **XLA),
+  "QQLinear, packed": lambda: packed(jaxqq.nn.QQLinear(256, 128, rngs=RNGS, **XLA)),
+  "from_linear": lambda: jaxqq.nn.QQLinear.from_linear(LINEAR, **XLA),
+  "from_weight": lambda: jaxqq.nn.QQLinear.from_weight(WEIGHT, implementation="xla"),
+  "QQLinearGeneral": lambda: jaxqq.nn.QQLinearGeneral(256, 128, rngs=RNGS, **XLA),
+  "QQEinsum": lambda: jaxqq.nn.QQEinsum("mk,kn->mn", (256, 128), rngs=RNGS, **XLA),
+  "from_einsum": lambda: jaxqq.nn.QQEinsum.from_einsum(EINSUM, **XLA),
+  "quantize_model": converted,
+  "QQDense": lambda: of_linen(jaxqq.nn.QQDense(128, use_bias=False, **XLA).apply, KERNEL),
+  "quantized_apply": lambda: of_linen(jaxqq.nn.quantized_apply(DENSE_OF_LINEN, **XLA), KERNEL),
+  "quantized_apply, packed": lambda: of_linen(
+    jaxqq.nn.quantized_apply(DENSE_OF_LINEN, implementation="xla"), WEIGHT
+  ),
+}
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_layers_and_dot_general_pass_it_on(name):
+  x = jax.ShapeDtypeStruct((96, 256), jnp.float32)
+  assert implementations(jax.make_jaxpr(PASSED_ON[name]())(x).jaxpr) == ["xla"]
+
+
+def implementations(jaxpr):
+  """Of every product in a jaxpr."""
+  found = [eqn.params["implementation"] for eqn in jaxpr.eqns if eqn.primitive.name == "qqmm"]
+  for eqn in jaxpr.eqns:
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      found += implementations(inner)
+  return found
+
+
+def test_an_implementation_is_part_of_a_dot_general():
+  """Equal ones are one program under jit; others are not."""
+  one, other = (jaxqq.dot_general(**XLA) for _ in range(2))
+  assert one == other and hash(one) == hash(other) and one != jaxqq.dot_general("mxfp8")
+  x, w = (np.ones((size, 64), np.float32) for size in (2, 3))
+  dims = (((1,), (1,)), ((), ()))
+  hopper = jax.jit(lambda x, w: jaxqq.dot_general(implementation="hopper")(x, w, dims))
+  with pytest.raises(
+    ValueError, match="implementation 'hopper' cannot compute this product on cpu"
+  ):
+    hopper(x, w)
+  np.testing.assert_array_equal(one(x, w, dims), jaxqq.qqmm(x, w, **XLA))
+
+
+@pytest.mark.parametrize(
+  ("name", "call"),
+  [
+    ("dot_general", lambda: jaxqq.dot_general(implementation="cublas")),
+    ("QQLinear", lambda: jaxqq.nn.QQLinear(64, 8, implementation="cublas", rngs=RNGS)),
+    ("quantize_model", lambda: jaxqq.nn.quantize_model(LINEAR, implementation="cublas")),
+    ("quantized_apply", lambda: jaxqq.nn.quantized_apply(None, implementation="cublas")),
+  ],
+)
+def test_who_was_asked_for_what_is_unknown(name, call):
+  with pytest.raises(ValueError, match=rf"^{name}: unknown implementation 'cublas'; .*'xla'"):
+    call()
 
 
 @pytest.mark.parametrize("wrong", ["cublas", "", 3])

@@ -38,12 +38,14 @@ class QQLinear(QuantizedLayer):
     global_scale: nvfp4 only. "weight", there the default, gives the kernel a global scale, its
       amax, taken in every call (of a packed kernel, once); "amax" gives the inputs one too, in
       every call; "row" the kernel, and each row of the inputs a power of two; None gives none.
+    implementation: what computes the product, as for `qqmm`.
     rngs: as for `nnx.Linear`.
     options: use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
       preferred_element_type, kernel_metadata and bias_metadata, as for `nnx.Linear`.
 
   Raises:
-    ValueError: in_features makes no whole groups; mode, backward or global_scale is not as above.
+    ValueError: in_features makes no whole groups; mode, backward, global_scale or implementation
+      is not as above.
 
   Example:
     >>> layer = jaxqq.nn.QQLinear(64, 32, mode="mxfp8", rngs=nnx.Rngs(0))
@@ -71,11 +73,13 @@ class QQLinear(QuantizedLayer):
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
+    implementation: str | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     linear = nnx.Linear(in_features, out_features, rngs=rngs, **options)
-    self._take("QQLinear", linear, DotGeneral(mode, backward, global_scale, "QQLinear"))
+    dot_general = DotGeneral(mode, backward, global_scale, implementation, "QQLinear")
+    self._take("QQLinear", linear, dot_general)
 
   @classmethod
   def from_linear(
@@ -85,6 +89,7 @@ class QQLinear(QuantizedLayer):
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
+    implementation: str | None = None,
   ) -> Self:
     """The same layer as an `nnx.Linear`, whose variables it shares.
 
@@ -98,7 +103,8 @@ class QQLinear(QuantizedLayer):
       >>> layer.kernel is linear.kernel
       True
     """
-    return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale, cls.__name__))
+    dot_general = DotGeneral(mode, backward, global_scale, implementation, cls.__name__)
+    return cls._from("from_linear", linear, dot_general)
 
   @classmethod
   def from_weight(
@@ -108,6 +114,7 @@ class QQLinear(QuantizedLayer):
     *,
     dtype: DTypeLike | None = None,
     global_scale: GlobalScale = DEFAULT,
+    implementation: str | None = None,
   ) -> Self:
     """A packed layer of a weight that exists, as one from a checkpoint.
 
@@ -117,13 +124,19 @@ class QQLinear(QuantizedLayer):
       dtype: that of the computation; None is inferred from inputs, weight and bias.
       global_scale: "amax" gives inputs a global scale in every call, where the weight has one and
         brings no static one for them.
+      implementation: what computes the product, as for `qqmm`.
 
     Example:
       >>> weight = jaxqq.quantize_weight(jnp.ones((32, 64)))
       >>> jaxqq.nn.QQLinear.from_weight(weight)(jnp.ones((2, 64))).shape
       (2, 32)
     """
-    dot_general = DotGeneral(weight.mode, global_scale=global_scale, function=cls.__name__)
+    dot_general = DotGeneral(
+      weight.mode,
+      global_scale=global_scale,
+      implementation=implementation,
+      function=cls.__name__,
+    )
     layer = cls._placeholder(dot_general, dtype=dtype)
     layer.dot_general = dot_general
     layer.out_features, layer.in_features = weight.shape[-2:]
@@ -151,11 +164,13 @@ class QQLinearGeneral(QuantizedLayer):
   Args:
     in_features, out_features, axis, batch_axis, rngs: as for `nnx.LinearGeneral`; the product of
       in_features is a multiple of the mode's group size.
-    mode, backward, global_scale: as for `QQLinear`. Each matrix of a batch has its own scale.
+    mode, backward, global_scale, implementation: as for `QQLinear`. Each matrix of a batch has its
+      own scale.
     options: the other arguments of `nnx.LinearGeneral`.
 
   Raises:
-    ValueError: in_features makes no whole groups; mode, backward or global_scale is not as above.
+    ValueError: in_features makes no whole groups; mode, backward, global_scale or implementation
+      is not as above.
 
   Example:
     >>> layer = jaxqq.nn.QQLinearGeneral(64, (4, 16), rngs=nnx.Rngs(0))
@@ -183,15 +198,15 @@ class QQLinearGeneral(QuantizedLayer):
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
+    implementation: str | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     linear = nnx.LinearGeneral(
       in_features, out_features, axis=axis, batch_axis=batch_axis or {}, rngs=rngs, **options
     )
-    self._take(
-      "QQLinearGeneral", linear, DotGeneral(mode, backward, global_scale, "QQLinearGeneral")
-    )
+    dot_general = DotGeneral(mode, backward, global_scale, implementation, "QQLinearGeneral")
+    self._take("QQLinearGeneral", linear, dot_general)
 
   @classmethod
   def from_linear(
@@ -201,9 +216,11 @@ class QQLinearGeneral(QuantizedLayer):
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
+    implementation: str | None = None,
   ) -> Self:
     """The same layer as an `nnx.LinearGeneral`, whose variables it shares; as for `QQLinear`."""
-    return cls._from("from_linear", linear, DotGeneral(mode, backward, global_scale, cls.__name__))
+    dot_general = DotGeneral(mode, backward, global_scale, implementation, cls.__name__)
+    return cls._from("from_linear", linear, dot_general)
 
   def _kernel_axes(self) -> KernelAxes:
     parts = (tuple(self.batch_axis.values()), self.in_features, self.out_features)
@@ -232,12 +249,13 @@ class QQEinsum(QuantizedLayer):
   Args:
     einsum_str, kernel_shape, bias_shape, rngs: as for `nnx.Einsum`; the indices in both operands
       and not in the output have a product of sizes that is a multiple of the mode's group size.
-    mode, backward, global_scale: as for `QQLinear`. Each matrix of a batch has its own scale.
+    mode, backward, global_scale, implementation: as for `QQLinear`. Each matrix of a batch has its
+      own scale.
     options: the other arguments of `nnx.Einsum`.
 
   Raises:
     ValueError: the einsum is no product of matrices, or sums over what makes no whole groups;
-      mode, backward or global_scale is not as above.
+      mode, backward, global_scale or implementation is not as above.
 
   Example:
     >>> layer = jaxqq.nn.QQEinsum("btd,dhk->bthk", (64, 4, 16), (4, 16), rngs=nnx.Rngs(0))
@@ -262,11 +280,13 @@ class QQEinsum(QuantizedLayer):
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
+    implementation: str | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     einsum = nnx.Einsum(einsum_str, tuple(kernel_shape), bias_shape, rngs=rngs, **options)
-    self._take("QQEinsum", einsum, DotGeneral(mode, backward, global_scale, "QQEinsum"))
+    dot_general = DotGeneral(mode, backward, global_scale, implementation, "QQEinsum")
+    self._take("QQEinsum", einsum, dot_general)
 
   @classmethod
   def from_einsum(
@@ -276,9 +296,11 @@ class QQEinsum(QuantizedLayer):
     mode: ProductMode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
+    implementation: str | None = None,
   ) -> Self:
     """The same layer as an `nnx.Einsum`, whose variables it shares; as `QQLinear.from_linear`."""
-    return cls._from("from_einsum", einsum, DotGeneral(mode, backward, global_scale, cls.__name__))
+    dot_general = DotGeneral(mode, backward, global_scale, implementation, cls.__name__)
+    return cls._from("from_einsum", einsum, dot_general)
 
   @classmethod
   def _placeholder(cls, dot_general: DotGeneral, **options: Any) -> Self:

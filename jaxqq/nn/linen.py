@@ -42,6 +42,7 @@ class QQDense(linen.Module):
       amax, taken in every call; "amax" gives the inputs one too, "row" each row of them a power of
       two; None gives none. A `QuantizedWeight` has its own, and the inputs none beside it, unless
       this is "amax" or "row".
+    implementation: what computes the product, as for `qqmm`.
     use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for
       `nn.Dense`.
 
@@ -61,6 +62,7 @@ class QQDense(linen.Module):
   mode: ProductMode = "nvfp4"
   backward: Backward = "straight_through"
   global_scale: GlobalScale = DEFAULT
+  implementation: str | None = None
   use_bias: bool = True
   dtype: DTypeLike | None = None
   param_dtype: DTypeLike = jnp.float32
@@ -81,7 +83,9 @@ class QQDense(linen.Module):
     bias = None
     if self.use_bias:
       bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-    dot_general = DotGeneral(self.mode, self.backward, self.global_scale, "QQDense")
+    dot_general = DotGeneral(
+      self.mode, self.backward, self.global_scale, self.implementation, "QQDense"
+    )
     return contraction(self, inputs).apply(dot_general, self, inputs, kernel, bias)
 
 
@@ -172,6 +176,7 @@ def quantized_apply(
   predicate: Predicate | None = None,
   backward: Backward = "straight_through",
   global_scale: GlobalScale = DEFAULT,
+  implementation: str | None = None,
 ) -> Callable[..., Any]:
   """`model.apply`, in which the layers of any Linen model multiply by `qqmm`.
 
@@ -187,12 +192,13 @@ def quantized_apply(
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: nvfp4 only: "weight", there the default, "amax", "row" or None, as for
       `QQDense`. What it says of inputs holds beside packed kernels too.
+    implementation: what computes the products, as for `qqmm`.
 
   Returns:
     A function with the arguments of `model.apply`.
 
   Raises:
-    ValueError: mode, backward or global_scale is not as above.
+    ValueError: mode, backward, global_scale or implementation is not as above.
 
   Example:
     >>> model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(8)])
@@ -204,8 +210,9 @@ def quantized_apply(
   Source: `flax.linen.intercept_methods`.
   """
   function = "quantized_apply"
-  packed = DotGeneral("nvfp4", backward, global_scale, function)
-  on_the_fly = None if mode is None else DotGeneral(mode, backward, global_scale, function)
+  options = (backward, global_scale, implementation, function)
+  packed = DotGeneral("nvfp4", *options)
+  on_the_fly = None if mode is None else DotGeneral(mode, *options)
 
   def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
     layer = context.module

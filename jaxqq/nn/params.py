@@ -88,7 +88,7 @@ def quantize_params(
   """
   if not isinstance(params, Mapping):
     raise TypeError(f"{FUNCTION}: params must be a tree of dicts, got {type(params).__name__}.")
-  dot_general = DotGeneral(mode, "straight_through", global_scale, FUNCTION)
+  dot_general = DotGeneral(mode, global_scale=global_scale, function=FUNCTION)
   seen = None if apply is None else _run(apply, params)
   conversion = _Conversion(dot_general.mode, global_scale, predicate, seen)
   converted = conversion.walk((), params)
