@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq import _primitive
@@ -35,6 +36,9 @@ from jaxqq._out_sharding import OutSharding, checked_out_sharding, produced
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
 from jaxqq._weight import MATMUL, QuantizedWeight
+
+# By this name policies of `jax.checkpoint` save a product. It lowers to nothing.
+NAME = "qqmm"
 
 
 class _DefaultMode(str):
@@ -64,7 +68,8 @@ def qqmm(
 
   out[..., n] = sum_k x_hat[..., k] * w_hat[n, k], where x_hat = dequantize(quantize(x)), w_hat
   likewise, and the sum is in float32. It is one primitive of JAX, `qqmm`, and composes with
-  jit, grad, vmap, scan, remat and shard_map.
+  jit, grad, vmap, scan, remat and shard_map. Policies of `jax.checkpoint` know the result by the
+  name "qqmm".
 
   Args:
     x: float32, float16 or bfloat16, (..., K) or (K,); K a multiple of the group size.
@@ -148,6 +153,11 @@ def qqmm(
   return produced(of_arrays, out_sharding, *map(jnp.asarray, operands.flatten()))
 
 
+def product(operands: Operands, params: dict[str, Any]) -> jax.Array:
+  """What `checked` returns, multiplied, and named."""
+  return checkpoint_name(_product(operands, params), NAME)
+
+
 def product_by_rows(operands: Operands, params: dict[str, Any]) -> jax.Array:
   """The same, each row of x moved by a power of two to where nvfp4's scales reach."""
   x, factors = by_rows(jnp.asarray(operands.x), FORMATS[params["mode"]])
@@ -155,19 +165,18 @@ def product_by_rows(operands: Operands, params: dict[str, Any]) -> jax.Array:
   # What is not divided yet may be out of float16's range.
   sums_dtype = np.dtype(jnp.float32) if dtype == jnp.float16 else dtype
   moved = dataclasses.replace(operands, x=x)
-  out = product(moved, {**params, "out_dtype": sums_dtype})
+  out = _product(moved, {**params, "out_dtype": sums_dtype})
   for factor in factors:
     ones = (1,) * (out.ndim - factor.ndim)
     out = out * factor.reshape(ones + factor.shape).astype(sums_dtype)
-  return out.astype(dtype)
+  return checkpoint_name(out.astype(dtype), NAME)
 
 
 def _is_by_rows(global_scale_x: Any) -> bool:
   return isinstance(global_scale_x, str) and global_scale_x == "row"
 
 
-def product(operands: Operands, params: dict[str, Any]) -> jax.Array:
-  """What `checked` returns, multiplied."""
+def _product(operands: Operands, params: dict[str, Any]) -> jax.Array:
   arrays = [jnp.asarray(a) for a in operands.flatten()]
   is_vector = arrays[0].ndim == 1
   if is_vector:

@@ -1,8 +1,9 @@
 """Policies of `jax.checkpoint` that count `qqmm` as the matrix product that it is.
 
-Those of `jax.checkpoint_policies` know `dot_general` alone: under them every `qqmm` is computed
-once more in the backward pass. Here are the same ones, by the same names, that save its results
-too. A result of one's choice is named, as any other, by `jax.ad_checkpoint.checkpoint_name`.
+Those of `jax.checkpoint_policies` that save dots know `dot_general` alone: under them every `qqmm`
+is computed once more in the backward pass. Here are the same ones, by the same names, that save its
+results too. Those that go by names know the result of every `qqmm`, also in a layer, as "qqmm":
+`jax.checkpoint_policies.save_only_these_names("qqmm")`.
 """
 
 from __future__ import annotations

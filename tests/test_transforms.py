@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
+from jaxqq import _qqmm
 from tests.support.jaxprs import count
 from tests.support.operands import BACKWARDS, MODES, amax, arguments, data
 
@@ -345,6 +346,9 @@ def test_aot_and_symbolic_batch():
     (jaxqq.checkpoint_policies.dots_saveable, 1, 1),
     (jaxqq.checkpoint_policies.checkpoint_dots, 1, 1),
     (jaxqq.checkpoint_policies.dots_with_no_batch_dims_saveable, 1, 2),
+    (jax.checkpoint_policies.save_only_these_names("qqmm"), 1, 1),
+    (jax.checkpoint_policies.save_only_these_names("dot"), 2, 2),
+    (jax.checkpoint_policies.save_any_names_but_these("qqmm"), 2, 2),
   ],
 )
 def test_policies_save_products(policy, forward, of_batches):
@@ -358,6 +362,64 @@ def test_policies_save_products(policy, forward, of_batches):
   for weight, want in ((w, forward), (jnp.stack([w, w]), of_batches)):
     jaxpr = jax.make_jaxpr(jax.grad(block, argnums=1))(x, weight).jaxpr
     assert count(jaxpr, "qqmm") == want
+
+
+BY_NAME = jax.checkpoint_policies.save_only_these_names("qqmm")
+OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+  names_which_can_be_saved=[],
+  names_which_can_be_offloaded=["qqmm"],
+  offload_src="device",
+  offload_dst="pinned_host",
+)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize(
+  "product",
+  [
+    functools.partial(jaxqq.qqmm, mode="mxfp8"),
+    functools.partial(jaxqq.qqmm, global_scale_x="row", global_scale_w="amax"),
+    lambda x, w, **how: jaxqq.dot_general("mxfp8", **how).einsum("mk,nk->nm", x, w),
+  ],
+  ids=["qqmm", "by rows", "einsum"],
+)
+def test_a_product_is_saved_by_its_name(product, backward):
+  """In the forward pass, which is once, with the same gradient."""
+
+  def layers(policy):
+    @functools.partial(jax.checkpoint, policy=policy)
+    def block(x, w):
+      return jnp.sin(product(x, w, backward=backward)), None
+
+    return lambda x, w: jnp.sum(jax.lax.scan(block, x, w)[0] ** 2)
+
+  x, w = data((64, 64), (2, 64, 64))
+
+  def gradient(policy):
+    return jax.grad(layers(policy), argnums=(0, 1))
+
+  def products(policy):
+    return count(jax.make_jaxpr(gradient(policy))(x, w).jaxpr, "qqmm")
+
+  assert products(None) - products(BY_NAME) == 1
+  assert products(OFFLOAD) == products(BY_NAME)
+  assert "f32<host>[2,64,64]" in str(jax.make_jaxpr(gradient(OFFLOAD))(x, w))
+
+
+def test_the_name_is_not_in_the_program(monkeypatch):
+  x, w = data((3, 5, 64), (7, 64))
+
+  def text():
+    product = jax.vmap(lambda x, w: jaxqq.qqmm(x, w, backward="quantized"), (0, None))
+    gradient = jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), argnums=(0, 1))
+    assert count(jax.make_jaxpr(gradient)(x, w).jaxpr, "name") == names
+    return jax.jit(gradient).lower(x, w).as_text()
+
+  names = 1
+  named = text()
+  monkeypatch.setattr(_qqmm, "checkpoint_name", lambda result, name: result)
+  names = 0
+  assert text() == named
 
 
 def test_policies_save_dots_as_those_of_jax():
