@@ -134,12 +134,38 @@ def test_the_report_in_markdown(results, tmp_path, capsys):
   plot = tmp_path / "again.png"
   report.main([str(kept), "--all", "--plot", str(plot)])
   printed = capsys.readouterr().out
-  assert "| N | K | M | cublas bf16 | nvfp4 packed | mxfp8 packed |" in printed
+  assert "| N | K | M | jnp.dot bf16 | nvfp4 packed | mxfp8 packed |" in printed
+  assert printed.count("jnp.dot bf16") > 2 and "cublas" not in printed
   line = rf"\| 48 \| 64 \| 40 \| [\d.]+ µs \| \d+\.\d\d{TIMES} [\d.]+ µs, \d+ GB/s \(\d+%"
   assert re.search(line, printed)
   assert "quantize columns mxfp8 64x64" in printed
   assert printed.count("\n| ") > len(rows)
   assert plot.stat().st_size > 1000
+
+
+def test_a_plot_calls_the_product_as_the_platform_has_it(results, tmp_path, monkeypatch):
+  from matplotlib.axes import Axes
+
+  rows, kept, _ = results
+  header, _ = read([kept])
+  labels = []
+  draw = Axes.plot
+  monkeypatch.setattr(
+    Axes, "plot", lambda *args, **how: [labels.append(how.get("label")), draw(*args, **how)][1]
+  )
+  for platform, name in (("cpu", "jnp.dot bf16"), ("gpu", CUBLAS)):
+    labels.clear()
+    report.plot(tmp_path / "plot.png", {**header, "platform": platform}, rows)
+    assert name in labels and len({"jnp.dot bf16", CUBLAS} & set(labels)) == 1
+
+
+def test_a_survey_calls_the_product_as_the_platform_has_it(results):
+  rows, kept, _ = results
+  noted = [dataclasses.replace(row, note="slow") for row in rows]
+  header = {**read([kept])[0], "suites": ["models"]}
+  told = report.tables(header, noted)
+  assert "jnp.dot bf16: slow" in told and "cublas" not in told
+  assert "cublas bf16: slow" in report.tables({**header, "platform": "gpu"}, noted)
 
 
 def test_the_page_of_results_is_what_the_command_writes():

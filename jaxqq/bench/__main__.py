@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         kept.write(options.json, header, rows)
       bar.update()
   if survey:
-    print("", summary(rows), "", _what_is_left(compared, rows, chain), sep="\n")
+    table = report.of_platform(summary(rows), header["platform"])
+    print("", table, "", _what_is_left(compared, rows, chain), sep="\n")
   if options.plot:
     report.plot(options.plot, header, rows)
   return rows

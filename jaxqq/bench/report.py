@@ -64,14 +64,18 @@ def titles(chain: bool = False) -> str:
 
 
 def row_line(row: Row, chain: bool = False, platform: str = "gpu") -> str:
-  cells = _cells(row, chain)
-  cells[1] = base_name(platform) if cells[1] == CUBLAS else cells[1]
+  cells = [of_platform(cell, platform) for cell in _cells(row, chain)]
   return line(cells, _columns(chain))
 
 
 def base_name(platform: str) -> str:
   """What to call the product that ratios are to: only on GPUs does XLA give it to cuBLAS."""
   return CUBLAS if platform in ("gpu", "cuda") else "jnp.dot bf16"
+
+
+def of_platform(text: str, platform: str) -> str:
+  """A text about rows, in which that product is called so."""
+  return text.replace(CUBLAS, base_name(platform))
 
 
 def _columns(chain: bool) -> tuple[tuple[str, int], ...]:
@@ -133,9 +137,9 @@ def header_lines(header: Header) -> list[str]:
 def tables(header: Header, rows: Sequence[Row], with_goals: bool = False) -> str:
   """What is shown of some results: of a survey, how each number of rows of x does."""
   if is_survey(header.get("suites", [""])):
-    return summary(rows)
+    return of_platform(summary(rows), header["platform"])
   found = goals_markdown(rows, with_goals).strip(), chain_markdown(rows)
-  return "\n\n".join(table for table in found if table)
+  return of_platform("\n\n".join(table for table in found if table), header["platform"])
 
 
 def goals_markdown(rows: Sequence[Row], with_goals: bool = True) -> str:
@@ -306,7 +310,8 @@ def plot(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
           of_m.setdefault(row.m, row.tflops)  # as in the table, the first of several
       points = sorted(of_m.items())
       if points:
-        style = {"color": f"C{i}", "label": name, "linewidth": 2.2 if "jaxqq" in name else 1.2}
+        label = of_platform(name, header["platform"])
+        style = {"color": f"C{i}", "label": label, "linewidth": 2.2 if "jaxqq" in name else 1.2}
         panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
     panel.set_title(" ".join(kind))
     sizes = sorted({row.m for row in shown})
@@ -343,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error(f"cannot read {', '.join(map(str, options.files))}: {error}")
   print(*header_lines(header), "", tables(header, rows, options.goals), sep="\n")
   if options.all:
-    print("", rows_markdown(rows), sep="\n")
+    print("", of_platform(rows_markdown(rows), header["platform"]), sep="\n")
   if options.plot:
     plot(options.plot, header, rows)
 
