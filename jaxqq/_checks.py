@@ -62,19 +62,11 @@ def check_dtype(function: str, name: str, a: Any, allowed: tuple[np.dtype, ...])
     raise TypeError(f"{function}: {name} must be {names(allowed)}, got {describe(a)}.")
 
 
-def check_format(
-  function: str, mode: Any, group_size: Any, bits: Any, *, multiplies: bool = False
-) -> Format:
+def check_format(function: str, mode: Any, group_size: Any, bits: Any) -> Format:
   """The row of `FORMATS` that mode names, once group_size and bits agree with it."""
-  usable = {name: row for name, row in FORMATS.items() if row.multiplies or not multiplies}
-  listed = ", ".join(repr(name) for name in usable)
+  listed = ", ".join(repr(name) for name in FORMATS)
   if not isinstance(mode, str) or mode not in FORMATS:
     raise ValueError(f"{function}: unknown mode {mode!r}; it must be one of {listed}.")
-  if mode not in usable:
-    raise ValueError(
-      f"{function}: mode {mode!r} is for quantize and dequantize only; "
-      f"a product's mode must be one of {listed}."
-    )
   fmt = FORMATS[mode]
   for name, value, right in (("group_size", group_size, fmt.group_size), ("bits", bits, fmt.bits)):
     if value is not None and not isinstance(value, (int, np.integer)):

@@ -36,7 +36,7 @@ from jaxqq._contraction import (
   rows,
   sizes,
 )
-from jaxqq._formats import FORMATS, Format, Mode, ProductMode
+from jaxqq._formats import FORMATS, Format, Mode
 from jaxqq._global_scales import (
   DEFAULT,
   GlobalScale,
@@ -54,7 +54,7 @@ FUNCTION = "dot_general"
 
 
 def dot_general(
-  mode: ProductMode = "nvfp4",
+  mode: Mode = "nvfp4",
   *,
   backward: Backward = "straight_through",
   global_scale: GlobalScale = DEFAULT,
@@ -70,7 +70,7 @@ def dot_general(
   are equal, so that no program is compiled twice.
 
   Args:
-    mode: "nvfp4" or "mxfp8".
+    mode: "nvfp4", "mxfp8" or "mxfp4".
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: nvfp4 only. "weight", there the default, gives w a global scale, its largest
       magnitude, taken anew in every call, and lhs none: weights are often smaller than nvfp4's
@@ -123,7 +123,7 @@ class DotGeneral:
   static argument of `jax.jit` or an attribute of a layer.
 
   Attributes:
-    mode: "nvfp4" or "mxfp8".
+    mode: "nvfp4", "mxfp8" or "mxfp4".
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: "weight", "amax", "row" or None, as for `dot_general`.
     implementation: what computes it, as for `qqmm`.
@@ -150,7 +150,7 @@ class DotGeneral:
 
   def __post_init__(self) -> None:
     function = self.function
-    fmt = check_format(function, self.mode, None, None, multiplies=True)
+    fmt = check_format(function, self.mode, None, None)
     if not isinstance(self.backward, str) or self.backward not in BACKWARDS:
       raise ValueError(
         f"{function}: unknown backward {self.backward!r}; it must be one of "
@@ -334,7 +334,7 @@ class DotGeneral:
     batch: Axes,
     out_features: Axes,
   ) -> jax.Array:
-    fmt = check_format(call.function, weight.mode, None, None, multiplies=True)
+    fmt = check_format(call.function, weight.mode, None, None)
     axes = AxesOf.of(lhs.ndim, contracting, batch)
     x = as_x(lhs, axes)
     batch_shape = sizes(lhs, axes.batch)

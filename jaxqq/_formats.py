@@ -23,7 +23,6 @@ class Format:
   group_size: int
   scale: np.dtype
   has_global_scale: bool  # an optional float32 scale for the whole tensor
-  multiplies: bool  # qqmm takes it, not only quantize and dequantize
   definition: str
 
   @property
@@ -83,16 +82,15 @@ _NVFP4 = (
   "introducing-nvfp4-for-efficient-and-accurate-low-precision-inference/"
 )
 
-# The modes of the table below, and those that `multiplies`, as signatures name them.
+# The modes of the table below, as signatures name them.
 Mode: TypeAlias = Literal["nvfp4", "mxfp8", "mxfp4"]
-ProductMode: TypeAlias = Literal["nvfp4", "mxfp8"]
 
 FORMATS: dict[str, Format] = {
   row.mode: row
   for row in (
-    #       mode    element group scale  global multiplies definition
-    Format("nvfp4", _E2M1, 16, _E4M3, True, True, _NVFP4),
-    Format("mxfp8", _E4M3, 32, _E8M0, False, True, _MX),
-    Format("mxfp4", _E2M1, 32, _E8M0, False, False, _MX),
+    #       mode    element group scale  global definition
+    Format("nvfp4", _E2M1, 16, _E4M3, True, _NVFP4),
+    Format("mxfp8", _E4M3, 32, _E8M0, False, _MX),
+    Format("mxfp4", _E2M1, 32, _E8M0, False, _MX),
   )
 }

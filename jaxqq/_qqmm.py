@@ -28,7 +28,7 @@ from jaxqq._checks import (
   describe,
   names,
 )
-from jaxqq._formats import FORMATS, Format, ProductMode
+from jaxqq._formats import FORMATS, Format, Mode
 from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._kernels import IMPLEMENTATIONS
@@ -45,7 +45,7 @@ class _DefaultMode(str):
   """A mode that nobody asked for, so that a `QuantizedWeight` may bring another."""
 
 
-DEFAULT_MODE = cast(ProductMode, _DefaultMode("nvfp4"))
+DEFAULT_MODE = cast(Mode, _DefaultMode("nvfp4"))
 
 
 def qqmm(
@@ -54,7 +54,7 @@ def qqmm(
   scales: ArrayLike | None = None,
   group_size: int | None = None,
   bits: int | None = None,
-  mode: ProductMode = DEFAULT_MODE,
+  mode: Mode = DEFAULT_MODE,
   global_scale_x: ArrayLike | Literal["amax", "row"] | None = None,
   global_scale_w: ArrayLike | Literal["amax"] | None = None,
   *,
@@ -78,10 +78,10 @@ def qqmm(
       axes, (..., N, K) against x of (..., M, K), broadcast as in `jnp.matmul`. Or a
       `QuantizedWeight`, which brings scales, mode and global_scale_w.
     scales: for packed w only, (..., N, K / group_size), uint8 or the same bytes as
-      float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp8).
+      float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp8, mxfp4).
     group_size: the mode's own, or None.
     bits: the mode's own, or None.
-    mode: "nvfp4" or "mxfp8".
+    mode: "nvfp4", "mxfp8" or "mxfp4", which MLX's qqmm does not multiply.
     global_scale_x: nvfp4 only, a scalar, taken as float32: the amax of x (compressed-tensors has a
       reciprocal under this name), 0 for zeros only (beside other numbers of x it makes NaN of
       them). "amax" takes it from x. Against a w with batch axes it may be one for each matrix, of
@@ -208,7 +208,7 @@ def checked(
     packed = w._operands(x, global_scale_x)
     w, scales, global_scale_w = packed.w, packed.scales, packed.global_scale_w
     row_scales = packed.row_scales
-  fmt = check_format(function, mode, group_size, bits, multiplies=True)
+  fmt = check_format(function, mode, group_size, bits)
   x, w = as_array(function, "x", x), as_array(function, "w", w)
   check_dtype(function, "x", x, FLOATS)
   check_groups(function, "x", x, fmt)

@@ -61,7 +61,7 @@ class QuantizedWeight:
     packed: uint32, (..., N, K * bits / 32), as `quantize` packs.
     scales: (..., N, K / group_size), uint8 or the same bytes as float8_e4m3fn (nvfp4) or
       float8_e8m0fnu (mxfp8, mxfp4).
-    mode: "nvfp4", "mxfp8" or "mxfp4" (which `qqmm` cannot multiply).
+    mode: "nvfp4", "mxfp8" or "mxfp4".
     global_scale: nvfp4 only, a number, taken as float32, or one for each matrix, (...), or for each
       row, (..., N), as `concatenate` makes them: the amax that it was quantized with
       (compressed-tensors has a reciprocal under this name).

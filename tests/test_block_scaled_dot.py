@@ -23,6 +23,7 @@ from tests.support.programs import lowered_for_cuda
 
 BLACKWELL = Device("cuda", "10.0")
 DOT = "__op$block_scaled_dot"
+MODES = ("nvfp4", "mxfp8")  # that the tensor cores take
 
 runs_on_a_cpu = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="jax.nn.scaled_matmul runs on a CPU from JAX 0.11 on"
@@ -87,7 +88,7 @@ def on_blackwell(monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_program_holds_the_dot_and_no_float_w(mode, packed, on_blackwell):
   text = lowered_for_cuda(lambda x, *w: jaxqq.qqmm(x, *w, mode=mode), *args_of(mode, packed))
   assert text.count(DOT) == 1 and "mosaic_gpu" not in text
@@ -96,7 +97,7 @@ def test_program_holds_the_dot_and_no_float_w(mode, packed, on_blackwell):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_quantized_backward_holds_it_too(mode, packed, on_blackwell):
   wrt = (0,) if packed else (0, 1)
 
@@ -113,6 +114,9 @@ def test_who_gets_it(on_blackwell):
   assert text.plan.name == "block_scaled_dot" and "never run on the hardware" in text
   exact = jaxqq.explain(x, w, precision="highest", device="cuda")
   assert exact.plan.name == "xla" and "Not block_scaled_dot: float32 output" in exact
+  mxfp4 = jaxqq.explain(x, w, mode="mxfp4", device="cuda")
+  assert mxfp4.plan.name == "xla_bfloat16"
+  assert "Not block_scaled_dot: the tensor cores get no mxfp4" in mxfp4
 
 
 def test_who_does_not(monkeypatch):

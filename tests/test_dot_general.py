@@ -260,7 +260,7 @@ def test_what_is_no_qqmm(case):
 
 
 OPTIONS = [
-  ("mode", ValueError, ["'mxfp4'", "'nvfp4'"], {"mode": "mxfp4"}),
+  ("mode", ValueError, ["'int4'", "'nvfp4'"], {"mode": "int4"}),
   ("backward", ValueError, ["backward", "'ste'"], {"backward": "ste"}),
   ("global_scale", ValueError, ["global_scale", "'amax'", "1.0"], {"global_scale": 1.0}),
   ("mxfp8", ValueError, ["'mxfp8'"], {"mode": "mxfp8", "global_scale": "amax"}),

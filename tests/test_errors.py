@@ -20,7 +20,6 @@ ONE = np.float32(1)
 PRODUCT = [
   ("unknown mode", ValueError, ["mode", "'int4'", "'nvfp4', 'mxfp8'"], X, W, None, {"mode": "int4"}),
   ("mode is no string", ValueError, ["mode", "4"], X, W, None, {"mode": 4}),
-  ("mode only for quantize", ValueError, ["'mxfp4'", "quantize"], X, W, None, {"mode": "mxfp4"}),
   ("group_size", ValueError, ["group_size=32", "16"], X, W, None, {"group_size": 32}),
   ("bits", ValueError, ["bits=4", "8"], X, W, None, {"bits": 4, "mode": "mxfp8"}),
   ("group_size is a float", TypeError, ["group_size", "Python int", "float", "16"], X, W, None, {"group_size": 16.0}),

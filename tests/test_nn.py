@@ -260,7 +260,7 @@ def test_the_jaxpr_of_a_packed_layer_holds_qqmm_on_words():
 
 ERRORS = [
   ("group", ValueError, "QQLinear", ["40", "16", "'nvfp4'"], lambda: jaxqq.nn.QQLinear(40, 8, rngs=nnx.Rngs(0))),
-  ("mode", ValueError, "QQLinear", ["'mxfp4'"], lambda: linear("mxfp4")),
+  ("mode", ValueError, "QQLinear", ["'int4'"], lambda: linear("int4")),
   ("backward", ValueError, "QQLinear", ["backward", "'ste'"], lambda: linear(backward="ste")),
   ("global_scale", ValueError, "QQLinear", ["'amax'", "3"], lambda: linear("nvfp4", 3)),
   ("dot_general", ValueError, "QQLinear", ["its own dot_general"], lambda: linear(dot_general=lambda *a, **k: None)),

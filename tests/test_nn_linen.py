@@ -216,8 +216,8 @@ def test_bad_input():
     jaxqq.nn.quantize_params(PARAMS, apply=lambda params: 0)
   check_sentence(str(caught.value), "quantize_params", ["apply", "no module"])
   with pytest.raises(ValueError) as caught:
-    jaxqq.nn.quantize_params(PARAMS, "mxfp4")
-  check_sentence(str(caught.value), "quantize_params", ["'mxfp4'"])
+    jaxqq.nn.quantize_params(PARAMS, "int4")
+  check_sentence(str(caught.value), "quantize_params", ["'int4'"])
   with pytest.raises(ValueError) as caught:
     jaxqq.nn.quantized_apply(MODEL, global_scale="max")
   check_sentence(str(caught.value), "quantized_apply", ["global_scale", "'amax'", "'max'"])

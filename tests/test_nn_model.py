@@ -235,7 +235,7 @@ def test_containers_of_python_and_layers_stacked():
 ERRORS = [
   ("no module", TypeError, ["nnx.Module", "dict"], {}, {}),
   ("a layer", TypeError, ["nnx.Linear", "QQLinear"], nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {}),
-  ("mode", ValueError, ["'mxfp4'"], nnx.List([]), {"mode": "mxfp4"}),
+  ("mode", ValueError, ["'int4'"], nnx.List([]), {"mode": "int4"}),
   ("backward", ValueError, ["backward"], nnx.List([]), {"backward": "ste"}),
   ("scale", ValueError, ["'mxfp8'"], nnx.List([]), {"mode": "mxfp8", "global_scale": "amax"}),
 ]

@@ -88,8 +88,6 @@ jaxqq.nn
 
 def test_modes_of_signatures_are_those_of_the_table():
   assert set(get_args(_formats.Mode)) == set(_formats.FORMATS)
-  multiply = {mode for mode, fmt in _formats.FORMATS.items() if fmt.multiplies}
-  assert set(get_args(_formats.ProductMode)) == multiply
   assert all(fmt.mode == mode for mode, fmt in _formats.FORMATS.items())
 
 
@@ -106,8 +104,7 @@ def test_public_signatures_say_what_they_take(function):
   assert set(hints) >= set(inspect.signature(function).parameters) - {"self"}
   assert "typing.Any" not in map(str, hints.values())
   if "mode" in hints:
-    multiplies = function in (jaxqq.qqmm, jaxqq.dot_general)
-    assert hints["mode"] == (_formats.ProductMode if multiplies else _formats.Mode)
+    assert hints["mode"] == _formats.Mode
   if "backward" in hints:
     assert get_args(hints["backward"]) == BACKWARDS
 
@@ -115,7 +112,7 @@ def test_public_signatures_say_what_they_take(function):
 @pytest.mark.parametrize("layer", [jaxqq.nn.QQLinear, jaxqq.nn.QQLinearGeneral, jaxqq.nn.QQEinsum])
 def test_layers_say_which_modes_they_take(layer):
   hints = get_type_hints(layer.__init__)
-  assert hints["mode"] == _formats.ProductMode and get_args(hints["backward"]) == BACKWARDS
+  assert hints["mode"] == _formats.Mode and get_args(hints["backward"]) == BACKWARDS
 
 
 @pytest.mark.parametrize("name", ["", "packed"])

@@ -367,7 +367,6 @@ PRODUCT = [
   ("group_size", ValueError, ["group_size=16", "32"], X, MX, {"group_size": 16}),
   ("no scale of w", ValueError, ["global_scale_x", "no global scale"], X, PLAIN, {"global_scale_x": ONE}),
   ("K", ValueError, ["x", "K = 64", "(4, 32)"], X[:, :32], PLAIN, {}),
-  ("mxfp4", ValueError, ["'mxfp4'", "quantize"], X, jaxqq.quantize_weight(W, "mxfp4"), {}),
   ("no arrays", TypeError, ["w", "NoneType"], X, jax.tree.map(lambda _: None, PLAIN), {}),
 ]  # fmt: skip
 

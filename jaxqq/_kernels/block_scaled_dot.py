@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxqq._formats import Format
+from jaxqq._formats import FORMATS, Format
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, fold
 from jaxqq._quantize import pack, quantize_groups
 from jaxqq._reference import Operands, times_alpha
 
 CAPABILITIES = ("10.", "12.")  # compute capabilities that begin so
+# What `jax.nn.scaled_matmul` says that cuDNN takes; XLA expands all else to bfloat16.
+_TENSOR_CORE_FORMATS = (FORMATS["nvfp4"], FORMATS["mxfp8"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,8 @@ def _plan(problem: Problem, device: Device) -> BlockScaledDot:
     raise Unsupported(f"it is for compute capability 10 and 12 (Blackwell), not {capability}")
   if problem.obstacle is not None:
     raise Unsupported(problem.obstacle)
+  if problem.fmt not in _TENSOR_CORE_FORMATS:
+    raise Unsupported(f"the tensor cores get no {problem.fmt.mode} from XLA, which expands it")
   if problem.wants_exact_sums:
     raise Unsupported("float32 output, or precision above DEFAULT, takes sums known to be exact")
   return BlockScaledDot(problem)

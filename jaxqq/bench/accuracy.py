@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 import jaxqq
-from jaxqq._formats import ProductMode
+from jaxqq._formats import Mode
 from jaxqq.bench.cases import MODES
 from jaxqq.bench.kept import make_header
 
@@ -72,7 +72,7 @@ def error_of(out: Any, x: Any, w: Any) -> float:
 
 
 @functools.cache  # so that JAX compiles it once for all kinds of data
-def _product(mode: ProductMode, precision: jax.lax.Precision | None) -> Callable[..., jax.Array]:
+def _product(mode: Mode, precision: jax.lax.Precision | None) -> Callable[..., jax.Array]:
   return jax.jit(functools.partial(jaxqq.qqmm, mode=mode, precision=precision))
 
 
@@ -81,7 +81,7 @@ def _plain(x: jax.Array, w: jax.Array) -> jax.Array:
   return jnp.matmul(x, w.T)
 
 
-def measure(kind: str, k: int, mode: ProductMode, dtype: str) -> dict[str, Any]:
+def measure(kind: str, k: int, mode: Mode, dtype: str) -> dict[str, Any]:
   """The errors of one product, by precision, and of the plain one."""
   x, w = operands(kind, k, dtype)
   hats = [

@@ -32,7 +32,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxqq
-from jaxqq._formats import ProductMode
+from jaxqq import _formats
 from jaxqq.bench import report
 from jaxqq.bench.cases import MODES, Case
 from jaxqq.bench.check import error_share
@@ -52,7 +52,7 @@ _COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "col
 _ROUNDS = 7
 _LEARNING_RATE = 1e-7  # the loss is a sum
 
-Mode: TypeAlias = ProductMode | Literal["bfloat16"]
+Mode: TypeAlias = _formats.Mode | Literal["bfloat16"]
 Arrays = dict[str, jax.Array]
 Weights = dict[str, tuple[jax.Array, ...]]
 
@@ -165,7 +165,7 @@ def make_weights(hidden: int, intermediate: int, mesh: jax.sharding.Mesh) -> Wei
   return weights
 
 
-def _packed(weights: Weights, mode: ProductMode, mesh: jax.sharding.Mesh) -> Weights:
+def _packed(weights: Weights, mode: _formats.Mode, mesh: jax.sharding.Mesh) -> Weights:
   packed: Weights = {}
   for name, (w,) in weights.items():
     split = NamedSharding(mesh, _SPECS[name])

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 import jaxqq
-from jaxqq._formats import FORMATS, Format, ProductMode
+from jaxqq._formats import FORMATS, Format, Mode
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq.bench.cases import FORMS, Case
 
@@ -88,7 +88,7 @@ def _jaxqq_product(case: Case) -> list[Implementation]:
 
 
 @functools.cache
-def _qqmm(mode: ProductMode) -> Run:
+def _qqmm(mode: Mode) -> Run:
   return functools.partial(jaxqq.qqmm, mode=mode)
 
 
@@ -103,7 +103,7 @@ class PackLast:
 
 
 @functools.cache
-def _pack_last(mode: ProductMode) -> PackLast:
+def _pack_last(mode: Mode) -> PackLast:
   return PackLast(jax.jit(functools.partial(jaxqq.quantize, mode=mode)))
 
 
@@ -120,7 +120,7 @@ def _jaxqq_backward(case: Case) -> list[Implementation]:
 
 
 @functools.cache
-def _gradient(mode: ProductMode, form: str, backward: Backward) -> Run:
+def _gradient(mode: Mode, form: str, backward: Backward) -> Run:
   """The gradient of one operand; neither its value nor the forward product enters."""
   product = functools.partial(jaxqq.qqmm, mode=mode, backward=backward)
 
@@ -141,7 +141,7 @@ def _jaxqq_format(case: Case) -> list[Implementation]:
 
 
 @functools.cache
-def _format(mode: ProductMode, form: str) -> Run:
+def _format(mode: Mode, form: str) -> Run:
   quantize = functools.partial(jaxqq.quantize, mode=mode)
   functions: dict[str, Run] = {
     "quantize": quantize,
@@ -171,7 +171,7 @@ def _xla(case: Case) -> Implementation:
 
 
 @functools.cache
-def _dequantize_and_dot(mode: ProductMode, packed: bool) -> Run:
+def _dequantize_and_dot(mode: Mode, packed: bool) -> Run:
   fmt = FORMATS[mode]
 
   def round_trip(a: jax.Array) -> jax.Array:
@@ -199,7 +199,7 @@ def _scaled_matmul(case: Case) -> Implementation:
 
 
 @functools.cache
-def _typed_operand(mode: ProductMode) -> Run:
+def _typed_operand(mode: Mode) -> Run:
   """Elements and scales as arrays of their own dtypes, (1, rows, k) and (1, rows, groups)."""
   fmt = FORMATS[mode]
 
@@ -211,7 +211,7 @@ def _typed_operand(mode: ProductMode) -> Run:
 
 
 @functools.cache
-def _quantize_and_scaled_matmul(mode: ProductMode, packed: bool) -> Run:
+def _quantize_and_scaled_matmul(mode: Mode, packed: bool) -> Run:
   typed = _typed_operand(mode)
 
   def run(x: jax.Array, *w: jax.Array) -> jax.Array:

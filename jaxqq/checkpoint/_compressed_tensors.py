@@ -145,7 +145,7 @@ class CompressedTensors(Scheme):
         "null: what a layer returns is not quantized",
       )
     args = self.as_kind(f"'input_activations' of {key!r}", group.get("input_activations"), dict)
-    if isinstance(layout, Dense) or not layout.fmt.multiplies:
+    if isinstance(layout, Dense):
       return
     of_weights = {
       "num_bits": (layout.fmt.bits,),

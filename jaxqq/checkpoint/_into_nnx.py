@@ -9,7 +9,6 @@ import jax
 from flax import nnx
 
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS
 from jaxqq._weight import QuantizedWeight
 from jaxqq.checkpoint._checkpoint import Tensor
 from jaxqq.checkpoint._into import (
@@ -94,8 +93,6 @@ class NnxDestination:
     self, node: Any, path: str, key: str, variable: nnx.Variable[Any], weight: QuantizedWeight
   ) -> None:
     """All that hold the kernel can be layers that multiply by the weight."""
-    if not FORMATS[weight.mode].multiplies:
-      raise NoPlaceError(f"it is quantized in mode {weight.mode!r}, which is not multiplied")
     for other_path, other, other_key in self._holders[id(variable)]:
       kind = type(other) if isinstance(other, QuantizedLayer) else LAYERS.get(type(other))
       if kind is None or other_key not in ("kernel", "packed"):

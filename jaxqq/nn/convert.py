@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS, Mode, ProductMode
+from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq.nn.base import Packed, QuantizedLayer, packing, why_not
@@ -24,7 +24,7 @@ Predicate = Callable[[str, nnx.Module], bool | str]
 
 def quantize_model(
   model: nnx.Module,
-  mode: ProductMode = "nvfp4",
+  mode: Mode = "nvfp4",
   *,
   predicate: Predicate | None = None,
   packed: bool = False,
@@ -42,7 +42,7 @@ def quantize_model(
 
   Args:
     model: any nnx.Module that holds layers.
-    mode: "nvfp4" or "mxfp8".
+    mode: "nvfp4", "mxfp8" or "mxfp4".
     predicate: a function of (path, layer), path as "blocks.0.attention.query", that says whether
       to convert a layer; it may also answer with the mode for that layer. None converts all.
     packed: whether to pack the kernels.
@@ -309,7 +309,7 @@ class _Conversion(Replacement):
     mode = self.dot_general.mode
     chosen = True if self.predicate is None else self.predicate(path, node)
     if isinstance(chosen, str):
-      mode = check_format(FUNCTION, chosen, None, None, multiplies=True).mode
+      mode = check_format(FUNCTION, chosen, None, None).mode
     if not chosen:
       return None, "predicate leaves it out"
     reason = why_not(kind, node, mode)

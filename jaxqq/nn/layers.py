@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS, ProductMode
+from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._out_sharding import OutSharding, placed
@@ -33,7 +33,7 @@ class QQLinear(QuantizedLayer):
   Args:
     in_features: K, a multiple of the mode's group size.
     out_features: N.
-    mode: "nvfp4" or "mxfp8".
+    mode: "nvfp4", "mxfp8" or "mxfp4".
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: nvfp4 only. "weight", there the default, gives the kernel a global scale, its
       amax, taken in every call (of a packed kernel, once); "amax" gives the inputs one too, in
@@ -70,7 +70,7 @@ class QQLinear(QuantizedLayer):
     in_features: int,
     out_features: int,
     *,
-    mode: ProductMode = "nvfp4",
+    mode: Mode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
@@ -86,7 +86,7 @@ class QQLinear(QuantizedLayer):
     cls,
     linear: nnx.Linear,
     *,
-    mode: ProductMode = "nvfp4",
+    mode: Mode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
@@ -195,7 +195,7 @@ class QQLinearGeneral(QuantizedLayer):
     *,
     axis: int | Sequence[int] = -1,
     batch_axis: Mapping[int, int] | None = None,
-    mode: ProductMode = "nvfp4",
+    mode: Mode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
@@ -213,7 +213,7 @@ class QQLinearGeneral(QuantizedLayer):
     cls,
     linear: nnx.LinearGeneral,
     *,
-    mode: ProductMode = "nvfp4",
+    mode: Mode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
@@ -277,7 +277,7 @@ class QQEinsum(QuantizedLayer):
     kernel_shape: Sequence[int],
     bias_shape: Sequence[int] | None = None,
     *,
-    mode: ProductMode = "nvfp4",
+    mode: Mode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
@@ -293,7 +293,7 @@ class QQEinsum(QuantizedLayer):
     cls,
     einsum: nnx.Einsum,
     *,
-    mode: ProductMode = "nvfp4",
+    mode: Mode = "nvfp4",
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import ProductMode
+from jaxqq._formats import Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._weight import BEFORE_FLATTEN, LEAVES, QuantizedWeight
@@ -36,7 +36,7 @@ class QQDense(linen.Module):
 
   Attributes:
     features: N.
-    mode: "nvfp4" or "mxfp8"; of a `QuantizedWeight`, its own holds.
+    mode: "nvfp4", "mxfp8" or "mxfp4"; of a `QuantizedWeight`, its own holds.
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: nvfp4 only. "weight", there the default, gives the kernel a global scale, its
       amax, taken in every call; "amax" gives the inputs one too, "row" each row of them a power of
@@ -59,7 +59,7 @@ class QQDense(linen.Module):
   """
 
   features: int
-  mode: ProductMode = "nvfp4"
+  mode: Mode = "nvfp4"
   backward: Backward = "straight_through"
   global_scale: GlobalScale = DEFAULT
   implementation: str | None = None
@@ -171,7 +171,7 @@ LAYERS: dict[type[linen.Module], Callable[..., Contraction]] = {
 
 def quantized_apply(
   model: linen.Module,
-  mode: ProductMode | None = None,
+  mode: Mode | None = None,
   *,
   predicate: Predicate | None = None,
   backward: Backward = "straight_through",
@@ -186,7 +186,8 @@ def quantized_apply(
 
   Args:
     model: any module of Flax Linen.
-    mode: None, "nvfp4" or "mxfp8": that of kernels which are not packed. None leaves them alone.
+    mode: None, "nvfp4", "mxfp8" or "mxfp4": that of kernels which are not packed. None leaves
+      them alone.
     predicate: a function of (path, layer), path as "blocks_0.attention.query", that says whether
       to quantize a layer whose kernel is not packed. None says yes to those that can be.
     backward: "straight_through" or "quantized", as for `qqmm`.

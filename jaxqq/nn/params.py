@@ -13,7 +13,7 @@ from flax.core import meta
 
 from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS, Mode, ProductMode
+from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale, checked_choice
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.kernel import KernelAxes
@@ -41,7 +41,7 @@ class Seen:
 
 def quantize_params(
   params: Mapping[str, Any],
-  mode: ProductMode = "nvfp4",
+  mode: Mode = "nvfp4",
   *,
   apply: Callable[[Any], Any] | None = None,
   predicate: Predicate | None = None,
@@ -54,7 +54,7 @@ def quantize_params(
 
   Args:
     params: what `model.init(...)["params"]` is.
-    mode: "nvfp4" or "mxfp8".
+    mode: "nvfp4", "mxfp8" or "mxfp4".
     apply: a function of params that runs the model, as
       `lambda params: model.apply({"params": params}, x)`. Its shapes alone are used; it tells
       which axes of each kernel are contracted. Without it, only kernels of two axes are
@@ -193,7 +193,7 @@ class _Conversion:
     mode = self.mode
     chosen = True if self.predicate is None else self.predicate(".".join(path), own)
     if isinstance(chosen, str):
-      mode = check_format(FUNCTION, chosen, None, None, multiplies=True).mode
+      mode = check_format(FUNCTION, chosen, None, None).mode
     if not chosen:
       return None, "predicate leaves it out"
     reason = seen.axes.why_not(kernel, mode)

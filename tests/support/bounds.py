@@ -35,10 +35,12 @@ class Quantized:
 
   def values(self) -> np.ndarray:
     """Without a global scale; NaN where a group is bad."""
-    if self.mode == "mxfp8":
+    m = oracle.MODES[self.mode]
+    if m.power_of_two:
       scale = np.ldexp(1.0, self.scales.astype(np.int64) - 127)
       scale = np.where(self.scales == 0xFF, np.nan, scale)
-      return fp8.E4M3[self.codes] * scale.repeat(fp8.GROUP, axis=-1)
+      elements = np.arange(256, dtype=np.uint8).view(m.element).astype(np.float64)
+      return elements[self.codes] * scale.repeat(m.group, axis=-1)
     return oracle.values(self.codes, self.scales, self.mode)
 
 
@@ -198,8 +200,8 @@ def _flushed(x: Quantized, x_hat: np.ndarray, w: Quantized, w_hat: np.ndarray) -
   def small(a: Operand, hat: np.ndarray) -> np.ndarray:
     magnitude = np.abs(hat)
     subnormal = magnitude < SMALLEST_NORMAL
-    if a.mode == "mxfp8":
-      subnormal |= (a.scales == 0).repeat(fp8.GROUP, axis=-1)
+    if isinstance(a, Quantized) and oracle.MODES[a.mode].power_of_two:
+      subnormal |= (a.scales == 0).repeat(oracle.MODES[a.mode].group, axis=-1)
     return np.where(subnormal, magnitude, 0)
 
   x_small, w_small = small(x, x_hat), small(w, w_hat)

@@ -129,16 +129,19 @@ def array(rng: Rng, kind: str, shape: Shape, exponent: int, dtype: np.dtype) -> 
 def random_codes(rng: Rng, shape: Shape, mode: str, group: int) -> tuple[np.ndarray, np.ndarray]:
   """Any codes under any scales, such as no quantizer makes: codes and scale bytes.
 
-  nvfp4's scales of every kind, negative ones too; mxfp8's as far apart as 2**80, in a random place.
+  nvfp4's scales of every kind, negative ones too; powers of two as far apart as 2**80, in a random
+  place.
   """
   scale_shape = (*shape[:-1], shape[-1] // group)
-  if mode == "nvfp4":
+  if mode == "mxfp8":
+    codes = rng.integers(0, 127, shape) + 128 * rng.integers(0, 2, shape)
+  else:
     codes = rng.integers(0, 16, shape)
+  if mode == "nvfp4":
     scales = rng.integers(0, 127, scale_shape)
     if rng.random() < 0.25:
       scales += 128 * rng.integers(0, 2, scale_shape)
   else:
-    codes = rng.integers(0, 127, shape) + 128 * rng.integers(0, 2, shape)
     middle, spread = rng.integers(117, 138), rng.choice([0, 2, 6, 13, 14, 30, 80])
     scales = np.clip(middle + rng.integers(-spread, spread + 1, scale_shape), 0, 254)
     scales[rng.random(scale_shape) < 0.03] = 0
@@ -150,7 +153,7 @@ def poisoned(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Packed w with a NaN somewhere: in a scale, or in a code where codes have one."""
   scales, codes = scales.copy(), codes.copy()
-  if mode == "nvfp4" or rng.random() < 0.5:
+  if mode != "mxfp8" or rng.random() < 0.5:
     place = tuple(rng.integers(size) for size in scales.shape)
     scales[place] = 0x7F if mode == "nvfp4" else 0xFF
   else:

@@ -86,11 +86,12 @@ def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:
   """On a CPU, XLA's reference keeps the bound of HIGHEST whatever is asked for."""
   program = case.program
   by_xla, in_bfloat16 = implementation.startswith("xla"), implementation == "xla_bfloat16"
+  far = oracle.MODES[program.mode].power_of_two  # bfloat16 is short of bits below 2**-126
   return bounds.Rules(
     highest=program.highest or implementation == "xla",
     fp8=program.may_use_fp8_sums and not by_xla,
     fp8_sums=platform != "cpu",  # the interpreter sums up in float32
-    bfloat16=program.mode == "mxfp8" and (in_bfloat16 or (program.wants_exact_sums and not by_xla)),
+    bfloat16=far and (in_bfloat16 or (program.wants_exact_sums and not by_xla)),
     flushes=platform == "cpu",
     norm_wise=case.x in data.NORM_WISE and case.w in data.NORM_WISE,
     wide=case.x == case.w == "large outliers",

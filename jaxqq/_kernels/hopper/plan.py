@@ -203,8 +203,15 @@ def check_hopper(obstacle: str | None, device: Device) -> None:
     raise Unsupported(obstacle)
 
 
-def check_fp8(problem: Problem, device: Device) -> None:
+def check_product(problem: Problem, device: Device) -> None:
+  """Raises Unsupported where no kernel of a product here can take a problem."""
   check_hopper(problem.obstacle, device)
+  if problem.fmt.bits == 4 and problem.fmt.scale_is_power_of_two:
+    raise Unsupported(f"it has no kernel for {problem.fmt.mode} yet")
+
+
+def check_fp8(problem: Problem, device: Device) -> None:
+  check_product(problem, device)
   fmt = problem.fmt
   if fmt.element != ml_dtypes.float8_e4m3fn:
     raise Unsupported(f"{fmt.mode} has no e4m3 elements to feed fp8 tensor cores with")
@@ -325,7 +332,7 @@ def _fp8(problem: Problem, device: Device) -> WidePlan:
 
 
 def _exact(problem: Problem, device: Device) -> WidePlan:
-  check_hopper(problem.obstacle, device)
+  check_product(problem, device)
   return _wide(problem, device, fp8=False)
 
 
@@ -345,7 +352,7 @@ MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
 
 
 def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
-  check_hopper(problem.obstacle, device)
+  check_product(problem, device)
   rows, is_packed = problem.rows, problem.is_packed
   if not is_packed and problem.transposed:
     raise Unsupported("w is not packed, and an operand's contracted axis comes first")
