@@ -10,6 +10,7 @@ from jaxqq._convert import dequantize, quantize
 from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
 from jaxqq._qqmm import qqmm
+from jaxqq._quantized_matmul import quantized_matmul
 from jaxqq._trees import combine, partition
 from jaxqq._weight import QuantizedWeight, quantize_weight
 
@@ -25,6 +26,7 @@ __all__ = [
   "qqmm",
   "quantize",
   "quantize_weight",
+  "quantized_matmul",
 ]
 
 __version__ = "0.1.0"  # pyproject.toml reads it here

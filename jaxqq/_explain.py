@@ -21,9 +21,10 @@ from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
 from jaxqq._kernels.plan import TARGET, Device, Implementation, Plan
 from jaxqq._out_sharding import checked_out_sharding
-from jaxqq._primitive import planned
+from jaxqq._primitive import How, planned
 from jaxqq._qqmm import checked, qqmm
-from jaxqq._reference import matrix_ndim
+from jaxqq._quantized_matmul import checked_weights, quantized_matmul
+from jaxqq._reference import Operands, matrix_ndim
 from jaxqq._split import described, named_sharding
 
 # Platforms as JAX names them; "gpu" is one of the two, whichever is here.
@@ -53,7 +54,9 @@ class Explanation(str):
 
 
 def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> Explanation:
-  """Says which implementation a call of `qqmm`, `quantize` or `dequantize` runs, and why.
+  """Says which implementation a call of `qqmm` or another function runs, and why.
+
+  The others are `quantized_matmul`, `quantize` and `dequantize`.
 
   Args:
     args: the function, unless it is `qqmm`, and what it takes, with the same checks; a
@@ -67,7 +70,7 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
     Some sentences, a `str`, whose attribute `plan` is what they tell of.
 
   Raises:
-    TypeError, ValueError: as the function; or it is none of the three, or does not take these.
+    TypeError, ValueError: as the function; or it is none of the four, or does not take these.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
@@ -82,7 +85,8 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
   explained = next((e for f, e in _EXPLAINED if f is function), None)
   if explained is None:
     raise TypeError(
-      "explain: the function must be jaxqq.qqmm, jaxqq.quantize or jaxqq.dequantize, got "
+      "explain: the function must be jaxqq.qqmm, jaxqq.quantized_matmul, jaxqq.quantize or "
+      "jaxqq.dequantize, got "
       f"{getattr(function, '__name__', type(function).__name__)}."
     )
   try:
@@ -98,7 +102,17 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
 
 def _explain_qqmm(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:
   checked_out_sharding("explain", out_sharding)
-  operands, params = checked("explain", **arguments)
+  return _explain_product("qqmm", device, *checked("explain", **arguments))
+
+
+def _explain_quantized_matmul(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:
+  checked_out_sharding("explain", out_sharding)
+  return _explain_product("quantized_matmul", device, *checked_weights("explain", **arguments))
+
+
+def _explain_product(
+  function: str, device: Any, operands: Operands, params: dict[str, Any]
+) -> Explanation:
   platform = _platform(operands.x, device)
   as_matrix = operands
   if len(operands.x.shape) == 1:
@@ -106,13 +120,13 @@ def _explain_qqmm(device: Any, out_sharding: Any, **arguments: Any) -> Explanati
   part, summed, about_split = described(as_matrix, FORMATS[params["mode"]])
   part_dtype = np.dtype(np.float32) if summed else params["out_dtype"]
   fmt = FORMATS[params["mode"]]
-  how, target = (params["precision"], params["implementation"]), _kernels.device_of(platform)
+  how, target = How.of(params), _kernels.device_of(platform)
   plan, inner = planned(part, fmt, part_dtype, how, target, params["out_dtype"])
   if inner is not part:
     about_split = ["Its float32 result is multiplied by the global scales of w.", *about_split]
   w_words = _of("w", operands.w)
   w_words += " quantized on the fly" if operands.scales is None else " packed"
-  heading = f"qqmm {params['mode']}, {_of('x', operands.x)}, {w_words}"
+  heading = f"{function} {params['mode']}, {_of('x', operands.x)}, {w_words}"
   return _sentences(heading, plan, target, about_split)
 
 
@@ -192,6 +206,7 @@ def _as_matrix(a: Any) -> jax.ShapeDtypeStruct:
 
 _EXPLAINED: tuple[tuple[Any, Callable[..., Explanation]], ...] = (
   (qqmm, _explain_qqmm),
+  (quantized_matmul, _explain_quantized_matmul),
   (quantize, _explain_quantize),
   (dequantize, _explain_dequantize),
 )

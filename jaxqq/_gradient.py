@@ -1,4 +1,4 @@
-"""The derivatives of qqmm.
+"""The derivatives of qqmm, and of the product whose x is not quantized.
 
 Quantization Q is a staircase: its derivative is 0 almost everywhere and tells nothing. Taken as
 the identity instead (the straight-through estimator: Bengio, Léonard, Courville 2013,
@@ -20,6 +20,12 @@ an unpacked operand whose amax is below 1 gets a global scale, 2688 times a powe
 Both sum over rows: dx over n, dw over m, and over every batch axis that the result lacks. dx
 through a packed w is a primitive of its own, `qqmm_pullback`, so that w is moved between devices
 as it is packed.
+
+Where x is not quantized, y = x Q(w)^T is linear in it, and its derivative is no matter of taste:
+
+    y' = x' Q(w)^T + x w'^T    dx = g Q(w)    dw = g^T x
+
+Only w's own term is straight-through. dx is `qqmm_pullback` there, of an unpacked w too.
 
 Global scales have no gradient. A second derivative differentiates these formulas again,
 straight-through where they multiply quantized operands. Residuals are x and w as they came.
@@ -66,25 +72,30 @@ qqmm_pullback_p = Primitive("qqmm_pullback")
 # Forward mode
 
 
-def _jvp(primals: Any, tangents: Any, *, operands: tuple[str, ...], **params: Any) -> Any:
+def _jvp(
+  primals: Any, tangents: Any, *, operands: tuple[str, ...], quantize_input: bool, **params: Any
+) -> Any:
   """y' = x' w^T + x w'^T."""
-  out = qqmm_p.bind(*primals, operands=operands, **params)
+  out = qqmm_p.bind(*primals, operands=operands, quantize_input=quantize_input, **params)
   at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
-  _refuse_gradient_of_packed(tangent)
+  _refuse_gradient_of_packed(tangent, "qqmm" if quantize_input else "quantized_matmul")
   terms = []
   if not _is_zero(tangent.x):
-    terms.append(_tangent(dataclasses.replace(at, x=tangent.x), wrt="x", **params))
+    quantize_w = at.scales is None and not quantize_input
+    moved = dataclasses.replace(at, x=tangent.x)
+    terms.append(_tangent(moved, wrt="x", quantize_w=quantize_w, **params))
   if not _is_zero(tangent.w):
-    terms.append(_tangent(dataclasses.replace(at, w=tangent.w), wrt="w", **params))
+    moved = dataclasses.replace(at, w=tangent.w)
+    terms.append(_tangent(moved, wrt="w", quantize_w=False, **params))
   return out, _total(terms, out)
 
 
-def _refuse_gradient_of_packed(tangent: Operands) -> None:
+def _refuse_gradient_of_packed(tangent: Operands, function: str = "qqmm") -> None:
   """Packed words are integers, which JAX never differentiates; float8 scales it would."""
   if tangent.scales is not None and not _is_zero(tangent.scales):
     raise ValueError(
-      "qqmm: asked for the gradient of the scales of a packed w; to receive gradients, w must "
-      "be provided unquantized."
+      f"{function}: asked for the gradient of the scales of a packed w; to receive gradients, w "
+      "must be provided unquantized."
     )
 
 
@@ -96,17 +107,26 @@ def _total(terms: list[jax.Array], out: jax.Array) -> Any:
   return functools.reduce(jnp.add, terms) if terms else ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
-def _tangent(operands: Operands, *, wrt: str, **params: Any) -> jax.Array:
-  """x @ w.T of unquantized operands (or a packed w), linear in the one `wrt` names."""
-  return qqmm_tangent_p.bind(*operands.flatten(), operands=operands.names, wrt=wrt, **params)
+def _tangent(operands: Operands, *, wrt: str, quantize_w: bool, **params: Any) -> jax.Array:
+  """x @ w.T, linear in the operand that `wrt` names, of an x that is not quantized.
+
+  w is packed, or as it is; or quantized on the fly, with respect to x alone.
+  """
+  own = {"operands": operands.names, "wrt": wrt, "quantize_w": quantize_w}
+  return qqmm_tangent_p.bind(*operands.flatten(), **own, **params)
 
 
 def _tangent_product(
-  *args: jax.Array, operands: tuple[str, ...], mode: str, out_dtype: np.dtype, **_: Any
+  *args: jax.Array,
+  operands: tuple[str, ...],
+  mode: str,
+  out_dtype: np.dtype,
+  quantize_w: bool,
+  **_: Any,
 ) -> jax.Array:
-  """What `qqmm_tangent` computes: a product in which nothing is quantized on the fly."""
+  """What `qqmm_tangent` computes."""
   ops = unflatten(operands, args).untransposed()
-  if ops.scales is None:
+  if ops.scales is None and not quantize_w:
     out = matmul(ops.x, jnp.swapaxes(ops.w, -1, -2))
   else:
     fmt = FORMATS[mode]
@@ -118,8 +138,8 @@ def _tangent_product(
 
 
 def _tangent_lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) -> Any:
-  """XLA splits a plain product by itself, but gathers a packed w dequantized."""
-  fmt = FORMATS[params["mode"]] if "scales" in operands else None
+  """XLA splits a plain product by itself, but gathers a quantized w dequantized."""
+  fmt = FORMATS[params["mode"]] if "scales" in operands or params["quantize_w"] else None
   mesh = ctx.avals_out[0].sharding.mesh
 
   def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
@@ -134,10 +154,17 @@ def _tangent_lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params:
 
 
 def _tangent_jvp(
-  primals: Any, tangents: Any, *, operands: tuple[str, ...], wrt: str, **params: Any
+  primals: Any,
+  tangents: Any,
+  *,
+  operands: tuple[str, ...],
+  wrt: str,
+  quantize_w: bool,
+  **params: Any,
 ) -> Any:
   """The product rule: linear in one operand, and straight-through in the other."""
-  out = qqmm_tangent_p.bind(*primals, operands=operands, wrt=wrt, **params)
+  how = {"operands": operands, "wrt": wrt, "quantize_w": quantize_w}
+  out = qqmm_tangent_p.bind(*primals, **how, **params)
   at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
   _refuse_gradient_of_packed(tangent)
   terms = []
@@ -145,7 +172,7 @@ def _tangent_jvp(
     if not _is_zero(getattr(tangent, name)):
       moved = dataclasses.replace(at, **{name: getattr(tangent, name)})
       own = params if name == wrt else {**params, "backward": "straight_through"}
-      terms.append(_tangent(moved, wrt=name, **own))
+      terms.append(_tangent(moved, wrt=name, quantize_w=quantize_w and name == "x", **own))
   return out, _total(terms, out)
 
 
@@ -181,6 +208,7 @@ def _pulled(
   operands: tuple[str, ...],
   target: jax.core.ShapedArray,
   wrt: str,
+  quantize_w: bool,
   mode: str,
   backward: str,
   precision: lax.Precision | None,
@@ -188,6 +216,7 @@ def _pulled(
 ) -> jax.Array:
   """The cotangent of x or w, of that operand's shape and dtype."""
   fmt, ops = FORMATS[mode], unflatten(operands, known)
+  how = _primitive.How(precision, implementation)
   others, global_scale, amax_g = ops.x, ops.global_scale_x, None
   if wrt == "x":
     others, global_scale = ops.w, ops.global_scale_w
@@ -206,11 +235,15 @@ def _pulled(
       global_scale = scale_that_reaches(amax(others, ()), fmt)
   if ops.scales is not None and target.shape[:-2] == cotangent.shape[:-2]:
     at = dataclasses.replace(ops, x=cotangent, global_scale_x=amax_g, global_scale_w=global_scale)
-    return _pullback(at, mode, target.dtype, backward, precision, implementation)
+    return _pullback(at, mode, target.dtype, backward, how)
+  if quantize_w:
+    at = dataclasses.replace(ops.untransposed(["w"]), x=cotangent)
+    is_whole = target.shape[:-2] == cotangent.shape[:-2]
+    out = _pullback(at, mode, target.dtype if is_whole else jnp.float32, backward, how)
+    return _summed_to(out, target.shape).astype(target.dtype)
   if backward == "quantized":
     if ops.scales is not None:
       others = dequantized(ops, fmt)
-    how = precision, implementation
     product = functools.partial(quantized_product, fmt=fmt, how=how, dtype=target.dtype)
   else:
     if ops.row_scales is not None:
@@ -226,7 +259,16 @@ def _pulled(
   return sum_over_rows(summed, target.shape, product).astype(target.dtype)
 
 
-# dx through a packed w: dx[..., m, k] = sum_n g[..., m, n] * w[..., n, k], where x names g
+def _summed_to(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The sum over the batch axes that shape lacks, or has once."""
+  missing = a.ndim - len(shape)
+  a = jnp.sum(a, axis=range(missing)) if missing else a
+  ones = [i for i, size in enumerate(shape) if size != a.shape[i]]
+  return jnp.sum(a, axis=ones, keepdims=True) if ones else a
+
+
+# dx through a quantized w: dx[..., m, k] = sum_n g[..., m, n] * w_hat[..., n, k], where x names g.
+# w is packed; or, where the forward product quantizes w alone, it is quantized again, along k.
 
 
 def _pullback(
@@ -234,8 +276,7 @@ def _pullback(
   mode: str,
   out_dtype: np.dtype,
   backward: str,
-  precision: lax.Precision | None,
-  implementation: str | None,
+  how: _primitive.How,
 ) -> jax.Array:
   return qqmm_pullback_p.bind(
     *operands.flatten(),
@@ -243,8 +284,8 @@ def _pullback(
     mode=mode,
     out_dtype=np.dtype(out_dtype),
     backward=backward,
-    precision=precision,
-    implementation=implementation,
+    precision=how.precision,
+    implementation=how.implementation,
   )
 
 
@@ -260,7 +301,7 @@ def _pullback_lowering(
   operands: tuple[str, ...],
   **params: Any,
 ) -> Any:
-  mode, how = params["mode"], (params["precision"], params["implementation"])
+  mode, how = params["mode"], _primitive.How.of(params)
   fmt, quantized = FORMATS[mode], params["backward"] == "quantized"
   platform = _primitive.platform_of(ctx)
 
@@ -282,16 +323,30 @@ def _pullback_lowering(
 
 
 def _pullback_jvp(
-  primals: Any, tangents: Any, *, operands: tuple[str, ...], backward: str, **params: Any
+  primals: Any,
+  tangents: Any,
+  *,
+  operands: tuple[str, ...],
+  mode: str,
+  out_dtype: np.dtype,
+  backward: str,
+  **params: Any,
 ) -> Any:
-  """Linear in g, straight-through where g is quantized."""
-  out = qqmm_pullback_p.bind(*primals, operands=operands, backward=backward, **params)
-  tangent = unflatten(operands, tangents)
+  """Linear in g, straight-through where g or w is quantized."""
+  of_all = {"operands": operands, "mode": mode, "out_dtype": out_dtype, "backward": backward}
+  out = qqmm_pullback_p.bind(*primals, **of_all, **params)
+  at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
   _refuse_gradient_of_packed(tangent)
-  if _is_zero(tangent.x):
-    return out, _total([], out)
-  moved = dataclasses.replace(unflatten(operands, primals), x=tangent.x, global_scale_x=None)
-  return out, _pullback(moved, backward=BACKWARDS[0], **params)
+  terms = []
+  if not _is_zero(tangent.x):
+    moved = dataclasses.replace(at, x=tangent.x, global_scale_x=None)
+    terms.append(_pullback(moved, mode, out_dtype, BACKWARDS[0], _primitive.How.of(params)))
+  if not _is_zero(tangent.w):  # g w', whose contracted axis is the first of w'
+    moved = Operands(at.x, tangent.w, transposed=("w",))
+    own = {"mode": mode, "out_dtype": out_dtype, "backward": BACKWARDS[0], **params}
+    term = _tangent(moved, wrt="w", quantize_w=False, **own)
+    terms.append(jnp.broadcast_to(term, out.shape))  # an axis may come from a global scale alone
+  return out, _total(terms, out)
 
 
 def _pullback_transpose(
@@ -303,7 +358,8 @@ def _pullback_transpose(
   ops = unflatten(operands, args)
   g = ops.x.aval
   at = dataclasses.replace(ops, x=cotangent)
-  result = _tangent(at, wrt="x", out_dtype=np.dtype(jnp.float32), **params)
+  own = {"wrt": "x", "quantize_w": ops.scales is None, "out_dtype": np.dtype(jnp.float32)}
+  result = _tangent(at, **own, **params)
   missing = [i for i in range(g.ndim) if g.shape[i] != result.shape[i]]
   result = jnp.sum(result, axis=missing, keepdims=True) if missing else result
   return [result.astype(g.dtype) if name == "x" else None for name in operands]

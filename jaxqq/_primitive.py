@@ -1,4 +1,4 @@
-"""`qqmm_p`, the product as one primitive of JAX.
+"""`qqmm_p`, the product as one primitive of JAX, of a quantized x or of x as it is.
 
 Its operands are those of `Operands`, batch axes included, so `vmap` adds an axis and never a
 loop. What differentiation does with it is in `_gradient.py`, where it runs in `_kernels`.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,18 @@ from jaxqq._split import Layout, forward
 
 qqmm_p = Primitive("qqmm")
 
-# Which precision, and which implementation, were asked for.
-How: TypeAlias = tuple[jax.lax.Precision | None, str | None]
+
+class How(NamedTuple):
+  """What is asked of a product, beside its operands and dtypes."""
+
+  precision: jax.lax.Precision | None = None
+  implementation: str | None = None
+  quantize_input: bool = True  # whether x is quantized; else it is multiplied as it is
+
+  @classmethod
+  def of(cls, params: Mapping[str, Any]) -> How:
+    """Of a primitive's parameters."""
+    return cls(*(params[name] for name in cls._fields if name in params))
 
 
 def qqmm(
@@ -39,8 +49,12 @@ def qqmm(
   backward: str,
   precision: jax.lax.Precision | None,
   implementation: str | None = None,
+  quantize_input: bool = True,
 ) -> jax.Array:
-  """out[..., m, n] = sum_k x_hat[..., m, k] * w_hat[..., n, k], in out_dtype."""
+  """out[..., m, n] = sum_k x_hat[..., m, k] * w_hat[..., n, k], in out_dtype.
+
+  x_hat is x itself, in its own dtype, where the input is not to be quantized.
+  """
   return qqmm_p.bind(
     *operands.flatten(),
     operands=operands.names,
@@ -49,6 +63,7 @@ def qqmm(
     backward=backward,
     precision=precision,
     implementation=implementation,
+    quantize_input=quantize_input,
   )
 
 
@@ -66,8 +81,7 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) ->
   platform = platform_of(ctx)
 
   def product(values: Operands, out_dtype: np.dtype) -> jax.Array:
-    how = params["precision"], params["implementation"]
-    return run(values, params["mode"], out_dtype, how, platform, params["out_dtype"])
+    return run(values, params["mode"], out_dtype, How.of(params), platform, params["out_dtype"])
 
   layout = forward(FORMATS[params["mode"]])
   return lower_split(ctx, args, operands, product, layout, f"qqmm_{label(params)}")
@@ -75,9 +89,13 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], **params: Any) ->
 
 def label(params: dict[str, Any]) -> str:
   """What a product's lowering depends on, beside its operands."""
-  precision, implementation = params["precision"], params["implementation"]
-  words = (params["mode"], params["backward"], precision.name if precision else "default")
-  return "_".join(words if implementation is None else (*words, implementation))
+  how = How.of(params)
+  words = [params["mode"], params["backward"], how.precision.name if how.precision else "default"]
+  if how.implementation is not None:
+    words.append(how.implementation)
+  if not how.quantize_input or params.get("quantize_w"):
+    words.append("weights")
+  return "_".join(words)
 
 
 def platform_of(ctx: Any) -> str:
@@ -114,21 +132,22 @@ def planned(
   Kernels take one global scale of w. Where those of packed w differ from matrix to matrix or from
   row to row, a kernel's float32 result is multiplied by them, unless it `takes_row_scales`.
   """
-  precision, implementation = how
   of_w, of_rows = operands.global_scale_w, operands.row_scales
+
+  def plan_of(ops: Operands, dtype: np.dtype, result: np.dtype | None) -> _kernels.Plan:
+    problem = _kernels.Problem.of(ops, fmt, dtype, how.precision, result, how.quantize_input)
+    return _kernels.plan(problem, device, chosen=how.implementation)
+
   differ = of_rows is not None or (of_w is not None and math.prod(of_w.shape) > 1)
   if operands.scales is None or not differ:
-    problem = _kernels.Problem.of(operands, fmt, out_dtype, precision, result_dtype)
-    return _kernels.plan(problem, device, chosen=implementation), operands
+    return plan_of(operands, out_dtype, result_dtype), operands
   none = None if operands.global_scale_x is None else unscaled(fmt)
   inner = dataclasses.replace(operands, global_scale_w=none, row_scales=None)
   sums = np.dtype(jnp.float32)
-  problem = _kernels.Problem.of(inner, fmt, sums, precision, result_dtype or out_dtype)
-  plan = _kernels.plan(problem, device, chosen=implementation)
+  plan = plan_of(inner, sums, result_dtype or out_dtype)
   if not plan.implementation.takes_row_scales:
     return plan, inner
-  problem = _kernels.Problem.of(operands, fmt, out_dtype, precision, result_dtype)
-  return _kernels.plan(problem, device, chosen=implementation), operands
+  return plan_of(operands, out_dtype, result_dtype), operands
 
 
 def lower_split(

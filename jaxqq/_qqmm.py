@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import jax
@@ -32,7 +33,7 @@ from jaxqq._formats import FORMATS, Format, Mode
 from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._kernels import IMPLEMENTATIONS
-from jaxqq._out_sharding import OutSharding, checked_out_sharding, produced
+from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
 from jaxqq._weight import MATMUL, QuantizedWeight
@@ -144,13 +145,25 @@ def qqmm(
     implementation,
   )
   multiply = product_by_rows if _is_by_rows(global_scale_x) else product
+  return placed_product("qqmm", operands, params, out_sharding, multiply)
+
+
+def placed_product(
+  function: str,
+  operands: Operands,
+  params: dict[str, Any],
+  out_sharding: OutSharding,
+  multiply: Callable[[Operands, dict[str, Any]], jax.Array],
+) -> jax.Array:
+  """What `checked` returns, multiplied, where out_sharding says."""
   names = operands.names
 
   def of_arrays(*arrays: Any) -> jax.Array:
     return multiply(unflatten(names, arrays), params)
 
-  out_sharding = checked_out_sharding("qqmm", out_sharding)
-  return produced(of_arrays, out_sharding, *map(jnp.asarray, operands.flatten()))
+  out_sharding = checked_out_sharding(function, out_sharding)
+  with errors_of(function):
+    return produced(of_arrays, out_sharding, *map(jnp.asarray, operands.flatten()))
 
 
 def product(operands: Operands, params: dict[str, Any]) -> jax.Array:
@@ -199,12 +212,17 @@ def checked(
   precision: Any,
   preferred_element_type: Any,
   implementation: Any,
+  quantize_input: bool = True,
 ) -> tuple[Operands, dict[str, Any]]:
-  """The operands and the primitive's parameters, or the error that the caller should see."""
-  row_scales = None
+  """The operands and the primitive's parameters, or the error that the caller should see.
+
+  Where x is not quantized, global_scale_x is None, and that of w is `global_scale` to the caller.
+  """
+  row_scales, name_of_scale = None, "global_scale_w" if quantize_input else "global_scale"
   if isinstance(w, QuantizedWeight):
-    mode = _mode_of(function, w, mode, scales, global_scale_w)
-    global_scale_x = _global_scale_of_x(function, w, global_scale_x)
+    mode = _mode_of(function, w, mode, scales, global_scale_w, name_of_scale)
+    if quantize_input:
+      global_scale_x = _global_scale_of_x(function, w, global_scale_x)
     packed = w._operands(x, global_scale_x)
     w, scales, global_scale_w = packed.w, packed.scales, packed.global_scale_w
     row_scales = packed.row_scales
@@ -218,7 +236,8 @@ def checked(
     check_has_global_scale(function, "global_scale_x", fmt)
     has_none = global_scale_w is None and row_scales is None
     global_scale_x = None if has_none else unscaled(fmt)
-  if row_scales is None and (global_scale_x is None) != (global_scale_w is None):
+  is_one_of_two = (global_scale_x is None) != (global_scale_w is None)
+  if quantize_input and row_scales is None and is_one_of_two:
     missing, given = ("x", "w") if global_scale_x is None else ("w", "x")
     check_has_global_scale(function, f"global_scale_{given}", fmt)
     raise ValueError(
@@ -226,8 +245,8 @@ def checked(
       f"each the amax of its tensor ({fmt.largest_value:g} is no scale), or neither."
     )
   batch_of_w = tuple(w.shape[:-2])
-  global_scale_x = _global_scale(function, "x", global_scale_x, x, fmt, batch_of_w)
-  global_scale_w = _global_scale(function, "w", global_scale_w, w, fmt, batch_of_w)
+  global_scale_x = _global_scale(function, "global_scale_x", global_scale_x, x, fmt, batch_of_w)
+  global_scale_w = _global_scale(function, name_of_scale, global_scale_w, w, fmt, batch_of_w)
   if not isinstance(backward, str) or backward not in BACKWARDS:
     raise ValueError(
       f"{function}: unknown backward {backward!r}; it must be one of "
@@ -243,6 +262,7 @@ def checked(
     "backward": backward,
     "precision": check_precision(function, precision),
     "implementation": check_implementation(function, implementation),
+    "quantize_input": quantize_input,
   }
 
 
@@ -260,16 +280,15 @@ def check_implementation(function: str, implementation: Any) -> str | None:
 
 
 def _global_scale(
-  function: str, operand: str, value: Any, a: Any, fmt: Format, batch_of_w: tuple[int, ...]
+  function: str, name: str, value: Any, a: Any, fmt: Format, batch_of_w: tuple[int, ...]
 ) -> Any:
   """As `check_global_scale`; "amax" is taken from the operand, one a matrix if w has batch axes."""
-  name = f"global_scale_{operand}"
   if not isinstance(value, str):
     # With one w, all of x is one matrix.
     batch_shapes = (batch_of_w, tuple(a.shape[:-2])) if batch_of_w else ()
     return check_global_scale(function, name, value, fmt, batch_shapes=batch_shapes)
   if value != "amax":
-    words = "'amax', 'row', " if operand == "x" else "'amax', "
+    words = "'amax', 'row', " if name == "global_scale_x" else "'amax', "
     raise ValueError(f"{function}: unknown {name} {value!r}; it must be {words}a number or None.")
   check_has_global_scale(function, name, fmt)
   if np.dtype(a.dtype) == PACKED:
@@ -283,14 +302,21 @@ def _global_scale(
   return amax_of_each_matrix(jnp.asarray(a), batch_ndim)
 
 
-def _mode_of(function: str, w: QuantizedWeight, mode: Any, scales: Any, global_scale_w: Any) -> str:
+def _mode_of(
+  function: str,
+  w: QuantizedWeight,
+  mode: Any,
+  scales: Any,
+  global_scale_w: Any,
+  name_of_scale: str,
+) -> str:
   """The mode that w was quantized in; nothing that w brings may be given once more."""
   if not isinstance(mode, _DefaultMode) and mode != w.mode:
     raise ValueError(
       f"{function}: mode {mode!r} was given with a QuantizedWeight of mode {w.mode!r}; "
       "leave mode out."
     )
-  for name, value in (("scales", scales), ("global_scale_w", global_scale_w)):
+  for name, value in (("scales", scales), (name_of_scale, global_scale_w)):
     if value is not None:
       raise ValueError(
         f"{function}: {name} was given with w a QuantizedWeight, which brings its own; "

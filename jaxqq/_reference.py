@@ -106,22 +106,31 @@ def matrix_ndim(name: str) -> int:
   return 0 if name.startswith("global_scale") else 2
 
 
-def product(operands: Operands, *, fmt: Format, out_dtype: np.dtype) -> jax.Array:
+def product(
+  operands: Operands, *, fmt: Format, out_dtype: np.dtype, quantize_input: bool = True
+) -> jax.Array:
   """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], in float32.
 
   x_hat and w_hat are dequantized without their global scales, which float32 holds exactly;
   alpha = global_scale_x / 2688 * global_scale_w / 2688 follows, as two factors of about the same
-  exponent: the sum is large where alpha itself would underflow.
+  exponent: the sum is large where alpha itself would underflow. x_hat is x where the input is not
+  to be quantized.
   """
   operands = operands.untransposed()
-  x_hat = round_trip(operands.x, fmt, operands.global_scale_x)
-  if operands.scales is None:
-    w_hat = round_trip(operands.w, fmt, operands.global_scale_w)
-  else:
-    w_hat = dequantize_to_multiply(*unpacked(operands.w, operands.scales, fmt), fmt)
+  x_hat = operands.x.astype(jnp.float32)
+  if quantize_input:
+    x_hat = round_trip(operands.x, fmt, operands.global_scale_x)
+  w_hat = w_hat_of(operands, fmt)
   out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
   out = times_alpha(out, operands.global_scale_x, operands.global_scale_w, fmt, operands.row_scales)
   return out.astype(out_dtype)
+
+
+def w_hat_of(operands: Operands, fmt: Format) -> jax.Array:
+  """w_hat, packed before or quantized here, in float32 and without its global scale."""
+  if operands.scales is None:
+    return round_trip(operands.w, fmt, operands.global_scale_w)
+  return dequantize_to_multiply(*unpacked(operands.w, operands.scales, fmt), fmt)
 
 
 def round_trip(a: jax.Array, fmt: Format, global_scale: jax.Array | None) -> jax.Array:

@@ -21,6 +21,7 @@ from jaxqq._reference import (
   dequantize_packed,
   matmul,
   matrix_ndim,
+  round_trip,
   times_alpha,
 )
 
@@ -129,8 +130,8 @@ def quantized_product(
     mode=fmt.mode,
     out_dtype=np.dtype(jnp.float32) if sums_follow else dtype,
     backward="quantized",
-    precision=how[0],
-    implementation=how[1],
+    precision=how.precision,
+    implementation=how.implementation,
   )
 
 
@@ -156,9 +157,13 @@ def whole_groups(operands: Operands, fmt: Format) -> Operands:
 
 
 def dequantized_for(dtype: np.dtype, ops: Operands, fmt: Format) -> jax.Array:
-  """Packed w without its global scale, to be multiplied with an operand of this dtype.
+  """w_hat without its global scale, to be multiplied with an operand of this dtype.
 
-  bfloat16 holds such a w exactly, so that it can meet a bfloat16 operand on the matrix units.
+  bfloat16 holds such a w exactly, so that it can meet a bfloat16 operand on the matrix units. w is
+  packed, or quantized here along its last axis.
   """
-  w = dequantize_packed(ops.w, ops.scales, fmt)
+  if ops.scales is None:
+    w = round_trip(ops.w, fmt, ops.global_scale_w)
+  else:
+    w = dequantize_packed(ops.w, ops.scales, fmt)
   return w.astype(dtype) if dtype == jnp.bfloat16 else w

@@ -178,11 +178,11 @@ def test_a_kernel_gets_w_without_what_it_lacks(scales, monkeypatch):
   operands = weight._operands(x, jnp.float32(64))
   run = jax.jit(
     lambda x: _primitive.run(
-      dataclasses.replace(operands, x=x), "nvfp4", jnp.dtype(jnp.bfloat16), (None, None), "cuda"
+      dataclasses.replace(operands, x=x), "nvfp4", jnp.dtype(jnp.bfloat16), _primitive.How(), "cuda"
     )
   )
   plan, inner = _primitive.planned(
-    operands, FORMATS["nvfp4"], jnp.dtype(jnp.bfloat16), (None, None), device
+    operands, FORMATS["nvfp4"], jnp.dtype(jnp.bfloat16), _primitive.How(), device
   )
   assert (
     plan.name == "block_scaled_dot" and inner.row_scales is None and inner.global_scale_w == 2688
@@ -204,7 +204,7 @@ def test_explain_says_so():
   assert jaxqq.explain(x, jax.eval_shape(fused), device="cpu").plan.name == "xla"
   other = Operands(xs, *jaxqq.quantize(STACKS[0]), jnp.ones(2), jnp.ones(2))
   plan, inner = _primitive.planned(
-    other, FORMATS["nvfp4"], jnp.dtype("bfloat16"), (None, None), _kernels.Device("cuda", "9.0")
+    other, FORMATS["nvfp4"], jnp.dtype("bfloat16"), _primitive.How(), _kernels.Device("cuda", "9.0")
   )
   assert plan.name.startswith("xla") and inner is other  # scales of x differ too
 

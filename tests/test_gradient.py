@@ -20,7 +20,7 @@ def data(*shapes, seed=20):
   return [oracle.random(rng, shape, "float32") for shape in shapes]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 def test_quantized_backward_reproduces_mlx(mode):
   x, w, g = (GOLDEN[name] for name in "xwg")
   y, pullback = jax.vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward="quantized"), x, w)

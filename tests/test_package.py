@@ -37,7 +37,7 @@ def test_import_needs_the_four_packages_only():
 
 FUNCTIONS = (
   *("qqmm", "quantize", "dequantize", "explain", "quantize_weight", "dot_general", "concatenate"),
-  *("partition", "combine"),
+  *("partition", "combine", "quantized_matmul"),
 )
 POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
@@ -151,7 +151,7 @@ def test_a_file_imports_only_from_files_above_it():
     *("_reference", "_kernels"),
     *("_split", "_sharding", "_out_sharding", "_primitive", "_convert_split"),
     *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
-    *("_gradient", "_qqmm", "_explain", "_einsum", "_contraction"),
+    *("_gradient", "_qqmm", "_quantized_matmul", "_explain", "_einsum", "_contraction"),
     *("_dot_general", "checkpoint_policies", "__init__"),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}

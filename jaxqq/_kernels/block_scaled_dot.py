@@ -83,6 +83,8 @@ def _plan(problem: Problem, device: Device) -> BlockScaledDot:
     raise Unsupported(f"it is for compute capability 10 and 12 (Blackwell), not {capability}")
   if problem.obstacle is not None:
     raise Unsupported(problem.obstacle)
+  if not problem.quantize_input:
+    raise Unsupported("x is not quantized, and the tensor cores take two operands with scales")
   if problem.fmt not in _TENSOR_CORE_FORMATS:
     raise Unsupported(f"the tensor cores get no {problem.fmt.mode} from XLA, which expands it")
   if problem.wants_exact_sums:

@@ -131,6 +131,6 @@ def from_table(
     raise AssertionError("the last row of a table takes every problem")
   reasons = [refusal for refusal in refusals if refusal.startswith(chosen)]
   raise ValueError(
-    f"qqmm: implementation {chosen!r} cannot compute this product on {device.platform}: "
-    f"{'; '.join(reasons)}."
+    f"{problem.function}: implementation {chosen!r} cannot compute this product on "
+    f"{device.platform}: {'; '.join(reasons)}."
   )

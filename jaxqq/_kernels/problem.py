@@ -33,6 +33,8 @@ class Problem:
   out_dtype: np.dtype
   wants_exact_sums: bool  # float32 results, or precision above DEFAULT
   obstacle: str | None  # why no kernel takes it, or None
+  x_dtype: np.dtype
+  quantize_input: bool  # whether x is quantized; else it is multiplied as it is, in x_dtype
 
   @classmethod
   def of(
@@ -42,6 +44,7 @@ class Problem:
     out_dtype: np.dtype,
     precision: jax.lax.Precision | None,
     result_dtype: np.dtype | None = None,
+    quantize_input: bool = True,
   ) -> Problem:
     """`result_dtype`: of the sum of all devices' parts, where this is one and float32."""
     w_batch = operands.w.shape[:-2]
@@ -63,7 +66,14 @@ class Problem:
       np.dtype(out_dtype),
       high or (result_dtype or out_dtype) == np.float32,
       obstacle(operands.flatten(), global_scales),
+      np.dtype(operands.x.dtype),
+      quantize_input,
     )
+
+  @property
+  def function(self) -> str:
+    """Whose product it is, for errors."""
+    return "qqmm" if self.quantize_input else "quantized_matmul"
 
   @property
   def batch_shape(self) -> tuple[int, ...]:

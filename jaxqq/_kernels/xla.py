@@ -1,6 +1,6 @@
 """The product by XLA: the definition (`jaxqq/_reference.py`), and that on matrix units.
 
-What the operands in bfloat16 cost on a GPU, more than their product, is to write them: a loop of
+What the operands in 16 bits cost on a GPU, more than their product, is to write them: a loop of
 XLA's has as many threads for 2 bytes as for 4. So they are written as words of two.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxqq import _reference
@@ -33,18 +34,27 @@ _MANY_ROWS = 64  # with more, sums written in float32 are worth avoiding
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """x (and w, unless packed) quantized, both dequantized, and multiplied with float32 sums."""
+  """x and w (unless packed) quantized, both dequantized, and multiplied with float32 sums."""
 
   problem: Problem
   details: str | None = None
 
   def run(self, operands: Operands) -> jax.Array:
-    return _reference.product(operands, fmt=self.problem.fmt, out_dtype=self.problem.out_dtype)
+    problem = self.problem
+    return _reference.product(
+      operands,
+      fmt=problem.fmt,
+      out_dtype=problem.out_dtype,
+      quantize_input=problem.quantize_input,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class InBfloat16:
-  """The same with operands in bfloat16, which has all their bits from 2**-126 on."""
+  """The same with operands in bfloat16, which has all their bits from 2**-126 on.
+
+  Beside a float16 x that is not quantized, w_hat of nvfp4 is float16, which has its bits too.
+  """
 
   problem: Problem
   platform: str
@@ -52,7 +62,9 @@ class InBfloat16:
 
   def run(self, operands: Operands) -> jax.Array:
     operands = operands.untransposed()
-    x, w = self.quantized(operands.x, operands.global_scale_x), self.w_hat(operands)
+    x, w = operands.x, self.w_hat(operands)
+    if self.problem.quantize_input:
+      x = self.quantized(x, operands.global_scale_x)
     if min(x.ndim, w.ndim) > 2 or self.reads_w_once:  # else a matrix stays one
       x, w = (_reference.with_ndim(a, max(x.ndim, w.ndim)) for a in (x, w))
     if self.reads_w_once:
@@ -71,18 +83,24 @@ class InBfloat16:
     fmt = self.problem.fmt
     codes, scales = _reference.unpacked(operands.w, operands.scales, fmt)
     if self.writes_words:
-      return _words_of_bfloat16(_halves(codes), scales, fmt)
-    return dequantize_to_multiply(codes, scales, fmt).astype(jnp.bfloat16)
+      return _words_of_two(_halves(codes), scales, fmt, self.dtype)
+    return dequantize_to_multiply(codes, scales, fmt).astype(self.dtype)
 
   def quantized(self, a: jax.Array, global_scale: jax.Array | None) -> jax.Array:
-    """In bfloat16, what is left of `a`."""
+    """In `dtype`, what is left of `a`."""
     fmt = self.problem.fmt
     if not self.writes_words:
-      return _reference.round_trip(a, fmt, global_scale).astype(jnp.bfloat16)
+      return _reference.round_trip(a, fmt, global_scale).astype(self.dtype)
     a = with_axes_of(a, global_scale)
     encoding = encoding_of(a, fmt, global_scale)
     low, high = (encoding.codes(half, fmt) for half in _halves(a))
-    return _words_of_bfloat16((low, high), encoding.scales.squeeze(-1), fmt)
+    return _words_of_two((low, high), encoding.scales.squeeze(-1), fmt, self.dtype)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Of both operands."""
+    problem = self.problem
+    return np.dtype(jnp.bfloat16) if problem.quantize_input else problem.x_dtype
 
   @property
   def reads_w_once(self) -> bool:
@@ -105,7 +123,7 @@ class InBfloat16:
   def dtype_of_sums(self) -> Any:
     """What they are rounded to, where nothing is multiplied afterwards."""
     problem = self.problem
-    is_final = problem.out_dtype == jnp.bfloat16 and not problem.has_global_scales
+    is_final = problem.out_dtype == self.dtype == jnp.bfloat16 and not problem.has_global_scales
     many = self.knows_rows and problem.m > _MANY_ROWS
     return jnp.bfloat16 if is_final and many else jnp.float32
 
@@ -116,19 +134,19 @@ def _halves(a: jax.Array) -> tuple[jax.Array, jax.Array]:
   return pairs[..., 0], pairs[..., 1]
 
 
-def _words_of_bfloat16(
-  codes: tuple[jax.Array, jax.Array], scales: jax.Array, fmt: Format
+def _words_of_two(
+  codes: tuple[jax.Array, jax.Array], scales: jax.Array, fmt: Format, dtype: np.dtype
 ) -> jax.Array:
   """code * scale, (..., k), of codes at even and at odd places; written as words of two."""
-  factors = tuple(factor.astype(jnp.bfloat16) for factor in scale_factors(scales, fmt))
+  factors = tuple(factor.astype(dtype) for factor in scale_factors(scales, fmt))
   factors = lax.optimization_barrier(factors)  # else XLA may write them in float32
   low, high = (
-    lax.bitcast_convert_type(
-      times_factors(half, factors, fmt).astype(jnp.bfloat16), jnp.uint16
-    ).astype(jnp.uint32)
+    lax.bitcast_convert_type(times_factors(half, factors, fmt).astype(dtype), jnp.uint16).astype(
+      jnp.uint32
+    )
     for half in codes
   )
-  numbers = lax.bitcast_convert_type(low | (high << 16), jnp.bfloat16)
+  numbers = lax.bitcast_convert_type(low | (high << 16), dtype)
   return numbers.reshape(*numbers.shape[:-2], 2 * numbers.shape[-2])
 
 
@@ -143,14 +161,26 @@ def _plan_bfloat16(problem: Problem, device: Device) -> InBfloat16:
       "float32 output, or precision above DEFAULT, takes float32 sums, and matrix units may cut "
       "off theirs"
     )
+  if not problem.quantize_input and problem.x_dtype == jnp.float32:
+    raise Unsupported("x is float32 and not quantized, and matrix units take 16 bits of it")
+  if not problem.quantize_input and problem.x_dtype == jnp.float16 and _leaves_float16(problem.fmt):
+    raise Unsupported(
+      f"x is float16 and not quantized, and the scales of {problem.fmt.mode} leave its range"
+    )
   return InBfloat16(problem, device.platform)
+
+
+def _leaves_float16(fmt: Format) -> bool:
+  """Whether there are scales that float16 does not hold."""
+  return fmt.scale_is_power_of_two
 
 
 BFLOAT16 = Implementation(
   name="xla_bfloat16",
   summary=(
     "XLA, on matrix units: x (and w, unless packed) is quantized, both are dequantized to "
-    "bfloat16, which holds them exactly, and multiplied with float32 sums"
+    "bfloat16, which holds them exactly, and multiplied with float32 sums; an x that is not to be "
+    "quantized is multiplied as it is"
   ),
   platforms=(*_GPUS, "tpu"),
   plan=_plan_bfloat16,
@@ -162,8 +192,8 @@ PRODUCT = Implementation(
   name="xla",
   summary=(
     "XLA: x (and w, unless packed) is quantized, both are dequantized, and float32 matrices "
-    "are multiplied at float32 precision; this is the definition (jaxqq/_reference.py), exact "
-    "and not fast"
+    "are multiplied at float32 precision (an x that is not to be quantized as it is); this is the "
+    "definition (jaxqq/_reference.py), exact and not fast"
   ),
   platforms=None,
   plan=_plan,

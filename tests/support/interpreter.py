@@ -18,11 +18,10 @@ if jax.__version_info__ >= (0, 11):
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
 
-def _as_on_a_gpu(operands, *, mode, out_dtype, precision, backward, implementation=None):
+def _as_on_a_gpu(operands, *, mode, out_dtype, backward, **how):
   """`qqmm` without its primitive: a lowering may not have the effects of interpreted kernels."""
   del backward
-  how = precision, implementation
-  return _primitive.run(operands, mode, out_dtype, how, "cuda")
+  return _primitive.run(operands, mode, out_dtype, _primitive.How.of(how), "cuda")
 
 
 @contextlib.contextmanager

@@ -208,6 +208,8 @@ def check_product(problem: Problem, device: Device) -> None:
   check_hopper(problem.obstacle, device)
   if problem.fmt.bits == 4 and problem.fmt.scale_is_power_of_two:
     raise Unsupported(f"it has no kernel for {problem.fmt.mode} yet")
+  if not problem.quantize_input:
+    raise Unsupported("x is not quantized, and it has no kernel for w alone yet")
 
 
 def check_fp8(problem: Problem, device: Device) -> None:
