@@ -33,7 +33,7 @@ def test_shapes_and_platforms(mode, device):
   for word in (mode, "bfloat16 (8, 64)", "float32 (16, 64)", "on the fly", f"on {platform}"):
     assert word in text
   on_hopper = platform == "cuda" and jax.__version_info__ >= (0, 11)
-  of_hopper = "16 bit tensor cores" if mode == "nvfp4" else "fp8 tensor cores"
+  of_hopper = "fp8 tensor cores" if mode == "mxfp8" else "16 bit tensor cores"
   assert f"computed by {of_hopper if on_hopper else 'XLA'}" in text
 
 
@@ -316,7 +316,7 @@ class TestConversions:
 
   def test_errors(self):
     for args, kwargs, error, words in (
-      ((jnp.sum, X), {}, TypeError, "the function must be jaxqq.qqmm, jaxqq.quantize or"),
+      ((jnp.sum, X), {}, TypeError, "the function must be jaxqq.qqmm, jaxqq.quantized_matmul"),
       ((jaxqq.quantize,), {}, TypeError, "missing a required argument: 'w'"),
       ((jaxqq.quantize, X), {"scales": X}, TypeError, "unexpected keyword argument 'scales'"),
       ((jaxqq.qqmm, X), {}, TypeError, "missing a required argument: 'w'"),

@@ -177,12 +177,13 @@ KERNELS = (
     "__init__",
   ),
   *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
-  *("ptx.rounding", "ptx.reshape", "ptx.scales", "ptx.expand", "ptx.stores", "ptx.wgmma"),
+  *("ptx.rounding", "ptx.reshape", "ptx.scales", "ptx.expand", "ptx.expand_in_order"),
+  *("ptx.loads", "ptx.stores", "ptx.wgmma"),
   *("pipeline", "epilogue"),
   *("quantize.groups", "quantize.codes", "quantize.packed", "quantize.exact", "quantize.rebased"),
   *("quantize.group_rescale", "quantize.columns", "quantize.code_words", "quantize.blockdiag"),
   *("quantize.in_kernel", "mainloops.packed_e2m1", "mainloops.packed_e4m3", "mainloops.expanded"),
-  *("mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
+  *("mainloops.in_order", "mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
   *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "launch", "conversions"),
 )
 

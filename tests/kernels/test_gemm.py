@@ -13,8 +13,8 @@ import pytest
 
 import jaxqq
 from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, plan
-from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
-from jaxqq._kernels.hopper.mainloops.packed_e4m3 import ExactE4M3, RebasedE4M3
+from jaxqq._kernels.hopper.mainloops.in_order import InOrderMxfp8
+from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
 from jaxqq._kernels.hopper.tiles import Grid
 from jaxqq._kernels.hopper.tiles import WideTiles as T
 from tests.support import oracle
@@ -29,10 +29,10 @@ from tests.support.kernels import (
   compiled,
   dequantized,
   e2m1_operand,
-  e4m3_operand,
   interleaved,
   interpreted,
   largest_scales,
+  mx_operand,
   needs_kernels,
   on_gpu,
   powers,
@@ -45,8 +45,17 @@ from tests.support.programs import lowered_for_cuda
 pytestmark = needs_kernels
 
 
-MAINLOOPS = {"e2m1": PackedE2M1, "e4m3": RebasedE4M3, "e4m3_exact": ExactE4M3}
-BITS = {"e2m1": 4, "e4m3": 8, "e4m3_exact": 8}
+MAINLOOPS = {
+  "e2m1": launch.MAINLOOPS["packed_e2m1"],
+  "e4m3": RebasedE4M3,
+  "nvfp4": launch.MAINLOOPS["in_order_nvfp4"],
+  "nvfp4 f16": launch.MAINLOOPS["in_order_nvfp4_float16"],
+  "mxfp4": launch.MAINLOOPS["in_order_mxfp4"],
+  "mxfp8": InOrderMxfp8,
+}
+MODES = {which: which.split()[0] for which in MAINLOOPS} | {"e2m1": "nvfp4", "e4m3": "mxfp8"}
+# bfloat16 holds the largest code times that.
+LARGEST_SCALES = {"nvfp4": 0xFF, "mxfp4": 252, "mxfp8": 245}
 
 
 def grid_of(tiles, batch, m, n, **how):
@@ -143,15 +152,22 @@ PACKED = {
   "e4m3": ("e4m3", F32, (1, 1), 201, 133, 384, T(256, 3, True, 1), {}),
   "e4m3 to bf16": ("e4m3", BF16, (2, 1), 70, 67, 256, T(128, 2), {}),
   "e4m3 to f16": ("e4m3", F16, (2, 2), 33, 61, 128, T(64, 4, True), {}),
-  "e4m3_exact": ("e4m3_exact", F32, (1, 1), 201, 133, 256, T(256, 3, True), {}),
-  "e4m3_exact to bf16": ("e4m3_exact", BF16, (1, 2), 35, 130, 64, T(64, 4), {}),
-  "e4m3_exact to f16": ("e4m3_exact", F16, (1, 1), 67, 33, 192, T(128, 2), {}),
+  "mxfp8": ("mxfp8", F32, (1, 1), 201, 133, 256, T(256, 3, True), {}),
+  "nvfp4": ("nvfp4", BF16, (1, 1), 201, 133, 192, T(256, 3), {}),
+  "nvfp4 promoted": ("nvfp4", F32, (1, 2), 66, 70, 128, T(128, 2, True), {}),
+  "nvfp4, 256 of n": ("nvfp4", BF16, (2, 1), 70, 330, 192, T(96, 4, block_n=256), {}),
+  "nvfp4 f16": ("nvfp4 f16", F16, (2, 1), 67, 133, 192, T(64, 4), {}),
+  "nvfp4 f16 promoted": ("nvfp4 f16", F32, (1, 1), 200, 133, 128, T(192, 3, True, 1), {}),
+  "mxfp4": ("mxfp4", BF16, (1, 2), 201, 133, 256, T(256, 3), {}),
+  "mxfp4, long": ("mxfp4", BF16, (1, 1), 33, 200, 1344, T(64, 9), {}),
+  "mxfp8 to bf16": ("mxfp8", BF16, (1, 2), 35, 130, 64, T(64, 4), {}),
+  "mxfp8 to f16": ("mxfp8", F16, (1, 1), 67, 33, 192, T(128, 2), {}),
   "walk m": ("e2m1", BF16, (2, 1), 190, 200, 128, T(64, 3), {"group_width": 2}),
   "walk n": ("e4m3", F32, (1, 1), 180, 300, 256, T(64, 3, True, 1), {"group_width": 2, "minor": 1}),
   # Several blocks of scales, and more of them than steps
   "e2m1, long": ("e2m1", F16, (1, 1), 66, 300, 1600, T(64, 9), {}),
   "e4m3, long": ("e4m3", BF16, (2, 1), 33, 200, 3456, T(64, 7, True), {}),
-  "e4m3_exact, long": ("e4m3_exact", BF16, (1, 1), 33, 200, 1344, T(64, 9), {}),
+  "mxfp8, long": ("mxfp8", BF16, (1, 1), 33, 200, 1344, T(64, 9), {}),
   "e2m1, short": ("e2m1", F16, (3, 3), 66, 300, 64, T(64, 9), {}),
   # Three and four compute warpgroups; x in tiles of any multiple of 32
   "e2m1, 256 of n": ("e2m1", F16, (1, 1), 70, 330, 192, T(64, 4, block_n=256), {}),
@@ -160,7 +176,7 @@ PACKED = {
   "e4m3, 256 of n": ("e4m3", BF16, (1, 2), 65, 300, 384, T(64, 3, True, block_n=256), {}),
   "e4m3, 96 of m": ("e4m3", F16, (1, 1), 97, 130, 256, T(96, 3, True, block_n=192), {}),
   "e4m3, 192 of m": ("e4m3", BF16, (1, 1), 200, 133, 384, T(192, 3, True), {}),
-  "e4m3_exact, 160 of m": ("e4m3_exact", F32, (1, 1), 200, 133, 128, T(160, 2, False, 1), {}),
+  "mxfp8, 160 of m": ("mxfp8", F32, (1, 1), 200, 133, 128, T(160, 2, False, 1), {}),
 }
 # The interpreter has no clusters.
 CLUSTERS = {
@@ -172,7 +188,7 @@ CLUSTERS = {
   "e2m1 cluster of 8": ("e2m1", F16, (2, 1), 67, 130, 1024, T(64, 8, False, 1, 8), {}),
   "e4m3 cluster of 4": ("e4m3", BF16, (1, 1), 70, 133, 1024, T(64, 7, True, 1, 4), {}),
   "e4m3 cluster of 8": ("e4m3", F16, (1, 1), 130, 200, 2048, T(128, 4, True, 1, 8), {}),
-  "e4m3_exact cluster of 4": ("e4m3_exact", BF16, (1, 1), 201, 129, 512, T(256, 2, True, 1, 4), {}),
+  "mxfp8 cluster of 4": ("mxfp8", BF16, (1, 1), 201, 129, 512, T(256, 2, True, 1, 4), {}),
   "e2m1 cluster, 256 of n": ("e2m1", BF16, (1, 1), 60, 300, 704, T(64, 4, False, 1, 4, 256), {}),
   "e2m1 cluster, long": ("e2m1", F16, (1, 1), 66, 200, 5312, T(64, 9, False, 1, 3), {}),
   "e2m1 cluster of 3, uneven": (
@@ -189,7 +205,10 @@ CLUSTERS = {
   "e2m1 cluster of 3": ("e2m1", BF16, (1, 1), 90, 300, 704, T(96, 4, False, 1, 3, 192), {}),
   "e4m3 cluster, 192 of m": ("e4m3", BF16, (1, 1), 190, 300, 896, T(192, 3, True, 1, 2), {}),
   "e4m3 cluster, 256 of n": ("e4m3", F16, (2, 1), 70, 300, 896, T(64, 3, True, 1, 4, 256), {}),
-  "e4m3_exact cluster": ("e4m3_exact", BF16, (2, 2), 257, 129, 256, T(256, 3, True, 1, 2), {}),
+  "nvfp4 cluster": ("nvfp4", BF16, (1, 1), 201, 133, 768, T(256, 3, False, 1, 4), {}),
+  "nvfp4 f16 cluster": ("nvfp4 f16", F16, (1, 1), 60, 300, 704, T(64, 4, False, 1, 4, 256), {}),
+  "mxfp4 cluster": ("mxfp4", BF16, (2, 1), 90, 300, 704, T(96, 4, False, 1, 3, 192), {}),
+  "mxfp8 cluster": ("mxfp8", BF16, (2, 2), 257, 129, 256, T(256, 3, True, 1, 2), {}),
 }
 
 
@@ -212,19 +231,17 @@ def check_packed(run, name):
   x[:, 0] = np.abs(x[:, 0])
   factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
   row_scales = None, None
-  if which == "e2m1":
-    mode, x = "nvfp4", x.astype(F16)
-    codes, scales = e2m1_operand(rng, bw, n, k)
-    w_hat = dequantized(mode, codes, scales)
-    passed = factors * np.array([2.0**mainloop.unit_exponent, 1], F32)
-  elif which == "e4m3_exact":
-    mode, x, passed = "mxfp8", x.astype(BF16), factors
-    codes, scales = e4m3_operand(rng, bw, n, k, 107, 127)
+  mode, x = MODES[which], x.astype(mainloop.dtype)
+  passed = factors * np.array([2.0**mainloop.unit_exponent, 1], F32)
+  if which != "e4m3":
+    if mode == "nvfp4":
+      codes, scales = e2m1_operand(rng, bw, n, k)
+    else:
+      codes, scales = mx_operand(rng, bw, n, k, 107, 127, mode=mode)
     w_hat = dequantized(mode, codes, scales)
   else:
-    mode, x, passed = "mxfp8", x.astype(E4M3), factors
     # Up to 2**100 and 2**-100.
-    codes, scales = e4m3_operand(rng, bw, n, k, 208, 227)
+    codes, scales = mx_operand(rng, bw, n, k, 208, 227)
     rows = largest_scales(scales)
     row_scales = powers(rng.integers(27, 30, (bx, m))), powers(rows)
     scales = rescale_bytes(scales, rows)
@@ -232,7 +249,7 @@ def check_packed(run, name):
   x_hat = x.astype(np.float64)
   if row_scales[0] is None:
     x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
-    x = interleaved(x)
+    x = interleaved(x) if mainloop.interleaved else x
   else:
     x_hat = x_hat * row_scales[0][..., None]
 
@@ -263,7 +280,7 @@ def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype):
 
   def f(operands):
     return dequant_gemm.dequant_gemm(
-      operands, ExactE4M3, out_dtype, tiles, grid_of(tiles, 1, m, 136)
+      operands, InOrderMxfp8, out_dtype, tiles, grid_of(tiles, 1, m, 136)
     )
 
   jaxpr = jax.make_jaxpr(f)(operands).jaxpr
@@ -284,13 +301,13 @@ def test_the_planner_knows_what_a_step_takes():
 
 def times_identity(run, which, codes, scales, of_w):
   """w_hat (n, k) as the kernel expands it."""
-  mode, mainloop = "nvfp4" if which == "e2m1" else "mxfp8", MAINLOOPS[which]
+  mode, mainloop = MODES[which], MAINLOOPS[which]
   k = codes.shape[1]
   x = np.eye(k).astype(mainloop.dtype)[None]
   row_scales = None, None
-  if of_w is None:
+  if mainloop.interleaved:
     x = interleaved(x)
-  else:
+  if of_w is not None:
     row_scales = np.ones((1, k), F32), of_w[None]
   f = dequant_gemm_of(mainloop, F32, T(64, 3, store_stages=1))
   alpha = np.array([[2.0**mainloop.unit_exponent, 1]], F32)
@@ -305,7 +322,7 @@ def assert_same_rows(out, want):
   np.testing.assert_allclose(out[~nan_rows], want[~nan_rows], rtol=0, atol=2.0**-126)
 
 
-def check_every_e2m1(run):
+def check_every_nvfp4(run, which):
   rng = np.random.default_rng(0)
   n, k = 168, 128
   finite = [b for b in range(256) if b & 0x7F != 0x7F]
@@ -313,7 +330,7 @@ def check_every_e2m1(run):
   codes = rng.permuted(np.resize(np.arange(16, dtype=np.uint8), (n, k // 16, 16)), axis=-1)
   codes = codes.reshape(n, k)
   scales[3, 7], scales[150, 0] = 0x7F, 0xFF
-  out = times_identity(run, "e2m1", codes, scales, None)
+  out = times_identity(run, which, codes, scales, None)
   assert_same_rows(out, dequantized("nvfp4", codes, scales))
 
 
@@ -337,19 +354,33 @@ def check_every_e4m3(run):
   assert_same_rows(out, rebased(codes, scales) * rows[:, None])
 
 
-def check_every_e4m3_exact(run):
+def check_every_mxfp8(run):
   """Scales up to those at which bfloat16 still holds the largest code."""
   n, k = 496, 128
   codes, kind = every_e4m3(n, k, 246)
-  scales = kind.astype(np.uint8)
+  check_powers(run, "mxfp8", codes, kind.astype(np.uint8))
+
+
+def check_every_mxfp4(run):
+  n, k = 253, 128
+  codes = np.resize(np.arange(16, dtype=np.uint8), (n, k))
+  kind = np.arange(n)[:, None] + np.arange(4)
+  check_powers(run, "mxfp4", codes, (kind % (LARGEST_SCALES["mxfp4"] + 1)).astype(np.uint8))
+
+
+def check_powers(run, mode, codes, scales):
   scales[3, 2] = 0xFF
-  want = dequantized("mxfp8", codes, scales)
+  want = dequantized(mode, codes, scales)
   if run is interpreted:  # on a CPU, which flushes the subnormal scale 2**-127 to zero
     want = np.where((np.repeat(scales, 32, axis=1) == 0) & ~np.isnan(want), 0, want)
-  assert_same_rows(times_identity(run, "e4m3_exact", codes, scales, None), want)
+  assert_same_rows(times_identity(run, mode, codes, scales, None), want)
 
 
-EVERY = {"e2m1": check_every_e2m1, "e4m3": check_every_e4m3, "e4m3_exact": check_every_e4m3_exact}
+EVERY = {
+  which: functools.partial(check_every_nvfp4, which=which)
+  for which, mode in MODES.items()
+  if mode == "nvfp4"
+} | {"e4m3": check_every_e4m3, "mxfp4": check_every_mxfp4, "mxfp8": check_every_mxfp8}
 
 
 @pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
@@ -408,16 +439,16 @@ def interpreted_operand(words, scales, mainloop):
 
 def check_registers(run, which, n, k):
   """Random bits; NaN is in every 8th row only, for it takes all of it."""
-  mainloop, bits = MAINLOOPS[which], BITS[which]
+  mainloop, mode = MAINLOOPS[which], MODES[which]
+  bits, group = {"nvfp4": (4, 16), "mxfp4": (4, 32), "mxfp8": (8, 32)}[mode]
   rng = np.random.default_rng(1)
   words = rng.integers(0, 2**32, (n, k * bits // 32), dtype=np.uint32)
-  largest = 0xFF if which == "e2m1" else 245  # bfloat16 holds the largest code times that
-  scales = rng.integers(0, largest + 1, (n, k // (16 if bits == 4 else 32))).astype(np.uint8)
+  scales = rng.integers(0, LARGEST_SCALES[mode] + 1, (n, k // group)).astype(np.uint8)
   rows = powers(rng.integers(47, 208, n))
   spared = np.arange(n)[:, None] % 8 != 0
-  if which == "e2m1":
+  if mode == "nvfp4":
     scales = np.where(spared, without_nan_codes(scales), scales)
-  else:
+  if mode == "mxfp8":
     codes = words.view(np.uint8)
     words = np.where(spared, without_nan_codes(codes), codes).view(np.uint32)
   passed = None, None
@@ -425,7 +456,7 @@ def check_registers(run, which, n, k):
     scales = rescale_bytes(-rng.integers(0, 20, scales.shape), np.zeros(n, int))
     rows[16] = np.nan
     passed = np.ones((1, k), F32), rows[None]
-  elif which == "e4m3_exact":
+  elif mode != "nvfp4":
     scales[16, 3] = 0xFF
   want = interpreted_operand(words, scales, mainloop)
   if which == "e4m3":

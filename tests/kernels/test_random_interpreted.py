@@ -101,9 +101,9 @@ def test_random(seed):
 
 def test_a_broken_kernel_is_noticed(monkeypatch):
   """Packed w, expanded, is off by a part in sixteen."""
-  from jaxqq._kernels.hopper.mainloops.packed_e4m3 import ExactE4M3
+  from jaxqq._kernels.hopper.mainloops.in_order import InOrderMxfp8
 
-  right = ExactE4M3.expand
-  monkeypatch.setattr(ExactE4M3, "expand", lambda *args: right(*args) * 1.0625)
+  right = InOrderMxfp8.expand
+  monkeypatch.setattr(InOrderMxfp8, "expand", lambda *args: right(*args) * 1.0625)
   with pytest.raises(AssertionError, match="of the bound"):
     check(Program("mxfp8", 70, 130, 160, packed=True, highest=True), "hopper_exact")

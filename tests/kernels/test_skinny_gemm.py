@@ -12,6 +12,7 @@ import pytest
 import jaxqq
 from jaxqq._formats import FORMATS
 from jaxqq._kernels.hopper.mainloops.blockdiag import UNIT
+from jaxqq._kernels.hopper.mainloops.in_order import InOrderNvfp4
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import code_words
@@ -28,9 +29,9 @@ from tests.support.kernels import (
   assert_product,
   compiled,
   e2m1_operand,
-  e4m3_operand,
   interleaved,
   interpreted,
+  mx_operand,
   needs_kernels,
   nothing_beyond,
   on_gpu,
@@ -52,6 +53,11 @@ CASES = {
   "blockdiag, 3 rows": ("blockdiag", F32, (1, 1), 3, 64, 512, T(4)),
   "blockdiag, 7 rows": ("blockdiag", BF16, (1, 1), 7, 64, 768, T(2, 2)),
   "blockdiag, 8 rows": ("blockdiag", F32, (1, 1), 8, 200, 1024, T(4)),
+  "x as it is, nvfp4": ("nvfp4 bf16", BF16, (1, 1), 1, 133, 1024, T(4)),
+  "x as it is, nvfp4, many tiles": ("nvfp4 bf16", F32, (2, 1), 33, 330, 768, T(2, 2, True)),
+  "x as it is, nvfp4, float16": ("nvfp4 f16", F16, (1, 2), 17, 70, 768, T(4)),
+  "x as it is, mxfp4": ("mxfp4 bf16", BF16, (1, 1), 5, 133, 1536, T(4)),
+  "x as it is, mxfp8": ("mxfp8 bf16", BF16, (2, 2), 9, 70, 1024, T(2, 2)),
   "mxfp8": ("mxfp8", BF16, (1, 1), 1, 133, 2560, T(4)),
   "mxfp8, x shared": ("mxfp8", BF16, (1, 3), 8, 66, 1024, T(2, 2)),
   "mxfp8, more tiles than stages": ("mxfp8", BF16, (2, 2), 17, 200, 1536, T(2, 2)),
@@ -63,6 +69,8 @@ CASES = {
 CLUSTER_CASES = {
   "nvfp4 in two": ("nvfp4", BF16, (1, 2), 17, 130, 2048, T(4, 4, cluster=2)),
   "nvfp4 in four, promoted": ("nvfp4", F32, (2, 1), 9, 61, 4096, T(8, 4, True, cluster=4)),
+  "x as it is, nvfp4 in four": ("nvfp4 bf16", BF16, (1, 1), 9, 133, 4096, T(4, 4, cluster=4)),
+  "x as it is, mxfp8 in two": ("mxfp8 bf16", BF16, (1, 2), 1, 200, 4096, T(4, 4, cluster=2)),
   "blockdiag in two": ("blockdiag", F32, (1, 1), 1, 133, 4096, T(8, 4, cluster=2)),
   "blockdiag in four, many tiles": ("blockdiag", BF16, (1, 3), 5, 3000, 2048, T(4, 2, cluster=4)),
   "mxfp8 in two, many tiles": ("mxfp8", BF16, (2, 2), 3, 5000, 4096, T(4, 4, cluster=2)),
@@ -87,13 +95,24 @@ def columns_of(codes, scales):
 
 def check_skinny(run, name):
   mode, out_dtype, (bx, bw), m, n, k, tiles = (CASES | CLUSTER_CASES)[name]
-  blockdiag = None
+  blockdiag = x_as_is = None
   batch = max(bx, bw)
   rng = np.random.default_rng([m, n, k])
   factors = rng.uniform(0.1, 0.3, (2, 1)).astype(F32)
   x = rng.standard_normal((bx, m, k))
   x[:, 0] = np.abs(x[:, 0])
-  if mode == "nvfp4":
+  if " " in mode:
+    mode, dtype = mode.split()
+    x_as_is, x_factors = {"bf16": BF16, "f16": F16}[dtype], None
+    x, unit = x.astype(x_as_is), 1.0
+    if mode == "nvfp4":
+      block, unit = KBlock(256, 4, 16), 2.0**InOrderNvfp4.unit_exponent
+      codes, scales = e2m1_operand(rng, bw, n, k)
+    else:
+      block = KBlock(512, 4 if mode == "mxfp4" else 8, 32)
+      codes, scales = mx_operand(rng, bw, n, k, 107, 127, mode=mode)
+    operand, x_hat = nothing_beyond(x, m, np.nan), x.astype(np.float64)
+  elif mode == "nvfp4":
     block, x, x_factors = KBlock(256, 4, 16), x.astype(F16), None
     codes, scales = e2m1_operand(rng, bw, n, k)
     unit = 2.0**PackedE2M1.unit_exponent
@@ -111,21 +130,23 @@ def check_skinny(run, name):
     block, x, unit = KBlock(512, 8, 32), (x * 64).astype(E4M3), 1.0
     # On a GPU groups are summed up in 14 bits: there are some of every size in a sum.
     spread = 3 if run is compiled else 30
-    codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
+    codes, scales = mx_operand(rng, bw, n, k, 127 - spread, 127 + spread)
     x_factors = np.ldexp(F32(1), rng.integers(-spread, spread, (bx, m, k // 32)))
     x_hat = x.astype(np.float64) * np.repeat(x_factors, 32, axis=-1)
     x_factors = np.moveaxis(nothing_beyond(x_factors, m, np.nan), 1, 2)
     x_factors = x_factors.reshape(bx, k // block.k, 16, -1)
     operand = nothing_beyond(x.view(np.uint32), m, 0x7F7F7F7F)
   w_hat = oracle.values(codes, scales, mode) * factors[1]
-  plan = skinny_plan(mode, m, n, k, block, tiles, batch=(bx, bw), blockdiag=blockdiag)
+  plan = skinny_plan(
+    mode, m, n, k, block, tiles, batch=(bx, bw), blockdiag=blockdiag, x_as_is=x_as_is
+  )
 
   def f(x, *args):
     return skinny_gemm(Operands(x, *args), m, plan, unit, out_dtype)
 
   out = run(f, operand, oracle.pack(codes, mode), scales, *factors, x_factors)
   assert out.shape == (batch, m, n)
-  fp8_sums = run is compiled and mode == "mxfp8"
+  fp8_sums = run is compiled and mode == "mxfp8" and x_as_is is None
   of_mag = FP8_SUMS if fp8_sums else 1.0
   assert_product(out, x_hat * factors[0], w_hat, out_dtype, of_mag=of_mag)
 

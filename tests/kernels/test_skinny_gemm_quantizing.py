@@ -24,9 +24,9 @@ from tests.support.kernels import (
   assert_product,
   compiled,
   e2m1_operand,
-  e4m3_operand,
   interleaved,
   interpreted,
+  mx_operand,
   needs_kernels,
   nothing_beyond,
   on_gpu,
@@ -71,7 +71,7 @@ def check_unquantized(run, name):
     codes, scales = e2m1_operand(rng, bw, n, k)
     blockdiag, unit = BlockDiagonal(1 << (m - 1).bit_length()), UNIT
   else:
-    codes, scales = e4m3_operand(rng, bw, n, k, 127 - spread, 127 + spread)
+    codes, scales = mx_operand(rng, bw, n, k, 127 - spread, 127 + spread)
     blockdiag, unit = None, 1.0
   factors = (np.array([amax], F32), np.array([0.3], F32)) if scaled else (None, None)
   w_hat = oracle.values(codes, scales, mode) * (factors[1] if scaled else 1)

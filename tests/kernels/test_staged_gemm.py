@@ -33,8 +33,8 @@ from tests.support.kernels import (
   SMS,
   assert_product,
   dequantized,
-  e4m3_operand,
   largest_scales,
+  mx_operand,
   on_gpu,
   powers,
   rebased,
@@ -68,7 +68,7 @@ def check(run, name, monkeypatch):
   x = rng.standard_normal((1, m, k)).astype(dtype)
   factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
   row_scales = None, None
-  codes, scales = e4m3_operand(rng, 1, n, k, 107, 127)
+  codes, scales = mx_operand(rng, 1, n, k, 107, 127)
   w_hat = dequantized("mxfp8", codes, scales)
   x_hat = x.astype(np.float64)
   if dtype is E4M3:

@@ -94,16 +94,18 @@ def e2m1_operand(rng, batch, n, k):
   return codes, scales
 
 
-def e4m3_operand(rng, batch, n, k, lowest, highest):
+def mx_operand(rng, batch, n, k, lowest, highest, *, mode="mxfp8"):
   """Any codes, scale bytes within bounds or 0, with NaN in the first and last columns.
 
   Not all of a column is 0: XLA's CPU backend, which interprets, flushes subnormals to zero.
   """
-  codes = without_nan_codes(rng.integers(0, 256, (batch, n, k)))
+  one = {"mxfp4": 2, "mxfp8": 0x38}[mode]
+  codes = without_nan_codes(rng.integers(0, 16 if mode == "mxfp4" else 256, (batch, n, k)))
   scales = rng.integers(lowest, highest + 1, (batch, n, k // 32)).astype(np.uint8)
   scales[..., 1:][rng.random(scales[..., 1:].shape) < 0.1] = 0
-  codes[0, 0, -3] = 0xFF
-  codes[0, -1, 32:64] = 0x38  # were the scale an infinity, so would be their products
+  if mode == "mxfp8":
+    codes[0, 0, -3] = 0xFF
+  codes[0, -1, 32:64] = one  # were the scale an infinity, so would be their products
   scales[0, -1, 1] = 0xFF
   return codes, scales
 
@@ -113,18 +115,23 @@ def padded_rows(m):
   return max(8, 1 << (m - 1).bit_length())
 
 
-def skinny_plan(mode, m, n, k, block, tiles, *, batch=(1, 1), blockdiag=None, **how):
+def skinny_plan(mode, m, n, k, block, tiles, *, batch=(1, 1), blockdiag=None, x_as_is=None, **how):
   """One for `skinny_gemm`, whatever the planner would choose."""
   spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
   is_packed = block.group_size is not None
   scales = spec((batch[1], n, k // fmt.group_size), np.uint8) if is_packed else None
-  operands = Operands(spec((batch[0], m, k), F16), spec((batch[1], n, k), F16), scales)
+  operands = Operands(spec((batch[0], m, k), x_as_is or F16), spec((batch[1], n, k), F16), scales)
   problem = dataclasses.replace(
-    Problem.of(operands, fmt, np.dtype(BF16), None), x_batch=(max(batch),), w_batch=(max(batch),)
+    Problem.of(operands, fmt, np.dtype(BF16), None, quantize_input=x_as_is is None),
+    x_batch=(max(batch),),
+    w_batch=(max(batch),),
   )
-  mainloop = {"nvfp4": "expanded", "mxfp8": "group_sums"}[mode] if is_packed else "quantized"
+  of_packed = {"nvfp4": "expanded", "mxfp4": "in_order", "mxfp8": "group_sums"}
+  mainloop = of_packed[mode] if is_packed else "quantized"
   if blockdiag is not None:
     mainloop = "blockdiag"
+  if x_as_is is not None:
+    mainloop = "in_order"
   return SkinnyPlan(
     mainloop,
     block,

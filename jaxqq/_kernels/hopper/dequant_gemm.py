@@ -55,6 +55,7 @@ class PackedOperand(Protocol):
   """Packed w as the left operand of the tensor cores: 64 rows and `step_k` of k at a time."""
 
   dtype: Any  # of the operand, and of x
+  interleaved: bool  # whether x is to be, in every 64 of k (`ptx/expand.py`)
   step_k: int
   words: int  # uint32 a row and step
   groups: int

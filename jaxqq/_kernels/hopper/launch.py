@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 from jaxqq._kernels.hopper import dequant_gemm, gemm, skinny_gemm, staged_gemm
 from jaxqq._kernels.hopper.dequant_gemm import PackedOperand
 from jaxqq._kernels.hopper.epilogue import alpha_operand
-from jaxqq._kernels.hopper.mainloops import blockdiag
+from jaxqq._kernels.hopper.mainloops import blockdiag, in_order
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
-from jaxqq._kernels.hopper.mainloops.packed_e4m3 import ExactE4M3, RebasedE4M3
-from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, exact_dtype
+from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
+from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, packed_operand
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import code_words
@@ -32,7 +33,7 @@ from jaxqq._reference import Operands
 def wide(plan: WidePlan, operands: Operands) -> jax.Array:
   """out (..., m, n)."""
   fmt = plan.problem.fmt
-  dtype = jnp.dtype(jnp.float8_e4m3fn) if plan.fp8 else exact_dtype(fmt)
+  dtype = jnp.dtype(jnp.float8_e4m3fn) if plan.fp8 else operand_dtype(plan.problem)
   folded = pad_k(fold(operands), gemm.step_k(dtype), fmt)
   ready = (_rebased if plan.fp8 else _exact)(plan, folded)
   out = _KERNELS[plan.kernel](plan, ready)
@@ -40,27 +41,31 @@ def wide(plan: WidePlan, operands: Operands) -> jax.Array:
 
 
 def _exact(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
-  """16 bit floats that hold code * scale; packed w as it came."""
-  fmt, mainloop = plan.problem.fmt, MAINLOOPS.get(plan.mainloop)
-  dtype = exact_dtype(fmt)
+  """16 bit floats that hold code * scale, or x as it is; packed w as it came."""
+  problem, fmt, mainloop = plan.problem, plan.problem.fmt, MAINLOOPS.get(plan.mainloop)
+  interleave = mainloop is not None and mainloop.interleaved
 
   def operand(name: str, global_scale: jax.Array | None) -> jax.Array:
     a = getattr(operands, name)
     is_transposed = name in operands.transposed
     quantizer = columns.exact_operand_of_transpose if is_transposed else exact_operand
     matrix = a.reshape(-1, a.shape[-1])
-    scale = _scalar(global_scale)
-    out = quantizer(matrix, fmt, scale, dtype=dtype, interleave=mainloop is not None)
+    out = quantizer(
+      matrix, fmt, _scalar(global_scale), dtype=operand_dtype(problem), interleave=interleave
+    )
     return out.reshape(a.shape[0], -1, operands.k)
 
-  x = operand("x", operands.global_scale_x)
+  if problem.quantize_input:
+    x = operand("x", operands.global_scale_x)
+  else:
+    x = operands.untransposed(["x"] if "x" in operands.transposed else []).x
   unit_exponent = 0 if mainloop is None else mainloop.unit_exponent
-  if plan.problem.has_global_scales:
+  if problem.has_global_scales:
     global_scales = _scalar(operands.global_scale_x), _scalar(operands.global_scale_w)
     alpha = alpha_operand(*alpha_factors(*global_scales, fmt, unit_exponent))
   else:
     alpha = alpha_operand(2.0**unit_exponent)
-  w = operands.w if plan.problem.is_packed else operand("w", operands.global_scale_w)
+  w = operands.w if problem.is_packed else operand("w", operands.global_scale_w)
   return dequant_gemm.Operands(x, w, operands.scales, alpha)
 
 
@@ -92,7 +97,7 @@ def _rebased(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
 MAINLOOPS: dict[str, type[PackedOperand]] = {
   "packed_e2m1": PackedE2M1,
   "rebased_e4m3": RebasedE4M3,
-  "exact_e4m3": ExactE4M3,
+  **in_order.OPERANDS,
 }
 
 
@@ -130,10 +135,10 @@ def skinny(plan: SkinnyPlan, operands: Operands) -> jax.Array:
     None if scale is None else scale.reshape(1)
     for scale in (folded.global_scale_x, folded.global_scale_w)
   )
-  unit = 1.0 if of_x is None else fmt.largest_value**-2
-  unit *= {"blockdiag": blockdiag.UNIT, "expanded": 2.0**PackedE2M1.unit_exponent}.get(
-    plan.mainloop, 1.0
-  )
+  unit = math.prod(1 / fmt.largest_value for scale in (of_x, of_w) if scale is not None)
+  unit *= blockdiag.UNIT if plan.mainloop == "blockdiag" else 1.0
+  if plan.mainloop in ("expanded", "in_order"):
+    unit *= 2.0 ** MAINLOOPS[packed_operand(plan.problem)].unit_exponent
   x, x_scales = folded.x, None
   if not plan.quantizes_x:
     x, x_scales = _skinny_x(plan, folded)
@@ -167,7 +172,11 @@ def _skinny_x(plan: SkinnyPlan, folded: Operands) -> tuple[jax.Array, jax.Array 
     x, x_scales = blockdiag_operand(folded.x[0], fmt, global_scale, plan.blockdiag)
     return x[None], x_scales.reshape(1, k // block.k, block.k // 256, -1)  # at most 256 in a row
   # The rows of one matrix need no zeros behind them, those of several do.
-  x = folded.x if batch == 1 else jnp.pad(folded.x, ((0, 0), (0, padded_m - m), (0, 0)))
+  is_ready = not plan.problem.quantize_input
+  whole = batch == 1 and not is_ready
+  x = folded.x if whole else jnp.pad(folded.x, ((0, 0), (0, padded_m - m), (0, 0)))
+  if is_ready:
+    return x, None
   x, rows = x.reshape(-1, k), batch * padded_m
   if plan.mainloop == "group_sums":
     x, x_scales = code_words(x, fmt, rows)
@@ -177,8 +186,8 @@ def _skinny_x(plan: SkinnyPlan, folded: Operands) -> tuple[jax.Array, jax.Array 
     x,
     fmt,
     global_scale,
-    dtype=exact_dtype(fmt),
-    interleave=True,
+    dtype=operand_dtype(plan.problem),
+    interleave=plan.mainloop != "in_order",
     rows=rows,
     config=TuningConfig(tiles_per_step=1),
   )

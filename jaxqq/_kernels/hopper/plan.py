@@ -12,9 +12,12 @@
 `skinny_gemm` loads K in blocks, of 256 or 512 (packed w) or 128, and zeros past its end; smaller K
 go to the others.
 
-In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for e4m3 codes
-times powers of two. In fp8, twice as fast, a row's codes share one power of two, and the tensor
-cores keep 14 bits of a sum: jaxqq/EXACTNESS.md says what both lose.
+An x that is not to be quantized goes to the same kernels as it is, with nothing launched before.
+
+In 16 bits the operands are exact: float16 for e2m1 codes times e4m3 scales, bfloat16 for codes
+times powers of two, or the dtype of x as it is, which holds w_hat too. In fp8, twice as fast, a
+row's codes share one power of two, and the tensor cores keep 14 bits of a sum:
+jaxqq/EXACTNESS.md says what both lose.
 
 Nothing here imports Pallas: a plan can be made, and explained, without it.
 """
@@ -77,7 +80,15 @@ class WidePlan:
   """
 
   kernel: Literal["gemm", "dequant_gemm", "staged_gemm"]
-  mainloop: Literal["ready", "packed_e2m1", "rebased_e4m3", "exact_e4m3"]
+  mainloop: Literal[
+    "ready",
+    "packed_e2m1",
+    "rebased_e4m3",
+    "in_order_nvfp4",
+    "in_order_nvfp4_float16",
+    "in_order_mxfp4",
+    "in_order_mxfp8",
+  ]
   fp8: bool
   tiles: WideTiles
   estimate_us: float
@@ -120,7 +131,7 @@ class SkinnyPlan:
     tiles, problem, device: as of `WidePlan`.
   """
 
-  mainloop: Literal["blockdiag", "expanded", "group_sums", "quantized"]
+  mainloop: Literal["blockdiag", "expanded", "group_sums", "in_order", "quantized"]
   block: KBlock
   padded_m: int
   blockdiag: BlockDiagonal | None
@@ -206,14 +217,18 @@ def check_hopper(obstacle: str | None, device: Device) -> None:
 def check_product(problem: Problem, device: Device) -> None:
   """Raises Unsupported where no kernel of a product here can take a problem."""
   check_hopper(problem.obstacle, device)
-  if problem.fmt.bits == 4 and problem.fmt.scale_is_power_of_two:
-    raise Unsupported(f"it has no kernel for {problem.fmt.mode} yet")
-  if not problem.quantize_input:
-    raise Unsupported("x is not quantized, and it has no kernel for w alone yet")
+  if problem.quantize_input:
+    return
+  if problem.x_dtype.itemsize != 2:
+    raise Unsupported(f"x is {problem.x_dtype} and not quantized, and tensor cores take 16 bits")
+  if problem.x_dtype == np.float16 and problem.fmt.scale_is_power_of_two:
+    raise Unsupported(f"x is float16 and not quantized, and scales of {problem.fmt.mode} leave it")
 
 
 def check_fp8(problem: Problem, device: Device) -> None:
-  check_product(problem, device)
+  check_hopper(problem.obstacle, device)
+  if not problem.quantize_input:
+    raise Unsupported("x is not quantized, and fp8 does not hold it")
   fmt = problem.fmt
   if fmt.element != ml_dtypes.float8_e4m3fn:
     raise Unsupported(f"{fmt.mode} has no e4m3 elements to feed fp8 tensor cores with")
@@ -236,7 +251,10 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
     "ready": (GEMM, 128),
     "packed_e2m1": (DEQUANT_E2M1, 64),
     "rebased_e4m3": (DEQUANT_E4M3, 128),
-    "exact_e4m3": (DEQUANT_E4M3, 128),
+    "in_order_nvfp4": (DEQUANT_E2M1, 64),
+    "in_order_nvfp4_float16": (DEQUANT_E2M1, 64),
+    "in_order_mxfp4": (DEQUANT_E2M1, 64),
+    "in_order_mxfp8": (DEQUANT_E2M1, 64),
   }[mainloop]
   out_bytes, k_steps = problem.out_dtype.itemsize, cdiv(problem.k, step_k)
   times: dict[WideTiles, float] = {}
@@ -283,7 +301,10 @@ STEPS = {
   "ready": (128, 128, 0),
   "packed_e2m1": (64, 32, 4),
   "rebased_e4m3": (128, 128, 4),
-  "exact_e4m3": (64, 64, 2),
+  "in_order_nvfp4": (64, 32, 4),
+  "in_order_nvfp4_float16": (64, 32, 4),
+  "in_order_mxfp4": (64, 32, 2),
+  "in_order_mxfp8": (64, 64, 2),
 }
 _SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 _MAX_STAGES = 9
@@ -320,12 +341,20 @@ def _wide_kernel(problem: Problem, fp8: bool) -> tuple[Any, Any]:
   """The fields `kernel` and `mainloop` of a plan."""
   if not problem.is_packed:
     return "gemm", "ready"
-  if problem.fmt.bits == 4:
-    return "dequant_gemm", "packed_e2m1"
   many_rows = problem.batch == 1 and problem.rows >= STAGED_MIN_ROWS
-  if many_rows and problem.n % STAGED_BLOCK_N == 0:
+  if problem.fmt.bits == 8 and many_rows and problem.n % STAGED_BLOCK_N == 0:
     return "staged_gemm", "ready"
-  return "dequant_gemm", "rebased_e4m3" if fp8 else "exact_e4m3"
+  return "dequant_gemm", "rebased_e4m3" if fp8 else packed_operand(problem)
+
+
+def packed_operand(problem: Problem) -> Any:
+  """Which of `mainloops/` expands packed w to 16 bits."""
+  fmt = problem.fmt
+  if fmt.scale_is_power_of_two:
+    return f"in_order_{fmt.mode}"
+  if problem.quantize_input:
+    return "packed_e2m1"
+  return "in_order_nvfp4_float16" if problem.x_dtype == np.float16 else "in_order_nvfp4"
 
 
 def _fp8(problem: Problem, device: Device) -> WidePlan:
@@ -358,6 +387,8 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
   rows, is_packed = problem.rows, problem.is_packed
   if not is_packed and problem.transposed:
     raise Unsupported("w is not packed, and an operand's contracted axis comes first")
+  if not is_packed and not problem.quantize_input:
+    raise Unsupported("w is not packed and x not quantized")
   if not is_packed and problem.w_dtype.itemsize != 2:
     raise Unsupported(f"w is not packed but {problem.w_dtype}, and it quantizes 16 bit floats")
   if rows > MAX_SKINNY_ROWS:
@@ -368,6 +399,8 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
   block = _k_block(problem, mainloop)
   if problem.k < block.k:
     raise Unsupported(f"k = {problem.k}, and it loads {block.k} of k at once")
+  if mainloop == "in_order" and block.k == SKINNY_BLOCK_K and rows > MAX_SKINNY_ROWS // 2:
+    raise Unsupported(f"{rows} rows of x, {block.k} of k at once, take more shared memory")
   if mainloop == "group_sums":
     check_fp8(problem, device)
     if rows > MAX_GROUP_SUMS_ROWS:
@@ -380,7 +413,7 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
   quantizes_x = rows <= most.get(mainloop, 0) and block.k == SKINNY_BLOCK_K
   tiles = _skinny_tiles(problem, device, block, padded_m, _x_bytes(mainloop, block, padded_m, rows))
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
-  if mainloop == "expanded" and rows > MAX_SKINNY_ROWS // 2:
+  if mainloop in ("expanded", "in_order") and rows > MAX_SKINNY_ROWS // 2:
     own = SKINNY_E2M1.time(plan.grid, cdiv(problem.k, ROWS))
     other = _wide(problem, device, fp8=False).estimate_us
     if other < own:
@@ -394,6 +427,8 @@ def _skinny_mainloop(problem: Problem) -> Any:
   """The field `mainloop` of a plan."""
   if not problem.is_packed:
     return "quantized"
+  if not problem.quantize_input or problem.fmt.mode == "mxfp4":
+    return "in_order"
   if problem.fmt.scale_is_power_of_two:
     return "group_sums"
   one_matrix = problem.shares_w or math.prod(problem.x_batch) == 1
@@ -407,7 +442,8 @@ def _k_block(problem: Problem, mainloop: str) -> KBlock:
     return KBlock(128, 8 * problem.w_dtype.itemsize, None)
   as_many_zeros = 2 * cdiv(problem.k, k) == cdiv(problem.k, k // 2)
   is_large = as_many_zeros and problem.rows <= MAX_ROWS_OF_LARGE_BLOCKS
-  if mainloop == "group_sums" or is_large:
+  few_scales = k // 2 // fmt.group_size < TMA_BYTES
+  if mainloop == "group_sums" or is_large or few_scales:
     return KBlock(k, fmt.bits, fmt.group_size)
   return KBlock(k // 2, fmt.bits, fmt.group_size)
 
@@ -451,7 +487,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     summary=(
       "a kernel that streams w through the tensor cores: packed codes in fp8 (mxfp8, and nvfp4 of "
       "up to 8 rows), where each group's sum is scaled in float32, or expanded to float16 in "
-      "registers; unquantized numbers quantized in registers. Beside packed w it quantizes x "
+      "registers; unquantized numbers quantized in registers. x that is not to be quantized it "
+      "takes as it is, beside codes expanded to its dtype. Beside packed w it quantizes x "
       "itself (a row of nvfp4, eight of mxfp8), else another kernel does"
     ),
     platforms=("cuda",),
@@ -471,12 +508,18 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     name="hopper_exact",
     summary=(
       "16 bit tensor cores on exact operands: a kernel quantizes x (and w, unless packed), another "
-      "multiplies them (packed w expanded in its registers, or before)"
+      "multiplies them (packed w expanded in its registers, or before); x that is not to be "
+      "quantized is taken as it is"
     ),
     platforms=("cuda",),
     plan=_exact,
   ),
 )
+
+
+def operand_dtype(problem: Problem) -> np.dtype:
+  """Of both operands in 16 bits."""
+  return exact_dtype(problem.fmt) if problem.quantize_input else problem.x_dtype
 
 
 def exact_dtype(fmt: Format) -> np.dtype:

@@ -12,7 +12,8 @@ A CTA has 64 rows of w at a time and all of k, in blocks that go round its compu
   that their quantization is little work, a compute warpgroup does that itself, while it waits for
   its block of w (`quantize/in_kernel.py`).
 - A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, 64 rows of w by all of x. The
-  mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums` or `quantized`.
+  mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums`, `in_order`,
+  `quantized`.
 - Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
 - Where w has so few rows that half of the SMs or more would idle, a cluster of CTAs has 64 rows
   together, each a part of k, and adds up its sums (`ptx/cluster.py`).
@@ -34,6 +35,7 @@ from jaxqq._kernels.hopper import epilogue, pipeline
 from jaxqq._kernels.hopper.mainloops.blockdiag import BlockDiagonalX
 from jaxqq._kernels.hopper.mainloops.expanded import Expanded
 from jaxqq._kernels.hopper.mainloops.group_sums import GroupSums
+from jaxqq._kernels.hopper.mainloops.in_order import InOrder
 from jaxqq._kernels.hopper.mainloops.quantized import Quantized
 from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
 from jaxqq._kernels.hopper.plan import SkinnyPlan
@@ -49,6 +51,7 @@ MAINLOOPS: dict[str, type[Mainloop]] = {
   "blockdiag": BlockDiagonalX,
   "expanded": Expanded,
   "group_sums": GroupSums,
+  "in_order": InOrder,
   "quantized": Quantized,
 }
 
@@ -327,10 +330,10 @@ class _Cta:
       sums = blockdiag_sum(sums, blockdiag.rows, blockdiag.k_blocks_per_acc)
       layout = ONE_OF_FOUR
     out = sums * np.float32(kernel.unit)
-    if gmem.global_scale_x is not None:
-      scales = gmem.global_scale_x, gmem.global_scale_w
-      first, second = epilogue.factors_of_product(*(amax_or_nan(scale[0]) for scale in scales))
-      out = out * first * second
+    scales = [s for s in (gmem.global_scale_x, gmem.global_scale_w) if s is not None]
+    amaxes = [amax_or_nan(scale[0]) for scale in scales]
+    for factor in epilogue.factors_of_product(*amaxes) if len(amaxes) == 2 else amaxes:
+      out = out * factor
     out = out.astype(kernel.out_dtype)
     rows = self.out.at[tile.batch]
     stores.store_columns(out, layout, rows, tile.n * ROWS, kernel.m, kernel.n)

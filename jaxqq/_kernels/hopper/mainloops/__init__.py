@@ -1,9 +1,10 @@
 """Where the left operand of the tensor cores comes from: one small class a file.
 
-`dequant_gemm` takes one of those that expand packed codes (`packed_e2m1`, `packed_e4m3`): their
-layout, their loads, and what makes an operand of one step of them.
+`dequant_gemm` takes one of those that expand packed codes (`packed_e2m1`, `packed_e4m3`, and
+`in_order` beside x as it is): their layout, their loads, and what makes an operand of one step.
 
 `skinny_gemm` takes one of those that add a block of k to its sums: `expanded` (packed codes, made
-float16), `group_sums` (mxfp8, each group scaled after it is summed up), `blockdiag` (nvfp4, whose
-groups have columns of their own) and `quantized` (numbers, quantized in the registers).
+float16), `in_order` (packed codes beside x as it is), `group_sums` (mxfp8, each group scaled after
+it is summed up), `blockdiag` (nvfp4, whose groups have columns of their own) and `quantized`
+(numbers, quantized in the registers).
 """

@@ -19,6 +19,7 @@ class PackedE2M1:
   """64 rows and 64 of k a step: 8 words and 4 scales a row. x is interleaved (`ptx/expand.py`)."""
 
   dtype = jnp.dtype(jnp.float16)
+  interleaved = True
   step_k = 64
   words = 8
   groups = 4

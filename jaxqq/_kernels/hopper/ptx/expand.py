@@ -9,7 +9,6 @@ loads the words it needs with few instructions, and needs few scales.
     (1.8 a code)        pairs nibble i of both, so x is interleaved: k = 8j + i at 8i + j.
     rebase_e4m3         thread q holds words 4b + q: register b is a word, rebased to the largest
     (1.6 a code)        exponent of its row. x is in order.
-    e4m3_to_bfloat16    thread q holds words 4q to 4q + 3; x is interleaved as for e2m1.
     e2m1_to_e4m3        thread q holds words 4b + q: register b has a word's odd codes, b + 1 its
     (0.9 a code)        even ones, times 2**-6. Of each 32 elements, x has the odd ones first.
 
@@ -39,12 +38,9 @@ from jaxqq._kernels.hopper.ptx.registers import (
 )
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-# Of the words of one step, and of what e4m3_to_bfloat16 multiplies them by.
-E4M3_WORDS = layout_of(16, 4, (-3, -2))
-E4M3_FACTORS = layout_of(2, 1, (-3, -2, plgpu.Replicated(2)))
 
 
-def _left_operand(body: Any, args: tuple[Any, ...], layouts: tuple[Any, ...], dtype: Any) -> Any:
+def left_operand(body: Any, args: tuple[Any, ...], layouts: tuple[Any, ...], dtype: Any) -> Any:
   """(64, 128 bytes) in the layout of a left operand, by `body` on MLIR values."""
   is_byte = jnp.dtype(dtype).itemsize == 1
   columns = 128 if is_byte else 64
@@ -67,9 +63,9 @@ def e2m1_to_float16(words: Any, scales: Any) -> Any:
   """Words (64, 8) in the layout WGMMA times 2**-6 and scales (64, 4), e4m3: float16 (64, 64)."""
   dtype = jnp.dtype(jnp.float16)
   if interpreting():
-    values = _e2m1_as_e4m3(_codes(words, 4))
+    values = e2m1_as_e4m3(codes_of_words(words, 4))
     return _interleaved(values, lax.bitcast_convert_type(scales, E4M3), dtype)
-  return _left_operand(_e2m1_to_float16, (words, scales), (plgpu.Layout.WGMMA, ONE_OF_FOUR), dtype)
+  return left_operand(_e2m1_to_float16, (words, scales), (plgpu.Layout.WGMMA, ONE_OF_FOUR), dtype)
 
 
 def _e2m1_to_float16(words: Any, scales: Any) -> list[Any]:
@@ -127,10 +123,10 @@ def rebase_e4m3(words: Any, rescale: Any) -> Any:
     bits = rescale[:, None] >> (lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8))
     bits = (bits & np.uint32(0x3F)) << np.uint32(8) | bits & np.uint32(0xC0)
     powers = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
-    values = lax.bitcast_convert_type(_codes(words, 8).astype(jnp.uint8), E4M3)
+    values = lax.bitcast_convert_type(codes_of_words(words, 8).astype(jnp.uint8), E4M3)
     values = values.reshape(ROWS, 4, 32).astype(jnp.float16) * powers[..., None]
     return values.astype(E4M3).reshape(ROWS, 128)
-  return _left_operand(_rebase_e4m3, (words, rescale), (REBASED_WORDS, ROW), E4M3)
+  return left_operand(_rebase_e4m3, (words, rescale), (REBASED_WORDS, ROW), E4M3)
 
 
 def _rebase_e4m3(words: Any, rescale: Any) -> list[Any]:
@@ -162,57 +158,17 @@ def _rebase_e4m3(words: Any, rescale: Any) -> list[Any]:
   return out
 
 
-# e4m3 to bfloat16
-
-
-def e4m3_to_bfloat16(words: Any, factors: Any) -> Any:
-  """Words (64, 16), E4M3_WORDS, times float32 (64, 2) a group, E4M3_FACTORS: bfloat16 (64, 64)."""
-  dtype = jnp.dtype(jnp.bfloat16)
-  if interpreting():
-    values = lax.bitcast_convert_type(_codes(words, 8).astype(jnp.uint8), E4M3)
-    return _interleaved(values, factors, dtype)
-  return _left_operand(_e4m3_to_bfloat16, (words, factors), (E4M3_WORDS, E4M3_FACTORS), dtype)
-
-
-def _e4m3_to_bfloat16(words: Any, factors: Any) -> list[Any]:
-  """Register (i, half): code i of a row's two units of 8, as bfloat16 times the group's factor."""
-  halves = []
-  for half in range(2):
-    quad = words.registers.flat[half]
-    w = [vector.extract(quad, [], [j]) for j in range(4)]
-    factor = vector.extract(factors.registers.flat[half], [], [0])
-    registers = []
-    for i in range(8):
-      text = """{
-        .reg .b16 codes, a, b;
-        .reg .b32 pair;
-        .reg .f32 fa, fb;
-        prmt.b32 pair, $1, $2, SELECTOR;
-        cvt.u16.u32 codes, pair;
-        cvt.rn.f16x2.e4m3x2 pair, codes;
-        mov.b32 {a, b}, pair;
-        cvt.f32.f16 fa, a;
-        cvt.f32.f16 fb, b;
-        mul.rn.f32 fa, fa, $3;
-        mul.rn.f32 fb, fb, $3;
-        cvt.rn.bf16x2.f32 $0, fb, fa;
-      }""".replace("SELECTOR", hex(i % 4 | (4 + i % 4) << 4))
-      registers.append(asm(text, [w[i // 4], w[2 + i // 4], factor], "=r,r,r,f"))
-    halves.append(registers)
-  return [halves[half][i] for i in range(8) for half in range(2)]
-
-
 # e2m1 to e4m3
 
 
 def e2m1_to_e4m3(words: Any) -> Any:
   """Words (64, 16), ONE_OF_FOUR: e4m3 (64, 128), of 2**-6 their value."""
   if interpreting():
-    numbers = _e2m1_as_e4m3(_codes(words, 4))
+    numbers = e2m1_as_e4m3(codes_of_words(words, 4))
     # block, q, j, odd  ->  block, h, q, j
     numbers = numbers.reshape(ROWS, 4, 4, 4, 2)[..., ::-1]
     return numbers.transpose(0, 1, 4, 2, 3).reshape(ROWS, 128)
-  return _left_operand(_e2m1_to_e4m3, (words,), (ONE_OF_FOUR,), E4M3)
+  return left_operand(_e2m1_to_e4m3, (words,), (ONE_OF_FOUR,), E4M3)
 
 
 def _e2m1_to_e4m3(words: Any) -> list[Any]:
@@ -246,14 +202,14 @@ def _e2m1_word_to_e4m3(word: Any) -> tuple[Any, Any]:
 # For the interpreter
 
 
-def _codes(words: Any, bits: int) -> Any:
+def codes_of_words(words: Any, bits: int) -> Any:
   """uint32 (64, codes), in order."""
   shifts = lax.broadcasted_iota(jnp.uint32, (1, 1, 32 // bits), 2) * np.uint32(bits)
   codes = (words[..., None] >> shifts) & np.uint32((1 << bits) - 1)
   return codes.reshape(ROWS, -1)
 
 
-def _e2m1_as_e4m3(codes: Any) -> Any:
+def e2m1_as_e4m3(codes: Any) -> Any:
   """Of 2**-6 their value."""
   numbers = ((codes & np.uint32(8)) << np.uint32(4)) | ((codes & np.uint32(7)) << np.uint32(2))
   return lax.bitcast_convert_type(numbers.astype(jnp.uint8), E4M3)

@@ -21,6 +21,16 @@ def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
   )
 
 
+def whole_rows(length: int) -> Any:
+  """(64, length * i): each of a row's four threads has all of it, so many at a time."""
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((ROWS, length), (16, length), (8, length))),
+    warp_dims=(-6,),
+    lane_dims=(-2, plgpu.Replicated(4)),
+    vector_dim=-1,
+  )
+
+
 ROW = plgpu.Layout.WGMMA.reduce(1)  # (64,): the four lanes of a row hold the same
 
 # (64, 4 i): of every four neighbours of a row, each of its four lanes has one.

@@ -14,18 +14,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS
+from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, whole_rows
 from jaxqq._kernels.hopper.ptx.registers import constant, packed_array
 
 
 def scale_words(ref: Any) -> list[Any]:
   """Scales (64, 4 * s) as s arrays (64,) of four in a word, the first in its lowest bits."""
-  layout = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, 4), (16, 4), (8, 4))),
-    warp_dims=(-6,),
-    lane_dims=(-2, plgpu.Replicated(4)),
-    vector_dim=-1,
-  )
+  layout = whole_rows(4)
   scales = plgpu.load(ref, layout=layout, optimized=False)
   count = scales.shape[1] // 4
   if interpreting():

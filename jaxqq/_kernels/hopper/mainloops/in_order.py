@@ -1,0 +1,111 @@
+"""Packed codes beside x as it is in memory: expanded in its order, to exact floats of its dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper.plan import packed_operand
+from jaxqq._kernels.hopper.ptx import expand_in_order as expand
+from jaxqq._kernels.hopper.ptx import wgmma
+from jaxqq._kernels.hopper.ptx.layouts import whole_rows
+from jaxqq._kernels.hopper.ptx.loads import load_words_of_rows
+
+
+class _Operand:
+  """64 rows and 64 of k a step."""
+
+  dtype = jnp.dtype(jnp.bfloat16)
+  interleaved = False
+  step_k = 64
+  unit_exponent = 0
+  groups: int
+
+  @staticmethod
+  def load_words(ref: Any) -> Any:
+    return plgpu.load(ref, layout=expand.WORDS, optimized=False)
+
+  @classmethod
+  def load_scales(cls, ref: Any) -> Any:
+    return plgpu.load(ref, layout=whole_rows(cls.groups), optimized=False)
+
+
+class InOrderNvfp4(_Operand):
+  """8 words and 4 scales a row, beside bfloat16."""
+
+  words = 8
+  groups = 4
+  unit_exponent = expand.E2M1_UNIT
+
+  @classmethod
+  def expand(cls, words: Any, scales: Any) -> Any:
+    return expand.e2m1_in_order(words, scales, cls.dtype)
+
+
+class InOrderNvfp4Float16(InOrderNvfp4):
+  """The same beside float16."""
+
+  dtype = jnp.dtype(jnp.float16)
+
+
+class InOrderMxfp4(_Operand):
+  """8 words and 2 scales a row, beside bfloat16."""
+
+  words = 8
+  groups = 2
+
+  @classmethod
+  def expand(cls, words: Any, scales: Any) -> Any:
+    return expand.e2m1_in_order(words, scales, cls.dtype)
+
+
+class InOrderMxfp8(_Operand):
+  """16 words and 2 scales a row, beside bfloat16."""
+
+  words = 16
+  groups = 2
+
+  @staticmethod
+  def expand(words: Any, scales: Any) -> Any:
+    return expand.e4m3_in_order(words, scales)
+
+
+OPERANDS: dict[str, Any] = {  # as plans name them
+  "in_order_nvfp4": InOrderNvfp4,
+  "in_order_nvfp4_float16": InOrderNvfp4Float16,
+  "in_order_mxfp4": InOrderMxfp4,
+  "in_order_mxfp8": InOrderMxfp8,
+}
+
+
+class InOrder:
+  """Steps of 64 of k, of `skinny_gemm`: the next operand is made while one is multiplied."""
+
+  @staticmethod
+  def add(cta: Any, sums: Any, stage: Any) -> Any:
+    """sums + the product of one block of k."""
+    packed, kernel, promote = (
+      OPERANDS[packed_operand(cta.plan.problem)],
+      cta.kernel,
+      cta.tiles.promote,
+    )
+    w, scales, promote = cta.smem.w.at[stage], cta.smem.scales, cta.tiles.promote
+    count = cta.plan.block.words // packed.words
+
+    def operand(step: int) -> Any:
+      words = load_words_of_rows(w, kernel.w_transforms, step * packed.words, packed.words)
+      groups = pl.ds(step * packed.groups, packed.groups)
+      return packed.expand(words, packed.load_scales(scales.at[stage, :, groups]))
+
+    a = operand(0)
+    for step in range(count):
+      b = cta.smem.x.at[stage, :, pl.ds(step * packed.step_k, packed.step_k)]
+      before = None if promote else sums
+      begun = wgmma.begin(a, b, kernel.x_transforms, packed.dtype, sums=before)
+      following = operand(step + 1) if step + 1 < count else None
+      (done,) = wgmma.finish(begun, a, following)
+      sums, a = sums + done if promote else done, following
+    return sums

@@ -1,0 +1,231 @@
+"""Packed codes into a left operand whose order along k is that of memory, beside x as it is.
+
+As in `expand.py` a thread holds, of rows r and r + 8, what its lane q = 0..3 of the row's four has:
+elements 2q and 2q + 1 of every 8 along k. Where x may not be put in another order, the four threads
+of a row all hold its words, and each takes its two codes of every 8:
+
+    e2m1_in_order       byte q of every word.
+    (3.1 a code)
+    e4m3_in_order       bytes 2q and 2q + 1 of every two words.
+    (3.3 a code)
+
+In brackets: instructions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from jaxqq._kernels.hopper.ptx.expand import E4M3, codes_of_words, e2m1_as_e4m3, left_operand
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
+from jaxqq._kernels.hopper.ptx.layouts import ROWS, whole_rows
+from jaxqq._kernels.hopper.ptx.registers import constant, word_asm
+
+E2M1_UNIT = 7  # `e2m1_in_order` under e4m3 scales leaves out 2**7
+
+
+WORDS = whole_rows(4)
+
+
+def e2m1_in_order(words: Any, scales: Any, dtype: Any) -> Any:
+  """Words (64, 8), WORDS, times bytes (64, 4) of e4m3 scales or (64, 2) of powers of two.
+
+  Args:
+    words, scales: the latter in the layout `whole_rows` of its columns.
+    dtype: float16, or bfloat16; of scales that are powers of two it has to be.
+
+  Returns:
+    dtype (64, 64): code * scale, under e4m3 scales times 2**-7, so that scale and code take one
+    multiplication.
+  """
+  is_power = scales.shape[1] == 2
+  if interpreting():
+    values = e2m1_as_e4m3(codes_of_words(words, 4)).astype(jnp.float32) * 2.0**6
+    return _times_scales(values if is_power else values * 2.0**-E2M1_UNIT, scales, dtype)
+  body = functools.partial(_e2m1_in_order, is_power=is_power, dtype=jnp.dtype(dtype))
+  return left_operand(body, (words, scales), (WORDS, whole_rows(scales.shape[1])), dtype)
+
+
+def e4m3_in_order(words: Any, scales: Any) -> Any:
+  """Words (64, 16), WORDS, times powers of two, bytes (64, 2), `whole_rows`: bfloat16 (64, 64)."""
+  if interpreting():
+    values = lax.bitcast_convert_type(codes_of_words(words, 8).astype(jnp.uint8), E4M3)
+    return _times_scales(values.astype(jnp.float32), scales, jnp.bfloat16)
+  layouts = WORDS, whole_rows(2)
+  return left_operand(_e4m3_in_order, (words, scales), layouts, jnp.bfloat16)
+
+
+# On MLIR values
+
+
+def _e2m1_in_order(words: Any, scales: Any, *, is_power: bool, dtype: Any) -> list[Any]:
+  """Register (i, half): byte q of a row's word i, as two floats times the group's scale.
+
+  A code's exponent and mantissa become the lowest bits of a float's exponent and the highest of its
+  mantissa: that is the code's value times the least exponent, subnormal or not.
+  """
+  # Of the word four bits further up and of the word: the byte, which begins with a code, and above
+  # it eight times its sign.
+  selector = arith.addi(arith.muli(_lane(), constant(0x1111)), constant(0x80C4))
+  kind, shift, mask = {
+    "bfloat16": ("bf16x2", 2, 0x81C081C0),
+    "float16": ("f16x2", 5, 0x8E008E00),
+  }[dtype.name]
+  to_value = _times_constant("both", "bf16x2", _BFLOAT16_PAIR[126]) if is_power else ""
+  text = f"""
+    .reg .b32 both, constant;
+    shl.b32 both, $1, 4;
+    prmt.b32 both, $1, both, $2;
+    shl.b32 both, both, {shift};
+    and.b32 both, both, {hex(mask)};
+    {to_value}
+    mul.rn.{kind} $0, both, factor;"""
+
+  def pair(row: list[Any], i: int, factor: Factor) -> Any:
+    return word_asm(factor.used_by(text, "$3"), row[i], selector, factor.pair)
+
+  factors = _powers if is_power else functools.partial(_e4m3_factors, dtype=dtype)
+  return _registers(words, scales, factors, pair)
+
+
+def _e4m3_in_order(words: Any, scales: Any) -> list[Any]:
+  """Register (i, half): two codes of a row's words 2i and 2i + 1, times the group's scale."""
+  selector = arith.addi(arith.muli(_lane(), constant(0x22)), constant(0x10))
+  text = """
+    .reg .b16 codes, a, b;
+    .reg .b32 both;
+    .reg .f32 fa, fb;
+    prmt.b32 both, $1, $2, $3;
+    cvt.u16.u32 codes, both;
+    cvt.rn.f16x2.e4m3x2 both, codes;
+    mov.b32 {a, b}, both;
+    cvt.f32.f16 fa, a;
+    cvt.f32.f16 fb, b;
+    cvt.rn.bf16x2.f32 both, fb, fa;
+    mul.rn.bf16x2 $0, both, factor;"""
+
+  def pair(row: list[Any], i: int, factor: Factor) -> Any:
+    operands = row[2 * i], row[2 * i + 1], selector, factor.pair
+    return word_asm(factor.used_by(text, "$4"), *operands)
+
+  return _registers(words, scales, _powers, pair)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+  """Of a group: one of two floats in a register."""
+
+  pair: Any
+  half: str  # low or high
+
+  def used_by(self, text: str, operand: str) -> str:
+    """Assembly in which `factor` is that float twice; an instruction that takes it can do so."""
+    return f"""{{
+    .reg .b16 low, high;
+    .reg .b32 factor;
+    mov.b32 {{low, high}}, {operand};
+    mov.b32 factor, {{{self.half}, {self.half}}};{text}
+  }}"""
+
+
+def _registers(
+  words: Any,
+  scales: Any,
+  factors_of: Callable[[Any], Any],
+  pair: Callable[[list[Any], int, Factor], Any],
+) -> list[Any]:
+  """Those of the operand: for each 8 of k, a pair of rows r and r + 8.
+
+  Args:
+    words, scales: as of `e2m1_in_order`.
+    factors_of: two floats in a register, of a word whose lower half has two scales.
+    pair: of a row's words, which 8 of k, and their group's factor.
+  """
+  vectors = words.registers.reshape(-1, 2)  # four words each, of rows r and r + 8
+  halves = []
+  for half in range(2):
+    row = [vector.extract(v, [], [j]) for v in vectors[:, half] for j in range(4)]
+    packed = scales.registers.flat[half]
+    groups = ir.VectorType(packed.type).shape[0]
+    integer = ir.IntegerType.get_signless(8 * groups)
+    packed = vector.extract(vector.bitcast(ir.VectorType.get((1,), integer), packed), [], [0])
+    if groups == 2:
+      twos = [arith.extui(ir.IntegerType.get_signless(32), packed)]
+    else:
+      twos = [packed, arith.shrui(packed, constant(16))]
+    factors = [Factor(two, each) for two in map(factors_of, twos) for each in ("low", "high")]
+    halves.append([pair(row, i, factors[i * groups // 8]) for i in range(8)])
+  return [halves[half][i] for i in range(8) for half in range(2)]
+
+
+_BFLOAT16_PAIR = {e: (e + 127) << 7 | (e + 127) << 23 for e in (119, 126)}  # of 2**e
+
+
+def _times_constant(register: str, kind: str, pair: int) -> str:
+  return f"mov.b32 constant, {hex(pair)}; mul.rn.{kind} {register}, {register}, constant;"
+
+
+def _powers(two: Any) -> Any:
+  """Bytes s as 2**(s - 127) in bfloat16; of 0xFF, which is infinite at first, NaN."""
+  text = """{
+    .reg .b32 pair, constant;
+    prmt.b32 pair, $1, 0, 0x1404;
+    shr.b32 pair, pair, 1;
+    mov.b32 constant, 0x00400040;
+    max.u16x2 pair, pair, constant;
+    mov.b32 constant, 0;
+    fma.rn.bf16x2 $0, pair, constant, pair;
+  }"""
+  return word_asm(text, two)
+
+
+def _e4m3_factors(two: Any, *, dtype: Any) -> Any:
+  """e4m3 scales as floats, times what the codes lack but for 2**E2M1_UNIT."""
+  if dtype == jnp.float16:  # 2**7 of 2**14
+    convert = _times_constant("pair", "f16x2", 0x58005800)
+  else:  # 2**119 of 2**126
+    convert = f"""
+      mov.b32 {{a, b}}, pair;
+      cvt.f32.f16 fa, a;
+      cvt.f32.f16 fb, b;
+      cvt.rn.bf16x2.f32 pair, fb, fa;
+      {_times_constant("pair", "bf16x2", _BFLOAT16_PAIR[119])}"""
+  text = f"""{{
+    .reg .b16 codes, a, b;
+    .reg .b32 pair, constant;
+    .reg .f32 fa, fb;
+    cvt.u16.u32 codes, $1;
+    cvt.rn.f16x2.e4m3x2 pair, codes;
+    {convert}
+    mov.b32 $0, pair;
+  }}"""
+  return word_asm(text, two)
+
+
+def _lane() -> Any:
+  """Which of a row's four threads this is."""
+  return arith.andi(mgpu.utils.thread_idx(), constant(3))
+
+
+# For the interpreter
+
+
+def _times_scales(values: Any, scales: Any, dtype: Any) -> Any:
+  """Values (64, 64), in order, times the scales of their groups."""
+  if scales.shape[1] == 2:
+    s = scales.astype(jnp.int32)
+    bits = jnp.where(s == 0xFF, 0x7FC00000, jnp.maximum(s << 23, 1 << 22))
+    factors = lax.bitcast_convert_type(bits, jnp.float32)
+  else:
+    factors = lax.bitcast_convert_type(scales, E4M3).astype(jnp.float32)
+  grouped = values.reshape(ROWS, scales.shape[1], -1) * factors[..., None]
+  return grouped.reshape(ROWS, -1).astype(dtype)

@@ -1,0 +1,63 @@
+"""Loads of less than a swizzled row of shared memory, which Mosaic GPU does not slice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
+from jaxqq._kernels.hopper.ptx.layouts import ROWS, WARP, WARPS, whole_rows
+from jaxqq._kernels.hopper.ptx.registers import array, constant, smem_address
+
+_VECTOR = 4  # words, which a swizzle leaves together
+_ROW_VECTORS = 8  # of a swizzled row, which 8 rows share a tile of
+_TILE_ROWS = 8
+
+
+def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count: int) -> Any:
+  """Words (64, count) from `first` on, in the layout `whole_rows(4)`.
+
+  Args:
+    ref: uint32 (64, a multiple of 32), in shared memory.
+    transforms: of it, with a swizzle of 128 bytes.
+    first, count: multiples of 4.
+  """
+  if interpreting():
+    return ref[...][:, first : first + count]
+  layout = whole_rows(_VECTOR)
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(transforms),),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, count), np.dtype(jnp.uint32), layout=layout),
+  )
+  def load(ctx: Any, ref: Any) -> Any:
+    del ctx
+    (of_rows, of_columns, *_), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
+    warp = arith.shrui(thread, constant(5))
+    row = arith.andi(arith.shrui(thread, constant(2)), constant(_TILE_ROWS - 1))
+    # 16 rows a warp: two tiles of 8, and a row of 128 bytes in each.
+    start = arith.addi(smem_address(ref), arith.muli(warp, constant(2 * 4 * of_rows)))
+    start = arith.addi(start, arith.muli(row, constant(128 + 16)))
+    registers = []
+    for i in range(first // _VECTOR, (first + count) // _VECTOR):
+      column, swizzled = divmod(i, _ROW_VECTORS)
+      address = arith.xori(start, constant(16 * swizzled))
+      for half in range(2):
+        offset = 4 * (column * of_columns + half * of_rows)
+        registers.append(_load_vector(arith.addi(address, constant(offset))))
+    return array(registers, (ROWS, count), layout, signed=False)
+
+  return load(ref)
+
+
+def _load_vector(address: Any) -> Any:
+  pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
+  vector = ir.VectorType.get((_VECTOR,), ir.IntegerType.get_signless(32))
+  return llvm.load(vector, pointer, alignment=4 * _VECTOR)
