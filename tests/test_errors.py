@@ -69,6 +69,31 @@ PRODUCT = [
 ]  # fmt: skip
 
 
+def of_weights(case):
+  """The same of `quantized_matmul`, which has no scale of x and one backward; None if it is no case."""
+  *rest, words, x, w, scales, kwargs = case
+  if "backward" in kwargs or "global_scale_x" in words:
+    return None
+  words = [word.replace("global_scale_w", "global_scale") for word in words]
+  kwargs = {k.replace("_scale_w", "_scale"): v for k, v in kwargs.items() if k != "global_scale_x"}
+  return (*rest, words, x, w, scales, kwargs)
+
+
+WEIGHTS = [*filter(None, map(of_weights, PRODUCT))]
+WEIGHTS += [
+  ("a scale with mxfp4", ValueError, ["global_scale", "'mxfp4'"], X, W, None, {"global_scale": ONE, "mode": "mxfp4"}),
+  ("a word", ValueError, ["global_scale 'row'", "'amax', a number"], X, W, None, {"global_scale": "row"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WEIGHTS, ids=[case[0] for case in WEIGHTS])
+def test_quantized_matmul(case):
+  _, error, words, x, w, scales, kwargs = case
+  with pytest.raises(error) as caught:
+    jaxqq.quantized_matmul(x, w, scales, **kwargs)
+  check_sentence(str(caught.value), "quantized_matmul", words)
+
+
 @pytest.mark.parametrize("function", [jaxqq.qqmm, jaxqq.explain], ids=["qqmm", "explain"])
 @pytest.mark.parametrize("case", PRODUCT, ids=[case[0] for case in PRODUCT])
 def test_product(case, function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,13 @@ import pytest
 import jaxqq
 from tests.support import oracle
 from tests.support.golden import GOLDEN
-from tests.support.operands import amax, quantized_product, vjp
+from tests.support.operands import BACKWARDS, PRODUCTS, Product, amax, quantized_product, vjp
 
 MODES = oracle.PRODUCT_MODES
+WEIGHTS = Product("nvfp4", False)
+# Of the others, two: mxfp4 in qqmm, and x as it is.
+SOME = (*PRODUCTS[:3], WEIGHTS)
+each_product = pytest.mark.parametrize("product", SOME, ids=str)
 
 
 def data(*shapes, seed=20):
@@ -28,42 +34,51 @@ def test_quantized_backward_reproduces_mlx(mode):
     assert oracle.relative_error(value, GOLDEN[f"{mode}.vjp.{name}"]) <= 1e-6
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_straight_through(mode):
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_straight_through(product):
   x, w, g = data((33, 96), (40, 96), (33, 40))
-  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode), x, w, g=g)
-  x, w, g = (a.astype(np.float64) for a in (x, w, g))
-  assert oracle.relative_error(dx, g @ w) <= 1e-6
-  assert oracle.relative_error(dw, g.T @ x) <= 1e-6
+  dx, dw = vjp(product, x, w, g=g)
+  x64, g64 = (a.astype(np.float64) for a in (x, g))
+  assert oracle.relative_error(dx, g64 @ product.w_of_dx(w)) <= 1e-6
+  assert oracle.relative_error(dw, g64.T @ x64) <= 1e-6
 
 
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
-@pytest.mark.parametrize("mode", MODES)
-def test_packed_w_passes_the_gradient_on_to_x(mode, backward):
+# x as it is has one backward.
+with_backward = pytest.mark.parametrize(
+  ("product", "backward"),
+  [(product, b) for product in SOME for b in BACKWARDS[: 1 + product.quantizes_x]],
+  ids=str,
+)
+
+
+@with_backward
+def test_packed_w_passes_the_gradient_on_to_x(product, backward):
   x, w, g = data((33, 96), (40, 96), (33, 40))
-  packed, scales = oracle.quantize(w, mode)
-  (dx,) = vjp(lambda x: jaxqq.qqmm(x, packed, scales, mode=mode, backward=backward), x, g=g)
-  w_hat = oracle.round_trip(w, mode)
+  packed, scales = oracle.quantize(w, product.mode)
+  (dx,) = vjp(lambda x: product(x, packed, scales, backward=backward), x, g=g)
+  w_hat = oracle.round_trip(w, product.mode)
   want = g.astype(np.float64) @ w_hat
   if backward == "quantized":
-    want = quantized_product(g, w_hat.T, mode)
+    want = quantized_product(g, w_hat.T, product.mode)
   assert oracle.relative_error(dx, want) <= 1e-6
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("backward", ["straight_through", "quantized", "weights"])
 def test_global_scales(backward, packed):
+  product = Product("nvfp4", backward != "weights")
   x, w, g = data((33, 96), (40, 96), (33, 40))
   sx, sw = amax(x), amax(w)
 
   def f(x, w, sx, sw):
     args = quantized if packed else (w,)
-    return jaxqq.qqmm(x, *args, global_scale_x=sx, global_scale_w=sw, backward=backward)
+    return product(x, *args, global_scale_x=sx, global_scale_w=sw, backward=backward)
 
   quantized = oracle.quantize(w, "nvfp4", sw)
   dx, dw, dsx, dsw = vjp(f, x, w, sx, sw, g=g)
   assert dsx == 0 and dsw == 0
-  w_used = oracle.round_trip(w, "nvfp4", sw) if packed else w
+  uses_w_hat = packed or not product.quantizes_x
+  w_used = oracle.round_trip(w, "nvfp4", sw) if uses_w_hat else w
   if backward == "quantized":
     want_dx = quantized_product(g, np.asarray(w_used).T, "nvfp4", amax(g), sw)
     want_dw = quantized_product(g.T, x.T, "nvfp4", amax(g), sx)
@@ -88,7 +103,7 @@ def test_quantized_backward_pads_to_whole_groups(mode, m, n):
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("backward", ["straight_through", "quantized", "weights"])
 @pytest.mark.parametrize(
   ("x_batch", "w_batch"),
   [((2, 3), ()), ((2, 3), (3,)), ((), (4,)), ((3,), (2, 1)), ((2, 3), (2, 3))],
@@ -96,16 +111,17 @@ def test_quantized_backward_pads_to_whole_groups(mode, m, n):
 def test_batch_axes(x_batch, w_batch, backward):
   """Gradients of a broadcast operand are sums over the axes it was broadcast along."""
   mode, (m, n, k) = "mxfp8", (32, 64, 96)
+  product = Product(mode, backward != "weights")
   out_batch = np.broadcast_shapes(x_batch, w_batch)
   x, w, g = data((*x_batch, m, k), (*w_batch, n, k), (*out_batch, m, n))
-  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward=backward), x, w, g=g)
+  dx, dw = vjp(lambda x, w: product(x, w, backward=backward), x, w, g=g)
   assert dx.shape == x.shape and dw.shape == w.shape
   # m and n are whole groups, so summing over more rows is summing products.
   g_t, x_t, w_t = (np.swapaxes(a, -1, -2) for a in (g, x, w))
   if backward == "quantized":
     full_dx, full_dw = quantized_product(g, w_t, mode), quantized_product(g_t, x_t, mode)
   else:
-    full_dx, full_dw = g.astype(np.float64) @ w, g_t.astype(np.float64) @ x
+    full_dx, full_dw = g.astype(np.float64) @ product.w_of_dx(w), g_t.astype(np.float64) @ x
   for grad, full in ((dx, full_dx), (dw, full_dw)):
     shape = (1,) * (full.ndim - grad.ndim) + grad.shape
     axes = tuple(i for i in range(full.ndim) if shape[i] == 1 and full.shape[i] != 1)
@@ -113,37 +129,41 @@ def test_batch_axes(x_batch, w_batch, backward):
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
-@pytest.mark.parametrize("w_dtype", oracle.DTYPES)
-@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
+@pytest.mark.parametrize(
+  ("backward", "w_dtype", "x_dtype"),
+  [
+    *itertools.product(BACKWARDS, oracle.DTYPES, oracle.DTYPES),
+    *(("weights", *pair) for pair in itertools.pairwise((*oracle.DTYPES, "float32", "bfloat16"))),
+  ],
+)
 def test_gradients_have_the_dtype_of_their_operand(x_dtype, w_dtype, backward):
+  product = Product("mxfp8", backward != "weights")
   x, w, g = data((16, 64), (32, 64), (16, 32))
   x, w = x.astype(oracle.DTYPES[x_dtype]), w.astype(oracle.DTYPES[w_dtype])
   g = g.astype(x.dtype)
-  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode="mxfp8", backward=backward), x, w, g=g)
+  dx, dw = vjp(lambda x, w: product(x, w, backward=backward), x, w, g=g)
   assert dx.dtype == x.dtype and dw.dtype == w.dtype
   as_f64 = [np.asarray(a, np.float64) for a in (x, w, g)]
   if backward == "quantized":
     x64, w64, g64 = (a.astype(np.float32) for a in as_f64)
     wants = quantized_product(g64, w64.T, "mxfp8"), quantized_product(g64.T, x64.T, "mxfp8")
   else:
-    x64, w64, g64 = as_f64
-    wants = g64 @ w64, g64.T @ x64
+    x64, _, g64 = as_f64
+    wants = g64 @ product.w_of_dx(w), g64.T @ x64
   for grad, want in zip((dx, dw), wants, strict=True):
     # One rounding to the operand's dtype; a float32 gradient is no worse for bfloat16 x.
     bound = {"float32": 1e-6, "bfloat16": 3e-3, "float16": 4e-4}[grad.dtype.name]
     assert oracle.relative_error(grad, want) <= bound
 
 
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
-@pytest.mark.parametrize("mode", MODES)
-def test_forward_mode_is_straight_through(mode, backward):
+@with_backward
+def test_forward_mode_is_straight_through(product, backward):
   x, w, dx, dw = data((9, 64), (7, 64), (9, 64), (7, 64))
 
   def f(x, w):
-    return jaxqq.qqmm(x, w, mode=mode, backward=backward)
+    return product(x, w, backward=backward)
 
-  want = dx.astype(np.float64) @ w.T + x.astype(np.float64) @ dw.T
+  want = dx.astype(np.float64) @ product.w_of_dx(w).T + x.astype(np.float64) @ dw.T
   y, tangent = jax.jvp(f, (x, w), (dx, dw))
   np.testing.assert_array_equal(y, f(x, w))
   assert oracle.relative_error(tangent, want) <= 1e-6
@@ -155,29 +175,26 @@ def test_forward_mode_is_straight_through(mode, backward):
   assert oracle.relative_error(jacobian, want) <= 1e-6
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_forward_mode_through_packed_w(mode):
+@each_product
+def test_forward_mode_through_packed_w(product):
   x, w, dx = data((9, 64), (7, 64), (9, 64))
-  for global_scale in (None, amax(w)) if mode == "nvfp4" else (None,):
-    packed, scales = oracle.quantize(w, mode, global_scale)
+  for global_scale in (None, amax(w)) if product.mode == "nvfp4" else (None,):
+    packed, scales = oracle.quantize(w, product.mode, global_scale)
     kwargs = (
       {} if global_scale is None else {"global_scale_x": amax(x), "global_scale_w": global_scale}
     )
-    _, tangent = jax.jvp(
-      lambda x, a=(packed, scales), k=kwargs: jaxqq.qqmm(x, *a, mode=mode, **k), (x,), (dx,)
-    )
-    want = dx.astype(np.float64) @ oracle.round_trip(w, mode, global_scale).T
+    _, tangent = jax.jvp(lambda x, a=(packed, scales), k=kwargs: product(x, *a, **k), (x,), (dx,))
+    want = dx.astype(np.float64) @ oracle.round_trip(w, product.mode, global_scale).T
     assert oracle.relative_error(tangent, want) <= 1e-6
 
 
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
-@pytest.mark.parametrize("mode", MODES)
-def test_second_derivatives(mode, backward):
+@with_backward
+def test_second_derivatives(product, backward):
   """Hessian-vector products of sum(y^2) / 2, forward over reverse and reverse over both."""
   x, w, v = data((16, 64), (32, 64), (32, 64))
 
   def loss(w):
-    return 0.5 * jnp.sum(jaxqq.qqmm(x, w, mode=mode, backward=backward) ** 2)
+    return 0.5 * jnp.sum(product(x, w, backward=backward) ** 2)
 
   # The gradient is y(w)^T x (quantized: of the quantized y and x). Its straight-through
   # derivative in the direction v is (x v^T)^T x.
@@ -196,22 +213,21 @@ def test_second_derivatives(mode, backward):
       assert oracle.relative_error(hvp, want) <= 0.3, name
 
 
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
-@pytest.mark.parametrize("mode", MODES)
-def test_mixed_second_derivatives(mode, backward):
+@with_backward
+def test_mixed_second_derivatives(product, backward):
   """d/dx of dw, for a loss that is linear in y: the term that joins both operands."""
   x, w, g, dx = data((16, 64), (32, 64), (16, 32), (16, 64))
 
   def dw(x):
-    return jax.grad(lambda w: jnp.vdot(g, jaxqq.qqmm(x, w, mode=mode, backward=backward)))(w)
+    return jax.grad(lambda w: jnp.vdot(g, product(x, w, backward=backward)))(w)
 
   tangent = jax.jvp(dw, (x,), (dx,))[1]
   assert oracle.relative_error(tangent, g.T.astype(np.float64) @ dx) <= 1e-6
 
   def tangent_of(x, w):
-    return jax.jvp(lambda x: jaxqq.qqmm(x, w, mode=mode), (x,), (dx,))[1]
+    return jax.jvp(lambda x: product(x, w), (x,), (dx,))[1]
 
-  # y' = dx w^T: linear in w, independent of x.
+  # y' = dx w^T (x as it is: dx w_hat^T): straight-through in w, independent of x.
   grad_x, grad_w = vjp(tangent_of, x, w, g=g)
   assert not grad_x.any()
   assert oracle.relative_error(grad_w, g.T.astype(np.float64) @ dx) <= 1e-6
@@ -219,13 +235,35 @@ def test_mixed_second_derivatives(mode, backward):
   assert oracle.relative_error(second, dx.astype(np.float64) @ w.T) <= 1e-6
 
 
+@pytest.mark.parametrize("w_batch", [(), (3,)], ids=["one w", "a stack"])
+def test_the_gradient_of_the_gradient_of_x_as_it_is(w_batch):
+  """dx = g w_hat: linear in g, straight-through in w, and of x there is nothing in it."""
+  product = Product("nvfp4", False)
+  x, w, g, v, u, h = data(
+    (5, 64), (*w_batch, 8, 64), (*w_batch, 5, 8), (5, 64), (*w_batch, 8, 64), (*w_batch, 5, 8)
+  )
+
+  def dx(x, w, g):
+    return jax.vjp(lambda x: product(x, w), x)[1](g)[0]
+
+  got = jax.grad(lambda *a: jnp.vdot(v, dx(*a)), (0, 1, 2))(*map(jnp.asarray, (x, w, g)))
+  v64, w_hat = v.astype(np.float64), product.w_of_dx(w)
+  assert not got[0].any()
+  assert oracle.relative_error(got[1], np.swapaxes(g, -1, -2).astype(np.float64) @ v64) <= 1e-6
+  assert oracle.relative_error(got[2], v64 @ np.swapaxes(w_hat, -1, -2)) <= 1e-6
+  tangent = jax.jvp(dx, (x, w, g), (x, u, h))[1]
+  want = h.astype(np.float64) @ w_hat + g.astype(np.float64) @ u
+  assert oracle.relative_error(tangent, want.sum(0) if w_batch else want) <= 1e-6
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("backward", ["straight_through", "quantized", "weights"])
 def test_residuals_are_the_operands_as_they_came(backward, packed):
+  product = Product("mxfp8", backward != "weights")
   x, w, _ = data((16, 64), (32, 64), (1,))
   x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
   args = (x, *oracle.quantize(w, "mxfp8")) if packed else (x, w)
-  f = lambda *args: jaxqq.qqmm(*args, mode="mxfp8", backward=backward)  # noqa: E731
+  f = lambda *args: product(*args, backward=backward)  # noqa: E731
   if packed:
     _, pullback = jax.vjp(lambda x: f(x, *args[1:]), x)
   else:
@@ -236,19 +274,19 @@ def test_residuals_are_the_operands_as_they_came(backward, packed):
   assert len(residuals) <= len(allowed)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_of_what_is_packed_is_refused(mode):
+@each_product
+def test_the_gradient_of_what_is_packed_is_refused(product):
   x, w = data((4, 64), (8, 64))
-  packed, scales = oracle.quantize(w, mode)
-  float8 = jnp.asarray(scales.view(oracle.MODES[mode].scale))
+  packed, scales = oracle.quantize(w, product.mode)
+  float8 = jnp.asarray(scales.view(oracle.MODES[product.mode].scale))
 
   def loss(x, packed, scales):
-    return jaxqq.qqmm(x, packed, scales, mode=mode).sum()
+    return product(x, packed, scales).sum()
 
-  rule = "to receive gradients, w must be provided unquantized"
+  rule = f"^{product.function.__name__}: .*to receive gradients, w must be provided unquantized"
   with pytest.raises(ValueError, match=rule):
     jax.grad(loss, argnums=2)(x, packed, float8)
-  with pytest.raises(ValueError, match=rule):
+  with pytest.raises(ValueError, match=rule.partition(".*")[2]):
     jax.grad(lambda x: jax.grad(loss, argnums=2)(x, packed, float8).astype(jnp.float32).sum())(x)
   with pytest.raises(TypeError, match="uint32"):  # JAX itself differentiates no integers
     jax.grad(loss, argnums=1)(x, packed, scales)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests.support import bounds, oracle
-from tests.support.operands import operands
+from tests.support.operands import Product, operands
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,8 @@ def assert_within_bounds(out, x, w, mode, *, highest=False, scales=(None, None))
 
 
 def check(x, w, mode, *, precision=None, **how):
-  args, kwargs, x_hat, w_hat = operands(x, w, mode, **how)
+  args, kwargs, x_hat, w_hat = operands(x, w, Product(mode), **how)
+  kwargs["mode"] = mode
   assert jaxqq.explain(*args, **kwargs, precision=precision).plan.name[:3] != "xla"
   out = np.asarray(jax.jit(lambda *a: jaxqq.qqmm(*a, **kwargs, precision=precision))(*args))
   assert out.dtype == x.dtype

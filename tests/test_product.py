@@ -1,4 +1,5 @@
-"""Every product inside the bound of the specification, against float64."""
+"""Every product inside the bound of the specification, against float64: `qqmm`, and the one that
+leaves x as it is."""
 
 from __future__ import annotations
 
@@ -12,17 +13,18 @@ import pytest
 import jaxqq
 from tests.support import oracle
 from tests.support.golden import GOLDEN, SHORT
-from tests.support.operands import amax, operands
+from tests.support.operands import PRODUCTS, Product, amax, crossed, operands
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # (M, N, K): every M with every N, and every kind of K, K = None being one group.
 SHAPES = [(m, n, 96) for m, n in itertools.product((0, 1, 5, 33, 130), repeat=2)]
+PACKED = (False, True)
 SHAPES += [(m, n, k) for m, n in ((1, 130), (33, 5), (130, 33)) for k in (None, 512, 4096)]
 
 
-def check(x, w, mode, *, precision=None, **how):
-  args, kwargs, x_hat, w_hat = operands(x, w, mode, **how)
-  out = jaxqq.qqmm(*args, **kwargs, precision=precision)
+def check(x, w, product, *, precision=None, **how):
+  args, kwargs, x_hat, w_hat = operands(x, w, product, **how)
+  out = product(*args, **kwargs, precision=precision)
   assert out.dtype == x.dtype
   exact, mag = oracle.product(x_hat, w_hat)
   # The reference keeps the bound of HIGHEST whatever is asked for.
@@ -31,35 +33,40 @@ def check(x, w, mode, *, precision=None, **how):
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_shapes(mode, shape, packed):
+@pytest.mark.parametrize(("product", "shape", "packed"), crossed(SHAPES, PACKED))
+def test_shapes(product, shape, packed):
   m, n, k = shape
-  k = k or oracle.MODES[mode].group
+  k = k or oracle.MODES[product.mode].group
   rng = np.random.default_rng(m * 1000 + n)
   check(
     oracle.random(rng, (m, k), "float32"),
     oracle.random(rng, (n, k), "float32"),
-    mode,
+    product,
     packed=packed,
   )
 
 
 @pytest.mark.parametrize("data", [oracle.random, oracle.with_outliers])
-@pytest.mark.parametrize("w_dtype", oracle.DTYPES)
-@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
 @pytest.mark.parametrize(
-  ("mode", "how"),
-  [(mode, how) for mode in oracle.PRODUCT_MODES for how in ("on the fly", "packed")]
-  + [("nvfp4", "global"), ("nvfp4", "packed global")],
+  ("product", "w_dtype", "x_dtype", "how"),
+  [
+    *crossed(oracle.DTYPES, oracle.DTYPES, ("on the fly", "packed"), every=3),
+    *(
+      (Product("nvfp4", quantizes_x), w_dtype, x_dtype, how)
+      for how in ("global", "packed global")
+      for w_dtype in oracle.DTYPES
+      for x_dtype in oracle.DTYPES
+      for quantizes_x in (True, False)[: 1 + (w_dtype == x_dtype)]
+    ),
+  ],
+  ids=str,
 )
-def test_dtypes(mode, how, x_dtype, w_dtype, data):
+def test_dtypes(product, how, x_dtype, w_dtype, data):
   rng = np.random.default_rng(11)
   # Small, so that float16 holds the sums of outliers.
   x = (data(rng, (33, 512), "float32") / 64).astype(oracle.DTYPES[x_dtype])
   w = (data(rng, (65, 512), "float32") / 64).astype(oracle.DTYPES[w_dtype])
-  out, exact = check(x, w, mode, packed="packed" in how, global_scale="global" in how)
+  out, exact = check(x, w, product, packed="packed" in how, global_scale="global" in how)
   if data is oracle.random:
     norm_bound = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 4e-4}[x_dtype]
     assert oracle.relative_error(out, exact) <= norm_bound
@@ -70,62 +77,73 @@ def test_dtypes(mode, how, x_dtype, w_dtype, data):
 def test_precision(x_dtype, precision):
   rng = np.random.default_rng(12)
   x, w = oracle.random(rng, (17, 256), x_dtype), oracle.random(rng, (31, 256), "float32")
-  check(x, w, "mxfp8", precision=precision)
+  check(x, w, Product("mxfp8", quantizes_x=x_dtype != "float16"), precision=precision)
 
 
+@pytest.mark.parametrize("product", [jaxqq.qqmm, jaxqq.quantized_matmul])
 @pytest.mark.parametrize("name", ["highest", "high", "default", "float32", ("default", "highest")])
-def test_precision_by_name(name):
+def test_precision_by_name(name, product):
   """As `jax.lax.dot_general` takes it; of two the higher."""
   x, w = (jax.ShapeDtypeStruct((size, 64), jnp.bfloat16) for size in (4, 8))
 
   def passed(precision):
-    jaxpr = jax.make_jaxpr(lambda x, w: jaxqq.qqmm(x, w, precision=precision))(x, w)
+    jaxpr = jax.make_jaxpr(lambda x, w: product(x, w, precision=precision))(x, w)
     return jaxpr.eqns[0].params["precision"]
 
   one = name[1] if isinstance(name, tuple) else name
   assert passed(name) is jax.lax.Precision(one)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
-def test_preferred_element_type(x_dtype, dtype):
+@pytest.mark.parametrize(
+  ("kind", "dtype", "x_dtype"),
+  [
+    *((Product("mxfp8"), dtype, x_dtype) for dtype in oracle.DTYPES for x_dtype in oracle.DTYPES),
+    *(
+      (Product("mxfp4", False), *dtypes)
+      for dtypes in (("float32", "float16"), ("bfloat16", "float32"))
+    ),
+  ],
+  ids=str,
+)
+def test_preferred_element_type(kind, x_dtype, dtype):
   """The result's; within its bound, and gradients are of the operands' dtypes."""
   rng = np.random.default_rng(15)
   x, w = oracle.random(rng, (9, 128), x_dtype), oracle.random(rng, (7, 128), "float32")
 
   def product(x, w):
-    return jaxqq.qqmm(x, w, mode="mxfp8", preferred_element_type=dtype)
+    return kind(x, w, preferred_element_type=dtype)
 
   out = np.asarray(product(x, w))
   assert out.dtype == oracle.DTYPES[dtype]
-  exact, mag = oracle.product(*(oracle.round_trip(np.asarray(a), "mxfp8") for a in (x, w)))
+  exact, mag = oracle.product(kind.x_hat(x), oracle.round_trip(w, kind.mode))
   oracle.assert_within_bound(out, exact, mag)
   dx, dw = jax.grad(lambda *a: product(*a).astype(jnp.float32).sum(), (0, 1))(x, w)
   assert dx.dtype == x.dtype and dw.dtype == jnp.float32
-  packed = jaxqq.quantize_weight(w, "mxfp8")
-  again = jaxqq.qqmm(x, packed, preferred_element_type=jnp.dtype(dtype))
+  packed = jaxqq.quantize_weight(w, kind.mode)
+  again = kind.function(x, packed, preferred_element_type=jnp.dtype(dtype))
   np.testing.assert_array_equal(again, out)
 
 
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_group_scales_far_apart(mode):
-  """mxfp8's group scales reach from 2^-100 to 2^100; nvfp4's own scales are e4m3."""
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_group_scales_far_apart(product):
+  """Powers of two as group scales reach from 2^-100 to 2^100; nvfp4's own scales are e4m3."""
   rng = np.random.default_rng(13)
-  reach = 98 if mode == "mxfp8" else 8
-  powers = np.linspace(-reach, reach, 64).round().repeat(oracle.MODES[mode].group)
+  reach = 98 if oracle.MODES[product.mode].power_of_two else 8
+  powers = np.linspace(-reach, reach, 64).round().repeat(oracle.MODES[product.mode].group)
   x = (rng.standard_normal((9, powers.size)) * 2.0**powers).astype(np.float32)
   w = (rng.standard_normal((7, powers.size)) * 2.0**-powers).astype(np.float32)
-  check(x, w, mode)
-  check(x, w, mode, packed=True)
+  check(x, w, product)
+  check(x, w, product, packed=True)
 
 
+@pytest.mark.parametrize("quantizes_x", [True, False])
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-12, 1e12])
-def test_global_scales_of_every_size(magnitude):
+def test_global_scales_of_every_size(magnitude, quantizes_x):
   """The factor of the two together underflows float32 where the product does not."""
   rng = np.random.default_rng(14)
   x = (rng.standard_normal((9, 512)) * magnitude).astype(np.float32)
   w = (rng.standard_normal((7, 512)) * 1e-15).astype(np.float32)
-  out, exact = check(x, w, "nvfp4", global_scale=True)
+  out, exact = check(x, w, Product("nvfp4", quantizes_x), global_scale=True)
   assert oracle.relative_error(out, exact) <= 1e-5
 
 
@@ -152,75 +170,72 @@ def test_golden(case, dtype):
     oracle.assert_within_bound(np.asarray(out), exact, mag)
 
 
+BATCHES = [
+  ((3,), ()),
+  ((2, 3), ()),
+  ((2, 3), (3,)),
+  ((3,), (2, 3)),
+  ((2, 1), (1, 3)),
+  ((), (4,)),
+  ((2, 1, 3), (2, 1, 3)),
+]
+
+
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize(
-  ("x_batch", "w_batch"),
-  [
-    ((3,), ()),
-    ((2, 3), ()),
-    ((2, 3), (3,)),
-    ((3,), (2, 3)),
-    ((2, 1), (1, 3)),
-    ((), (4,)),
-    ((2, 1, 3), (2, 1, 3)),
-  ],
-)
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_batch_axes_broadcast(mode, x_batch, w_batch, packed):
-  rng = np.random.default_rng(15)
+@pytest.mark.parametrize(("product", "batches", "packed"), crossed(BATCHES, PACKED))
+def test_batch_axes_broadcast(product, batches, packed):
+  rng, (x_batch, w_batch) = np.random.default_rng(15), batches
   x, w = (
     oracle.random(rng, (*x_batch, 5, 64), "float32"),
     oracle.random(rng, (*w_batch, 7, 64), "float32"),
   )
-  check(x, w, mode, packed=packed)
+  check(x, w, product, packed=packed)
 
 
+@pytest.mark.parametrize("product", [PRODUCTS[0], PRODUCTS[-1]], ids=str)
 @pytest.mark.parametrize("w_batch", [(), (4,)])
-def test_a_vector(w_batch):
+def test_a_vector(w_batch, product):
   rng = np.random.default_rng(16)
   x, w = oracle.random(rng, (64,), "float32"), oracle.random(rng, (*w_batch, 7, 64), "float32")
-  out = jaxqq.qqmm(x, w)
+  out = product(x, w)
   assert out.shape == (*w_batch, 7)
-  exact, mag = oracle.product(oracle.round_trip(x[None], "nvfp4"), oracle.round_trip(w, "nvfp4"))
+  exact, mag = oracle.product(product.x_hat(x[None]), oracle.round_trip(w, product.mode))
   oracle.assert_within_bound(np.asarray(out)[..., None, :], exact, mag)
 
 
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_scales_as_float8(mode):
+@pytest.mark.parametrize("product", [*PRODUCTS[:2], PRODUCTS[-2]], ids=str)
+def test_scales_as_float8(product):
   rng = np.random.default_rng(17)
   x, w = oracle.random(rng, (5, 64), "bfloat16"), oracle.random(rng, (7, 64), "bfloat16")
-  packed, scales = jaxqq.quantize(w, mode=mode)
-  out = jaxqq.qqmm(x, packed, scales, mode=mode)
-  as_float8 = np.asarray(scales).view(oracle.MODES[mode].scale)
-  np.testing.assert_array_equal(jaxqq.qqmm(x, packed, as_float8, mode=mode), out)
-  np.testing.assert_array_equal(jaxqq.qqmm(x, w, mode=mode), out)
+  packed, scales = jaxqq.quantize(w, mode=product.mode)
+  out = product(x, packed, scales)
+  as_float8 = np.asarray(scales).view(oracle.MODES[product.mode].scale)
+  np.testing.assert_array_equal(product(x, packed, as_float8), out)
+  np.testing.assert_array_equal(product(x, w), out)
 
 
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_what_is_not_finite_stays_in_its_row(mode):
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_what_is_not_finite_stays_in_its_row(product):
   rng = np.random.default_rng(18)
   x, w = oracle.random(rng, (5, 64), "float32"), oracle.random(rng, (7, 64), "float32")
   x[1, 3], w[2, 5] = np.nan, np.inf
   nan = np.zeros((5, 7), bool)
   nan[1], nan[:, 2] = True, True
-  np.testing.assert_array_equal(np.isnan(jaxqq.qqmm(x, w, mode=mode)), nan)
-  np.testing.assert_array_equal(
-    np.isnan(jaxqq.qqmm(x, *jaxqq.quantize(w, mode=mode), mode=mode)), nan
-  )
+  np.testing.assert_array_equal(np.isnan(product(x, w)), nan)
+  np.testing.assert_array_equal(np.isnan(product(x, *jaxqq.quantize(w, mode=product.mode))), nan)
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
-@pytest.mark.parametrize(("m", "n"), [(1, 130), (2, 130), (130, 1), (1, 1)])
-@pytest.mark.parametrize("mode", oracle.PRODUCT_MODES)
-def test_single_rows_of_one_sign_and_many_magnitudes(mode, m, n, packed):
+@pytest.mark.parametrize(
+  ("product", "rows", "packed"), crossed([(1, 130), (2, 130), (130, 1), (1, 1)], PACKED)
+)
+def test_single_rows_of_one_sign_and_many_magnitudes(product, rows, packed):
   """Sums without cancellation show what the order of summation costs."""
-  rng = np.random.default_rng(21)
-  k, group = 14336, oracle.MODES[mode].group
+  rng, (m, n) = np.random.default_rng(21), rows
+  k, group = 14336, oracle.MODES[product.mode].group
   powers = (2.0 ** rng.integers(-8, 8, k // group)).repeat(group)
   x, w = (np.abs(rng.standard_normal((rows, k)) * powers).astype(np.float32) for rows in (m, n))
-  check(x, w, mode, packed=packed)
+  check(x, w, product, packed=packed)
 
 
 def test_zeros_give_zeros():
@@ -228,28 +243,56 @@ def test_zeros_give_zeros():
   zero, one = np.float32(0), np.float32(1)
   for kwargs in ({}, {"mode": "mxfp8"}, {"global_scale_x": zero, "global_scale_w": one}):
     np.testing.assert_array_equal(jaxqq.qqmm(x, w, **kwargs), np.zeros((3, 5)))
+  np.testing.assert_array_equal(jaxqq.quantized_matmul(x, w), np.zeros((3, 5)))
+  np.testing.assert_array_equal(jaxqq.quantized_matmul(w, x), np.zeros((5, 3)))
   assert jaxqq.qqmm(x[:, :0], w[:, :0]).tolist() == [[0.0] * 5] * 3
 
 
 def test_the_same_under_jit_and_eagerly():
   rng = np.random.default_rng(19)
   x, w = oracle.random(rng, (33, 512), "bfloat16"), oracle.random(rng, (65, 512), "bfloat16")
-  for mode in oracle.PRODUCT_MODES:
-    out = np.asarray(jax.jit(lambda x, w, mode=mode: jaxqq.qqmm(x, w, mode=mode))(x, w))
-    np.testing.assert_array_equal(
-      np.asarray(jaxqq.qqmm(jnp.asarray(x), jnp.asarray(w), mode=mode)), out
-    )
+  for product in (*PRODUCTS[:2], PRODUCTS[-2]):
+    out = np.asarray(jax.jit(product)(x, w))
+    np.testing.assert_array_equal(np.asarray(product(jnp.asarray(x), jnp.asarray(w))), out)
 
 
+@pytest.mark.parametrize("product", [jaxqq.qqmm, jaxqq.quantized_matmul])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_reference_asks_for_float32_products(packed):
+def test_the_reference_asks_for_float32_products(packed, product):
   """A CPU multiplies in float32 whatever is asked for; a TPU would not."""
   w = jax.ShapeDtypeStruct((64, 128), jnp.float32)
   args = jax.eval_shape(jaxqq.quantize, w) if packed else (w,)
-  traced = jax.jit(jaxqq.qqmm).trace(jax.ShapeDtypeStruct((8, 128), jnp.bfloat16), *args)
+  traced = jax.jit(product).trace(jax.ShapeDtypeStruct((8, 128), jnp.bfloat16), *args)
   dots = [
     line
     for line in traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
     if "dot_general" in line
   ]
   assert dots and all("HIGHEST" in line for line in dots)
+
+
+@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
+def test_no_bit_of_x_is_lost(x_dtype, mode):
+  """A w of one 1 a row picks x out, bit by bit; qqmm rounds it to codes."""
+  rng, m = np.random.default_rng(22), oracle.MODES[mode]
+  x = oracle.random(rng, (5, 64), x_dtype)
+  packed = oracle.pack(np.eye(64).astype(m.element).view(np.uint8), mode)
+  scales = np.ones((64, 64 // m.group), m.scale)
+  out = np.asarray(jaxqq.quantized_matmul(x, packed, scales, mode=mode))
+  np.testing.assert_array_equal(out.view(np.uint8), x.view(np.uint8))
+  assert (np.asarray(jaxqq.qqmm(x, packed, scales, mode=mode)) != x).any()
+
+
+@pytest.mark.parametrize("mode", ["mxfp8", "mxfp4"])
+@pytest.mark.parametrize("exponent", [-100, -30, 40, 100])
+def test_float16_beside_scales_beyond_its_range(mode, exponent):
+  """2**exponent in a group of w: float16 holds neither that nor, of the smaller, the product."""
+  rng = np.random.default_rng(23)
+  x, w = oracle.random(rng, (5, 64), "float16"), oracle.random(rng, (7, 64), "float32")
+  if exponent < 0:
+    w[:, :32] *= np.float32(2.0**exponent)
+  else:  # what it is multiplied by is 0, or the result would be infinite
+    w[:, :32], x[:, :32] = w[:, :32] * np.float32(2.0**exponent), 0
+  for packed in (False, True):
+    check(x, w, Product(mode, False), packed=packed)

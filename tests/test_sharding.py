@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests.support import oracle
-from tests.support.operands import MODES, arguments, data
+from tests.support.operands import MODES, PRODUCTS, arguments, data
 from tests.support.sharding import (
   CLOSE,
   DT,
@@ -36,27 +36,30 @@ def compiled(f, split, x, args):
 
 
 @functools.cache
-def case(mode, packed):
+def case(product, packed):
   """x, w or its packed parts, and their product on one device."""
   x, w = data((16, 512), (24, 512))
-  args = arguments(w, mode, packed)
-  return x, args, np.asarray(jaxqq.qqmm(x, *args, mode=mode))
+  args = arguments(w, product.mode, packed)
+  return x, args, np.asarray(product(x, *args))
 
 
 def table():
   """Each split of each mode, one packed; what sums and what gathers, packed the other way too."""
   for split in SPLITS:
-    for mode in MODES:
+    for product in PRODUCTS[:4]:
+      is_usual = split in ("column", "row", "columns of w")
       for packed in (False, True):
-        if packed == (mode == "nvfp4") or split in ("column", "row", "columns of w"):
-          yield pytest.param(split, mode, packed, id=f"{split}-{mode}" + "-packed" * packed)
+        is_other = product not in PRODUCTS[:2]
+        chosen = is_usual and (not is_other or packed != product.quantizes_x)
+        if chosen or (not is_other and packed == (product.mode == "nvfp4")):
+          yield pytest.param(split, product, packed, id=f"{split}-{product}" + "-packed" * packed)
 
 
 @QUICK
-@pytest.mark.parametrize(("split", "mode", "packed"), list(table()))
-def test_forward_and_what_moves(split, mode, packed):
-  x, args, want = case(mode, packed)
-  executable, placed = compiled(functools.partial(jaxqq.qqmm, mode=mode), split, x, args)
+@pytest.mark.parametrize(("split", "product", "packed"), list(table()))
+def test_forward_and_what_moves(split, product, packed):
+  x, args, want = case(product, packed)
+  executable, placed = compiled(product, split, x, args)
   np.testing.assert_allclose(executable(*placed), want, **CLOSE)
   if split in MOVED:
     moved = MOVED[split]
@@ -65,21 +68,23 @@ def test_forward_and_what_moves(split, mode, packed):
 
 @QUICK
 @pytest.mark.parametrize(
-  ("split", "mode", "packed"),
+  ("split", "product", "packed"),
   [
-    ("column", "nvfp4", True),
-    ("row", "mxfp8", False),
-    ("row, rows split on", "nvfp4", True),
-    ("columns of w", "nvfp4", True),
-    ("columns of w", "mxfp8", False),
+    ("column", PRODUCTS[0], True),
+    ("row", PRODUCTS[1], False),
+    ("row, rows split on", PRODUCTS[0], True),
+    ("row", PRODUCTS[4], True),
+    ("columns of w", PRODUCTS[0], True),
+    ("columns of w", PRODUCTS[1], False),
   ],
+  ids=str,
 )
-def test_the_other_partitioner(split, mode, packed):
+def test_the_other_partitioner(split, product, packed):
   """GSPMD, as long as JAX has it."""
-  x, args, want = case(mode, packed)
+  x, args, want = case(product, packed)
   jax.config.update("jax_use_shardy_partitioner", False)
   try:
-    executable, placed = compiled(functools.partial(jaxqq.qqmm, mode=mode), split, x, args)
+    executable, placed = compiled(product, split, x, args)
     np.testing.assert_allclose(executable(*placed), want, **CLOSE)
   finally:
     jax.config.update("jax_use_shardy_partitioner", True)
@@ -87,14 +92,13 @@ def test_the_other_partitioner(split, mode, packed):
   assert collectives(executable) == (moved[packed] if isinstance(moved, dict) else moved)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_row_parallel_sums_in_float32_and_rounds_once(mode):
+@pytest.mark.parametrize("product", [*PRODUCTS[:2], PRODUCTS[3]], ids=str)
+def test_row_parallel_sums_in_float32_and_rounds_once(product):
   rng = np.random.default_rng(40)
   x, w = (oracle.with_outliers(rng, shape, "float32") / 64 for shape in ((16, 1024), (24, 1024)))
   x = x.astype(jnp.bfloat16)
-  f = functools.partial(jaxqq.qqmm, mode=mode)
-  executable, placed = compiled(f, "row, all axes", x, (w,))
-  exact, mag = oracle.product(oracle.round_trip(x, mode), oracle.round_trip(w, mode))
+  executable, placed = compiled(product, "row, all axes", x, (w,))
+  exact, mag = oracle.product(product.x_hat(x), oracle.round_trip(w, product.mode))
   oracle.assert_within_bound(np.asarray(executable(*placed)), exact, mag, highest=True)
 
 

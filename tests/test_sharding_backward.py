@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.support.operands import BACKWARDS, KINDS, amax, arguments, data
+from tests.support.operands import BACKWARDS, KINDS, Product, amax, arguments, data
 from tests.support.sharding import (
   GATHERED,
   GRADIENTS_CLOSE,
@@ -28,11 +28,11 @@ W_SPECS = {"": P(), "n": P("tensor"), "k": P(None, "tensor"), "n, k": P("data", 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])
 
 
-def gradients_of(mode, backward, g, packed):
+def gradients_of(kind, backward, g, packed):
   """x, w or its packed parts -> the product, dx and, of an unquantized w, dw."""
 
   def gradients(x, *args):
-    product = functools.partial(jaxqq.qqmm, mode=mode, backward=backward)
+    product = functools.partial(kind, backward=backward)
     if packed:
       out, pull = jax.vjp(lambda x: product(x, *args), x)
     else:
@@ -54,36 +54,36 @@ def table():
         every = usual and not packed
         for kind in KINDS if every else [KINDS[(i + (j // 2 if packed else j)) % len(KINDS)]]:
           name = f"x on ({x_split}), w on ({w_split})" + ", packed" * packed
-          yield pytest.param(x_split, w_split, packed, *kind, id="-".join((name, *kind)))
+          yield pytest.param(x_split, w_split, packed, *kind, id="-".join(map(str, (name, *kind))))
 
 
 @functools.cache
-def case(mode, backward, packed):
+def case(product, backward, packed):
   """Operands, the function, and what it gives on one device."""
   x, w, g = data((128, 128), (64, 128), (128, 64))
-  args = arguments(w, mode, packed)
-  f = gradients_of(mode, backward, g, packed)
+  args = arguments(w, product.mode, packed)
+  f = gradients_of(product, backward, g, packed)
   return (x, *args), f, jax.jit(f)(x, *args)
 
 
 @QUICK
-@pytest.mark.parametrize(("x_split", "w_split", "packed", "mode", "backward"), list(table()))
-def test_every_way_to_split(x_split, w_split, packed, mode, backward):
-  (x, *args), f, want = case(mode, backward, packed)
+@pytest.mark.parametrize(("x_split", "w_split", "packed", "product", "backward"), list(table()))
+def test_every_way_to_split(x_split, w_split, packed, product, backward):
+  (x, *args), f, want = case(product, backward, packed)
   placed = place(x, X_SPECS[x_split]), *(place(a, W_SPECS[w_split]) for a in args)
   for a, b in zip(jax.jit(f)(*placed), want, strict=True):
     np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
 
 
-def moved(split, mode, backward, packed, g_spec):
+def moved(split, product, backward, packed, g_spec):
   """What the product and its gradients move, with gradients split as their operands are."""
   x, w, g = data((128, 256), (128, 256), (128, 128))
   x_spec, w_spec, _ = SPLITS[split]
-  args = [place(a, w_spec) for a in arguments(w, mode, packed)]
+  args = [place(a, w_spec) for a in arguments(w, product.mode, packed)]
   outs = [g_spec, x_spec] if packed else [g_spec, x_spec, w_spec]
 
   def f(x, g, *args):
-    return gradients_of(mode, backward, g, packed)(x, *args)
+    return gradients_of(product, backward, g, packed)(x, *args)
 
   out_shardings = tuple(NamedSharding(mesh(), spec) for spec in outs)
   lowered = jax.jit(f, out_shardings=out_shardings).lower(place(x, x_spec), place(g, g_spec), *args)
@@ -92,13 +92,13 @@ def moved(split, mode, backward, packed, g_spec):
 
 @QUICK
 @PACKED
-@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("backward", (*BACKWARDS, "weights"))
 @pytest.mark.parametrize("split", ["column", "row", "columns of w"])
 def test_what_moves(split, backward, packed):
   """Tensor parallelism sums; fully sharded data parallelism gathers w as it came."""
-  mode = "nvfp4" if packed else "mxfp8"
+  product = Product("nvfp4" if packed else "mxfp8", backward != "weights")
   g_spec = P("data", "tensor") if split == "column" else P("data")
-  found = moved(split, mode, backward, packed, g_spec)
+  found = moved(split, product, backward, packed, g_spec)
   if packed and backward == "quantized":  # the amax of g, a number
     found = [one for one in found if one != ("all-reduce", "s32")]
   if split != "columns of w":
@@ -153,7 +153,13 @@ def test_global_scales_are_the_whole_tensors(split, packed):
 @QUICK
 @pytest.mark.parametrize(
   ("backward", "packed"),
-  [("straight_through", False), ("quantized", False), ("quantized", True)],
+  [
+    ("straight_through", False),
+    ("quantized", False),
+    ("quantized", True),
+    ("weights", False),
+    ("weights", True),
+  ],
 )
 def test_batch_axes_that_x_or_w_lack(backward, packed):
   """dx and dw are summed over them, wherever they are split."""
@@ -161,7 +167,7 @@ def test_batch_axes_that_x_or_w_lack(backward, packed):
   shared_x, shared_w = x[0], w[0]
   for x_own, w_own in ((x, shared_w), (shared_x, w)):
     args = arguments(w_own, "nvfp4", packed)
-    f = gradients_of("nvfp4", backward, g, packed)
+    f = gradients_of(Product("nvfp4", backward != "weights"), backward, g, packed)
     spec = lambda a: P("data") if a.ndim == 3 else P(None, "tensor")  # noqa: E731
     placed = place(x_own, spec(x_own)), *(place(a, spec(a)) for a in args)
     for got, want in zip(jax.jit(f)(*placed), jax.jit(f)(x_own, *args), strict=True):

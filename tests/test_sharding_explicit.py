@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.support.operands import BACKWARDS, KINDS, amax, arguments, data
+from tests.support.operands import BACKWARDS, KINDS, Product, amax, arguments, data
 from tests.support.sharding import (
   EACH,
   GATHERED,
@@ -36,9 +36,9 @@ SPLITS = {
 }
 
 
-def gradients_of(mode, backward, g, packed, **scales):
+def gradients_of(kind, backward, g, packed, **scales):
   def gradients(x, *args):
-    product = functools.partial(jaxqq.qqmm, mode=mode, backward=backward, **scales)
+    product = functools.partial(kind, backward=backward, **scales)
     pull_args = (x,) if packed else (x, *args)
     fixed = args if packed else ()
     out, pull = jax.vjp(lambda x, *w: product(x, *w, *fixed), *pull_args)
@@ -49,10 +49,10 @@ def gradients_of(mode, backward, g, packed, **scales):
 
 
 @functools.cache
-def case(mode, backward, packed):
+def case(product, backward, packed):
   x, w, g = data((128, 256), (64, 256), (128, 64))
-  args = arguments(w, mode, packed)
-  f = gradients_of(mode, backward, g, packed)
+  args = arguments(w, product.mode, packed)
+  f = gradients_of(product, backward, g, packed)
   return (x, *args), f, jax.jit(f)(x, *args)
 
 
@@ -60,15 +60,15 @@ def table():
   """Every split, packed and not, the modes and backwards in turn."""
   for i, split in enumerate(SPLITS):
     for packed in (False, True):
-      mode, backward = KINDS[(i + 3 * packed) % len(KINDS)]
-      yield pytest.param(split, mode, backward, packed, id=f"{split}-{mode}-{backward}-{packed}")
+      kind, backward = KINDS[(i + 3 * packed) % len(KINDS)]
+      yield pytest.param(split, kind, backward, packed, id=f"{split}-{kind}-{backward}-{packed}")
 
 
 @QUICK
-@pytest.mark.parametrize(("split", "mode", "backward", "packed"), list(table()))
-def test_product_and_gradients(split, mode, backward, packed):
+@pytest.mark.parametrize(("split", "product", "backward", "packed"), list(table()))
+def test_product_and_gradients(split, product, backward, packed):
   """Gradients are split as their operands, the product as jnp.einsum's, and little moves."""
-  (x, *args), f, want = case(mode, backward, packed)
+  (x, *args), f, want = case(product, backward, packed)
   x_spec, w_spec = SPLITS[split]
   placed = place_explicit(x, x_spec), *(place_explicit(a, w_spec) for a in args)
   # A mesh that is set, or only in the arrays.
@@ -86,7 +86,7 @@ def test_product_and_gradients(split, mode, backward, packed):
   for gradient, operand in zip(got[1:], placed[:1] if packed else placed, strict=True):
     assert gradient.sharding.is_equivalent_to(operand.sharding, 2)
   moved = collectives(executable)
-  if (mode, backward) == ("nvfp4", "quantized"):  # amaxes, a number each
+  if (product.mode, backward) == ("nvfp4", "quantized"):  # amaxes, a number each
     moved = [one for one in moved if one != ("all-reduce", "s32")]
   if split == "columns of w" and packed:
     assert moved == GATHERED[True]
@@ -159,7 +159,7 @@ def test_batch_axes_and_vmap(packed):
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_dw_sums_over_a_split_batch_axis(backward):
   x, w, g = data((8, 32, 64), (32, 64), (8, 32, 32))
-  f = gradients_of("mxfp8", backward, g, False)
+  f = gradients_of(Product("mxfp8"), backward, g, False)
   want = jax.jit(f)(x, w)
   with jax.set_mesh(explicit_mesh()):
     got = jax.jit(f)(place_explicit(x, P("data")), place_explicit(w, P("tensor")))
@@ -173,7 +173,7 @@ def test_global_scales_and_second_derivatives():
   x, w, g = data((128, 256), (64, 256), (128, 64))
   scales = {"global_scale_x": amax(x), "global_scale_w": amax(w)}
   placed = place_explicit(x, P("data")), place_explicit(w, P("tensor"))
-  f = gradients_of("nvfp4", "quantized", g, False, **scales)
+  f = gradients_of(Product("nvfp4"), "quantized", g, False, **scales)
 
   def hvp(x, w):
     loss = lambda w: jnp.sum(jaxqq.qqmm(x, w, **scales) ** 2)  # noqa: E731

@@ -1,4 +1,4 @@
-"""qqmm under JAX's transformations, crossed with modes and with packed and unpacked w."""
+"""Products under JAX's transformations, crossed with modes and with packed and unpacked w."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from jaxqq import _qqmm
 from tests.support.jaxprs import count
-from tests.support.operands import BACKWARDS, MODES, amax, arguments, data
+from tests.support.operands import BACKWARDS, KINDS, MODES, PRODUCTS, amax, arguments, data
 
 CLOSE = {"rtol": 2e-6, "atol": 2e-5}
 
@@ -25,16 +25,20 @@ def equations(f, *args):
   return {name: count(jaxpr, name) for name in ("qqmm", "scan", "while")}
 
 
+OTHERS = [(PRODUCTS[3], True), (PRODUCTS[4], False)]  # x as it is
 each = functools.partial(
-  pytest.mark.parametrize, ("mode", "packed"), [(m, p) for m in MODES for p in (False, True)]
+  pytest.mark.parametrize,
+  ("product", "packed"),
+  [*((product, packed) for product in PRODUCTS[:2] for packed in (False, True)), *OTHERS],
+  ids=str,
 )
 
 
 @each()
-def test_one_equation(mode, packed):
+def test_one_equation(product, packed):
   x, w = data((5, 64), (7, 64))
-  args = arguments(w, mode, packed)
-  f = functools.partial(jaxqq.qqmm, mode=mode)
+  args = arguments(w, product.mode, packed)
+  f = product
   assert equations(f, x, *args) == {"qqmm": 1, "scan": 0, "while": 0}
   gradient = jax.grad(lambda x, *a: jnp.sum(f(x, *a) ** 2))
   assert equations(gradient, x, *args)["qqmm"] == 1
@@ -53,10 +57,10 @@ def test_the_quantized_backward_is_two_more_equations():
 @each()
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("batched", ["x", "w", "both"])
-def test_vmap(mode, packed, batched, axis):
+def test_vmap(product, packed, batched, axis):
   x, w = data((3, 5, 64) if batched != "w" else (5, 64), (3, 7, 64) if batched != "x" else (7, 64))
-  args = arguments(w, mode, packed)
-  f = functools.partial(jaxqq.qqmm, mode=mode)
+  args = arguments(w, product.mode, packed)
+  f = product
   want = np.stack(
     [
       f(x[i] if batched != "w" else x, *(a[i] if batched != "x" else a for a in args))
@@ -75,11 +79,11 @@ def test_vmap(mode, packed, batched, axis):
 
 
 @each()
-def test_nested_vmap(mode, packed):
+def test_nested_vmap(product, packed):
   """An outer axis of w, an inner one of x: every pair."""
   x, w = data((2, 5, 64), (3, 7, 64))
-  args = arguments(w, mode, packed)
-  f = functools.partial(jaxqq.qqmm, mode=mode)
+  args = arguments(w, product.mode, packed)
+  f = product
   inner = jax.vmap(f, in_axes=(0, *(None for _ in args)))
   mapped = jax.vmap(inner, in_axes=(None, *(0 for _ in args)))
   want = [[f(x[j], *(a[i] for a in args)) for j in range(2)] for i in range(3)]
@@ -169,16 +173,16 @@ def test_per_example_gradients_with_global_scales(backward):
   np.testing.assert_allclose(total, want.sum(0), rtol=1e-5, atol=1e-2)
 
 
-@each()
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_scan_and_remat(mode, packed, backward):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("product", "backward"), KINDS, ids=str)
+def test_scan_and_remat(product, packed, backward):
   """Stacked layers in a scan, with and without rematerialization, against a Python loop."""
   x, w = data((5, 64), (3, 64, 64))
   w = w / 8
-  args = arguments(w, mode, packed)
+  args = arguments(w, product.mode, packed)
 
   def layer(x, args):
-    return jnp.tanh(jaxqq.qqmm(x, *args, mode=mode, backward=backward)), None
+    return jnp.tanh(product(x, *args, backward=backward)), None
 
   def looped(x, args):
     for i in range(3):
@@ -197,15 +201,13 @@ def test_scan_and_remat(mode, packed, backward):
 
 
 @each()
-def test_eval_shape(mode, packed):
+def test_eval_shape(product, packed):
   x = jax.ShapeDtypeStruct((2, 5, 64), jnp.bfloat16)
   w = jax.ShapeDtypeStruct((7, 64), jnp.float32)
-  args = jax.eval_shape(functools.partial(jaxqq.quantize, mode=mode), w) if packed else (w,)
-  out = jax.eval_shape(functools.partial(jaxqq.qqmm, mode=mode), x, *args)
+  args = jax.eval_shape(functools.partial(jaxqq.quantize, mode=product.mode), w) if packed else (w,)
+  out = jax.eval_shape(product, x, *args)
   assert out.shape == (2, 5, 7) and out.dtype == jnp.bfloat16
-  back = jax.eval_shape(
-    jax.grad(lambda x, *a: jaxqq.qqmm(x, *a, mode=mode).sum().astype(jnp.float32)), x, *args
-  )
+  back = jax.eval_shape(jax.grad(lambda x, *a: product(x, *a).sum().astype(jnp.float32)), x, *args)
   assert back.shape == x.shape and back.dtype == x.dtype
 
 
@@ -216,32 +218,38 @@ def mesh(*names, kind=AxisType.Auto):
 
 @each()
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_shard_map_over_rows_and_columns(mode, packed, jit):
+def test_shard_map_over_rows_and_columns(product, packed, jit):
   """Each device multiplies its rows of x with its rows of w; the default checks are on."""
   x, w = data((16, 64), (32, 64))
-  args = arguments(w, mode, packed)
+  args = arguments(w, product.mode, packed)
   f = jax.shard_map(
-    functools.partial(jaxqq.qqmm, mode=mode),
+    product,
     mesh=mesh("data", "tensor"),
     in_specs=(P("data"), *(P("tensor") for _ in args)),
     out_specs=P("data", "tensor"),
   )
   out = (jax.jit(f) if jit else f)(x, *args)
-  np.testing.assert_allclose(out, jaxqq.qqmm(x, *args, mode=mode), **CLOSE)
+  np.testing.assert_allclose(out, product(x, *args), **CLOSE)
 
 
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
-  ("mode", "global_scale"), [*((mode, False) for mode in MODES), ("nvfp4", True)]
+  ("kind", "backward", "global_scale"),
+  [
+    *((*kind, False) for kind in KINDS),
+    *((PRODUCTS[0], backward, True) for backward in BACKWARDS),
+    (PRODUCTS[3], BACKWARDS[0], True),
+  ],
+  ids=str,
 )
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_shard_map_gradient(mode, backward, global_scale):
+def test_shard_map_gradient(kind, backward, global_scale):
   """x split over devices, w on all of them: dw is summed over devices by the check's rule."""
   x, w, g = data((8 * 32, 64), (32, 64), (8 * 32, 32))
   scales = (amax(x), amax(w)) if global_scale else (None, None)
 
   def product(x, w, *scales):
-    return jaxqq.qqmm(x, w, None, None, None, mode, *scales, backward=backward)
+    names = ("global_scale_x", "global_scale_w")
+    return kind(x, w, backward=backward, **dict(zip(names, scales, strict=True)))
 
   sharded = jax.shard_map(
     product,
@@ -267,48 +275,48 @@ def test_shard_map_gradient(mode, backward, global_scale):
 
 
 @each()
-def test_split_by_jit(mode, packed):
+def test_split_by_jit(product, packed):
   """Under jit the partitioner may split the operands as it likes; the numbers stay."""
   x, w = data((16, 64), (32, 64))
-  args = arguments(w, mode, packed)
+  args = arguments(w, product.mode, packed)
   m = mesh("data", "tensor")
   place = lambda a, spec: jax.device_put(a, NamedSharding(m, spec))  # noqa: E731
-  f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+  f = jax.jit(product)
   out = f(place(x, P("data")), *(place(a, P("tensor")) for a in args))
-  np.testing.assert_allclose(out, jaxqq.qqmm(x, *args, mode=mode), **CLOSE)
+  np.testing.assert_allclose(out, product(x, *args), **CLOSE)
 
 
 @each()
-def test_explicit_mesh(mode, packed):
+def test_explicit_mesh(product, packed):
   """In a mesh of explicit axes the output is split as x's rows and w's rows are."""
   x, w = data((16, 64), (32, 64))
-  args = arguments(w, mode, packed)
-  want = jaxqq.qqmm(x, *args, mode=mode)
+  args = arguments(w, product.mode, packed)
+  want = product(x, *args)
   with jax.set_mesh(mesh("data", "tensor", kind=AxisType.Explicit)):
     placed = [jax.device_put(x, P("data")), *(jax.device_put(a, P("tensor")) for a in args)]
-    out = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))(*placed)
+    out = jax.jit(product)(*placed)
     assert out.sharding.spec == P("data", "tensor")
     np.testing.assert_allclose(out, want, **CLOSE)
 
 
 @each()
-def test_export(mode, packed):
+def test_export(product, packed):
   """One artifact for several platforms."""
   x, w = data((5, 64), (7, 64))
-  args = (x, *arguments(w, mode, packed))
-  f = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
+  args = (x, *arguments(w, product.mode, packed))
+  f = jax.jit(product)
   exported = jax.export.export(f, platforms=("cpu", "cuda"))(*args)
   np.testing.assert_array_equal(exported.call(*args), f(*args))
 
 
 @each()
-def test_with_64_bit_types_enabled(mode, packed):
+def test_with_64_bit_types_enabled(product, packed):
   """Nothing turns into float64 or int64 on the way."""
   x, w = data((5, 64), (7, 64))
-  want = jaxqq.qqmm(x, *arguments(w, mode, packed), mode=mode)
+  want = product(x, *arguments(w, product.mode, packed))
   with jax.enable_x64(True):
-    args = arguments(w, mode, packed)
-    got, pullback = jax.vjp(lambda x: jaxqq.qqmm(x, *args, mode=mode, backward="quantized"), x)
+    args = arguments(w, product.mode, packed)
+    got, pullback = jax.vjp(lambda x: product(x, *args, backward="quantized"), x)
     (dx,) = pullback(got)
   np.testing.assert_array_equal(got, want)
   assert got.dtype == dx.dtype == jnp.float32
@@ -447,6 +455,9 @@ def test_checkify_sees_the_nan_of_a_product(mode):
   assert error_of(product, x, w) is None
   assert "nan generated by primitive: qqmm" in error_of(product, infinite, w)
   assert "nan generated by primitive: qqmm" in error_of(product, x, packed, poisoned)
+  weights = functools.partial(jaxqq.quantized_matmul, mode=mode)
+  assert error_of(weights, x, packed, scales) is None
+  assert "nan generated by primitive: qqmm" in error_of(weights, x, packed, poisoned)
   dequantize = functools.partial(jaxqq.dequantize, mode=mode)
   assert "nan generated by primitive: dequantize" in error_of(dequantize, packed, poisoned)
   assert error_of(dequantize, packed, scales) is None

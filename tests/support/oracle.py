@@ -29,7 +29,7 @@ MODES = {
   "mxfp8": Mode(ml_dtypes.float8_e4m3fn, 8, 32, 448.0, ml_dtypes.float8_e8m0fnu, True),
   "mxfp4": Mode(ml_dtypes.float4_e2m1fn, 4, 32, 6.0, ml_dtypes.float8_e8m0fnu, True),
 }
-PRODUCT_MODES = tuple(MODES)
+PRODUCT_MODES = ("nvfp4", "mxfp8")  # those that kernels multiply; `operands.PRODUCTS` has all
 DTYPES = {
   "float32": np.dtype(np.float32),
   "float16": np.dtype(np.float16),
