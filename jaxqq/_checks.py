@@ -169,6 +169,12 @@ def check_global_scale(
   return value if is_one_each else value.reshape(())
 
 
+def check_bool(function: str, name: str, value: Any) -> bool:
+  if not isinstance(value, (bool, np.bool_)):
+    raise TypeError(f"{function}: {name} must be True or False, got {value!r}.")
+  return bool(value)
+
+
 def check_precision(function: str, precision: Any) -> lax.Precision | None:
   """A precision, or None, from that or its name; of two the higher, as each operand has its own."""
   if precision is None or isinstance(precision, lax.Precision):

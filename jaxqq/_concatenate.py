@@ -22,9 +22,9 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
   them the result has one for each row, (..., N).
 
   Args:
-    weights: at least one, of shapes (..., N_i, K), all of one mode, K, leading axes and dtype.
-      Static scales of the activations, input_global_scale, are of all or of none; the largest is
-      the result's.
+    weights: at least one, of shapes (..., N_i, K), all of one mode, K, leading axes, dtype and
+      quantize_input. Static scales of the activations, input_global_scale, are of all or of none;
+      the largest is the result's.
 
   Returns:
     The weight of shape (..., sum of N_i, K). Its rows are sliced as those of any, w[..., :N, :].
@@ -58,6 +58,7 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     _scales_of_rows(parts),
     first.dtype,
     of_input,
+    first.quantize_input,
   )
 
 
@@ -73,11 +74,13 @@ def _checked_parts(function: str, weights: Any) -> list[QuantizedWeight]:
     raise ValueError(f"{function}: weights are empty; give at least one QuantizedWeight.")
   first = parts[0]
   for part in parts[1:]:
-    alike = (part.mode, part.dtype, part.shape[-1], part.shape[:-2])
-    if alike != (first.mode, first.dtype, first.shape[-1], first.shape[:-2]):
+    one, other = (
+      (w.mode, w.dtype, w.quantize_input, w.shape[-1], w.shape[:-2]) for w in (first, part)
+    )
+    if one != other:
       raise ValueError(
-        f"{function}: weights must have one mode, dtype, K (the last axis) and leading axes, got "
-        f"{first!r} and {part!r}."
+        f"{function}: weights must have one mode, dtype, quantize_input, K (the last axis) and "
+        f"leading axes, got {first!r} and {part!r}."
       )
     if (part.input_global_scale is None) != (first.input_global_scale is None):
       raise ValueError(

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq import _einsum
 from jaxqq._checks import (
+  check_bool,
   check_format,
   check_out_dtype,
   check_precision,
@@ -59,8 +60,9 @@ def dot_general(
   backward: Backward = "straight_through",
   global_scale: GlobalScale = DEFAULT,
   implementation: str | None = None,
+  quantize_input: bool | None = None,
 ) -> DotGeneral:
-  """Makes a `jax.lax.dot_general` that quantizes both operands, for layers that take one.
+  """Makes a `jax.lax.dot_general` that quantizes both operands, or rhs alone, for layers.
 
   What is returned has the arguments of `jax.lax.dot_general`. lhs (activations) is x, rhs (a
   kernel) is w, and out = sum_k x_hat[..., k] * w_hat[..., k] over all contracted axes together.
@@ -76,17 +78,20 @@ def dot_general(
       magnitude, taken anew in every call, and lhs none: weights are often smaller than nvfp4's
       scales reach, activations seldom are. "amax" gives both operands one, the largest magnitude
       of each matrix. "row" gives w its own, and each row of lhs a power of two, so that no row
-      depends on another. None gives none.
+      depends on another. None gives none. What it says of lhs holds where lhs is quantized.
     implementation: what computes it, as for `qqmm`: "xla", say, or None for the first that can.
+    quantize_input: whether lhs is quantized. False leaves it as it is, as `quantized_matmul` does,
+      with its gradients, which backward="quantized" would contradict. None is as a
+      `QuantizedWeight` says, and True beside an array.
 
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *,
     out_sharding=None).
 
   Raises:
-    TypeError, ValueError: mode, backward, global_scale or implementation is not as above; or, in a
-      call, the contraction is no `qqmm`: no axis is contracted, sizes make no whole groups, or an
-      operand is none of float32, float16 and bfloat16.
+    TypeError, ValueError: mode, backward, global_scale, implementation or quantize_input is not as
+      above; or, in a call, the contraction is no `qqmm`: no axis is contracted, sizes make no whole
+      groups, or an operand is none of float32, float16 and bfloat16.
 
   Example:
     >>> dot_general = jaxqq.dot_general("mxfp8")
@@ -98,7 +103,7 @@ def dot_general(
 
   Source: `jax.lax.dot_general`; `mlx.core.qqmm`.
   """
-  return DotGeneral(mode, backward, global_scale, implementation)
+  return DotGeneral(mode, backward, global_scale, implementation, quantize_input)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,20 +121,22 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True)
 class DotGeneral:
-  """A `jax.lax.dot_general` that quantizes both operands, made by `dot_general`.
+  """A `jax.lax.dot_general` that quantizes both operands, or rhs alone, made by `dot_general`.
 
   out = sum_k x_hat[..., k] * w_hat[..., k], x_hat and w_hat the operands quantized along the
-  contracted axes. Two with the same attributes are equal and hash alike, so that one may be a
-  static argument of `jax.jit` or an attribute of a layer.
+  contracted axes, or x_hat lhs as it is. Two with the same attributes are equal and hash alike, so
+  that one may be a static argument of `jax.jit` or an attribute of a layer.
 
   Attributes:
     mode: "nvfp4", "mxfp8" or "mxfp4".
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: "weight", "amax", "row" or None, as for `dot_general`.
     implementation: what computes it, as for `qqmm`.
+    quantize_input: True, False or None, as for `dot_general`.
 
   Raises:
     ValueError: mode, backward, global_scale or implementation is not as above.
+    TypeError: quantize_input is not as above.
 
   Example:
     >>> import functools
@@ -146,6 +153,7 @@ class DotGeneral:
   backward: Backward = "straight_through"
   global_scale: GlobalScale = DEFAULT
   implementation: str | None = None
+  quantize_input: bool | None = None
   function: str = dataclasses.field(default=FUNCTION, compare=False, repr=False)  # in errors
 
   def __post_init__(self) -> None:
@@ -159,6 +167,16 @@ class DotGeneral:
     choice = checked_choice(function, self.global_scale, fmt)
     object.__setattr__(self, "global_scale", choice)
     check_implementation(function, self.implementation)
+    if self.quantize_input is not None:
+      check_bool(function, "quantize_input", self.quantize_input)
+      self._check_backward(self.quantize_input)
+
+  def _check_backward(self, quantize_input: bool) -> None:
+    if not quantize_input and self.backward == "quantized":
+      raise ValueError(
+        f"{self.function}: backward is 'quantized', which quantizes the operands of gradients, but "
+        "quantize_input is False; take 'straight_through', or quantize the input."
+      )
 
   def __call__(
     self,
@@ -175,7 +193,8 @@ class DotGeneral:
     Args:
       lhs: x, float32, float16 or bfloat16; any shape with an axis to contract.
       rhs: w, float32, float16 or bfloat16; or a `QuantizedWeight`, as its logical shape (batch, N,
-        K) has it, contracted along the last axis. It brings its mode and global scale.
+        K) has it, contracted along the last axis. It brings its mode and global scale, and whether
+        lhs is quantized, unless `self.quantize_input` says.
       dimension_numbers: ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), as of
         `jax.lax.dot_general`. The product of the contracted sizes is a multiple of the group size.
       precision: None, a `jax.lax.Precision` or its name, or two of them, of which the higher
@@ -225,9 +244,11 @@ class DotGeneral:
   ) -> jax.Array:
     self._check_groups(call.function, lhs, of_lhs)
     x, (w, transposed) = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
+    quantize_input = self.quantize_input is not False
     of_x, of_w = self._global_scales(x, w, len(of_lhs.batch))
-    operands = Operands(x, w, None, of_x, of_w, transposed=transposed)
-    out = self._product(operands, self.mode, call, call.out_dtype(lhs.dtype, rhs.dtype))
+    operands = Operands(x, w, None, of_x if quantize_input else None, of_w, transposed=transposed)
+    out_dtype = call.out_dtype(lhs.dtype, rhs.dtype)
+    out = self._product(operands, self.mode, quantize_input, call, out_dtype)
     return out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free))
 
   def _by_packed_rhs(
@@ -297,6 +318,8 @@ class DotGeneral:
   ) -> jax.Array:
     """The same product by a weight quantized before, whose mode and global scale it takes.
 
+    It takes the weight's quantize_input too, unless `self.quantize_input` says.
+
     Args:
       lhs: x, float32, float16 or bfloat16.
       weight: of logical shape (batch, N, K), K the contracted axes of lhs, flattened. Where it has
@@ -344,13 +367,16 @@ class DotGeneral:
         f"{call.function}: a packed weight of shape {right} is needed for lhs ({describe(lhs)}) "
         f"contracted along axes {axes.contracting}, got {weight!r}."
       )
+    quantize_input = weight.quantize_input if self.quantize_input is None else self.quantize_input
+    self._check_backward(quantize_input)
     global_scale_x = None
-    if weight.global_scale is not None:
+    if quantize_input and weight.global_scale is not None:
       global_scale_x = weight.input_global_scale
       if global_scale_x is None:
         global_scale_x = self._global_scale_of_x(x, len(axes.batch), fmt)
     operands = weight._operands(x, global_scale_x)
-    out = self._product(operands, fmt.mode, call, call.out_dtype(lhs.dtype, lhs.dtype))
+    out_dtype = call.out_dtype(lhs.dtype, lhs.dtype)
+    out = self._product(operands, fmt.mode, quantize_input, call, out_dtype)
     return out.reshape(*rows(lhs, axes), *out_features)
 
   def _global_scales(self, x: jax.Array, w: jax.Array, batch_ndim: int) -> tuple[Any, Any]:
@@ -364,8 +390,11 @@ class DotGeneral:
   def _global_scale_of_x(self, x: jax.Array, batch_ndim: int, fmt: Format) -> jax.Array:
     return amax_of_each_matrix(x, batch_ndim) if self.global_scale == "amax" else unscaled(fmt)
 
-  def _product(self, operands: Operands, mode: str, call: _Call, out_dtype: np.dtype) -> jax.Array:
-    is_by_rows = self.global_scale == "row" and FORMATS[mode].has_global_scale
+  def _product(
+    self, operands: Operands, mode: str, quantize_input: bool, call: _Call, out_dtype: np.dtype
+  ) -> jax.Array:
+    scales_rows = self.global_scale == "row" and FORMATS[mode].has_global_scale
+    is_by_rows = scales_rows and quantize_input
     return (product_by_rows if is_by_rows else product)(
       operands,
       {
@@ -374,6 +403,7 @@ class DotGeneral:
         "backward": self.backward,
         "precision": check_precision(call.function, call.precision),
         "implementation": self.implementation,
+        "quantize_input": quantize_input,
       },
     )
 

@@ -36,7 +36,7 @@ from jaxqq._kernels import IMPLEMENTATIONS
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
-from jaxqq._weight import MATMUL, QuantizedWeight
+from jaxqq._weight import QuantizedWeight
 
 # By this name policies of `jax.checkpoint` save a product. It lowers to nothing.
 NAME = "qqmm"
@@ -381,14 +381,3 @@ def _check_shapes(function: str, x: Any, w: Any, scales: Any, fmt: Format) -> No
       f"{tuple(x.shape[:-2])} from x ({describe(x)}) and {tuple(w.shape[:-2])} from w "
       f"({describe(w)})."
     ) from None
-
-
-def _matmul(w: QuantizedWeight, x: Any) -> jax.Array:
-  """w @ x, (..., N, K) times (K,) or (..., K, M), as layers of Equinox multiply."""
-  x = as_array("QuantizedWeight.__matmul__", "x", x)
-  if len(x.shape) < 2:
-    return qqmm(x, w)
-  return jnp.swapaxes(qqmm(jnp.swapaxes(jnp.asarray(x), -1, -2), w), -1, -2)
-
-
-MATMUL["product"] = _matmul

@@ -1,19 +1,22 @@
-"""`quantized_matmul`: x as it is, times a quantized w."""
+"""`quantized_matmul`: x as it is, times a quantized w. And `weight @ x`, by either product."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxqq._checks import as_array
 from jaxqq._formats import Mode
 from jaxqq._gradient import BACKWARDS
 from jaxqq._out_sharding import OutSharding
-from jaxqq._qqmm import DEFAULT_MODE, checked, placed_product, product
+from jaxqq._qqmm import DEFAULT_MODE, checked, placed_product, product, qqmm
 from jaxqq._reference import Operands
-from jaxqq._weight import QuantizedWeight
+from jaxqq._weight import MATMUL, QuantizedWeight
 
 
 def quantized_matmul(
@@ -130,3 +133,15 @@ def checked_weights(
     implementation,
     quantize_input=False,
   )
+
+
+def _matmul(w: QuantizedWeight, x: Any) -> jax.Array:
+  """w @ x, (..., N, K) times (K,) or (..., K, M), as layers of Equinox multiply."""
+  x = as_array("QuantizedWeight.__matmul__", "x", x)
+  multiply: Callable[..., jax.Array] = qqmm if w.quantize_input else quantized_matmul
+  if len(x.shape) < 2:
+    return multiply(x, w)
+  return jnp.swapaxes(multiply(jnp.swapaxes(jnp.asarray(x), -1, -2), w), -1, -2)
+
+
+MATMUL["product"] = _matmul

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.export
@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxqq._checks import (
   FLOATS,
   as_array,
+  check_bool,
   check_dtype,
   check_format,
   check_global_scale,
@@ -38,7 +39,7 @@ from jaxqq._global_scales import (
 )
 from jaxqq._reference import Operands
 
-# What `w @ x` is, put here by `_qqmm.py`: a weight itself knows no product.
+# What `w @ x` is, put here by `_quantized_matmul.py`: a weight itself knows no product.
 MATMUL: dict[str, Callable[..., jax.Array]] = {}
 
 # Asked before a weight is taken apart into its arrays, and may refuse: `jaxqq.nn` puts here what a
@@ -54,8 +55,9 @@ class QuantizedWeight:
 
   w_hat[n, k] = code[n, k] * scale[n, k / group_size] * (global_scale / 2688), the last factor
   where there is a global scale. It is a pytree: its arrays pass through jit, vmap, scan and
-  checkpoints as those of any other tree, and mode and dtype are part of its structure. Every
-  array has the leading axes of packed, so that an axis of stacked layers can be mapped over.
+  checkpoints as those of any other tree, and mode, dtype and quantize_input are part of its
+  structure. Every array has the leading axes of packed, so that an axis of stacked layers can be
+  mapped over.
 
   Args:
     packed: uint32, (..., N, K * bits / 32), as `quantize` packs.
@@ -68,6 +70,9 @@ class QuantizedWeight:
     dtype: float32, float16 or bfloat16: that of the weight before, and of `dequantize`.
     input_global_scale: nvfp4 only, likewise: a static amax of the activations, as some checkpoints
       bring it. `qqmm` uses it as global_scale_x where it is given none.
+    quantize_input: whether x is quantized too, in products that are not told: layers, what
+      `dot_general` returns, weight @ x. `qqmm` always quantizes x, and `quantized_matmul` never.
+      `dataclasses.replace(weight, quantize_input=False)` is the same weight for an x as it is.
 
   Raises:
     TypeError: an array or dtype is of a type that it may not be.
@@ -89,6 +94,7 @@ class QuantizedWeight:
   input_global_scale: jax.Array | None
   mode: Mode
   dtype: np.dtype
+  quantize_input: bool
 
   def __init__(
     self,
@@ -98,6 +104,7 @@ class QuantizedWeight:
     global_scale: ArrayLike | jax.ShapeDtypeStruct | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     input_global_scale: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    quantize_input: bool = True,
   ) -> None:
     function = "QuantizedWeight"
     fmt = check_format(function, mode, None, None)
@@ -117,6 +124,7 @@ class QuantizedWeight:
       input_global_scale=scale_of("input_global_scale", input_global_scale),
       mode=fmt.mode,
       dtype=_checked_dtype(function, dtype),
+      quantize_input=check_bool(function, "quantize_input", quantize_input),
     )
 
   def _set(self, **fields: Any) -> None:
@@ -212,10 +220,14 @@ class QuantizedWeight:
     if self.has_row_scales:
       assert of_w is not None
       of_w = of_w[..., of_rows]
-    return QuantizedWeight(packed, scales, self.mode, of_w, self.dtype, of_input)
+    static = self.mode, of_w, self.dtype, of_input, self.quantize_input
+    return QuantizedWeight(packed, scales, *static)
 
   def __matmul__(self, x: ArrayLike) -> jax.Array:
-    """w @ x, (..., N, K) times (K,) or (..., K, M): `qqmm`, as layers that multiply so need it."""
+    """w @ x, (..., N, K) times (K,) or (..., K, M), as layers that multiply so need it.
+
+    It is `qqmm`, or where the weight's quantize_input is False `quantized_matmul`.
+    """
     return MATMUL["product"](self, x)
 
   def __rmatmul__(self, x: Any) -> Any:
@@ -296,10 +308,14 @@ class QuantizedWeight:
       shape: Any = self.shape
     else:  # a tree of shardings, of axes, of dtypes, of None
       leaves = ", ".join(f"{name}={getattr(self, name)!r}" for name in LEAVES)
-      return f"QuantizedWeight({leaves}, mode={self.mode!r}, dtype={self.dtype.name})"
+      words = f"{leaves}, mode={self.mode!r}, dtype={self.dtype.name}"
+      return f"QuantizedWeight({words}{self._words_of_input()})"
     scaled = [name for name in LEAVES[2:] if getattr(self, name) is not None]
-    words = "".join(f", with {name}" for name in scaled)
+    words = "".join(f", with {name}" for name in scaled) + self._words_of_input()
     return f"QuantizedWeight({self.mode}, {self.dtype.name} {shape}{words})"
+
+  def _words_of_input(self) -> str:
+    return "" if self.quantize_input else ", quantize_input=False"
 
 
 def quantize_weight(
@@ -308,6 +324,7 @@ def quantize_weight(
   *,
   global_scale: Literal["amax"] | ArrayLike | None = DEFAULT_OF_WEIGHT,
   axis: Literal[-1, -2] = -1,
+  quantize_input: bool = True,
 ) -> QuantizedWeight:
   """Quantizes a weight along its last axis, the one that `qqmm` sums over, or of its transpose.
 
@@ -320,6 +337,7 @@ def quantize_weight(
       that numbers far below 2**-9 are lost.
     axis: -1, or -2 for w of (..., K, N), as kernels of Flax are: the weight is that of its
       transpose, (..., N, K).
+    quantize_input: whether products that are not told quantize x too, as of `QuantizedWeight`.
 
   Returns:
     The packed weight, which knows w's shape and dtype.
@@ -372,7 +390,9 @@ def quantize_weight(
   for _ in range(0 if scale is None else len(batch_shape)):
     of_each = jax.vmap(of_each)
   packed, scales = of_each(matrices, scale)
-  return QuantizedWeight(packed, scales, fmt.mode, scale, matrices.dtype)
+  return QuantizedWeight(
+    packed, scales, fmt.mode, scale, matrices.dtype, quantize_input=quantize_input
+  )
 
 
 def _scale_of_each_matrix(
@@ -421,10 +441,14 @@ def _checked_dtype(function: str, dtype: Any) -> np.dtype:
   return checked
 
 
-def _flatten(weight: QuantizedWeight) -> tuple[tuple[Any, ...], tuple[str, np.dtype]]:
+Static: TypeAlias = tuple[str, np.dtype, bool]  # mode, dtype, quantize_input
+
+
+def _flatten(weight: QuantizedWeight) -> tuple[tuple[Any, ...], Static]:
   for check in BEFORE_FLATTEN:
     check(weight)
-  return tuple(getattr(weight, name) for name in LEAVES), (weight.mode, weight.dtype)
+  static = weight.mode, weight.dtype, weight.quantize_input
+  return tuple(getattr(weight, name) for name in LEAVES), static
 
 
 def _flatten_with_keys(weight: QuantizedWeight) -> Any:
@@ -432,10 +456,12 @@ def _flatten_with_keys(weight: QuantizedWeight) -> Any:
   return tuple(zip(map(GetAttrKey, LEAVES), leaves, strict=True)), static
 
 
-def _unflatten(static: tuple[str, np.dtype], leaves: Any) -> QuantizedWeight:
+def _unflatten(static: Static, leaves: Any) -> QuantizedWeight:
   """Unchecked: trees of shardings, of axes, of None have this structure too."""
   weight = object.__new__(QuantizedWeight)
-  weight._set(**dict(zip(LEAVES, leaves, strict=True)), mode=static[0], dtype=static[1])
+  names = ("mode", "dtype", "quantize_input")
+  fields = zip((*LEAVES, *names), (*leaves, *static), strict=True)
+  weight._set(**dict(fields))
   return weight
 
 
@@ -480,9 +506,21 @@ def _is_integers(a: Any) -> bool:
 
 jax.tree_util.register_pytree_with_keys(QuantizedWeight, _flatten_with_keys, _unflatten, _flatten)
 
+
+def _serialized(static: Static) -> bytes:
+  mode, dtype, quantize_input = static
+  return json.dumps([mode, dtype.name, quantize_input]).encode()
+
+
+def _deserialized(data: bytes) -> Static:
+  """Programs of jaxqq 0.1.0 say nothing of the input, which was always quantized."""
+  mode, dtype, *quantize_input = json.loads(data)
+  return mode, np.dtype(dtype), quantize_input[0] if quantize_input else True
+
+
 jax.export.register_pytree_node_serialization(
   QuantizedWeight,
   serialized_name="jaxqq.QuantizedWeight",
-  serialize_auxdata=lambda static: json.dumps([static[0], static[1].name]).encode(),
-  deserialize_auxdata=lambda data: (json.loads(data)[0], np.dtype(json.loads(data)[1])),
+  serialize_auxdata=_serialized,
+  deserialize_auxdata=_deserialized,
 )

@@ -345,6 +345,14 @@ def test_weights_alone_are_kept_as_such(format, alone, tmp_path):
     compressed(tmp_path / "m", {"up": layer}, [schemes.ct_group("mxfp8", ["Linear"], alone)])
   loaded = checkpoint.load(tmp_path / "m")
   assert loaded.weight_only == ({"up.weight"} if alone else set())
+  assert loaded["up.weight"].quantize_input is not alone
+  for chosen in (True, False):
+    told = checkpoint.load(tmp_path / "m", quantize_input=chosen)
+    assert told["up.weight"].quantize_input is chosen
+    checkpoint.save(tmp_path / f"{chosen}", told, format=format)
+    assert checkpoint.load(tmp_path / f"{chosen}")["up.weight"].quantize_input is chosen
+  with pytest.raises(TypeError, match="load: quantize_input must be True or False, got 'no'"):
+    checkpoint.load(tmp_path / "m", quantize_input="no")
   for other in ("modelopt", "compressed-tensors"):
     checkpoint.save(tmp_path / other, loaded, format=other)
     there = checkpoint.load(tmp_path / other)

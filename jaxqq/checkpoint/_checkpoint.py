@@ -25,7 +25,6 @@ class Notes:
 
   stored_scales: dict[str, Scalars] = dataclasses.field(default_factory=dict)
   stored_forms: dict[str, Form] = dataclasses.field(default_factory=dict)
-  weight_only: set[str] = dataclasses.field(default_factory=set)
   dequantized: dict[str, str] = dataclasses.field(default_factory=dict)
   kv_cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -37,8 +36,6 @@ class Notes:
     self.stored_scales[layer.name] = loaded.stored
     if layer.form != Form():
       self.stored_forms[layer.name] = layer.form
-    if layer.weight_only:
-      self.weight_only.add(layer.name)
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -54,9 +51,6 @@ class Checkpoint(dict[str, Tensor]):
       became. `save` writes them again where they still stand for that field.
     stored_forms: for those that are no layers `X.weight`, how their tensors were called and their
       axes ordered, or which experts are in a stack. `save` writes them so again.
-    weight_only: the names of each `QuantizedWeight` whose layer takes activations as they are
-      (W4A16_NVFP4, NVFP4A16, gpt-oss, and MLX unless it says "quantize_activations"). `save` says
-      so again; `qqmm` knows nothing of it, and quantizes x.
     dequantized: the names of arrays whose layers were quantized as jaxqq does not, and what they
       were, such as "modelopt FP8, a scale for the tensor". `save` writes them as numbers.
     kv_cache: how the configuration said to quantize keys and values, in its own words: `save` says
@@ -75,8 +69,17 @@ class Checkpoint(dict[str, Tensor]):
     self.config = config or {}
     notes = notes or Notes()
     self.stored_scales, self.stored_forms = notes.stored_scales, notes.stored_forms
-    self.weight_only, self.dequantized = notes.weight_only, notes.dequantized
-    self.kv_cache = notes.kv_cache
+    self.dequantized, self.kv_cache = notes.dequantized, notes.kv_cache
+
+  @property
+  def weight_only(self) -> set[str]:
+    """The names of each `QuantizedWeight` that is multiplied with activations as they are.
+
+    Files say so (W4A16_NVFP4, NVFP4A16, gpt-oss, and MLX unless "quantize_activations" is set), or
+    who loaded them did.
+    """
+    weights = ((n, w) for n, w in self.items() if isinstance(w, QuantizedWeight))
+    return {name for name, weight in weights if not weight.quantize_input}
 
 
 def _flatten_with_keys(checkpoint: Checkpoint) -> tuple[Any, tuple[str, ...]]:

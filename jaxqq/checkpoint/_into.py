@@ -55,6 +55,7 @@ def load_into(
   fp8: FP8 = "dequantize",
   affine: Affine = "refuse",
   experts: Experts = None,
+  quantize_input: bool | None = None,
   progress: bool = True,
 ) -> Any:
   """Loads a quantized checkpoint into a model of Flax, NNX or Linen.
@@ -70,7 +71,8 @@ def load_into(
   Args:
     model: an nnx.Module, also one of `nnx.eval_shape`, which is changed; or parameters of Linen, a
       tree of dicts as `model.init(...)["params"]` or the `jax.eval_shape` of it.
-    path, dtype, fp8, affine, experts, progress: as for `load`.
+    path, dtype, fp8, affine, experts, quantize_input, progress: as for `load`. A layer multiplies
+      its inputs as its weight says, quantized or as they are.
     names: the path in the model of each tensor of the checkpoint, "layers.0.up.weight" for example:
       a function, or a dict of those that differ. None for a name leaves the tensor out. A last
       "weight" means kernel, embedding or scale, whichever the layer has.
@@ -103,6 +105,7 @@ def load_into(
   destination = _destination(model)
   renamed = _renaming(names)
   options = {"fp8": fp8, "affine": affine, "experts": experts, "progress": progress}
+  options["quantize_input"] = quantize_input
   tensors = load(path, only=only, dtype=dtype, device=device, **options)  # type: ignore[arg-type]
   for name, value in tensors.items():
     where = renamed(name)

@@ -104,7 +104,13 @@ class NnxDestination:
         raise NoPlaceError(
           f"the model is a single nnx.{type(other).__name__}, which cannot be replaced in place"
         )
-      if not isinstance(other, QuantizedLayer):
+      if isinstance(other, QuantizedLayer):
+        if not weight.quantize_input and other.dot_general.backward == "quantized":
+          raise NoPlaceError(
+            f"its inputs are not quantized, and {other_path} has the backward 'quantized'; load "
+            "with quantize_input=True, or make the layer with the other one"
+          )
+      else:
         reason = why_not(kind, other, weight.mode)
         if reason is not None:
           raise NoPlaceError(reason)
@@ -135,6 +141,9 @@ class NnxDestination:
       first.set_weight(weight)
       for other in others:
         other._share_kernel_of(first)
+        other.dot_general = dataclasses.replace(
+          other.dot_general, quantize_input=weight.quantize_input
+        )
     if layers:
       _Layers(layers=layers).walk((), self._model)
     return self._model

@@ -42,6 +42,7 @@ def load(
   fp8: FP8 = "dequantize",
   affine: Affine = "refuse",
   experts: Experts = None,
+  quantize_input: bool | None = None,
   progress: bool = True,
 ) -> Checkpoint:
   """Reads a quantized checkpoint of MLX, ModelOpt, compressed-tensors or transformers.
@@ -87,6 +88,9 @@ def load(
     experts: "stack" makes packed layers of all experts, `a.experts.0.up.weight` and so on, one
       `QuantizedWeight` under `a.experts.up.weight`, (E, N, K), which `save` takes apart again. None
       leaves them.
+    quantize_input: that of each `QuantizedWeight`: True, False, or None for what the files say of
+      its layer's activations. W4A16_NVFP4, NVFP4A16, gpt-oss's mxfp4, and MLX unless it sets
+      "quantize_activations", leave them as they are, and so do layers that multiply by the weight.
     progress: a progress bar, where tqdm is installed and stderr is a terminal.
 
   Returns:
@@ -101,7 +105,8 @@ def load(
       or a rotation would be left over; a number is beyond dtype; experts cannot be stacked; only
       names what is not there; fp8, affine or experts is none of the above. The sentence names the
       file, the tensor, what was expected and found.
-    TypeError: dtype is none of the three, or only holds what is no string.
+    TypeError: dtype is none of the three, only holds what is no string, or quantize_input is none
+      of True, False and None.
 
   Example:
     >>> import tempfile
@@ -110,12 +115,13 @@ def load(
     ...   checkpoint.save(folder, {"proj.weight": weight}, format="modelopt")
     ...   tensors = checkpoint.load(folder)
     >>> tensors.format, tensors["proj.weight"]
-    ('modelopt', QuantizedWeight(nvfp4, float32 (8, 64), with global_scale))
+    ('modelopt', QuantizedWeight(nvfp4, float32 (8, 64), with global_scale, quantize_input=False))
 
   Source: of each layout in `jaxqq/checkpoint/_layouts.py`, of the configurations in the files of
   their projects beside it.
   """
-  stream = LoadedTensors(path, only, dtype, device, Choices(fp8, affine, experts), progress)
+  choices = Choices(fp8, affine, experts, quantize_input)
+  stream = LoadedTensors(path, only, dtype, device, choices, progress)
   checkpoint = Checkpoint(stream.read(), stream.format, stream.config, stream.notes)
   stream.warn(stacklevel=3)
   return checkpoint
@@ -130,6 +136,7 @@ def load_each(
   fp8: FP8 = "dequantize",
   affine: Affine = "refuse",
   experts: Experts = None,
+  quantize_input: bool | None = None,
   progress: bool = False,
 ) -> LoadedTensors:
   """What `load` reads, one tensor after the other, each when it is asked for.
@@ -138,7 +145,7 @@ def load_each(
   the iterator comes to it, so memory need not hold more than one.
 
   Args:
-    path, only, dtype, device, fp8, affine, experts, progress: as for `load`.
+    path, only, dtype, device, fp8, affine, experts, quantize_input, progress: as for `load`.
 
   Returns:
     An iterator of (name, array or `QuantizedWeight`), which also has `names` (all that it will
@@ -161,7 +168,8 @@ def load_each(
 
   Source: as for `load`.
   """
-  return LoadedTensors(path, only, dtype, device, Choices(fp8, affine, experts), progress)
+  choices = Choices(fp8, affine, experts, quantize_input)
+  return LoadedTensors(path, only, dtype, device, choices, progress)
 
 
 class LoadedTensors(Iterator[tuple[str, Tensor]]):
@@ -172,7 +180,7 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
     format: "mlx", "modelopt", "compressed-tensors" or "transformers".
     config: what config.json held, but for how the weights are quantized.
     stored_scales: those of a `Checkpoint`, of the weights that it has yielded.
-    notes: the same, and stored_forms, weight_only, dequantized and kv_cache as of a `Checkpoint`.
+    notes: the same, and stored_forms, dequantized and kv_cache as of a `Checkpoint`.
   """
 
   def __init__(
@@ -238,6 +246,8 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
       return self._place(name, self._reader.read(item))
     reader = self._reader
     loaded = read_item(item, reader.read, reader.recorded, self._dtype, self._choices.fp8)
+    if loaded.fields is not None and self._choices.quantize_input is not None:
+      loaded.fields["quantize_input"] = self._choices.quantize_input
     self.notes.add(item, loaded)
     if loaded.uncalibrated is not None:
       self._uncalibrated.append(loaded.uncalibrated)

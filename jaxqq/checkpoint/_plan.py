@@ -109,8 +109,9 @@ def planned(
   for name, weight in weights.items():
     layout, paths = stored[name].layout, stored[name].paths
     came_in = layout_of(origin.format, weight.mode) if origin.format else None
-    known = name in origin.stored_scales
-    weight_only = name in origin.weight_only if known else None
+    weight_only = None if weight.quantize_input else True
+    if weight.quantize_input and name in origin.stored_scales:  # as the files said, or the caller
+      weight_only = False
     of_files = converted(origin.stored_scales.get(name, {}), came_in, layout)
     scalars[name], exact = written_scalars(name, weight, layout, of_files, bool(weight_only))
     if exact:

@@ -56,6 +56,7 @@ def read_packed(
   packed, scales = read_codes(layer, read)
   amax, stored = read_scalars(layer, read, recorded.get(layer.path, {}), packed, scales)
   fields = {"packed": packed, "scales": scales, "mode": layer.layout.mode, "dtype": dtype, **amax}
+  fields["quantize_input"] = not layer.weight_only
   left = None
   if (field := "input_global_scale") in stored.keys() - amax.keys():
     scalars = stored[field].ravel()

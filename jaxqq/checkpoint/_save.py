@@ -49,15 +49,16 @@ def save(
       weight, weight_scale; mxfp4-pack-quantized with weight_packed, weight_scale;
     "transformers": mxfp8 weight, weight_scale_inv; mxfp4, for stacked experts, blocks, scales.
 
-  A scale of the activations is written where the weight has one; a layer without is declared as
-  quantized in its weight only, unless `load` found otherwise. A stack of experts, (E, N, K) under
-  `a.experts.up.weight`, becomes a layer for each expert, `a.experts.0.up`, but in "mlx"; under the
-  name of a parameter, `a.experts.gate_up_proj`, it stays one, with `gate_up_proj_weight_scale` and
-  the like. A weight without a global scale is written with 2688 for both, which
-  stands for the same numbers. What `load` returned is written with the scalars it was stored with,
-  bit for bit; and a float32 amax that those scalars do not determine is noted in the files'
-  metadata, so that `load` has it again. Every other tensor is written as it is.
-
+  A scale of the activations is written where the weight has one. A layer is declared as quantized
+  in its weight only where the weight's quantize_input is False. So is one of nvfp4 without such a
+  scale, which servers need, and all of "mlx", unless `load` found otherwise: `load` says
+  quantize_input=False of these too, unless it is told otherwise. A stack of experts, (E, N, K)
+  under `a.experts.up.weight`, becomes a layer for each expert, `a.experts.0.up`, but in "mlx";
+  under the name of a parameter, `a.experts.gate_up_proj`, it stays one, with
+  `gate_up_proj_weight_scale` and the like. A weight without a global scale is written with 2688 for
+  both, which stands for the same numbers. What `load` returned is written with the scalars it was
+  stored with, bit for bit; and a float32 amax that those scalars do not determine is noted in the
+  files' metadata, so that `load` has it again. Every other tensor is written as it is.
   The folder is written under another name and gets its own when it is complete: a failure leaves
   what was there. At every moment the old folder or the new one is at path: they exchange their
   names in one step (Linux' renameat2). A system or a file system that cannot do so has none there

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from jaxqq._checks import check_bool
 from jaxqq.checkpoint._compressed_tensors import CompressedTensors
 from jaxqq.checkpoint._mlx import Mlx
 from jaxqq.checkpoint._modelopt import ModelOpt, kv_cache_of
@@ -30,13 +31,16 @@ _KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-  """What `load` is to do with layers that jaxqq has no packed form for, and with experts."""
+  """What `load` is to do with layers that jaxqq has no packed form for, experts, and inputs."""
 
   fp8: str = "dequantize"
   affine: str = "refuse"
   experts: str | None = None
+  quantize_input: bool | None = None  # of each weight; None is as the files say
 
   def check(self) -> None:
+    if self.quantize_input is not None:
+      check_bool("load", "quantize_input", self.quantize_input)
     for name, known in _KNOWN.items():
       value = getattr(self, name)
       if not (value is None or isinstance(value, str)) or value not in known:

@@ -112,6 +112,10 @@ class QuantizedLayer(nnx.Module):
     return self.dot_general.mode
 
   @property
+  def quantize_input(self) -> bool:
+    return self.dot_general.quantize_input is not False
+
+  @property
   def is_packed(self) -> bool:
     return self.kernel is None
 
@@ -122,7 +126,8 @@ class QuantizedLayer(nnx.Module):
       return None
     variables = {name: getattr(self, name) for name in LEAVES}
     values: Any = {name: None if v is None else v.get_value() for name, v in variables.items()}
-    return QuantizedWeight(**values, mode=self.mode, dtype=self.param_dtype)
+    static = {"mode": self.mode, "dtype": self.param_dtype, "quantize_input": self.quantize_input}
+    return QuantizedWeight(**values, **static)
 
   def pack(self) -> None:
     """Replaces the kernel by its packed weight, by which the layer computes the same.
@@ -146,7 +151,9 @@ class QuantizedLayer(nnx.Module):
     weight = self._kernel_axes().quantized(kernel, self.mode, choice, self.dtype)
     scale = self.input_global_scale
     return dataclasses.replace(
-      weight, input_global_scale=None if scale is None else scale.get_value()
+      weight,
+      input_global_scale=None if scale is None else scale.get_value(),
+      quantize_input=self.quantize_input,
     )
 
   def set_weight(self, weight: QuantizedWeight) -> None:
@@ -154,10 +161,12 @@ class QuantizedLayer(nnx.Module):
 
     Args:
       weight: of logical shape (..., N, K): N and K are the flattened output and contracted
-        axes, before them come the axes of stacked layers and of batches. The layer takes its mode.
+        axes, before them come the axes of stacked layers and of batches. The layer takes its mode,
+        and whether inputs are quantized.
 
     Raises:
-      ValueError: its shape does not fit the layer.
+      ValueError: its shape does not fit the layer; or it leaves inputs as they are, and the layer
+        has the quantized backward.
     """
     axes = self._kernel_axes()
     right = axes.matrices_shape
@@ -166,16 +175,17 @@ class QuantizedLayer(nnx.Module):
         f"{type(self).__name__}.set_weight: the weight must have the logical shape {right}, got "
         f"{weight!r}."
       )
-    if self.kernel is not None:
-      self._remember_kernel(self.kernel)
-      self.kernel = nnx.data(None)
-    metadata = dict(self.kernel_metadata)
     choice = self.dot_general.global_scale or DEFAULT
     self.dot_general = dataclasses.replace(
       self.dot_general,
       mode=weight.mode,
       global_scale=None if weight.global_scale is None else choice,
+      quantize_input=weight.quantize_input,
     )
+    if self.kernel is not None:
+      self._remember_kernel(self.kernel)
+      self.kernel = nnx.data(None)
+    metadata = dict(self.kernel_metadata)
     self.param_dtype = weight.dtype
     placement: Any = {name: metadata[name] for name in PLACEMENT if name in metadata}
     names = axes.names_of_matrices(metadata.get("out_sharding"), weight.ndim)

@@ -31,6 +31,7 @@ def quantize_model(
   backward: Backward = "straight_through",
   global_scale: GlobalScale = DEFAULT,
   implementation: str | None = None,
+  quantize_input: bool = True,
 ) -> Report:
   """Converts the layers of a Flax NNX model, in place, to layers that multiply by `qqmm`.
 
@@ -50,14 +51,16 @@ def quantize_model(
     global_scale: nvfp4 only: "weight", there the default, "amax", "row" or None, as for
       `QQLinear`.
     implementation: what computes the products, as for `qqmm`.
+    quantize_input: False multiplies inputs as they are, as `quantized_matmul` does.
 
   Returns:
     What became of each layer that has parameters; `str(report)` is a table.
 
   Raises:
     TypeError: model is no nnx.Module, or a layer itself.
-    ValueError: mode, backward, global_scale or implementation is not as above; packed, and a kernel
-      is shared with what is not packed alike, as for `pack`. The model is as it was.
+    ValueError: mode, backward, global_scale or implementation is not as above, or backward is
+      "quantized" and quantize_input False; packed, and a kernel is shared with what is not packed
+      alike, as for `pack`. The model is as it was.
 
   Example:
     >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
@@ -67,7 +70,7 @@ def quantize_model(
 
   Source: `mlx.nn.quantize`.
   """
-  dot_general = DotGeneral(mode, backward, global_scale, implementation, FUNCTION)
+  dot_general = DotGeneral(mode, backward, global_scale, implementation, quantize_input, FUNCTION)
   if not isinstance(model, nnx.Module):
     raise TypeError(f"{FUNCTION}: model must be an nnx.Module, got {type(model).__name__}.")
   if type(model) in LAYERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -39,13 +40,14 @@ class QQLinear(QuantizedLayer):
       amax, taken in every call (of a packed kernel, once); "amax" gives the inputs one too, in
       every call; "row" the kernel, and each row of the inputs a power of two; None gives none.
     implementation: what computes the product, as for `qqmm`.
+    quantize_input: False multiplies inputs as they are, as `quantized_matmul` does.
     rngs: as for `nnx.Linear`.
     options: use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
       preferred_element_type, kernel_metadata and bias_metadata, as for `nnx.Linear`.
 
   Raises:
     ValueError: in_features makes no whole groups; mode, backward, global_scale or implementation
-      is not as above.
+      is not as above, or backward is "quantized" and quantize_input False.
 
   Example:
     >>> layer = jaxqq.nn.QQLinear(64, 32, mode="mxfp8", rngs=nnx.Rngs(0))
@@ -74,11 +76,14 @@ class QQLinear(QuantizedLayer):
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
+    quantize_input: bool = True,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     linear = nnx.Linear(in_features, out_features, rngs=rngs, **options)
-    dot_general = DotGeneral(mode, backward, global_scale, implementation, "QQLinear")
+    dot_general = DotGeneral(
+      mode, backward, global_scale, implementation, quantize_input, "QQLinear"
+    )
     self._take("QQLinear", linear, dot_general)
 
   @classmethod
@@ -90,6 +95,7 @@ class QQLinear(QuantizedLayer):
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
+    quantize_input: bool = True,
   ) -> Self:
     """The same layer as an `nnx.Linear`, whose variables it shares.
 
@@ -103,7 +109,9 @@ class QQLinear(QuantizedLayer):
       >>> layer.kernel is linear.kernel
       True
     """
-    dot_general = DotGeneral(mode, backward, global_scale, implementation, cls.__name__)
+    dot_general = DotGeneral(
+      mode, backward, global_scale, implementation, quantize_input, cls.__name__
+    )
     return cls._from("from_linear", linear, dot_general)
 
   @classmethod
@@ -115,6 +123,7 @@ class QQLinear(QuantizedLayer):
     dtype: DTypeLike | None = None,
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
+    quantize_input: bool | None = None,
   ) -> Self:
     """A packed layer of a weight that exists, as one from a checkpoint.
 
@@ -125,6 +134,7 @@ class QQLinear(QuantizedLayer):
       global_scale: "amax" gives inputs a global scale in every call, where the weight has one and
         brings no static one for them.
       implementation: what computes the product, as for `qqmm`.
+      quantize_input: whether inputs are quantized; None is as the weight says.
 
     Example:
       >>> weight = jaxqq.quantize_weight(jnp.ones((32, 64)))
@@ -143,6 +153,8 @@ class QQLinear(QuantizedLayer):
     layer.use_bias = bias is not None
     if bias is not None:
       layer.bias = nnx.Param(jnp.asarray(bias))
+    if quantize_input is not None:
+      weight = dataclasses.replace(weight, quantize_input=quantize_input)
     layer.set_weight(weight)
     return layer
 
@@ -164,8 +176,8 @@ class QQLinearGeneral(QuantizedLayer):
   Args:
     in_features, out_features, axis, batch_axis, rngs: as for `nnx.LinearGeneral`; the product of
       in_features is a multiple of the mode's group size.
-    mode, backward, global_scale, implementation: as for `QQLinear`. Each matrix of a batch has its
-      own scale.
+    mode, backward, global_scale, implementation, quantize_input: as for `QQLinear`. Each matrix
+      of a batch has its own scale.
     options: the other arguments of `nnx.LinearGeneral`.
 
   Raises:
@@ -199,13 +211,16 @@ class QQLinearGeneral(QuantizedLayer):
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
+    quantize_input: bool = True,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     linear = nnx.LinearGeneral(
       in_features, out_features, axis=axis, batch_axis=batch_axis or {}, rngs=rngs, **options
     )
-    dot_general = DotGeneral(mode, backward, global_scale, implementation, "QQLinearGeneral")
+    dot_general = DotGeneral(
+      mode, backward, global_scale, implementation, quantize_input, "QQLinearGeneral"
+    )
     self._take("QQLinearGeneral", linear, dot_general)
 
   @classmethod
@@ -217,9 +232,12 @@ class QQLinearGeneral(QuantizedLayer):
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
+    quantize_input: bool = True,
   ) -> Self:
     """The same layer as an `nnx.LinearGeneral`, whose variables it shares; as for `QQLinear`."""
-    dot_general = DotGeneral(mode, backward, global_scale, implementation, cls.__name__)
+    dot_general = DotGeneral(
+      mode, backward, global_scale, implementation, quantize_input, cls.__name__
+    )
     return cls._from("from_linear", linear, dot_general)
 
   def _kernel_axes(self) -> KernelAxes:
@@ -249,8 +267,8 @@ class QQEinsum(QuantizedLayer):
   Args:
     einsum_str, kernel_shape, bias_shape, rngs: as for `nnx.Einsum`; the indices in both operands
       and not in the output have a product of sizes that is a multiple of the mode's group size.
-    mode, backward, global_scale, implementation: as for `QQLinear`. Each matrix of a batch has its
-      own scale.
+    mode, backward, global_scale, implementation, quantize_input: as for `QQLinear`. Each matrix
+      of a batch has its own scale.
     options: the other arguments of `nnx.Einsum`.
 
   Raises:
@@ -281,11 +299,14 @@ class QQEinsum(QuantizedLayer):
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
+    quantize_input: bool = True,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     einsum = nnx.Einsum(einsum_str, tuple(kernel_shape), bias_shape, rngs=rngs, **options)
-    dot_general = DotGeneral(mode, backward, global_scale, implementation, "QQEinsum")
+    dot_general = DotGeneral(
+      mode, backward, global_scale, implementation, quantize_input, "QQEinsum"
+    )
     self._take("QQEinsum", einsum, dot_general)
 
   @classmethod
@@ -297,9 +318,12 @@ class QQEinsum(QuantizedLayer):
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
+    quantize_input: bool = True,
   ) -> Self:
     """The same layer as an `nnx.Einsum`, whose variables it shares; as `QQLinear.from_linear`."""
-    dot_general = DotGeneral(mode, backward, global_scale, implementation, cls.__name__)
+    dot_general = DotGeneral(
+      mode, backward, global_scale, implementation, quantize_input, cls.__name__
+    )
     return cls._from("from_einsum", einsum, dot_general)
 
   @classmethod

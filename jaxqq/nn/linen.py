@@ -43,6 +43,8 @@ class QQDense(linen.Module):
       two; None gives none. A `QuantizedWeight` has its own, and the inputs none beside it, unless
       this is "amax" or "row".
     implementation: what computes the product, as for `qqmm`.
+    quantize_input: False multiplies inputs as they are, as `quantized_matmul` does. None is as a
+      `QuantizedWeight` says, and True otherwise.
     use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for
       `nn.Dense`.
 
@@ -63,6 +65,7 @@ class QQDense(linen.Module):
   backward: Backward = "straight_through"
   global_scale: GlobalScale = DEFAULT
   implementation: str | None = None
+  quantize_input: bool | None = None
   use_bias: bool = True
   dtype: DTypeLike | None = None
   param_dtype: DTypeLike = jnp.float32
@@ -83,9 +86,8 @@ class QQDense(linen.Module):
     bias = None
     if self.use_bias:
       bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-    dot_general = DotGeneral(
-      self.mode, self.backward, self.global_scale, self.implementation, "QQDense"
-    )
+    options = self.backward, self.global_scale, self.implementation, self.quantize_input
+    dot_general = DotGeneral(self.mode, *options, "QQDense")
     return contraction(self, inputs).apply(dot_general, self, inputs, kernel, bias)
 
 
@@ -177,6 +179,7 @@ def quantized_apply(
   backward: Backward = "straight_through",
   global_scale: GlobalScale = DEFAULT,
   implementation: str | None = None,
+  quantize_input: bool | None = None,
 ) -> Callable[..., Any]:
   """`model.apply`, in which the layers of any Linen model multiply by `qqmm`.
 
@@ -194,6 +197,8 @@ def quantized_apply(
     global_scale: nvfp4 only: "weight", there the default, "amax", "row" or None, as for
       `QQDense`. What it says of inputs holds beside packed kernels too.
     implementation: what computes the products, as for `qqmm`.
+    quantize_input: False multiplies inputs as they are, as for `QQDense`; None is as a packed
+      kernel says, and True otherwise.
 
   Returns:
     A function with the arguments of `model.apply`.
@@ -211,7 +216,7 @@ def quantized_apply(
   Source: `flax.linen.intercept_methods`.
   """
   function = "quantized_apply"
-  options = (backward, global_scale, implementation, function)
+  options = backward, global_scale, implementation, quantize_input, function
   packed = DotGeneral("nvfp4", *options)
   on_the_fly = None if mode is None else DotGeneral(mode, *options)
 

@@ -46,6 +46,7 @@ def quantize_params(
   apply: Callable[[Any], Any] | None = None,
   predicate: Predicate | None = None,
   global_scale: GlobalScale = DEFAULT,
+  quantize_input: bool = True,
 ) -> tuple[dict[str, Any], Report]:
   """Packs the kernels in a tree of parameters of Flax Linen, for serving.
 
@@ -64,6 +65,7 @@ def quantize_params(
     global_scale: nvfp4 only. "weight", there the default, gives each kernel a global scale, its
       amax, and "amax" one to each of its matrices; None gives none. What inputs get is up to the
       layer that multiplies.
+    quantize_input: what the weights say of inputs: False has layers multiply them as they are.
 
   Returns:
     params: a tree of dicts; what was not converted is as it was.
@@ -88,9 +90,11 @@ def quantize_params(
   """
   if not isinstance(params, Mapping):
     raise TypeError(f"{FUNCTION}: params must be a tree of dicts, got {type(params).__name__}.")
-  dot_general = DotGeneral(mode, global_scale=global_scale, function=FUNCTION)
+  dot_general = DotGeneral(
+    mode, global_scale=global_scale, quantize_input=quantize_input, function=FUNCTION
+  )
   seen = None if apply is None else _run(apply, params)
-  conversion = _Conversion(dot_general.mode, global_scale, predicate, seen)
+  conversion = _Conversion(dot_general.mode, global_scale, quantize_input, predicate, seen)
   converted = conversion.walk((), params)
   rows = tuple(conversion.rows)
   return converted, Report(rows, NOTE if any(row.converted for row in rows) else "")
@@ -130,6 +134,7 @@ class _Conversion:
 
   mode: Mode
   global_scale: GlobalScale  # of kernels whose mode has one
+  quantize_input: bool
   predicate: Predicate | None
   seen: dict[Path, Seen] | None
   rows: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -203,7 +208,8 @@ class _Conversion:
     assert seen.axes is not None
     fmt = FORMATS[mode]
     scale = checked_choice(FUNCTION, self.global_scale if fmt.has_global_scale else None, fmt)
-    return seen.axes.quantized(kernel, mode, scale, seen.dtype)
+    weight = seen.axes.quantized(kernel, mode, scale, seen.dtype)
+    return dataclasses.replace(weight, quantize_input=self.quantize_input)
 
 
 def boxed(weight: QuantizedWeight, box: Any, axes: KernelAxes) -> QuantizedWeight:
