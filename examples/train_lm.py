@@ -92,11 +92,14 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training):
+  seeds: int = flag(1, "how many seeds to average over, --seed and those after it")
   temperature: float = flag(0.7, "of the sampled text")
   sample_bytes: int = flag(128, "length of the sampled text with its prompt")
   plot: str = flag("train_lm.png", "file for the loss curves, '' for none")
 
   def mistake(self) -> str | None:
+    if self.seeds < 1:
+      return f"--seeds must be positive, got {self.seeds}."
     if not 0 < self.temperature < float("inf"):
       return f"--temperature must be positive, got {self.temperature}."
     if self.sample_bytes <= len(PROMPT):
@@ -343,17 +346,34 @@ def name_of(mode: str, dtype: str = "bf16") -> str:
   return (names | {"nvfp4": "nvfp4, global scales"}).get(mode, mode)
 
 
+def of_seeds(cfg: Config, mode: str, *windows: np.ndarray) -> Result:
+  """The model of the first seed, and the validation losses and times of all."""
+  seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+  found = [run(dataclasses.replace(cfg, seed=seed), mode, *windows) for seed in seeds]
+  every = {f"{name}_of_seeds": [r[name] for r in found] for name in ("val_loss", "ms_per_step")}
+  return found[0] | every
+
+
+def spread(values: Sequence[float], how: str) -> str:
+  """Their mean, and of several their standard deviation."""
+  mean = format(statistics.fmean(values), how)
+  return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{how.lstrip('+')}}"
+
+
 def table(cfg: Config, results: dict[str, Result]) -> str:
   against = f"against {name_of(UNQUANTIZED, cfg.dtype)}"
   of_weights = "bytes of the linear layers' weights"
   rows = [("model", "validation loss, nats a byte", against, of_weights, "ms/step")]
-  base = results.get(UNQUANTIZED, {}).get("val_loss")
+  base = results.get(UNQUANTIZED, {}).get("val_loss_of_seeds")
   for mode, result in results.items():
-    loss, size, bf16 = result["val_loss"], result["bytes"], result["bf16_bytes"]
-    change = "-" if base is None or mode == UNQUANTIZED else f"{100 * (loss / base - 1):+.2f}%"
+    losses, size, bf16 = result["val_loss_of_seeds"], result["bytes"], result["bf16_bytes"]
+    change = "-"
+    if base is not None and mode != UNQUANTIZED:
+      gaps = [100 * (loss / of_base - 1) for loss, of_base in zip(losses, base, strict=True)]
+      change = f"{spread(gaps, '+.2f')}%"
     weights = f"{size:,}" + ("" if size == bf16 else f" ({100 * size / bf16:.1f}%)")
-    ms_per_step = f"{result['ms_per_step']:.1f}"
-    rows.append((name_of(mode, cfg.dtype), f"{loss:.4f}", change, weights, ms_per_step))
+    ms_per_step = f"{statistics.median(result['ms_per_step_of_seeds']):.1f}"
+    rows.append((name_of(mode, cfg.dtype), spread(losses, ".4f"), change, weights, ms_per_step))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = (" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
   return "\n".join(lines)
@@ -410,14 +430,17 @@ def parse_config(argv: Sequence[str] | None, config: Any = Config, about: str = 
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
-  """Trains the models, prints how they compare, and returns the numbers by mode."""
+  """Trains the models, prints how they compare, and returns the numbers by mode.
+
+  Of several seeds, texts and curves are those of the first.
+  """
   if optax is None:
     sys.exit(f"train_lm needs optax and tqdm: {INSTALL}")
   cfg = parse_config(argv)
   settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items())
   print(f"jax {jax.__version__} on {jax.devices()}: {settings} d_ff={cfg.d_ff}", flush=True)
   windows = [np.lib.stride_tricks.sliding_window_view(text, cfg.seq + 1) for text in read_text()]
-  results = {mode: run(cfg, mode, *windows) for mode in cfg.modes}
+  results = {mode: of_seeds(cfg, mode, *windows) for mode in cfg.modes}
   print(table(cfg, results))
   for mode, result in results.items():
     print(f"{name_of(mode, cfg.dtype)}: {result['sample']}")

@@ -216,9 +216,29 @@ def test_a_file_of_the_kernels_imports_only_from_files_above_it():
 
 
 @pytest.mark.usefixtures("quick_compiles")
-def test_train_lm(tmp_path, capsys):
+def test_train_lm(tmp_path, capsys, monkeypatch):
   """The language model, small: three models, a table, a line of text from each, a plot."""
   example = load_example("train_lm")
+  bars, at_the_end = [], []
+
+  class Bar(example.tqdm):
+    def __init__(self, *args, **how):
+      super().__init__(*args, **how)
+      self.told = None
+      bars.append(self)
+
+    def set_postfix_str(self, text="", refresh=True):
+      self.told = text
+
+    def close(self):
+      self.told = "closed"
+      super().close()
+
+  sample = example.sample
+  monkeypatch.setattr(example, "tqdm", Bar)
+  monkeypatch.setattr(
+    example, "sample", lambda *args: [at_the_end.append(bars[-1].told), sample(*args)][1]
+  )
   plot = tmp_path / "loss.png"
   sizes = ["--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "32", "--batch", "2"]
   results = example.main([*sizes, "--steps", "4", "--sample-bytes", "12", "--plot", str(plot)])
@@ -234,6 +254,7 @@ def test_train_lm(tmp_path, capsys):
   assert ratio["mxfp8"] == pytest.approx(8.25 / 16, rel=0.01)
   assert ratio["nvfp4"] == pytest.approx(4.5 / 16, rel=0.01)
   assert plot.stat().st_size > 1000
+  assert at_the_end == 3 * ["packing and sampling"] and {bar.told for bar in bars} == {"closed"}
   printed = capsys.readouterr().out
   assert all(word in printed for word in ("validation loss", "ms/step", "nvfp4", str(plot)))
   # The README's words.
@@ -241,7 +262,38 @@ def test_train_lm(tmp_path, capsys):
   assert all(title in printed for title in titles) and "nvfp4, global scales" in printed
 
 
-@pytest.mark.parametrize("flags", [["--d-model", "40"], ["--heads", "3"], ["--steps", "0"]])
+def test_train_lm_averages_over_seeds(monkeypatch, capsys):
+  """Means and standard deviations; a change is that between two models of one seed."""
+  example = load_example("train_lm")
+  losses = {"unquantized": (1.0, 2.0, 3.0), "mxfp8": (1.1, 2.0, 3.0)}
+
+  def run(cfg, mode, *_):
+    return {
+      "val_loss": losses[mode][cfg.seed - 5],
+      "bytes": 9,
+      "bf16_bytes": 9,
+      "ms_per_step": float(cfg.seed),
+      "sample": f"seed {cfg.seed}",
+    }
+
+  monkeypatch.setattr(example, "run", run)
+  options = ["--seed", "5", "--seeds", "3", "--modes", "unquantized", "mxfp8", "--plot", ""]
+  example.main(options)
+  cells = {
+    line.split(" ")[0]: [cell.strip() for cell in line.split("|")]
+    for line in capsys.readouterr().out.splitlines()
+    if "|" in line
+  }
+  assert cells["bfloat16"] == ["bfloat16", "2.0000 ± 1.0000", "-", "9", "6.0"]
+  assert cells["mxfp8"] == ["mxfp8", "2.0333 ± 0.9504", "+3.33 ± 5.77%", "9", "6.0"]
+  example.main([*options[:2], *options[4:]])
+  printed = capsys.readouterr().out
+  assert "±" not in printed and "+10.00%" in printed and "mxfp8: seed 5" in printed
+
+
+@pytest.mark.parametrize(
+  "flags", [["--d-model", "40"], ["--heads", "3"], ["--steps", "0"], ["--seeds", "0"]]
+)
 def test_train_lm_refuses_sizes_that_cannot_be(flags, capsys):
   with pytest.raises(SystemExit):
     load_example("train_lm").main(flags)
@@ -259,7 +311,8 @@ def test_train_lm_without_a_plot(tmp_path):
 import train_lm
 result = {"val_loss": 5.0, "bytes": 9, "bf16_bytes": 9, "ms_per_step": 1.0, "sample": "The end"}
 train_lm.run = lambda *args: result
-assert train_lm.main(["--modes", "unquantized"]) == {"unquantized": result}
+[(mode, got)] = train_lm.main(["--modes", "unquantized"]).items()
+assert mode == "unquantized" and result.items() <= got.items()
 """
   done = run_without("matplotlib", code, tmp_path)
   assert done.returncode == 0, done.stderr
