@@ -1,5 +1,6 @@
 """What every test runs under: strict promotion, and eight devices on one machine."""
 
+import gc
 import os
 
 # Before jax starts its backend. Eight devices are for shard_map.
@@ -16,6 +17,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_checks", True)
+# Tracing makes many objects that live: by default a tenth of all time is a search for garbage.
+gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="module", autouse=True)
