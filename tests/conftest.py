@@ -14,11 +14,27 @@ import jax
 import pytest
 from jax.experimental.custom_partitioning import custom_partitioning
 
+from tests.support import compiling
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_checks", True)
+compiling.install()
 # Tracing makes many objects that live: by default a tenth of all time is a search for garbage.
 gc.set_threshold(50_000, 10, 10)
+
+
+@pytest.fixture(autouse=True)
+def _optimized_where_marked(request):
+  """Programs are compiled as for users in modules about numbers, marked `optimized`, and on a GPU.
+
+  Elsewhere XLA has the same passes, but emits code quickly; not so if JAXQQ_OPTIMIZED=1.
+  """
+  optimized = bool(os.environ.get("JAXQQ_OPTIMIZED"))
+  optimized |= any(request.node.get_closest_marker(mark) for mark in ("optimized", "gpu"))
+  if optimized and not compiling.optimizes():
+    jax.clear_caches()
+  compiling.optimize(optimized)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,13 +48,11 @@ def _forget_what_was_compiled():
 def quick_compiles():
   """For tables of many programs, each run once and compared with the same one unsplit.
 
-  XLA has the same passes, but LLVM optimizes little, and JAX does not check its own work: that
-  nearly halves the time. Everything else runs as users run it, with all checks on.
+  XLA emits code quickly, and JAX does not check its own work.
   """
-  jax.config.update("jax_disable_most_optimizations", True)
+  compiling.optimize(False)
   with jax.enable_checks(False):
     yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

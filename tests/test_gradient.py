@@ -14,6 +14,8 @@ from tests.support import oracle
 from tests.support.golden import GOLDEN
 from tests.support.operands import BACKWARDS, PRODUCTS, Product, amax, quantized_product, vjp
 
+pytestmark = pytest.mark.optimized
+
 MODES = oracle.PRODUCT_MODES
 WEIGHTS = Product("nvfp4", False)
 # Of the others, two: mxfp4 in qqmm, and x as it is.

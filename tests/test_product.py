@@ -15,6 +15,8 @@ from tests.support import oracle
 from tests.support.golden import GOLDEN, SHORT
 from tests.support.operands import PRODUCTS, Product, amax, crossed, operands
 
+pytestmark = pytest.mark.optimized
+
 HIGHEST = jax.lax.Precision.HIGHEST
 # (M, N, K): every M with every N, and every kind of K, K = None being one group.
 SHAPES = [(m, n, 96) for m, n in itertools.product((0, 1, 5, 33, 130), repeat=2)]

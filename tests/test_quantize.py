@@ -12,6 +12,8 @@ import jaxqq
 from tests.support import oracle
 from tests.support.golden import GOLDEN, SHORT
 
+pytestmark = pytest.mark.optimized
+
 MODES = tuple(oracle.MODES)
 
 

@@ -17,6 +17,8 @@ from jaxqq._kernels.hopper.costs import DEQUANT_E2M1, DEQUANT_E4M3
 from tests.support import gradients, products
 from tests.support.cases import DRAWS, Case, Program
 
+pytestmark = pytest.mark.optimized
+
 SEED = int(os.environ.get("JAXQQ_SEED", "0"))
 PRODUCTS = int(os.environ.get("JAXQQ_PRODUCTS", "2000"))
 GRADIENTS = int(os.environ.get("JAXQQ_GRADIENTS", "40"))

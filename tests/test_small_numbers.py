@@ -19,6 +19,8 @@ from jaxqq._formats import FORMATS
 from jaxqq._quantize import alpha_factors
 from tests.support import oracle
 
+pytestmark = pytest.mark.optimized
+
 NVFP4 = FORMATS["nvfp4"]
 TINY = float(np.finfo(np.float32).tiny)  # 2**-126
 # From the smallest subnormal up; 3.16e-35 is 2688 * 2**-126, and 7.9e-36 is 2688 * 2**-128.

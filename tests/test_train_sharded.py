@@ -46,11 +46,9 @@ def example():
     patch.syspath_prepend(str(ROOT / "examples"))
     import train_sharded
 
-    # Checks triple the time, and LLVM's optimizations add to it; other tests have them.
-    jax.config.update("jax_disable_most_optimizations", True)
+    # Checks triple the time; other tests have them.
     with jax.enable_checks(False):
       yield train_sharded
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
