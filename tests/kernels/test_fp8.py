@@ -55,13 +55,18 @@ def small_x_large_w(x, w):
 CHANGES = (in_range, with_zeros, far_apart_in_x, far_apart_in_w, large_x_small_w, small_x_large_w)
 
 
+@functools.cache
+def program(packed):
+  """Of (x, w) or (x, packed w, scales), all of one size: by the fp8 kernels."""
+  x, w = jnp.zeros((M, K), BF16), np.zeros((N, K), BF16)
+  args = x, *(oracle.quantize(w, "mxfp8") if packed else (w,))
+  assert jaxqq.explain(*args, mode="mxfp8").plan.name == "hopper_fp8"
+  return jax.jit(functools.partial(jaxqq.qqmm, mode="mxfp8")).lower(*args).compile()
+
+
 def product(x, w, packed):
-  """By the fp8 kernels, whether w is packed or not."""
-  of_w = oracle.quantize(w, "mxfp8") if packed else (w,)
-  args = [jnp.asarray(a) for a in (x, *of_w)]
   with interpreted():
-    assert jaxqq.explain(*args, mode="mxfp8").plan.name == "hopper_fp8"
-    return np.asarray(jaxqq.qqmm(*args, mode="mxfp8"))
+    return np.asarray(program(packed)(x, *(oracle.quantize(w, "mxfp8") if packed else (w,))))
 
 
 def operands_of(change):
