@@ -270,7 +270,7 @@ def test_shard_map_gradient(kind, backward, global_scale):
     step, mesh=mesh("data"), in_specs=(P("data"), P(), P("data")), out_specs=P()
   )
   both = lambda *a: (gradients(sharded, *a), inside(*a))  # noqa: E731
-  eager = (mode, backward, global_scale) == ("mxfp8", "quantized", False)  # a program an operation
+  eager = (kind.mode, backward, global_scale) == ("mxfp8", "quantized", False)  # one an operation
   (out, *got), dw = both(x, w, g) if eager else jax.jit(both)(x, w, g)
   want, *wants = jax.jit(functools.partial(gradients, product))(x, w, g)
   np.testing.assert_allclose(out, want, **CLOSE)
