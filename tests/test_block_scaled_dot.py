@@ -119,6 +119,9 @@ def test_who_gets_it(on_blackwell):
   mxfp4 = jaxqq.explain(x, w, mode="mxfp4", device="cuda")
   assert mxfp4.plan.name == "xla_bfloat16"
   assert "Not block_scaled_dot: the tensor cores get no mxfp4" in mxfp4
+  weights = jaxqq.explain(jaxqq.quantized_matmul, x, w, device="cuda")
+  assert weights.plan.name == "xla_bfloat16"
+  assert "Not block_scaled_dot: x is not quantized, and the tensor cores take two" in weights
 
 
 def test_who_does_not(monkeypatch):

@@ -205,6 +205,15 @@ class TestChoice:
     text = jaxqq.explain(row, w, device="cuda")
     assert "(128,)" in text and "a kernel that streams w" in text
 
+  def test_no_kernel_for_mxfp4_nor_for_x_as_it_is(self):
+    text = of(8, 512, 4096, "mxfp4", True)
+    assert text.count("it has no kernel for mxfp4 yet") == 3
+    x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
+    packed = jax.eval_shape(lambda: jaxqq.quantize(jnp.zeros((512, 4096))))
+    text = jaxqq.explain(jaxqq.quantized_matmul, x, *packed, device="cuda")
+    assert text.count("x is not quantized, and it has no kernel for w alone yet") == 3
+    assert text.plan.name == "xla_bfloat16"
+
   def test_refusals(self):
     assert "an axis is empty" in of(0, 512, 4096, "mxfp8", False)
     assert "computed by XLA" in of(0, 512, 4096, "mxfp8", False)
@@ -316,7 +325,7 @@ class TestConversions:
 
   def test_errors(self):
     for args, kwargs, error, words in (
-      ((jnp.sum, X), {}, TypeError, "the function must be jaxqq.qqmm, jaxqq.quantized_matmul"),
+      ((jnp.sum, X), {}, TypeError, "the function must be jaxqq.qqmm, jaxqq.quantized_matmul, "),
       ((jaxqq.quantize,), {}, TypeError, "missing a required argument: 'w'"),
       ((jaxqq.quantize, X), {"scales": X}, TypeError, "unexpected keyword argument 'scales'"),
       ((jaxqq.qqmm, X), {}, TypeError, "missing a required argument: 'w'"),

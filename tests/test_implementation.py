@@ -25,6 +25,14 @@ def explained(**how):
   return jaxqq.explain(X, W, device="cuda", **how)
 
 
+def test_the_error_names_the_function():
+  how = {"device": "cpu", "implementation": "hopper"}
+  with pytest.raises(ValueError, match=r"^quantized_matmul: implementation 'hopper' cannot"):
+    jaxqq.explain(jaxqq.quantized_matmul, X, W, **how)
+  with pytest.raises(ValueError, match=r"^qqmm: implementation 'hopper' cannot"):
+    jaxqq.explain(X, W, **how)
+
+
 @needs_kernels
 def test_the_first_that_can_unless_one_is_asked_for():
   assert explained(mode="mxfp8").plan.name == "hopper_fp8"

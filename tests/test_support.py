@@ -159,6 +159,7 @@ def test_what_matters_is_drawn_often():
     lambda p: not p.packed,
     lambda p: p.global_scales,
     lambda p: p.mode == "mxfp4",
+    lambda p: not p.quantize_input,
     lambda p: p.highest,
     lambda p: p.x_dtype == "float32",
     lambda p: p.x_dtype == "float16",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -22,51 +23,71 @@ pytestmark = pytest.mark.optimized
 DEVICES = {"A100": Device("cuda", "8.0"), "TPU": Device("tpu")}
 
 
-def product(device, x, w, scales, *global_scales, mode):
+def product(device, x, w, scales, *global_scales, mode, quantize_input=True):
   operands = Operands(x, w, scales, *global_scales)
-  problem = _kernels.Problem.of(operands, FORMATS[mode], np.dtype(x.dtype), None)
+  how = {"precision": None, "quantize_input": quantize_input}
+  problem = _kernels.Problem.of(operands, FORMATS[mode], np.dtype(x.dtype), **how)
   plan = _kernels.plan(problem, device)
   assert plan.name == "xla_bfloat16"
   return plan.run(operands)
 
 
-@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-@pytest.mark.parametrize("packed", [True, False])
+ROWS = [
+  (5, ((), ())),
+  (5, ((2, 1), (3,))),
+  (1, ((), ())),
+  (1, ((2,), (2,))),
+  (70, ((), ())),
+]
+QUANTIZED = [  # mode, global scales, dtype
+  ("nvfp4", False, "bfloat16"),
+  ("nvfp4", True, "float16"),
+  ("mxfp8", False, "bfloat16"),
+  ("mxfp8", False, "float16"),
+]
+
+
+def cases():
+  """Every combination; of mxfp4, and of x as it is, every number of rows in one of the ways."""
+  yield from (
+    (*k, True, *rows, p, d) for k in QUANTIZED for rows in ROWS for p in (0, 1) for d in DEVICES
+  )
+  for kind in (
+    ("mxfp4", False, "bfloat16", True),
+    ("mxfp4", False, "bfloat16", False),
+    ("nvfp4", True, "float16", False),
+    ("nvfp4", False, "bfloat16", False),
+  ):
+    yield from ((*kind, *rows, i % 2, "TPU" if i == 4 else "A100") for i, rows in enumerate(ROWS))
+
+
 @pytest.mark.parametrize(
-  ("rows", "batches"),
-  [
-    (5, ((), ())),
-    (5, ((2, 1), (3,))),
-    (1, ((), ())),
-    (1, ((2,), (2,))),
-    (70, ((), ())),
-  ],
+  ("mode", "scaled", "dtype", "quantize_input", "rows", "batches", "packed", "device"),
+  list(cases()),
   ids=str,
 )
-@pytest.mark.parametrize(
-  ("mode", "scaled", "dtype"),
-  [
-    ("nvfp4", False, "bfloat16"),
-    ("nvfp4", True, "float16"),
-    ("mxfp8", False, "bfloat16"),
-    ("mxfp8", False, "float16"),
-  ],
-)
-def test_product_is_within_its_bound(mode, scaled, dtype, rows, batches, packed, device):
+def test_product_is_within_its_bound(
+  mode, scaled, dtype, quantize_input, rows, batches, packed, device
+):
   rng = np.random.default_rng(0)
   x, w = (
     oracle.random(rng, (*batch, size, 512), dtype) * 3
     for batch, size in zip(batches, (rows, 7), strict=True)
   )
-  x[..., 0, 3] = np.inf if rows > 1 else 0
+  x[..., 0, 3] = (np.inf if quantize_input else np.nan) if rows > 1 else 0
   numbers = [
     np.float32(np.abs(a[np.isfinite(a)].astype(np.float32)).max()) if scaled else None
     for a in (x, w)
   ]
   words, scales = oracle.quantize(w, mode, numbers[1]) if packed else (w, None)
-  run = jax.jit(lambda *args: product(device, *args, mode=mode))
+  if not quantize_input:
+    numbers[0] = None
+  how = {"mode": mode, "quantize_input": quantize_input}
+  run = jax.jit(lambda *args: product(DEVICES[device], *args, **how))
   out = np.asarray(run(x, words, scales, *numbers))
   hats = [oracle.round_trip(a, mode, n) for a, n in zip((x, w), numbers, strict=True)]
+  if not quantize_input:
+    hats[0] = x.astype(np.float64)
   exact, mag = oracle.product(*hats)
   np.testing.assert_array_equal(np.isnan(out), np.isnan(exact))
   first = int(rows > 1)
@@ -90,6 +111,31 @@ def test_the_program_multiplies_bfloat16(mode, packed, monkeypatch):
   x = jax.ShapeDtypeStruct((1, 256), jnp.bfloat16)  # and w_hat of one row not at all
   text = lowered_for_cuda(lambda x, *w: jaxqq.qqmm(x, *w, mode=mode), x, *args)
   assert "stablehlo.dot_general" not in text
+
+
+@pytest.mark.parametrize(
+  ("mode", "x_dtype", "dtype"),
+  [
+    ("nvfp4", "bfloat16", "bf16"),
+    ("nvfp4", "float16", "f16"),
+    ("mxfp4", "bfloat16", "bf16"),
+    ("mxfp4", "float16", "f32"),
+    ("mxfp8", "float32", "f32"),
+  ],
+)
+def test_x_as_it_is_is_multiplied_in_its_own_dtype(mode, x_dtype, dtype, monkeypatch):
+  """Where that holds w_hat exactly, too; else both are float32."""
+  monkeypatch.setattr(_compat, "cuda_compute_capability", lambda: "8.0")
+  x, w = jax.ShapeDtypeStruct((16, 256), x_dtype), jax.ShapeDtypeStruct((128, 256), "bfloat16")
+  packed = jax.eval_shape(lambda w: jaxqq.quantize(w, mode=mode), w)
+  function = functools.partial(jaxqq.quantized_matmul, mode=mode)
+  (dot,) = re.findall(r"stablehlo\.dot_general.*", lowered_for_cuda(function, x, *packed))
+  assert dot.endswith(f"(tensor<16x256x{dtype}>, tensor<256x128x{dtype}>) -> tensor<16x128xf32>")
+  text = jaxqq.explain(jaxqq.quantized_matmul, x, *packed, mode=mode, device="cuda")
+  refused = {"float16": f"the scales of {mode} leave its range", "float32": "x is float32 and not"}
+  assert (f"Not xla_bfloat16: {refused.get(x_dtype)}"[:30] in text) == (dtype == "f32")
+  assert text.startswith(f"quantized_matmul {mode}, x {x_dtype} (16, 256), w uint32")
+  assert "Not block_scaled_dot: " in text and "computed by XLA" in text
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64)])

@@ -52,6 +52,7 @@ class Program(_Terse):
   global_scales: bool = False
   x_batch: tuple[int, ...] = ()
   w_batch: tuple[int, ...] = ()
+  quantize_input: bool = True  # else it is `quantized_matmul`
 
   @property
   def batch(self) -> tuple[int, ...]:
@@ -71,7 +72,7 @@ class Program(_Terse):
 
   @property
   def may_use_fp8_sums(self) -> bool:
-    return self.mode == "mxfp8" and not self.wants_exact_sums
+    return self.mode == "mxfp8" and self.quantize_input and not self.wants_exact_sums
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -90,7 +91,7 @@ class Case(_Terse):
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-  """A case's numbers: the arguments of qqmm, and what the oracle quantizes them to."""
+  """A case's numbers: the arguments of the product, and what the oracle quantizes them to."""
 
   x: np.ndarray
   w: np.ndarray | None  # unquantized; None of random codes
@@ -102,19 +103,23 @@ class Arrays:
   global_scale_w: np.float32 | None
   mode: str
   packed: bool
+  quantize_input: bool = True
 
   @property
   def args(self) -> tuple[Any, ...]:
     """In the order of `product_of`."""
     w = (oracle.pack(self.w_codes, self.mode), self.w_scales) if self.packed else (self.w,)
-    scales = (self.global_scale_x, self.global_scale_w)
-    return (self.x, *w, *(() if scales[0] is None else scales))
+    return (self.x, *w, *self.global_scales)
+
+  @property
+  def global_scales(self) -> tuple[np.float32, ...]:
+    """Those that the product takes."""
+    of_x = self.global_scale_x if self.quantize_input else None
+    return tuple(scale for scale in (of_x, self.global_scale_w) if scale is not None)
 
   @property
   def alpha(self) -> float:
-    if self.global_scale_x is None:
-      return 1.0
-    return float(self.global_scale_x) / 2688 * float(self.global_scale_w) / 2688
+    return math.prod(float(scale) / 2688 for scale in self.global_scales)
 
 
 # What is compiled
@@ -151,7 +156,7 @@ def _varied(program: Program, rng: np.random.Generator) -> Program:
   """What was added since, drawn apart, so that the seeds before stay what they were."""
   if program.mode == "mxfp8" and rng.random() < 0.3:  # groups of 32 too
     program = dataclasses.replace(program, mode="mxfp4")
-  return program
+  return dataclasses.replace(program, quantize_input=bool(rng.random() < 0.7))
 
 
 def _k(rng: np.random.Generator, mode: str, small: bool) -> int:
@@ -259,6 +264,8 @@ def arrays_of(case: Case) -> Arrays:
   scales = tuple(s and np.float32(s * np.float32(case.global_scale_over_amax)) for s in scales)
   if "x" in case.bad:
     _poison(rng, x)
+    if not p.quantize_input:  # an infinity is a number then
+      x[np.isinf(x)] = np.nan
   if "w" in case.bad and w is not None:
     _poison(rng, w)
   x_codes, x_scales = oracle.quantize_codes(x, p.mode, scales[0])
@@ -268,7 +275,8 @@ def arrays_of(case: Case) -> Arrays:
       w_scales, w_codes = data.poisoned(rng, w_scales, w_codes, p.mode)
   else:
     w_codes, w_scales = oracle.quantize_codes(w, p.mode, scales[1])
-  return Arrays(x, w, x_codes, x_scales, w_codes, w_scales, *scales, p.mode, p.packed)
+  quantized = x_codes, x_scales, w_codes, w_scales
+  return Arrays(x, w, *quantized, *scales, p.mode, p.packed, p.quantize_input)
 
 
 def _amax(a: np.ndarray | None) -> np.float32:

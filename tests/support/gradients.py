@@ -55,9 +55,13 @@ def gradient_of(seed: int) -> Gradient:
     w_batch=tuple(w_batch),
   )
   x, w, g = (str(rng.choice(KINDS)) for _ in range(3))
-  return Gradient(
-    Case(program, x, w, seed=(seed, 5)), str(rng.choice(BACKWARDS)), "normal" if m % 2 else g
-  )
+  backward = str(rng.choice(BACKWARDS))
+  if backward == BACKWARDS[0]:  # drawn apart, so that what was drawn before stays
+    rng = np.random.default_rng([seed, 7])
+    program = dataclasses.replace(program, quantize_input=bool(rng.random() < 0.6))
+    if mode == "mxfp8" and rng.random() < 0.4:
+      program = dataclasses.replace(program, mode="mxfp4")
+  return Gradient(Case(program, x, w, seed=(seed, 5)), backward, "normal" if m % 2 else g)
 
 
 def cotangent(gradient: Gradient) -> np.ndarray:
@@ -78,7 +82,8 @@ def pulled(gradient: Gradient, args: tuple[Any, ...], g: np.ndarray) -> dict[str
   @jax.jit
   def pull(g, *args):
     def f(*some):
-      return product_of(p, backward=gradient.backward)(*some, *args[wrt:])
+      how = {"backward": gradient.backward} if p.quantize_input else {}
+      return product_of(p, **how)(*some, *args[wrt:])
 
     return jax.vjp(f, *args[:wrt])[1](g)
 
@@ -110,7 +115,7 @@ def operand(
 
 
 def dequantized(arrays: cases.Arrays) -> np.ndarray:
-  """Packed w in float32, rounded as section 2 of the specification has its products."""
+  """Quantized w in float32, rounded as section 2 of the specification has its products."""
   m = oracle.MODES[arrays.mode]
   scales = arrays.w_scales.view(m.scale).astype(np.float32)
   if arrays.global_scale_w is not None:
@@ -124,7 +129,7 @@ def run(gradient: Gradient) -> str:
 
   p = gradient.case.program
   arrays, g = cases.arrays_of(gradient.case), cotangent(gradient)
-  w = dequantized(arrays) if p.packed else arrays.w
+  w = dequantized(arrays) if p.packed or not p.quantize_input else arrays.w
   got = pulled(gradient, arrays.args, g)
   g_scale = np.float32(np.max(np.abs(g.astype(np.float32)))) if p.global_scales else None
   quantized = gradient.backward == "quantized"

@@ -41,7 +41,7 @@ class Compiled:
 
 
 def product_of(program: Program, **params: Any):
-  """qqmm as a function of `Arrays.args`."""
+  """qqmm, or `quantized_matmul`, as a function of `Arrays.args`."""
   import jax
 
   import jaxqq
@@ -50,11 +50,17 @@ def product_of(program: Program, **params: Any):
 
   def product(x, w, *rest):
     scales, rest = (rest[0], rest[1:]) if program.packed else (None, rest)
-    names = ("global_scale_x", "global_scale_w") if program.global_scales else ()
-    how = dict(zip(names, rest, strict=True))
-    return jaxqq.qqmm(x, w, scales, mode=program.mode, precision=precision, **how, **params)
+    how = dict(zip(names_of_scales(program), rest, strict=True))
+    multiply = jaxqq.qqmm if program.quantize_input else jaxqq.quantized_matmul
+    return multiply(x, w, scales, mode=program.mode, precision=precision, **how, **params)
 
   return product
+
+
+def names_of_scales(program: Program) -> tuple[str, ...]:
+  if not program.global_scales:
+    return ()
+  return ("global_scale_x", "global_scale_w") if program.quantize_input else ("global_scale",)
 
 
 def compiled(program: Program, args: tuple[Any, ...]) -> Compiled:
@@ -75,11 +81,11 @@ def implementation_of(program: Program, args: tuple[Any, ...]) -> str:
   how: dict[str, Any] = {"mode": program.mode}
   if program.packed:
     how["scales"] = rest.pop(0)
-  if program.global_scales:
-    how["global_scale_x"], how["global_scale_w"] = rest
+  how |= dict(zip(names_of_scales(program), rest, strict=True))
   if program.highest:
     how["precision"] = jax.lax.Precision.HIGHEST
-  return jaxqq.explain(x, w, **how).plan.name
+  function = jaxqq.qqmm if program.quantize_input else jaxqq.quantized_matmul
+  return jaxqq.explain(function, x, w, **how).plan.name
 
 
 def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:
@@ -99,7 +105,9 @@ def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:
 
 
 def verdict_on(out: np.ndarray, arrays: Arrays, rules: bounds.Rules) -> bounds.Verdict:
-  x = bounds.Quantized(arrays.x_codes, arrays.x_scales, arrays.mode)
+  x: bounds.Operand = bounds.Unquantized(arrays.x)
+  if arrays.quantize_input:
+    x = bounds.Quantized(arrays.x_codes, arrays.x_scales, arrays.mode)
   w = bounds.Quantized(arrays.w_codes, arrays.w_scales, arrays.mode)
   return bounds.check(out, x, w, arrays.alpha, rules)
 
@@ -154,6 +162,7 @@ def run(
     "packed": case.program.packed,
     "dtype": case.program.x_dtype,
     "highest": case.program.highest,
+    "function": "qqmm" if case.program.quantize_input else "quantized_matmul",
     "implementation": program.implementation,
     "kernels": program.kernels,
     "worst": verdict.worst,
@@ -226,7 +235,8 @@ def summary(results: list[dict[str, Any]]) -> str:
   for r in results:
     if "mode" in r:
       way = "packed" if r["packed"] else "on the fly"
-      kind = (r["mode"], way, r["dtype"], "highest" if r["highest"] else "default")
+      kind = (r["function"], r["mode"], way, r["dtype"])
+      kind += ("highest" if r["highest"] else "default",)
       kinds[(*kind, r["implementation"], "+".join(r["kernels"]))].append(r)
   lines.append("products failed error/bound without-fp8 norm-wise  kind")
   for kind, group in sorted(kinds.items()):
