@@ -205,14 +205,28 @@ class TestChoice:
     text = jaxqq.explain(row, w, device="cuda")
     assert "(128,)" in text and "a kernel that streams w" in text
 
-  def test_no_kernel_for_mxfp4_nor_for_x_as_it_is(self):
-    text = of(8, 512, 4096, "mxfp4", True)
-    assert text.count("it has no kernel for mxfp4 yet") == 3
-    x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
-    packed = jax.eval_shape(lambda: jaxqq.quantize(jnp.zeros((512, 4096))))
-    text = jaxqq.explain(jaxqq.quantized_matmul, x, *packed, device="cuda")
-    assert text.count("x is not quantized, and it has no kernel for w alone yet") == 3
-    assert text.plan.name == "xla_bfloat16"
+  def test_x_as_it_is_has_kernels_for_16_bits_that_hold_w_hat(self):
+    def of_weights(m, dtype, mode):
+      x = jax.ShapeDtypeStruct((m, 4096), dtype)
+      packed = jax.eval_shape(lambda: jaxqq.quantize(jnp.zeros((512, 4096)), mode=mode))
+      return jaxqq.explain(jaxqq.quantized_matmul, x, *packed, mode=mode, device="cuda")
+
+    for mode in ("nvfp4", "mxfp4", "mxfp8"):
+      assert of_weights(8, "bfloat16", mode).plan.name == "hopper_skinny"
+      text = of_weights(200, "bfloat16", mode)
+      assert text.plan.name == "hopper_exact"
+      assert "Not hopper_fp8: x is not quantized, and fp8 does not hold it" in text
+    assert of_weights(8, "float16", "nvfp4").plan.name == "hopper_skinny"
+    text = of_weights(8, "float16", "mxfp4")
+    assert text.count("x is float16 and not quantized, and scales of mxfp4 leave it") == 2
+    text = of_weights(8, "float32", "nvfp4")
+    assert text.count("x is float32 and not quantized, and tensor cores take 16 bits") == 2
+
+  def test_mxfp4_has_kernels_of_16_bits(self):
+    assert of(8, 512, 4096, "mxfp4", True).plan.name == "hopper_skinny"
+    text = of(200, 512, 4096, "mxfp4", True)
+    assert text.plan.name == "hopper_exact"
+    assert "Not hopper_fp8: mxfp4 has no e4m3 elements" in text
 
   def test_refusals(self):
     assert "an axis is empty" in of(0, 512, 4096, "mxfp8", False)

@@ -67,6 +67,7 @@ class Rules:
   fp8_sums: bool = True  # the latter
   bfloat16: bool = False  # operands of mxfp8 in bfloat16, whose subnormal numbers have few bits
   flushes: bool = False  # a processor that takes subnormal float32 for 0, as XLA's for CPUs does
+  unit: float = 1.0  # beside that: what sums are multiplied by in the end
   norm_wise: bool = False
   wide: bool = False  # both operands have channels 1000 times the others
 
@@ -106,7 +107,7 @@ def compare(out: np.ndarray, x: Operand, w: Operand, alpha: float, rules: Rules)
   x_hat[bad_x], w_hat[bad_w] = 0, 0
   exact, mag = oracle.product(x_hat, w_hat)
   sums_overflow = mag > LARGEST / 2
-  lost = np.minimum(mag, x_hat.shape[-1] * SMALLEST_NORMAL)
+  lost = np.minimum(mag, x_hat.shape[-1] * SMALLEST_NORMAL * rules.unit)
   flushed = _flushed(x, x_hat, w, w_hat) if rules.flushes else None
   if flushed is not None:
     lost = lost + flushed
@@ -199,7 +200,7 @@ def _flushed(x: Quantized, x_hat: np.ndarray, w: Quantized, w_hat: np.ndarray) -
 
   def small(a: Operand, hat: np.ndarray) -> np.ndarray:
     magnitude = np.abs(hat)
-    subnormal = magnitude < SMALLEST_NORMAL
+    subnormal = magnitude <= SMALLEST_NORMAL  # which a subnormal number is rounded up to
     if isinstance(a, Quantized) and oracle.MODES[a.mode].power_of_two:
       subnormal |= (a.scales == 0).repeat(oracle.MODES[a.mode].group, axis=-1)
     return np.where(subnormal, magnitude, 0)

@@ -99,6 +99,8 @@ def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:
     fp8_sums=platform != "cpu",  # the interpreter sums up in float32
     bfloat16=far and (in_bfloat16 or (program.wants_exact_sums and not by_xla)),
     flushes=platform == "cpu",
+    # Interpreted, products of nvfp4 beside x as it is are flushed at 2**-7 of their value.
+    unit=2.0**7 if platform == "cpu" and not (by_xla or program.quantize_input) else 1.0,
     norm_wise=case.x in data.NORM_WISE and case.w in data.NORM_WISE,
     wide=case.x == case.w == "large outliers",
   )
