@@ -3,6 +3,7 @@
   pip install 'jaxqq[examples]'       # from a checkout: pip install '.[examples]'
   python examples/decode.py           # the shapes of Llama 3 8B: bfloat16 takes 16 GB of a GPU
   python examples/decode.py --nnx     # the same of layers of Flax, packed by quantize_model
+  python examples/decode.py --weights-only --modes bf16 mxfp4 nvfp4     # x stays bfloat16
   python examples/decode.py --tiny    # on a CPU
 
 The decoder is in decoder.py, written by hand, and in decoder_nnx.py as a model of Flax NNX.
@@ -38,6 +39,7 @@ except ImportError:
 
 Result = dict[str, Any]
 
+CHOICES = (*MODES, "mxfp4")
 INSTALL = "pip install 'jaxqq[examples]' (from a checkout: pip install '.[examples]')."
 
 
@@ -108,7 +110,7 @@ def run(cfg: Config, options: argparse.Namespace) -> tuple[Result, np.ndarray]:
     ]
   elements = cfg.layers * sum(n * k for n, k, _ in cfg.linears().values())
   result = {
-    "name": cfg.mode + options.suffix,
+    "name": cfg.mode + ("" if cfg.quantize_input else ", weights only") + options.suffix,
     "mode": cfg.mode,
     "bytes": decoder.num_bytes(params),
     "linear_bytes": decoder.linear_bytes(params),
@@ -147,7 +149,12 @@ def explain(cfg: Config, batch: int) -> str:
     return f"{cfg.mode}: XLA's own product"
   n, k, _ = cfg.linears()["gate_up"]
   w = jax.eval_shape(lambda w: decoder.pack(w, cfg.mode), jax.ShapeDtypeStruct((n, k), cfg.dtype))
-  return jaxqq.explain(jax.ShapeDtypeStruct((batch, k), cfg.dtype), mode=cfg.mode, **w)
+  x = jax.ShapeDtypeStruct((batch, k), cfg.dtype)
+  if cfg.quantize_input:
+    return jaxqq.explain(x, mode=cfg.mode, **w)
+  packed = w["w"], w["scales"]
+  scale = w.get("global_scale_w")
+  return jaxqq.explain(jaxqq.quantized_matmul, x, *packed, mode=cfg.mode, global_scale=scale)
 
 
 def together(contents: Sequence[Result]) -> Result:
@@ -168,7 +175,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--nnx", action="store_true", help="the decoder as a model of Flax NNX")
   add("--layers", type=int, help="that many, instead of the shape's")
   add("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
-  add("--modes", nargs="+", default=list(MODES), choices=MODES, help="which models")
+  add("--modes", nargs="+", default=list(MODES), choices=CHOICES, help="which models")
+  weights_only = "multiply x as it is by packed weights (not of bf16)"
+  add("--weights-only", action="store_true", help=weights_only)
   add("--tokens", type=int, default=64, help="tokens to generate in each sequence")
   add("--prompt", type=int, default=128, help="tokens in each prompt")
   add("--repeats", type=int, default=5, help="timed runs, of which the median counts")
@@ -190,7 +199,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
       parser.error(f"--show must be a file that --json wrote, got {str(path)!r}.")
   cfg = decoder.TINY if given.tiny else Config()
   given.cfg = dataclasses.replace(cfg, layers=given.layers or cfg.layers)
-  given.modes = [mode for mode in MODES if mode in given.modes]  # bf16, the reference, comes first
+  given.modes = [mode for mode in CHOICES if mode in given.modes]  # bf16, the reference, is first
   given.batches = list(dict.fromkeys(given.batches))
   return given
 
@@ -207,12 +216,13 @@ def main(argv: Sequence[str] | None = None) -> Result:
   options.make, options.suffix = maker(options.nnx)
   settings = {name: getattr(options, name) for name in ("tokens", "prompt", "repeats", "seed")}
   sizes = dataclasses.asdict(options.cfg)
-  del sizes["mode"]
+  del sizes["mode"], sizes["quantize_input"]
   header = make_header("wall clock, until results are ready", model=sizes, **settings)
   print(" ".join(f"{name}={value}" for name, value in header.items()), flush=True)
   content, reference = {"header": header, "models": []}, None
   for mode in options.modes:
-    cfg = dataclasses.replace(options.cfg, mode=mode)
+    quantize_input = mode == UNQUANTIZED or not options.weights_only
+    cfg = dataclasses.replace(options.cfg, mode=mode, quantize_input=quantize_input)
     print(explain(cfg, min(options.batches)), flush=True)
     result, logits = run(cfg, options)
     reference = logits if mode == UNQUANTIZED else reference

@@ -28,7 +28,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 Cache = dict[str, Any]
 
 UNQUANTIZED = "bf16"
-MODES = (UNQUANTIZED, "mxfp8", "nvfp4")
+MODES = (UNQUANTIZED, "mxfp8", "nvfp4")  # and "mxfp4"
 # What nvfp4 takes for the amax of every x: a real model's is calibrated, once, for each layer.
 # This one's inputs cannot exceed it where RMSNorm made them: sqrt(4096) is the most it lets pass.
 ACTIVATION_AMAX = 64.0
@@ -48,6 +48,7 @@ class Config:
   rope_theta: float = 500_000.0
   dtype: str = "bfloat16"
   mode: str = UNQUANTIZED
+  quantize_input: bool = True  # else linear layers multiply x as it is
 
   def linears(self) -> dict[str, tuple[int, int, float]]:
     """N, K and the standard deviation of each linear layer in a block."""
@@ -80,7 +81,7 @@ def random_matrix(key: jax.Array, n: int, k: int, std: float, dtype: str) -> jax
 
 @functools.partial(jax.jit, static_argnames="mode")
 def pack(w: jax.Array, mode: str) -> Params:
-  """What `linear` multiplies with: w itself, or arguments of `qqmm`."""
+  """What `linear` multiplies with: w itself, or what `qqmm` takes for it."""
   if mode == UNQUANTIZED:
     return {"w": w}
   scale = {}
@@ -136,12 +137,15 @@ def linear_bytes(params: Any) -> int:
 # ---- the decoder
 
 
-def linear(x: jax.Array, w: Params, mode: str) -> jax.Array:
+def linear(x: jax.Array, w: Params, cfg: Config) -> jax.Array:
   """x (..., k) times w (n, k) transposed, accumulated in float32, in x's dtype."""
-  if mode == UNQUANTIZED:
+  if cfg.mode == UNQUANTIZED:
     out = jnp.einsum("...k,nk->...n", x, w["w"], preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
-  return jaxqq.qqmm(x, mode=mode, **w)
+  if cfg.quantize_input:
+    return jaxqq.qqmm(x, mode=cfg.mode, **w)
+  scale = w.get("global_scale_w")
+  return jaxqq.quantized_matmul(x, w["w"], w["scales"], mode=cfg.mode, global_scale=scale)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -202,11 +206,11 @@ def block(
   layer: Params, cache: KeysValues, x: jax.Array, positions: jax.Array, cfg: Config
 ) -> tuple[KeysValues, jax.Array]:
   """x (batch, seq, hidden) at `positions`, where its keys and values are written to the cache."""
-  qkv = linear(rms_norm(x, layer["attention_norm"]), layer["qkv"], cfg.mode)
+  qkv = linear(rms_norm(x, layer["attention_norm"]), layer["qkv"], cfg)
   cache, attended = attention(qkv, cache, positions, cfg)
-  x = x + linear(attended, layer["out"], cfg.mode)
-  gate_up = linear(rms_norm(x, layer["ffn_norm"]), layer["gate_up"], cfg.mode)
-  return cache, x + linear(gated(gate_up), layer["down"], cfg.mode)
+  x = x + linear(attended, layer["out"], cfg)
+  gate_up = linear(rms_norm(x, layer["ffn_norm"]), layer["gate_up"], cfg)
+  return cache, x + linear(gated(gate_up), layer["down"], cfg)
 
 
 def empty_cache(cfg: Config, batch: int, length: int) -> Cache:
@@ -232,7 +236,7 @@ def forward(
 
 @functools.singledispatch
 def logits_of(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-  return linear(rms_norm(x, params["norm"]), params["head"], cfg.mode).astype(jnp.float32)
+  return linear(rms_norm(x, params["norm"]), params["head"], cfg).astype(jnp.float32)
 
 
 @jax.jit

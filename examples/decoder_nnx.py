@@ -100,11 +100,12 @@ def _(model: Decoder, x: jax.Array, cfg: Config) -> jax.Array:
   return model.logits(x)
 
 
-def pack(module: nnx.Module, mode: str) -> None:
+def pack(module: nnx.Module, cfg: Config) -> None:
   """For serving; what is packed already stays as it is."""
-  if mode == decoder.UNQUANTIZED:
+  if cfg.mode == decoder.UNQUANTIZED:
     return
-  quantize_model(module, mode, packed=True, global_scale="amax" if mode == "nvfp4" else None)
+  options = {"global_scale": "amax" if cfg.mode == "nvfp4" else None}
+  quantize_model(module, cfg.mode, packed=True, quantize_input=cfg.quantize_input, **options)
   for _, layer in nnx.iter_graph(module):
     if isinstance(layer, QQLinear) and layer.weight.global_scale is not None:
       # As calibration finds it, instead of the amax of the inputs in every call.
@@ -118,8 +119,8 @@ def make_model(cfg: Config, seed: int, made: Callable[[], Any] = lambda: None) -
   blocks = []
   for key in layer_keys:
     blocks.append(Block(cfg, key))
-    pack(blocks[-1], cfg.mode)
+    pack(blocks[-1], cfg)
     made()
   model = Decoder(cfg, blocks, embed_key, head_key)
-  pack(model, cfg.mode)
+  pack(model, cfg)
   return jax.block_until_ready(model)

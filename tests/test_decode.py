@@ -158,10 +158,12 @@ def test_generates_the_tokens_with_the_largest_logits(mode):
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("mode", MODES)
-def test_the_model_of_flax_is_the_same(mode):
+@pytest.mark.parametrize(
+  ("mode", "quantize_input"), [*((mode, True) for mode in MODES), ("nvfp4", False)]
+)
+def test_the_model_of_flax_is_the_same(mode, quantize_input):
   """Logits to the bit, tokens, and bytes; a block is packed before the next one is made."""
-  cfg = dataclasses.replace(decoder.TINY, mode=mode)
+  cfg = dataclasses.replace(decoder.TINY, mode=mode, quantize_input=quantize_input)
   kinds = []
   models = decoder.make_params(cfg, 3), decoder_nnx.make_model(cfg, 3, lambda: kinds.append(mode))
   assert len(kinds) == cfg.layers
@@ -289,6 +291,20 @@ def test_main(tmp_path, capsys):
   nnx_path.write_text(json.dumps(other))
   with pytest.raises(SystemExit, match="tokens"):
     example.main(["--show", str(path), str(nnx_path)])
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_main_with_weights_only(capsys):
+  """Nearer to bfloat16 than with x quantized too, by as many bytes."""
+  flags = [*SMALL, "--modes", "bf16", "nvfp4", "mxfp4", "--batches", "2"]
+  _, *alone = example.main([*flags, "--weights-only"])["models"]
+  printed = capsys.readouterr().out
+  assert "quantized_matmul nvfp4, x bfloat16" in printed and "qqmm" not in printed
+  _, *both = example.main(flags)["models"]
+  for model, other in zip(alone, both, strict=True):
+    assert model["name"] == f"{other['name']}, weights only"
+    assert model["linear_bytes"] == other["linear_bytes"]
+    assert 0.01 < model["logits_error"] < 0.9 * other["logits_error"]
 
 
 @pytest.mark.usefixtures("quick_compiles")

@@ -148,6 +148,7 @@ def test_main(example, folder, capsys):
   arguments = ["--model", str(folder), "--sentences", "6", "--batch", "6", "--repeats", "1"]
   results = example.main(arguments)
   names = ["float32", "mxfp8", "nvfp4", "nvfp4, inputs scaled too", "nvfp4, no global scales"]
+  names += ["mxfp4", *(f"{mode}, weights alone" for mode in ("mxfp8", "nvfp4", "mxfp4"))]
   assert list(results) == names
   linear = 4 * (4 * (64 * 64 + 64) + 2 * 64 * 128 + 64 + 128)
   assert results["float32"]["linear_bytes"] == linear
@@ -156,15 +157,41 @@ def test_main(example, folder, capsys):
     assert result["worst_cosine"] <= result["mean_cosine"] <= 1 + 1e-6
     if name == "float32":
       continue
-    bits = 8.25 if name == "mxfp8" else 4.5
+    mode = name.partition(",")[0]
+    bits = {"mxfp8": 8.25, "nvfp4": 4.5, "mxfp4": 4.25}[mode]
     weights = (4 * 64 * 64 + 2 * 64 * 128) * bits / 8
     assert result["linear_bytes"] == pytest.approx(weights + 4 * (5 * 64 + 128), rel=2e-3)
-    assert result["mean_cosine"] > (0.995 if name == "mxfp8" else 0.95)
+    assert result["mean_cosine"] > {"mxfp8": 0.995, "nvfp4": 0.95, "mxfp4": 0.9}[mode]
+    if "alone" in name:
+      assert result["mean_cosine"] > results[mode]["mean_cosine"]
     unable = [format for format, size in result["files"].items() if not isinstance(size, int)]
-    assert unable == (["mlx"] if name in ("nvfp4", "nvfp4, inputs scaled too") else [])
+    assert unable == (["mlx"] if mode == "nvfp4" and "no global" not in name else [])
   printed = capsys.readouterr().out
-  assert printed.count("the same embeddings when loaded") == 10
+  assert printed.count("the same embeddings when loaded") == 21
   assert "6 of 12 layers converted" in printed and "| nvfp4 | " in printed
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp4"])
+def test_weights_alone_embed_as_their_dequantized_weights(example, folder, tmp_path, mode):
+  """Saved so (NVFP4A16, mxfp4) and loaded as the file says: to rounding, and not with inputs
+  quantized."""
+  tensors = load_file(folder / "model.safetensors")
+  tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+  batches, order = example.batches_of(example.sentences(6), tokenizer, 6)
+  options = {"mode": mode, "quantize_input": False}
+  packed = example.tensors_of(example.build(CONFIG, tensors, options)[0])
+  checkpoint.save(tmp_path / "m", packed, format="compressed-tensors", config=CONFIG)
+  loaded = checkpoint.load(tmp_path / "m")
+  numbers = {
+    name: np.asarray(a.dequantize("float32")) if isinstance(a, jaxqq.QuantizedWeight) else a
+    for name, a in loaded.items()
+  }
+  want = example.embedder(example.build(CONFIG, tensors | numbers, {})[0], batches, order)()
+  got = example.embedder(example.reload(CONFIG, tmp_path / "m", options), batches, order)()
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  quantized = example.reload(CONFIG, tmp_path / "m", {"mode": mode})
+  assert np.abs(example.embedder(quantized, batches, order)() - want).max() > 1e-3
 
 
 @pytest.mark.usefixtures("quick_compiles")

@@ -17,7 +17,7 @@ import jaxqq
 from jaxqq._compat import ShardingTypeError
 from tests.support import oracle
 from tests.support.messages import check_sentence
-from tests.support.operands import amax
+from tests.support.operands import Product, amax
 from tests.support.sharding import collectives
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -62,18 +62,18 @@ def test_k_split_in_both(spec, kind):
     assert any(kind in ("all-reduce", "reduce-scatter") for kind, _ in found)
 
 
-def test_gradients_where_k_is_split_in_both():
+@pytest.mark.parametrize("quantize_input", [True, False])
+def test_gradients_where_k_is_split_in_both(quantize_input):
+  multiply = Product("mxfp8", quantize_input)
   mesh, x, w = placed(AxisType.Explicit, P("data", "tensor"), P(None, "tensor"))
 
   def loss(product, x, w):
     return jnp.sum(jnp.sin(product(x, w)))
 
   with jax.set_mesh(mesh):
-    product = functools.partial(jaxqq.qqmm, mode="mxfp8", out_sharding=P("data", None))
+    product = functools.partial(multiply, out_sharding=P("data", None))
     got = jax.jit(jax.grad(functools.partial(loss, product), (0, 1)))(x, w)
-  want = jax.grad(functools.partial(loss, functools.partial(jaxqq.qqmm, mode="mxfp8")), (0, 1))(
-    X, W
-  )
+  want = jax.grad(functools.partial(loss, multiply), (0, 1))(X, W)
   for a, b in zip(got, want, strict=True):
     assert oracle.relative_error(np.asarray(a), np.asarray(b, np.float64)) < 1e-5
 
@@ -101,6 +101,7 @@ def test_errors_name_the_function_that_was_called():
   words = ["both split", "out_sharding=", "jax.sharding.reshard"]
   dot_general = jaxqq.dot_general("mxfp8")
   check_sentence(ambiguous(jaxqq.qqmm), "qqmm", words)
+  check_sentence(ambiguous(jaxqq.quantized_matmul), "quantized_matmul", words)
   check_sentence(ambiguous(lambda x, w: dot_general(x, w, OF_ROWS)), "dot_general", words)
   einsum = lambda x, w: dot_general.einsum("mk,nk->mn", x, w)  # noqa: E731
   check_sentence(ambiguous(einsum), "dot_general.einsum", words)
