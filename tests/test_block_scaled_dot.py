@@ -21,8 +21,6 @@ from jaxqq._reference import Operands
 from tests.support import oracle
 from tests.support.programs import lowered_for_cuda
 
-pytestmark = pytest.mark.optimized
-
 BLACKWELL = Device("cuda", "10.0")
 DOT = "__op$block_scaled_dot"
 MODES = ("nvfp4", "mxfp8")  # that the tensor cores take

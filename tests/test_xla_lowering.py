@@ -18,8 +18,6 @@ from jaxqq._reference import Operands
 from tests.support import oracle
 from tests.support.programs import lowered_for_cuda
 
-pytestmark = pytest.mark.optimized
-
 DEVICES = {"A100": Device("cuda", "8.0"), "TPU": Device("tpu")}
 
 

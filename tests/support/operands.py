@@ -85,7 +85,7 @@ def crossed(*values: Iterable[Any], every: int = EVERY) -> list[Any]:
 def data(*shapes, seed=30):
   """Normal float32 numbers, an array for each shape."""
   rng = np.random.default_rng(seed)
-  return [jnp.asarray(oracle.random(rng, shape, "float32")) for shape in shapes]
+  return [jax.device_put(oracle.random(rng, shape, "float32")) for shape in shapes]
 
 
 def amax(a):
