@@ -7,6 +7,7 @@ and in reverse `unpack`, `dequantize_groups`. Groups run along the last axis thr
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from jaxqq._formats import Format
 # then 2688 / amax, and every number that gets a code, is in the normal range of float32. All else
 # scales with it, so that no bit depends on where the limit is.
 SMALL, RAISED = 40, 64
+
+# JAX traces it once for operands of one shape; its operations then stand where it is called.
+_traced_once = functools.partial(jax.jit, static_argnames=("fmt",), inline=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Encoding:
     return jnp.where(self.blank, 0, codes).reshape(a.shape)
 
 
+@_traced_once
 def quantize_groups(
   a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -136,6 +141,7 @@ def scales_of_power_of_two(amax_bits: jax.Array, fmt: Format) -> jax.Array:
   return jnp.where(amax_bits <= lowest + 1, 0, scales)
 
 
+@_traced_once
 def dequantize_groups(
   codes: jax.Array, scales: jax.Array, fmt: Format, global_scale: jax.Array | None = None
 ) -> jax.Array:
@@ -168,6 +174,7 @@ def dequantize_groups(
   return values.reshape(codes.shape)
 
 
+@_traced_once
 def dequantize_to_multiply(codes: jax.Array, scales: jax.Array, fmt: Format) -> jax.Array:
   """code * scale in float32, as `dequantize_groups`, but by float multiplication alone.
 
