@@ -45,6 +45,8 @@ def test_the_tiny_suite(results):
   assert {row.form for row in rows} == set(FORMS) and {row.mode for row in rows} == set(MODES)
   names = {row.implementation for row in rows if row.form == "packed"}
   assert names == {CUBLAS, "xla dequantize", "jax.nn.scaled_matmul", "jaxqq"}
+  weights = {row.implementation for row in rows if row.form == "weights alone"}
+  assert weights == {CUBLAS, "jaxqq"}
   assert {row.implementation for row in rows if row.form == "dw"} == {
     *(CUBLAS, "jaxqq straight_through", "jaxqq quantized")
   }
@@ -451,7 +453,7 @@ def test_device_time_with_kernels_out_of_order(monkeypatch):
   ("arguments", "words"),
   [
     (["--suite", "nonsense"], "invalid choice: 'nonsense'"),
-    (["--modes", "mxfp4"], "invalid choice: 'mxfp4'"),
+    (["--modes", "nvfp8"], "invalid choice: 'nvfp8'"),
     (["--peers", "torch"], "invalid choice: 'torch'"),
     (["--rows", "0"], "--rows must be positive, got 0"),
     (["--rows", "many"], "invalid int value"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxqq._formats import FORMATS
 from jaxqq.bench import kept, report
 from jaxqq.bench.cases import FORMS, MODES, SUITES, Case, covering, is_survey, select
 from jaxqq.bench.chain import with_chains
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
   several("--suite", tuple(SUITES), ["goals"], "which cases, see below (goals)")
-  several("--modes", MODES, MODES, f"of {', '.join(MODES)} (all)")
+  several("--modes", tuple(FORMATS), MODES, f"of {', '.join(FORMATS)} ({', '.join(MODES)})")
   several("--forms", tuple(FORMS), (), "only these forms of the suites, see below")
   several("--peers", (*PEERS, "none"), None, "measured beside jaxqq, or none (all)")
   parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="M", help="of products")

@@ -19,6 +19,7 @@ class Form:
   equation: str
   packed: str | None  # "lhs", "rhs" or "out": the array that is packed, in or out of the work
   about: str
+  quantizes_x: bool = True  # else that operand is multiplied as it is
 
   @property
   def inputs(self) -> tuple[str, ...]:
@@ -43,6 +44,13 @@ FORMS = {
   for form in (
     Form("packed", "mk,nk->mn", "rhs", "qqmm, w quantized beforehand"),
     Form("on the fly", "mk,nk->mn", None, "qqmm, x and w quantized in the call"),
+    Form(
+      "weights alone",
+      "mk,nk->mn",
+      "rhs",
+      "quantized_matmul, w quantized beforehand and x as it is",
+      quantizes_x=False,
+    ),
     Form("dx", "mn,nk->mk", None, "the gradient of x under jax.grad, from g and w"),
     Form("dw", "mn,mk->nk", None, "the gradient of w under jax.grad, from g and x"),
     Form("quantize", "mk->mk", "out", "quantize, groups along rows"),
@@ -138,6 +146,13 @@ SUITES = {
     MODELS + LLAMA,
     survey=True,
   ),
+  "weights": Suite(
+    "the same layers by quantized_matmul: a survey",
+    ("weights alone",),
+    (1, 4, 16, 32, 64, 128, 256, 1024, 4096),
+    MODELS + LLAMA,
+    survey=True,
+  ),
   "tiny": Suite("a test of the bench itself", tuple(FORMS), (64,), ((48, 64),)),
 }
 
@@ -147,7 +162,7 @@ def is_survey(suites: Sequence[str]) -> bool:
   return all(name in SUITES and SUITES[name].survey for name in suites)
 
 
-MODES: tuple[Mode, ...] = ("nvfp4", "mxfp8")  # those that have kernels
+MODES: tuple[Mode, ...] = ("nvfp4", "mxfp8")  # that are measured where none are named
 
 # The speed relative to cuBLAS in bfloat16 that is aimed at, at this (n, k), by mode, form and m;
 # at the other shapes of Llama, 0.9 of it, or 0.85 where there are few rows. The smallest shape is

@@ -99,11 +99,11 @@ def error_share(
   if not form.is_product:
     return _bits_share(case, rows[0], out, samples[form.out[0]])
   if quantized:
-    powers = [_power_for(a, case) for a in operands]
-    rows = [
-      np.ldexp(round_trip(np.ldexp(a.astype(np.float32), -power), case.mode), power)
-      for a, power in zip(rows, powers, strict=True)
-    ]
+    first = 0 if form.quantizes_x else 1
+    for i in range(first, len(rows)):
+      power = _power_for(operands[i], case)
+      scaled = np.ldexp(rows[i].astype(np.float32), -power)
+      rows[i] = np.ldexp(round_trip(scaled, case.mode), power)
   lhs, rhs = (a.astype(np.float64) for a in rows)
   result = np.asarray(take_rows(out, samples[form.out[0]], axis=0))[:, samples[form.out[1]]]
   return _product_share(result, lhs @ rhs.T, np.abs(lhs) @ np.abs(rhs).T)

@@ -56,7 +56,7 @@ def implementations(case: Case, peers: Sequence[str] = tuple(PEERS)) -> list[Imp
     if "cublas" in peers:
       dot = _dot(form.equation)
       found.append(Implementation(CUBLAS, dot, _as_given, packed=False, quantized=False))
-    if form.contracted == "k":
+    if form.contracted == "k" and form.quantizes_x:
       found += [maker(case) for name, maker in _QUANTIZED_PEERS.items() if name in peers]
   elif "copy" in peers:
     # Written back negated: an identity would be no kernel at all.
@@ -82,14 +82,16 @@ def _dot(equation: str) -> Run:
 
 
 def _jaxqq_product(case: Case) -> list[Implementation]:
-  prepare = _pack_last(case.mode) if FORMS[case.form].packed else _as_given
-  explain = functools.partial(jaxqq.explain, mode=case.mode)
-  return [Implementation("jaxqq", _qqmm(case.mode), prepare, explain=explain)]
+  form = FORMS[case.form]
+  prepare = _pack_last(case.mode) if form.packed else _as_given
+  function = jaxqq.qqmm if form.quantizes_x else jaxqq.quantized_matmul
+  explain = functools.partial(jaxqq.explain, function, mode=case.mode)
+  return [Implementation("jaxqq", _in_mode(function, case.mode), prepare, explain=explain)]
 
 
 @functools.cache
-def _qqmm(mode: Mode) -> Run:
-  return functools.partial(jaxqq.qqmm, mode=mode)
+def _in_mode(function: Run, mode: Mode) -> Run:
+  return functools.partial(function, mode=mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,7 @@ def _format(mode: Mode, form: str) -> Run:
 _JAXQQ: dict[str, Callable[[Case], list[Implementation]]] = {
   "packed": _jaxqq_product,
   "on the fly": _jaxqq_product,
+  "weights alone": _jaxqq_product,
   "dx": _jaxqq_backward,
   "dw": _jaxqq_backward,
   "quantize": _jaxqq_format,

@@ -91,6 +91,15 @@ packed mxfp8. Of packed w and 33 to 256 rows they are those of other kernels tha
     "python -m jaxqq.bench --suite goals quantize (then few-rows)",
   ),
   Section(
+    "XLA alone on an H100",
+    ("h100_xla.json",),
+    """\
+The same products without the kernels, as on a GPU that has none. Packed w becomes bfloat16 in
+memory, and is read again by the product: with 1024 rows that is a third of the time. One row of x
+is multiplied while w is read. Of 16 rows XLA makes what it makes of 1024.""",
+    "JAXQQ_DISABLE=hopper python -m jaxqq.bench --rows 1 16 1024 4096 --peers cublas",
+  ),
+  Section(
     "Layers of many models on an H200",
     ("h200_models.json",),
     """\
