@@ -26,7 +26,7 @@ SHAPES += [(m, n, k) for m, n in ((1, 130), (33, 5), (130, 33)) for k in (None, 
 
 def check(x, w, product, *, precision=None, **how):
   args, kwargs, x_hat, w_hat = operands(x, w, product, **how)
-  out = product(*args, **kwargs, precision=precision)
+  out = product(*jax.device_put(args), **kwargs, precision=precision)
   assert out.dtype == x.dtype
   exact, mag = oracle.product(x_hat, w_hat)
   # The reference keeps the bound of HIGHEST whatever is asked for.
