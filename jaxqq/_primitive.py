@@ -217,7 +217,7 @@ def register_lowering(primitive: Primitive, rule: Callable[..., Any]) -> None:
   """On every platform, as a function of its own, so that layers of one shape share it."""
   _compat.seen_by_checkify(primitive)
   _compat.needs_devices_to_lower(primitive)
-  for platform in (None, *_kernels.PLATFORMS):
+  for platform in (None, "cpu", *_kernels.PLATFORMS):
     mlir.register_lowering(primitive, rule, platform=platform, inline=False)
 
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxqq import _rounding
 from jaxqq._formats import Format
+from jaxqq._rounding import ANYWHERE, Arithmetic
 
 # A tensor whose amax is below 2**-SMALL is quantized and dequantized as 2**RAISED times itself:
 # then 2688 / amax, and every number that gets a code, is in the normal range of float32. All else
@@ -58,7 +59,10 @@ class Encoding:
 
 @_traced_once
 def quantize_groups(
-  a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
+  a: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None = None,
+  arithmetic: Arithmetic = ANYWHERE,
 ) -> tuple[jax.Array, jax.Array]:
   """Codes and scale bytes of an array: the definition of quantization.
 
@@ -66,13 +70,14 @@ def quantize_groups(
     a: float32, float16 or bfloat16, (..., k).
     fmt: the format.
     global_scale: float32, a scalar or one value a matrix: (...) against a of (..., m, k).
+    arithmetic: of the platform that this is for.
 
   Returns:
     codes: int32, (..., k).
     scales: int32, (..., k / group_size), as of `encoding_of`.
   """
   a = with_axes_of(a, global_scale)
-  encoding = encoding_of(a, fmt, global_scale)
+  encoding = encoding_of(a, fmt, global_scale, arithmetic)
   return encoding.codes(a, fmt), encoding.scales.squeeze(-1)
 
 
@@ -84,7 +89,12 @@ def with_axes_of(a: jax.Array, global_scale: jax.Array | None) -> jax.Array:
   return jnp.broadcast_to(a, batch_shape + a.shape[-2:])
 
 
-def encoding_of(a: jax.Array, fmt: Format, global_scale: jax.Array | None = None) -> Encoding:
+def encoding_of(
+  a: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None = None,
+  arithmetic: Arithmetic = ANYWHERE,
+) -> Encoding:
   """How the groups of `a`, which has all batch axes of its global scale, are quantized.
 
   A group is poisoned, and its scale NaN, if it is not finite, and under a global scale that is no
@@ -93,21 +103,24 @@ def encoding_of(a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
   groups = _grouped(a, fmt).astype(jnp.float32)
   amax_bits = jnp.max(_rounding.magnitude_bits(groups), axis=-1, keepdims=True)
   poisoned = amax_bits >= _rounding.INFINITY_BITS
-  power = of_zeros = None
+  power = of_zeros = enc = None
   if global_scale is not None:
     global_scale = _a_value_per_matrix(global_scale, groups.ndim)
     of_zeros = _rounding.magnitude_bits(global_scale) == 0
-    poisoned = poisoned | ~_is_amax(global_scale)
+    no_amax = ~_is_amax(global_scale)
+    global_scale, power = _raised(global_scale, arithmetic)
+    enc = arithmetic.divide(jnp.float32(fmt.largest_value), global_scale)
+    power, enc = arithmetic.apart((power, enc))
+    poisoned = poisoned | no_amax
     poisoned = poisoned | (of_zeros & (amax_bits >= _rounding.SMALLEST_NORMAL_BITS))
-    global_scale, power = _raised(global_scale)
     amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
-    amax_bits = _rounding.magnitude_bits(_rounding.scaled(amax, power))
+    amax_bits = _rounding.magnitude_bits(arithmetic.scaled(amax, power))
   blank, factor = poisoned, None
   if fmt.scale_is_power_of_two:
     scales = scales_of_power_of_two(amax_bits, fmt)
     power = 127 - scales  # from -126 to 127: a finite amax has a scale of at most 253
   else:
-    scales, factor = _scales_of_float(amax_bits, fmt, global_scale)
+    scales, factor = _scales_of_float(amax_bits, fmt, enc, arithmetic)
     if of_zeros is not None:
       scales = jnp.where(of_zeros, 0, scales)
     blank = blank | (scales == 0)
@@ -115,17 +128,17 @@ def encoding_of(a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
 
 
 def _scales_of_float(
-  amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None
+  amax_bits: jax.Array, fmt: Format, enc: jax.Array | None, arithmetic: Arithmetic
 ) -> tuple[jax.Array, jax.Array]:
   """s = scale(amax / max * enc), and enc / s."""
   amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
-  ideal = _rounding.divide(amax, jnp.float32(fmt.element_max), fmt.element_max_bits)
-  enc = jnp.float32(1)
-  if global_scale is not None:
-    enc = _rounding.divide(jnp.float32(fmt.largest_value), global_scale)
+  ideal = arithmetic.divide(amax, jnp.float32(fmt.element_max), fmt.element_max_bits)
+  if enc is None:
+    enc = jnp.float32(1)
+  else:
     ideal = ideal * enc
   scales = _rounding.encode(_rounding.magnitude_bits(ideal), fmt.scale)
-  factor = _rounding.divide(enc, _rounding.decode(scales, fmt.scale), fmt.scale_bits)
+  factor = arithmetic.divide(enc, _rounding.decode(scales, fmt.scale), fmt.scale_bits)
   # Else XLA may divide again for every element.
   return scales, lax.optimization_barrier(factor)
 
@@ -220,6 +233,7 @@ def alpha_factors(
   global_scale_w: jax.Array | None,
   fmt: Format,
   power: int = 0,
+  arithmetic: Arithmetic = ANYWHERE,
 ) -> tuple[jax.Array, jax.Array]:
   """Two numbers that a product's sums are multiplied by, one after the other.
 
@@ -234,6 +248,7 @@ def alpha_factors(
       broadcast; None stands for a quotient of 1.
     fmt: the format.
     power: what else the sums are to be multiplied by, in units of which they were formed.
+    arithmetic: of the platform that this is for.
 
   Returns:
     float32, two of the broadcast shape. Both normal; a quotient of 0 (or NaN, of what is no amax)
@@ -245,9 +260,8 @@ def alpha_factors(
   for global_scale in (global_scale_x, global_scale_w):
     quotient = jnp.float32(1)
     if global_scale is not None:
-      quotient, raised = decoding(
-        lax.expand_dims(global_scale, range(ndim - jnp.ndim(global_scale))), fmt
-      )
+      global_scale = lax.expand_dims(global_scale, range(ndim - jnp.ndim(global_scale)))
+      quotient, raised = arithmetic.apart(decoding(global_scale, fmt, arithmetic))
       exponent = exponent + raised
     bits = lax.bitcast_convert_type(quotient, jnp.int32)
     is_number = (bits > 0) & (bits < _rounding.INFINITY_BITS)
@@ -261,18 +275,20 @@ def alpha_factors(
   return quotients[0] * one, quotients[1] * two
 
 
-def decoding(global_scale: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+def decoding(
+  global_scale: jax.Array, fmt: Format, arithmetic: Arithmetic = ANYWHERE
+) -> tuple[jax.Array, jax.Array]:
   """global_scale / 2688 as factor * 2**power: 0, normal, or NaN for what is no amax; and int32."""
-  raised, power = _raised(global_scale)
-  factor = _rounding.divide(raised, jnp.float32(fmt.largest_value), fmt.largest_value_bits)
+  raised, power = _raised(global_scale, arithmetic)
+  factor = arithmetic.divide(raised, jnp.float32(fmt.largest_value), fmt.largest_value_bits)
   return jnp.where(_is_amax(global_scale), factor, jnp.float32(np.nan)), -power
 
 
-def _raised(global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _raised(global_scale: jax.Array, arithmetic: Arithmetic) -> tuple[jax.Array, jax.Array]:
   """|global_scale| * 2**power, and power: int32, not 0 where float32 is too short below."""
   limit = int(np.float32(2.0**-SMALL).view(np.int32))
   power = jnp.where(_rounding.magnitude_bits(global_scale) < limit, jnp.int32(RAISED), jnp.int32(0))
-  return _rounding.scaled(global_scale, power), power
+  return arithmetic.scaled(global_scale, power), power
 
 
 def _is_amax(global_scale: jax.Array) -> jax.Array:

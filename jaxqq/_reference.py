@@ -20,6 +20,7 @@ from jaxqq._quantize import (
   scale_bytes,
   unpack,
 )
+from jaxqq._rounding import ANYWHERE, Arithmetic
 
 TRANSPOSED = "_transposed"  # ends the name of an operand that is
 _ARRAYS = ("x", "w", "scales", "global_scale_x", "global_scale_w", "row_scales")
@@ -107,7 +108,12 @@ def matrix_ndim(name: str) -> int:
 
 
 def product(
-  operands: Operands, *, fmt: Format, out_dtype: np.dtype, quantize_input: bool = True
+  operands: Operands,
+  *,
+  fmt: Format,
+  out_dtype: np.dtype,
+  quantize_input: bool = True,
+  arithmetic: Arithmetic = ANYWHERE,
 ) -> jax.Array:
   """out[..., m, n] = alpha * sum_k x_hat[..., m, k] * w_hat[..., n, k], in float32.
 
@@ -119,23 +125,26 @@ def product(
   operands = operands.untransposed()
   x_hat = operands.x.astype(jnp.float32)
   if quantize_input:
-    x_hat = round_trip(operands.x, fmt, operands.global_scale_x)
-  w_hat = w_hat_of(operands, fmt)
+    x_hat = round_trip(operands.x, fmt, operands.global_scale_x, arithmetic)
+  w_hat = w_hat_of(operands, fmt, arithmetic)
   out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
-  out = times_alpha(out, operands.global_scale_x, operands.global_scale_w, fmt, operands.row_scales)
+  global_scales = operands.global_scale_x, operands.global_scale_w
+  out = times_alpha(out, *global_scales, fmt, operands.row_scales, arithmetic)
   return out.astype(out_dtype)
 
 
-def w_hat_of(operands: Operands, fmt: Format) -> jax.Array:
+def w_hat_of(operands: Operands, fmt: Format, arithmetic: Arithmetic = ANYWHERE) -> jax.Array:
   """w_hat, packed before or quantized here, in float32 and without its global scale."""
   if operands.scales is None:
-    return round_trip(operands.w, fmt, operands.global_scale_w)
+    return round_trip(operands.w, fmt, operands.global_scale_w, arithmetic)
   return dequantize_to_multiply(*unpacked(operands.w, operands.scales, fmt), fmt)
 
 
-def round_trip(a: jax.Array, fmt: Format, global_scale: jax.Array | None) -> jax.Array:
+def round_trip(
+  a: jax.Array, fmt: Format, global_scale: jax.Array | None, arithmetic: Arithmetic = ANYWHERE
+) -> jax.Array:
   """What is left of `a` after quantization, in float32 and without its global scale."""
-  return dequantize_to_multiply(*quantize_groups(a, fmt, global_scale), fmt)
+  return dequantize_to_multiply(*quantize_groups(a, fmt, global_scale, arithmetic), fmt)
 
 
 def dequantize_packed(
@@ -193,18 +202,20 @@ def times_alpha(
   global_scale_w: jax.Array | None,  # (...)
   fmt: Format,
   row_scales: jax.Array | None = None,  # (..., n), in place of global_scale_w
+  arithmetic: Arithmetic = ANYWHERE,
 ) -> jax.Array:
   """sums * alpha, with no step out of float32's range where neither sums nor the result are."""
   if global_scale_x is None and global_scale_w is None and row_scales is None:
     return sums
   if row_scales is None:
-    first, second = alpha_factors(global_scale_x, global_scale_w, fmt)
+    first, second = alpha_factors(global_scale_x, global_scale_w, fmt, arithmetic=arithmetic)
     first, second = (factor[..., None, None] for factor in (first, second))
   else:
     of_x = None if global_scale_x is None else global_scale_x[..., None]
-    first, second = (factor[..., None, :] for factor in alpha_factors(of_x, row_scales, fmt))
+    factors = alpha_factors(of_x, row_scales, fmt, arithmetic=arithmetic)
+    first, second = (factor[..., None, :] for factor in factors)
   # Two constants in a row XLA would multiply by each other, and underflow.
-  first = lax.optimization_barrier(first)
+  first, second = lax.optimization_barrier(first), arithmetic.apart(second)
   ndim = max(sums.ndim, first.ndim)
   first, second = (with_ndim(factor, ndim) for factor in (first, second))
   return with_ndim(sums, ndim) * first * second

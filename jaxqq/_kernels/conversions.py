@@ -6,6 +6,7 @@ Both refuse what the product's kernels refuse, so that one runs wherever the oth
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxqq._kernels.plan import Device, Implementation
 from jaxqq._kernels.problem import obstacle
 from jaxqq._quantize import pack, quantize_groups
 from jaxqq._reference import TRANSPOSED, dequantize_packed
+from jaxqq._rounding import arithmetic_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +139,18 @@ def _plan_dequantize(problem: Conversion, device: Device) -> ConversionPlan:
 # XLA
 
 
-def _quantize_by_xla(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
-  w = _in_order(arrays[0], problem)
-  codes, scales = quantize_groups(w, problem.fmt, _global_scale(arrays, problem))
+def _quantize_by_xla(
+  arrays: Sequence[jax.Array], problem: Conversion, platform: str
+) -> list[jax.Array]:
+  w, scale = _in_order(arrays[0], problem), _global_scale(arrays, problem)
+  codes, scales = quantize_groups(w, problem.fmt, scale, arithmetic_of(platform))
   return [pack(codes, problem.fmt), scales.astype(jnp.uint8)]
 
 
-def _dequantize_by_xla(arrays: Sequence[jax.Array], problem: Conversion) -> list[jax.Array]:
+def _dequantize_by_xla(
+  arrays: Sequence[jax.Array], problem: Conversion, platform: str
+) -> list[jax.Array]:
+  del platform
   w, scales = arrays[:2]
   out = dequantize_packed(w, scales, problem.fmt, _global_scale(arrays, problem))
   return [out.astype(problem.out_dtype)]
@@ -154,7 +161,9 @@ def _by_xla(function: Callable[..., list[jax.Array]]) -> Implementation:
     name="xla",
     summary="XLA, from the definition (jaxqq/_quantize.py)",
     platforms=None,
-    plan=lambda problem, device: ConversionPlan(problem, function),
+    plan=lambda problem, device: ConversionPlan(
+      problem, functools.partial(function, platform=device.platform)
+    ),
   )
 
 

@@ -27,6 +27,7 @@ from jaxqq._quantize import (
   with_axes_of,
 )
 from jaxqq._reference import Operands
+from jaxqq._rounding import arithmetic_of
 
 _GPUS = ("cuda", "rocm")
 _MANY_ROWS = 64  # with more, sums written in float32 are worth avoiding
@@ -37,6 +38,7 @@ class Reference:
   """x and w (unless packed) quantized, both dequantized, and multiplied with float32 sums."""
 
   problem: Problem
+  platform: str
   details: str | None = None
 
   def run(self, operands: Operands) -> jax.Array:
@@ -46,6 +48,7 @@ class Reference:
       fmt=problem.fmt,
       out_dtype=problem.out_dtype,
       quantize_input=problem.quantize_input,
+      arithmetic=arithmetic_of(self.platform),
     )
 
 
@@ -151,8 +154,7 @@ def _words_of_two(
 
 
 def _plan(problem: Problem, device: Device) -> Reference:
-  del device
-  return Reference(problem)
+  return Reference(problem, device.platform)
 
 
 def _plan_bfloat16(problem: Problem, device: Device) -> InBfloat16:
