@@ -57,7 +57,7 @@ class Encoding:
     return jnp.where(self.blank, 0, codes).reshape(a.shape)
 
 
-@_traced_once
+@functools.partial(jax.jit, static_argnames=("fmt", "arithmetic"), inline=True)
 def quantize_groups(
   a: jax.Array,
   fmt: Format,
