@@ -21,7 +21,7 @@ SIZES += ["--steps", "3", "--dtype", "f32", "--modes", "mxfp8", "--backward", "q
 def run(*flags):
   """What a process of its own prints."""
   env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as below
+  env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in conftest.py
   return subprocess.run(
     [sys.executable, str(ROOT / "examples" / "train_sharded.py"), *SIZES, *flags],
     env=env,
