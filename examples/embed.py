@@ -187,8 +187,7 @@ def build(config: dict[str, Any], tensors: Tensors, options: dict[str, Any]) -> 
 def reload(config: dict[str, Any], folder: pathlib.Path, options: dict[str, Any]) -> Bert:
   """A packed model from a checkpoint of any format; options are what a file does not hold."""
   model = abstract(config)
-  quantize_input = options.get("quantize_input", True)
-  tensors = checkpoint.load(folder, quantize_input=quantize_input, progress=False)
+  tensors = checkpoint.load(folder, progress=False)
   quantize_model(model, **options)
   set_tensors(model, tensors)
   return model

@@ -217,8 +217,8 @@ def test_mlx_holds_mxfp4_and_stacked_matrices(tmp_path):
   weights = {f"{mode}.weight": quantize(mode) for mode in oracle.MODES}
   checkpoint.save(tmp_path / "m", weights, format="mlx")
   again = checkpoint.load(tmp_path / "m")
-  for name, weight in weights.items():  # whose inputs mlx-lm leaves as they are
-    assert_same_weight(again[name], dataclasses.replace(weight, quantize_input=False))
+  for name, weight in weights.items():
+    assert_same_weight(again[name], weight)
   config = checkpoints.read_json(tmp_path / "m" / "config.json")
   common = config["quantization"]["mode"]
   rest = {name: entry for name, entry in config["quantization"].items() if isinstance(entry, dict)}
@@ -264,10 +264,19 @@ def test_configurations_that_save_writes(tmp_path):
   weight = quantized("nvfp4", global_scale="amax")
   for format in ("modelopt", "compressed-tensors"):
     checkpoint.save(tmp_path / f"{format}-a16", {"a.weight": weight}, format=format)
+    assert_same_weight(checkpoint.load(tmp_path / f"{format}-a16")["a.weight"], weight)
+    # That it was another is noted where no reader but jaxqq's looks.
+    file = tmp_path / f"{format}-a16" / "model.safetensors"
+    size, raw = int.from_bytes(file.read_bytes()[:8], "little"), file.read_bytes()
+    header = json.loads(raw[8 : 8 + size])
+    noted = json.loads(header.pop("__metadata__")["jaxqq.amax"])
+    assert noted["a"]["quantize_input"] == 1
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
     alone = dataclasses.replace(weight, quantize_input=False)
     assert_same_weight(checkpoint.load(tmp_path / f"{format}-a16")["a.weight"], alone)
-    again = checkpoint.load(tmp_path / f"{format}-a16", quantize_input=True)["a.weight"]
-    assert_same_weight(again, weight)
+    checkpoint.save(tmp_path / f"{format}-b", {"a.weight": alone}, format=format)
+    assert checkpoint.load(tmp_path / f"{format}-b").weight_only == {"a.weight"}
   quant = checkpoints.read_json(tmp_path / "modelopt-a16" / "hf_quant_config.json")
   assert quant["quantization"]["quant_algo"] == "W4A16_NVFP4"
   config = checkpoints.read_json(tmp_path / "compressed-tensors-a16" / "config.json")

@@ -25,6 +25,7 @@ class Notes:
 
   stored_scales: dict[str, Scalars] = dataclasses.field(default_factory=dict)
   stored_forms: dict[str, Form] = dataclasses.field(default_factory=dict)
+  input_quantized: set[str] = dataclasses.field(default_factory=set)
   dequantized: dict[str, str] = dataclasses.field(default_factory=dict)
   kv_cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -36,6 +37,8 @@ class Notes:
     self.stored_scales[layer.name] = loaded.stored
     if layer.form != Form():
       self.stored_forms[layer.name] = layer.form
+    if not layer.weight_only:
+      self.input_quantized.add(layer.name)
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -51,6 +54,8 @@ class Checkpoint(dict[str, Tensor]):
       became. `save` writes them again where they still stand for that field.
     stored_forms: for those that are no layers `X.weight`, how their tensors were called and their
       axes ordered, or which experts are in a stack. `save` writes them so again.
+    input_quantized: the names of those of whose layers the configuration says that activations are
+      quantized. `save` says so again, unless the weight says otherwise.
     dequantized: the names of arrays whose layers were quantized as jaxqq does not, and what they
       were, such as "modelopt FP8, a scale for the tensor". `save` writes them as numbers.
     kv_cache: how the configuration said to quantize keys and values, in its own words: `save` says
@@ -69,7 +74,8 @@ class Checkpoint(dict[str, Tensor]):
     self.config = config or {}
     notes = notes or Notes()
     self.stored_scales, self.stored_forms = notes.stored_scales, notes.stored_forms
-    self.dequantized, self.kv_cache = notes.dequantized, notes.kv_cache
+    self.input_quantized, self.dequantized = notes.input_quantized, notes.dequantized
+    self.kv_cache = notes.kv_cache
 
   @property
   def weight_only(self) -> set[str]:

@@ -38,6 +38,13 @@ class Kind:
 Groups = dict[tuple[Layout, bool, bool], list[str]]  # layout, static, leaves_inputs
 
 
+def leaves_inputs(format: str, layers: dict[str, Kind]) -> dict[str, bool]:
+  """Whether the configuration says of each layer that its activations are left as they are."""
+  if format == "mlx":  # which says it of all
+    return dict.fromkeys(layers, any(kind.weight_only is not False for kind in layers.values()))
+  return {layer: kind.leaves_inputs for layer, kind in layers.items()}
+
+
 def written_configs(
   format: str,
   config: dict[str, Any],
@@ -59,8 +66,10 @@ def written_configs(
     _kv_cache.check_none(format, kv_cache)
   if format == "mlx":
     quantization = _mlx({layer: kind.layout for layer, kind in layers.items()})
-    if all(kind.weight_only is False for kind in layers.values()):
+    if not any(leaves_inputs(format, layers).values()):
       config.setdefault(QUANTIZES_INPUTS, True)
+    elif any(kind.weight_only for kind in layers.values()):
+      config.pop(QUANTIZES_INPUTS, None)
     return {CONFIG: config | dict.fromkeys(QUANTIZATION_KEYS, quantization)}
   groups: Groups = collections.defaultdict(list)
   for layer, kind in layers.items():

@@ -35,6 +35,8 @@ INDEX = "model.safetensors.index.json"
 
 RECORDED = "jaxqq.amax"  # in the metadata of a file: JSON of `Recorded`
 Recorded = dict[str, dict[str, float]]
+# Of a layer there: 1 where inputs are quantized, and the configuration has no words for it.
+QUANTIZE_INPUT = "quantize_input"
 
 LARGEST_F32 = float(np.finfo(np.float32).max)
 # Whether the system looks names up in a folder that is open; it is looked up by its path otherwise.

@@ -115,7 +115,7 @@ def load(
     ...   checkpoint.save(folder, {"proj.weight": weight}, format="modelopt")
     ...   tensors = checkpoint.load(folder)
     >>> tensors.format, tensors["proj.weight"]
-    ('modelopt', QuantizedWeight(nvfp4, float32 (8, 64), with global_scale, quantize_input=False))
+    ('modelopt', QuantizedWeight(nvfp4, float32 (8, 64), with global_scale))
 
   Source: of each layout in `jaxqq/checkpoint/_layouts.py`, of the configurations in the files of
   their projects beside it.
@@ -180,7 +180,8 @@ class LoadedTensors(Iterator[tuple[str, Tensor]]):
     format: "mlx", "modelopt", "compressed-tensors" or "transformers".
     config: what config.json held, but for how the weights are quantized.
     stored_scales: those of a `Checkpoint`, of the weights that it has yielded.
-    notes: the same, and stored_forms, dequantized and kv_cache as of a `Checkpoint`.
+    notes: the same, and stored_forms, input_quantized, dequantized and kv_cache as of a
+      `Checkpoint`.
   """
 
   def __init__(

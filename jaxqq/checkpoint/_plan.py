@@ -14,9 +14,9 @@ from jaxqq._checks import as_array, describe
 from jaxqq._weight import QuantizedWeight
 from jaxqq.checkpoint import _kv_cache
 from jaxqq.checkpoint._checkpoint import Checkpoint
-from jaxqq.checkpoint._configs import Kind, written_configs
+from jaxqq.checkpoint._configs import Kind, leaves_inputs, written_configs
 from jaxqq.checkpoint._experts import expert_paths
-from jaxqq.checkpoint._files import Recorded, TensorInfo
+from jaxqq.checkpoint._files import QUANTIZE_INPUT, Recorded, TensorInfo
 from jaxqq.checkpoint._layouts import (
   LAYOUTS,
   Form,
@@ -110,7 +110,7 @@ def planned(
     layout, paths = stored[name].layout, stored[name].paths
     came_in = layout_of(origin.format, weight.mode) if origin.format else None
     weight_only = None if weight.quantize_input else True
-    if weight.quantize_input and name in origin.stored_scales:  # as the files said, or the caller
+    if weight.quantize_input and name in origin.input_quantized:  # as the files said
       weight_only = False
     of_files = converted(origin.stored_scales.get(name, {}), came_in, layout)
     scalars[name], exact = written_scalars(name, weight, layout, of_files, bool(weight_only))
@@ -118,10 +118,29 @@ def planned(
       recorded[name] = _by_layer(exact, stored[name])
     static = layout.scalars.get("input_global_scale") in scalars[name]
     layers |= dict.fromkeys(paths, Kind(layout, static, weight_only))
+  for name in _said_otherwise(weights, stored, layers, format):
+    of_layers = recorded.setdefault(name, {})
+    for path in stored[name].paths:
+      of_layers.setdefault(path, {})[QUANTIZE_INPUT] = 1.0
   config = _with_dtype(config, list(weights.values()))
   others = _not_quantized(values)
   configs = written_configs(format, config, layers, others, origin.kv_cache)
   return Plan(values, stored, scalars, recorded, configs)
+
+
+def _said_otherwise(
+  weights: dict[str, QuantizedWeight],
+  stored: dict[str, Stored],
+  layers: dict[str, Kind],
+  format: str,
+) -> list[str]:
+  """The weights whose inputs are quantized, while the configuration says that they are not."""
+  leaves = leaves_inputs(format, layers)
+  return [
+    name
+    for name, weight in weights.items()
+    if weight.quantize_input and any(leaves[path] for path in stored[name].paths)
+  ]
 
 
 def _by_layer(exact: dict[str, float], stored: Stored) -> Recorded:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxqq.checkpoint._dense import DenseLayer, read_affine, read_as_mxfp8, read_fp8
-from jaxqq.checkpoint._files import Recorded, TensorInfo
+from jaxqq.checkpoint._files import QUANTIZE_INPUT, Recorded, TensorInfo
 from jaxqq.checkpoint._layouts import Layer, read_codes
 from jaxqq.checkpoint._scalars import Scalars, is_calibration, read_scalars, to_amax
 
@@ -52,11 +52,12 @@ def read_packed(
   recorded: Recorded,
   dtype: np.dtype,
 ) -> Loaded:
-  """recorded: what the files' metadata says each amax was, by layer."""
+  """recorded: what the files' metadata says of each amax and of inputs, by layer."""
   packed, scales = read_codes(layer, read)
-  amax, stored = read_scalars(layer, read, recorded.get(layer.path, {}), packed, scales)
+  of_layer = recorded.get(layer.path, {})
+  amax, stored = read_scalars(layer, read, of_layer, packed, scales)
   fields = {"packed": packed, "scales": scales, "mode": layer.layout.mode, "dtype": dtype, **amax}
-  fields["quantize_input"] = not layer.weight_only
+  fields["quantize_input"] = not layer.weight_only or of_layer.get(QUANTIZE_INPUT) == 1
   left = None
   if (field := "input_global_scale") in stored.keys() - amax.keys():
     scalars = stored[field].ravel()

@@ -51,8 +51,8 @@ def save(
 
   A scale of the activations is written where the weight has one. A layer is declared as quantized
   in its weight only where the weight's quantize_input is False. So is one of nvfp4 without such a
-  scale, which servers need, and all of "mlx", unless `load` found otherwise: `load` says
-  quantize_input=False of these too, unless it is told otherwise. A stack of experts, (E, N, K)
+  scale, which servers need, and all of "mlx", unless `load` found otherwise: that inputs are
+  quantized is noted in the files' metadata then, for `load`. A stack of experts, (E, N, K)
   under `a.experts.up.weight`, becomes a layer for each expert, `a.experts.0.up`, but in "mlx";
   under the name of a parameter, `a.experts.gate_up_proj`, it stays one, with
   `gate_up_proj_weight_scale` and the like. A weight without a global scale is written with 2688 for
