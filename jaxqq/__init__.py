@@ -11,6 +11,7 @@ from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
 from jaxqq._qqmm import qqmm
 from jaxqq._quantized_matmul import quantized_matmul
+from jaxqq._ragged import ragged_qqmm, ragged_quantized_matmul
 from jaxqq._trees import combine, partition
 from jaxqq._weight import QuantizedWeight, quantize_weight
 
@@ -27,6 +28,8 @@ __all__ = [
   "quantize",
   "quantize_weight",
   "quantized_matmul",
+  "ragged_qqmm",
+  "ragged_quantized_matmul",
 ]
 
 __version__ = "0.1.0"  # pyproject.toml reads it here

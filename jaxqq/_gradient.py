@@ -49,15 +49,22 @@ from jaxqq import _primitive
 from jaxqq._formats import FORMATS
 from jaxqq._global_scales import scale_that_reaches, unscaled
 from jaxqq._primitive import qqmm_p
-from jaxqq._reference import Operands, dequantized, matmul, times_alpha, unflatten
+from jaxqq._reference import (
+  Operands,
+  dequantized,
+  dequantized_for,
+  matmul,
+  pulled_back,
+  times_alpha,
+  to_quantize_anew,
+  unflatten,
+)
 from jaxqq._row_sums import (
   amax,
-  dequantized_for,
   operands_of_gradient,
   quantized_product,
   straight_through_product,
   sum_over_rows,
-  whole_groups,
 )
 from jaxqq._sharding import out_aval
 from jaxqq._split import forward, pullback
@@ -307,14 +314,9 @@ def _pullback_lowering(
 
   def product(ops: Operands, out_dtype: np.dtype) -> jax.Array:
     if quantized:
-      w = dequantized(ops, fmt)
-      ready = Operands(ops.x, w, None, ops.global_scale_x, ops.global_scale_w, ("w",))
-      return _primitive.run(whole_groups(ready, fmt), mode, out_dtype, how, platform)
-    g, of_w = ops.x, ops.global_scale_w
-    if ops.row_scales is not None:
-      g, of_w = times_alpha(g.astype(jnp.float32), None, None, fmt, ops.row_scales), None
-      g = g.astype(ops.x.dtype) if ops.x.dtype == jnp.bfloat16 else g
-    out = times_alpha(matmul(g, dequantized_for(ops.x.dtype, ops, fmt)), None, of_w, fmt)
+      ready = to_quantize_anew(ops, fmt)
+      return _primitive.run(ready, mode, out_dtype, how, platform)
+    out = pulled_back(ops, fmt)
     return jnp.broadcast_to(out, ops.batch_shape + out.shape[-2:]).astype(out_dtype)
 
   layout = pullback(fmt, quantized=quantized)

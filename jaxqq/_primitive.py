@@ -192,11 +192,20 @@ def is_partitioned_by_xla(ctx: Any) -> bool:
 
 
 def batch(
-  primitive: Primitive, args: Any, dims: Any, *, operands: tuple[str, ...], **params: Any
+  primitive: Primitive,
+  args: Any,
+  dims: Any,
+  *,
+  operands: tuple[str, ...],
+  num_axes: Callable[[str], int] = matrix_ndim,
+  **params: Any,
 ) -> Any:
-  """The batched axis becomes the first batch axis of every operand that has it."""
+  """The batched axis becomes the first batch axis of every operand that has it.
+
+  num_axes: how many axes of an operand, by its name, are no batch axes.
+  """
   unbatched_ndims = [
-    jnp.ndim(a) - (dim is not None) - matrix_ndim(name)
+    jnp.ndim(a) - (dim is not None) - num_axes(name)
     for a, dim, name in zip(args, dims, operands, strict=True)
   ]
   batch_ndim = max(unbatched_ndims)

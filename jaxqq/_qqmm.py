@@ -144,7 +144,7 @@ def qqmm(
     preferred_element_type,
     implementation,
   )
-  multiply = product_by_rows if _is_by_rows(global_scale_x) else product
+  multiply = product_by_rows if is_by_rows(global_scale_x) else product
   return placed_product("qqmm", operands, params, out_sharding, multiply)
 
 
@@ -171,21 +171,26 @@ def product(operands: Operands, params: dict[str, Any]) -> jax.Array:
   return checkpoint_name(_product(operands, params), NAME)
 
 
-def product_by_rows(operands: Operands, params: dict[str, Any]) -> jax.Array:
+def product_by_rows(
+  operands: Operands,
+  params: dict[str, Any],
+  multiply: Callable[[Operands, dict[str, Any]], jax.Array] | None = None,
+) -> jax.Array:
   """The same, each row of x moved by a power of two to where nvfp4's scales reach."""
+  multiply = multiply or _product
   x, factors = by_rows(jnp.asarray(operands.x), FORMATS[params["mode"]])
   dtype = params["out_dtype"]
   # What is not divided yet may be out of float16's range.
   sums_dtype = np.dtype(jnp.float32) if dtype == jnp.float16 else dtype
   moved = dataclasses.replace(operands, x=x)
-  out = _product(moved, {**params, "out_dtype": sums_dtype})
+  out = multiply(moved, {**params, "out_dtype": sums_dtype})
   for factor in factors:
     ones = (1,) * (out.ndim - factor.ndim)
     out = out * factor.reshape(ones + factor.shape).astype(sums_dtype)
   return checkpoint_name(out.astype(dtype), NAME)
 
 
-def _is_by_rows(global_scale_x: Any) -> bool:
+def is_by_rows(global_scale_x: Any) -> bool:
   return isinstance(global_scale_x, str) and global_scale_x == "row"
 
 
@@ -232,7 +237,7 @@ def checked(
   check_groups(function, "x", x, fmt)
   scales = _check_w(function, w, scales, fmt)
   _check_shapes(function, x, w, scales, fmt)
-  if _is_by_rows(global_scale_x):
+  if is_by_rows(global_scale_x):
     check_has_global_scale(function, "global_scale_x", fmt)
     has_none = global_scale_w is None and row_scales is None
     global_scale_x = None if has_none else unscaled(fmt)
@@ -326,7 +331,7 @@ def _mode_of(
 
 
 def _global_scale_of_x(function: str, w: QuantizedWeight, global_scale_x: Any) -> Any:
-  if w.global_scale is None and not _is_by_rows(global_scale_x):
+  if w.global_scale is None and not is_by_rows(global_scale_x):
     if global_scale_x is not None:
       raise ValueError(
         f"{function}: global_scale_x was given, but w ({w!r}) has no global scale; leave it out, "

@@ -164,6 +164,48 @@ def dequantized(operands: Operands, fmt: Format) -> jax.Array:
   return dequantize_packed(w[..., None, :], scales[..., None, :], fmt, rows).squeeze(-2)
 
 
+def dequantized_for(dtype: np.dtype, ops: Operands, fmt: Format) -> jax.Array:
+  """w_hat without its global scale, to be multiplied with an operand of this dtype.
+
+  bfloat16 holds such a w exactly, so that it can meet a bfloat16 operand on the matrix units. w is
+  packed, or quantized here along its last axis.
+  """
+  if ops.scales is None:
+    w = round_trip(ops.w, fmt, ops.global_scale_w)
+  else:
+    w = dequantize_packed(ops.w, ops.scales, fmt)
+  return w.astype(dtype) if dtype == jnp.bfloat16 else w
+
+
+def whole_groups(operands: Operands, fmt: Format) -> Operands:
+  """Zeros up to a multiple of the group size along k."""
+  missing = -operands.k % fmt.group_size
+
+  def padded(name: str) -> jax.Array:
+    a = getattr(operands, name)
+    widths = [(0, 0)] * a.ndim
+    widths[operands.axes(name)[1]] = (0, missing)
+    return jnp.pad(a, widths)
+
+  return dataclasses.replace(operands, x=padded("x"), w=padded("w")) if missing else operands
+
+
+def pulled_back(ops: Operands, fmt: Format) -> jax.Array:
+  """g w_hat in float32, where x names g (..., m, n): dx through a w that is quantized along k."""
+  g, of_w = ops.x, ops.global_scale_w
+  if ops.row_scales is not None:
+    g, of_w = times_alpha(g.astype(jnp.float32), None, None, fmt, ops.row_scales), None
+    g = g.astype(ops.x.dtype) if ops.x.dtype == jnp.bfloat16 else g
+  return times_alpha(matmul(g, dequantized_for(ops.x.dtype, ops, fmt)), None, of_w, fmt)
+
+
+def to_quantize_anew(ops: Operands, fmt: Format) -> Operands:
+  """The operands of the same dx as qqmm(g, w^T): both are quantized along n, in whole groups."""
+  w = ops.w if ops.scales is None else dequantized(ops, fmt)
+  ready = Operands(ops.x, w, None, ops.global_scale_x, ops.global_scale_w, ("w",))
+  return whole_groups(ready, fmt)
+
+
 def unpacked(
   w: jax.Array, scales: jax.Array, fmt: Format, batch_shape: tuple[int, ...] = ()
 ) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,6 @@ marked as `transposed` then, and not moved.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -16,14 +15,7 @@ import numpy as np
 
 from jaxqq import _primitive, _rounding
 from jaxqq._formats import Format
-from jaxqq._reference import (
-  Operands,
-  dequantize_packed,
-  matmul,
-  matrix_ndim,
-  round_trip,
-  times_alpha,
-)
+from jaxqq._reference import Operands, matmul, matrix_ndim, times_alpha, whole_groups
 
 
 def operands_of_gradient(
@@ -141,29 +133,3 @@ def amax(a: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
   shape = (1,) * (ndim - len(batch_shape)) + batch_shape[max(0, len(batch_shape) - ndim) :]
   axes = [i for i in range(a.ndim) if i >= a.ndim - 2 or shape[i] == 1]
   return _rounding.amax(a, tuple(axes), keepdims=True).squeeze((-1, -2))
-
-
-def whole_groups(operands: Operands, fmt: Format) -> Operands:
-  """Zeros up to a multiple of the group size along k."""
-  missing = -operands.k % fmt.group_size
-
-  def padded(name: str) -> jax.Array:
-    a = getattr(operands, name)
-    widths = [(0, 0)] * a.ndim
-    widths[operands.axes(name)[1]] = (0, missing)
-    return jnp.pad(a, widths)
-
-  return dataclasses.replace(operands, x=padded("x"), w=padded("w")) if missing else operands
-
-
-def dequantized_for(dtype: np.dtype, ops: Operands, fmt: Format) -> jax.Array:
-  """w_hat without its global scale, to be multiplied with an operand of this dtype.
-
-  bfloat16 holds such a w exactly, so that it can meet a bfloat16 operand on the matrix units. w is
-  packed, or quantized here along its last axis.
-  """
-  if ops.scales is None:
-    w = round_trip(ops.w, fmt, ops.global_scale_w)
-  else:
-    w = dequantize_packed(ops.w, ops.scales, fmt)
-  return w.astype(dtype) if dtype == jnp.bfloat16 else w

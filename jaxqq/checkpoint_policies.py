@@ -1,4 +1,4 @@
-"""Policies of `jax.checkpoint` that count `qqmm` as the matrix product that it is.
+"""Policies of `jax.checkpoint` that count `qqmm` and `ragged_qqmm` as matrix products.
 
 Those of `jax.checkpoint_policies` that save dots know `dot_general` alone: under them every `qqmm`
 is computed once more in the backward pass. Here are the same ones, by the same names, that save its
@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 
+from jaxqq import _ragged_reference
 from jaxqq._primitive import qqmm_p
+from jaxqq._ragged_primitive import ragged_qqmm_p
 from jaxqq._reference import unflatten
 
 __all__ = [
@@ -24,7 +26,7 @@ __all__ = [
 
 
 def dots_saveable(prim: Any, *args: Any, **params: Any) -> Any:
-  """Saves the results of matrix products, `qqmm` among them; the rest is computed again.
+  """Saves the results of matrix products, jaxqq's among them; the rest is computed again.
 
   Args:
     prim, args, params: what `jax.checkpoint` asks of a policy.
@@ -41,11 +43,13 @@ def dots_saveable(prim: Any, *args: Any, **params: Any) -> Any:
 
   Source: `jax.checkpoint_policies.dots_saveable`.
   """
-  return prim is qqmm_p or jax.checkpoint_policies.dots_saveable(prim, *args, **params)
+  return prim in (qqmm_p, ragged_qqmm_p) or jax.checkpoint_policies.dots_saveable(
+    prim, *args, **params
+  )
 
 
 def dots_with_no_batch_dims_saveable(prim: Any, *args: Any, **params: Any) -> Any:
-  """The same of products without batch axes: a `qqmm` by one matrix w, as of a layer's weight.
+  """The same of products without batch axes: a `qqmm` by one matrix w, or a `ragged_qqmm`.
 
   Args:
     prim, args, params: what `jax.checkpoint` asks of a policy.
@@ -63,6 +67,8 @@ def dots_with_no_batch_dims_saveable(prim: Any, *args: Any, **params: Any) -> An
   """
   if prim is qqmm_p:
     return len(unflatten(params["operands"], args).w.shape) == 2
+  if prim is ragged_qqmm_p:
+    return len(_ragged_reference.unflatten(params["operands"], args).w.shape) == 3
   return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
 
 

@@ -37,7 +37,7 @@ def test_import_needs_the_four_packages_only():
 
 FUNCTIONS = (
   *("qqmm", "quantize", "dequantize", "explain", "quantize_weight", "dot_general", "concatenate"),
-  *("partition", "combine", "quantized_matmul"),
+  *("partition", "combine", "quantized_matmul", "ragged_qqmm", "ragged_quantized_matmul"),
 )
 POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
@@ -148,11 +148,11 @@ def imports(path: pathlib.Path) -> set[str]:
 def test_a_file_imports_only_from_files_above_it():
   order = [
     *("_compat", "_formats", "_checks", "_rounding", "_global_scales", "_quantize"),
-    *("_reference", "_kernels"),
+    *("_reference", "_ragged_reference", "_kernels"),
     *("_split", "_sharding", "_out_sharding", "_primitive", "_convert_split"),
     *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
     *("_gradient", "_qqmm", "_quantized_matmul", "_explain", "_einsum", "_contraction"),
-    *("_dot_general", "checkpoint_policies", "__init__"),
+    *("_dot_general", "_ragged_primitive", "_ragged", "checkpoint_policies", "__init__"),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
   files["_kernels"] = ROOT / "jaxqq" / "_kernels" / "__init__.py"
@@ -171,6 +171,7 @@ KERNELS = (
     "problem",
     "xla",
     "block_scaled_dot",
+    "ragged",
     "hopper.tiles",
     "hopper.costs",
     "hopper.plan",
@@ -191,7 +192,7 @@ KERNELS = (
 def test_a_file_of_the_kernels_imports_only_from_files_above_it():
   order = [
     name
-    if name in ("plan", "problem", "xla", "block_scaled_dot", "__init__", "conversions")
+    if name in ("plan", "problem", "xla", "block_scaled_dot", "ragged", "__init__", "conversions")
     or name[:3] == "hop"
     else f"hopper.{name}"
     for name in KERNELS

@@ -1,0 +1,317 @@
+"""The public products of rows in groups: each group of rows of x has a matrix w of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxqq._checks import as_array, describe
+from jaxqq._formats import Mode
+from jaxqq._gradient import BACKWARDS, Backward
+from jaxqq._qqmm import DEFAULT_MODE, NAME, checked, is_by_rows, product_by_rows
+from jaxqq._ragged_primitive import Params
+from jaxqq._ragged_primitive import ragged_qqmm as bind
+from jaxqq._ragged_reference import RaggedOperands
+from jaxqq._reference import Operands
+from jaxqq._weight import QuantizedWeight
+
+
+def ragged_qqmm(
+  x: ArrayLike,
+  w: ArrayLike | QuantizedWeight,
+  group_sizes: ArrayLike,
+  scales: ArrayLike | None = None,
+  group_size: int | None = None,
+  bits: int | None = None,
+  mode: Mode = DEFAULT_MODE,
+  global_scale_x: ArrayLike | Literal["amax", "row"] | None = None,
+  global_scale_w: ArrayLike | Literal["amax"] | None = None,
+  *,
+  group_offset: ArrayLike | None = None,
+  backward: Backward = "straight_through",
+  precision: lax.PrecisionLike = None,
+  preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+  """Multiplies rows of x in groups, each group by a matrix w of its own: `qqmm` for experts.
+
+  out[i, n] = sum_k x_hat[i, k] * w_hat[g, n, k], where row i is in group g: the first
+  group_sizes[0] rows of x are group 0, the next group_sizes[1] rows group 1, and so on. Rows past
+  the sum of group_sizes are 0 in the result, whatever x has there. x_hat, w_hat and the sum are
+  those of `qqmm`. Groups are found on the device, and one without rows costs nothing.
+
+  It is one primitive of JAX, `ragged_qqmm`, and composes with jit, grad, vmap, scan, remat and
+  shard_map. Policies of `jax.checkpoint` know the result by the name "qqmm".
+
+  Args:
+    x: float32, float16 or bfloat16, (M, K), sorted by group; K a multiple of the group size of the
+      mode.
+    w: (G, N, K), float32, float16 or bfloat16, not necessarily x's: quantized on the fly, and
+      receives gradients. Or uint32, (G, N, K * bits / 32), as `quantize` packs it. Or a
+      `QuantizedWeight` (G, N, K), which brings scales, mode and global_scale_w.
+    group_sizes: integers, (G,): how many rows of x each group has. Values are not checked: a size
+      below 0 counts as 0, and of sizes that add up to more than M the groups end with row M.
+    scales: for packed w only, (G, N, K / group_size), as for `qqmm`.
+    group_size: the mode's own, or None; not to be taken for group_sizes.
+    bits: the mode's own, or None.
+    mode: "nvfp4", "mxfp8" or "mxfp4".
+    global_scale_x: nvfp4 only: a scalar, the amax of x, or one for each group, (G,), by which the
+      rows of that group are quantized; "amax" takes it from all of x, rows of no group included;
+      "row" as for `qqmm`. With global_scale_w or not at all.
+    global_scale_w: nvfp4 only: a scalar, the amax of w, or one for each matrix, (G,). "amax", of
+      unquantized w only, takes one from each matrix.
+    group_offset: an integer, of shape () or (1,): the group of w[0]. Then w may have fewer matrices
+      than there are groups, say those of one device of many: rows of the groups that it lacks are 0
+      in the result, so that the sum over devices is the whole. None is 0, and w has all groups.
+    backward: "straight_through": dx[i] = g[i] w[group of i] and dw[g] = sum of g[i]^T x[i] over the
+      rows of group g, of the unquantized operands. "quantized": both are quantized again, along N
+      for dx, and for dw along the rows of each group, zero-padded to whole groups of the mode;
+      global scales as for `qqmm`, the cotangent's being one for all of its rows that have a group.
+      For packed w, which receives no gradient, dx is taken through the dequantized w. A group
+      without rows has a gradient of 0, as has a row of no group.
+    precision: as for `qqmm`.
+    preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+
+  Returns:
+    (M, N).
+
+  Raises:
+    TypeError: an argument has a dtype, or is of a type, that it may not be.
+    ValueError: mode, group_size, bits, backward or a shape is not as above; scales without
+      packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
+      brings, given once more.
+
+  Example:
+    >>> x, w = jnp.full((6, 64), 3.0), jnp.ones((3, 8, 64)) * jnp.arange(3.0)[:, None, None]
+    >>> out = jaxqq.ragged_qqmm(x, w, jnp.array([2, 0, 3]), mode="mxfp8")
+    >>> out[:, 0].tolist()  # of w[0], w[2], and no group
+    [0.0, 0.0, 384.0, 384.0, 384.0, 0.0]
+    >>> experts = jaxqq.quantize_weight(w)
+    >>> jaxqq.ragged_qqmm(x, experts, jnp.array([1, 2, 3])).shape
+    (6, 8)
+
+  Source: `jax.lax.ragged_dot`, whose rhs is (G, K, N).
+  """
+  operands, params = checked_ragged(
+    "ragged_qqmm",
+    x,
+    w,
+    group_sizes,
+    group_offset,
+    scales,
+    group_size,
+    bits,
+    mode,
+    global_scale_x,
+    global_scale_w,
+    backward,
+    precision,
+    preferred_element_type,
+  )
+  return ragged_product(operands, params, by_rows=is_by_rows(global_scale_x))
+
+
+def ragged_quantized_matmul(
+  x: ArrayLike,
+  w: ArrayLike | QuantizedWeight,
+  group_sizes: ArrayLike,
+  scales: ArrayLike | None = None,
+  group_size: int | None = None,
+  bits: int | None = None,
+  mode: Mode = DEFAULT_MODE,
+  global_scale: ArrayLike | Literal["amax"] | None = None,
+  *,
+  group_offset: ArrayLike | None = None,
+  precision: lax.PrecisionLike = None,
+  preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+  """Multiplies rows of x, as they are, in groups, each by a block-quantized matrix of its own.
+
+  out[i, n] = sum_k x[i, k] * w_hat[g, n, k], where row i is in group g, as of `ragged_qqmm`; x is
+  not quantized, as of `quantized_matmul`. Rows past the sum of group_sizes are 0 in the result.
+
+  The gradients are dx[i] = g[i] w_hat[group of i], which is exact, and of an unquantized w
+  dw[g] = sum of g[i]^T x[i] over the rows of group g, straight-through. A packed w receives none.
+
+  Args:
+    x: float32, float16 or bfloat16, (M, K), sorted by group; K a multiple of the group size of w.
+    w: (G, N, K), unquantized, packed beside scales, or a `QuantizedWeight`, as for `ragged_qqmm`.
+    group_sizes: integers, (G,), as for `ragged_qqmm`.
+    scales: for packed w only, (G, N, K / group_size), as for `qqmm`.
+    group_size: the mode's own, or None; not to be taken for group_sizes.
+    bits: the mode's own, or None.
+    mode: "nvfp4", "mxfp8" or "mxfp4".
+    global_scale: nvfp4 only: a scalar, the amax of w, or one for each matrix, (G,). "amax", of
+      unquantized w only, takes one from each matrix.
+    group_offset: the group of w[0], as for `ragged_qqmm`.
+    precision: as for `quantized_matmul`.
+    preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+
+  Returns:
+    (M, N).
+
+  Raises:
+    TypeError: an argument has a dtype, or is of a type, that it may not be.
+    ValueError: mode, group_size, bits or a shape is not as above; scales without packed w or packed
+      w without scales; what a `QuantizedWeight` brings, given once more.
+
+  Example:
+    >>> x, experts = jnp.full((6, 64), 3.25), jaxqq.quantize_weight(jnp.ones((3, 8, 64)), "mxfp4")
+    >>> out = jaxqq.ragged_quantized_matmul(x, experts, jnp.array([2, 0, 3]))
+    >>> out[:, 0].tolist()  # 64 * 3.25
+    [208.0, 208.0, 208.0, 208.0, 208.0, 0.0]
+
+  Source: `jax.lax.ragged_dot`, and `mlx.core.quantized_matmul` with transpose=True.
+  """
+  operands, params = checked_ragged(
+    "ragged_quantized_matmul",
+    x,
+    w,
+    group_sizes,
+    group_offset,
+    scales,
+    group_size,
+    bits,
+    mode,
+    None,
+    global_scale,
+    BACKWARDS[0],
+    precision,
+    preferred_element_type,
+    quantize_input=False,
+  )
+  return ragged_product(operands, params)
+
+
+def ragged_product(operands: RaggedOperands, params: Params, *, by_rows: bool = False) -> jax.Array:
+  """What `checked_ragged` returns, multiplied, and named."""
+  if not by_rows:
+    return checkpoint_name(bind(operands, params), NAME)
+
+  def multiply(moved: Operands, changed: dict[str, Any]) -> jax.Array:
+    own = dataclasses.replace(params, out_dtype=changed["out_dtype"])
+    return bind(dataclasses.replace(operands, x=moved.x), own)
+
+  named = {"mode": params.mode, "out_dtype": params.out_dtype}
+  return product_by_rows(Operands(operands.x, operands.w), named, multiply)
+
+
+def checked_ragged(
+  function: str,
+  x: Any,
+  w: Any,
+  group_sizes: Any,
+  group_offset: Any,
+  scales: Any,
+  group_size: Any,
+  bits: Any,
+  mode: Any,
+  global_scale_x: Any,
+  global_scale_w: Any,
+  backward: Any,
+  precision: Any,
+  preferred_element_type: Any,
+  quantize_input: bool = True,
+) -> tuple[RaggedOperands, Params]:
+  """The operands and the primitive's parameters, or the error that the caller should see."""
+  x = as_array(function, "x", x)
+  if len(x.shape) != 2:
+    raise ValueError(
+      f"{function}: x must have two dimensions, (M, K), the rows of one group after the other, got "
+      f"{describe(x)}."
+    )
+  if not isinstance(w, QuantizedWeight):
+    w = as_array(function, "w", w)
+  if len(w.shape) != 3:
+    raise ValueError(
+      f"{function}: w must have three dimensions, (G, N, K), a matrix for each group, got "
+      f"{repr(w) if isinstance(w, QuantizedWeight) else describe(w)}."
+    )
+  group_sizes, group_offset = _checked_groups(function, group_sizes, group_offset, w.shape[0])
+  operands, params = checked(
+    function,
+    x,
+    w,
+    scales,
+    group_size,
+    bits,
+    mode,
+    global_scale_x,
+    global_scale_w,
+    backward,
+    precision,
+    preferred_element_type,
+    None,
+    quantize_input,
+  )
+  of_x, of_w = (
+    None if scale is None else jnp.reshape(scale, -1)
+    for scale in (operands.global_scale_x, operands.global_scale_w)
+  )
+  own = RaggedOperands(
+    group_sizes,
+    group_offset,
+    jnp.asarray(operands.x),
+    jnp.asarray(operands.w),
+    None if operands.scales is None else jnp.asarray(operands.scales),
+    of_x,
+    of_w,
+    operands.row_scales,
+  )
+  return own, Params(
+    mode=params["mode"],
+    out_dtype=params["out_dtype"],
+    precision=params["precision"],
+    backward=params["backward"],
+    quantize=quantize_input,
+    quantize_w=not quantize_input,
+  )
+
+
+def _checked_groups(
+  function: str, group_sizes: Any, group_offset: Any, matrices: int
+) -> tuple[jax.Array, jax.Array]:
+  """Sizes and offset as int32, of the shapes (groups,) and ()."""
+  group_sizes = as_array(function, "group_sizes", group_sizes)
+  if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    raise TypeError(
+      f"{function}: group_sizes must be integers, how many rows of x each group has, got "
+      f"{describe(group_sizes)}."
+    )
+  if len(group_sizes.shape) != 1:
+    raise ValueError(
+      f"{function}: group_sizes must have one dimension, ({matrices},), a size for each matrix of "
+      f"w, got {describe(group_sizes)}."
+    )
+  count = group_sizes.shape[0]
+  if group_offset is None and count != matrices:
+    raise ValueError(
+      f"{function}: group_sizes must have shape ({matrices},), a size for each matrix of w, got "
+      f"{describe(group_sizes)}; only with group_offset may w have fewer matrices than there are "
+      "groups."
+    )
+  if count < matrices:
+    raise ValueError(
+      f"{function}: group_sizes must have a size for each matrix of w, at least {matrices}, got "
+      f"{describe(group_sizes)}."
+    )
+  sizes = jnp.asarray(group_sizes).astype(jnp.int32)
+  if group_offset is None:
+    return sizes, jnp.int32(0)
+  if not isinstance(group_offset, int) or isinstance(group_offset, bool):
+    group_offset = as_array(function, "group_offset", group_offset)
+    if not jnp.issubdtype(group_offset.dtype, jnp.integer):
+      raise TypeError(
+        f"{function}: group_offset must be an integer, the group of the first matrix of w, got "
+        f"{describe(group_offset)}."
+      )
+    if tuple(group_offset.shape) not in ((), (1,)):
+      raise ValueError(
+        f"{function}: group_offset must have shape () or (1,), got {describe(group_offset)}."
+      )
+  return sizes, jnp.asarray(group_offset).astype(jnp.int32).reshape(())

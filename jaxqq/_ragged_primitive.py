@@ -1,0 +1,337 @@
+"""The ragged product as primitives of JAX, and their derivatives.
+
+`ragged_qqmm` multiplies each row of x with the matrix w of its group, and sums over k or, as dx
+needs it, over n. `ragged_row_sums` sums products of rows over each group, as dw needs it:
+
+    out[i, n] = sum_k x[i, k] w[g(i), n, k]
+    out[i, k] = sum_n x[i, n] w[g(i), n, k]
+    out[g, n, k] = sum_{i in g} x[i, n] y[i, k]
+
+Where nothing is quantized, each is linear in either operand, and its transpose is another one of
+the three: so derivatives of every order stay these primitives. Where operands are quantized, the
+tangent is that of `_gradient.py`, straight-through: of the unquantized operands, or through the
+dequantized w that came packed. With backward="quantized" the transposes of the tangent quantize
+both operands anew, along n for dx and along the rows of each group for dw, zero-padded to whole
+groups. Rows of no group have results and gradients of zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from jaxqq import _kernels, _primitive, _rounding
+from jaxqq._compat import ShardingTypeError
+from jaxqq._formats import FORMATS, Format
+from jaxqq._global_scales import scale_that_reaches, unscaled
+from jaxqq._kernels.ragged import RAGGED, Contracted, RaggedProblem
+from jaxqq._ragged_reference import NUM_AXES, RaggedOperands, in_groups, unflatten
+from jaxqq._sharding import vary_alike
+
+ragged_qqmm_p = Primitive("ragged_qqmm")
+ragged_row_sums_p = Primitive("ragged_row_sums")
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+  """Those of `ragged_qqmm`. Those of `ragged_row_sums` are the same, of which it needs fewer."""
+
+  mode: str
+  out_dtype: np.dtype
+  precision: jax.lax.Precision | None
+  backward: str = "straight_through"  # what the transposes of its tangent are
+  contracted: Contracted = "k"
+  quantize: bool = True  # x, and an unpacked w, along the contracted axis
+  quantize_w: bool = False  # w alone, along k, unless it is packed
+  wrt: str | None = None  # of a tangent, the operand that it is the tangent of
+  groups: int = 0  # of ragged_row_sums: how many matrices there are
+
+  @property
+  def fmt(self) -> Format:
+    return FORMATS[self.mode]
+
+  @property
+  def function(self) -> str:
+    """Whose product it is, for errors."""
+    return "ragged_quantized_matmul" if self.quantize_w else "ragged_qqmm"
+
+
+def ragged_qqmm(operands: RaggedOperands, params: Params) -> jax.Array:
+  return _bind(ragged_qqmm_p, operands, params)
+
+
+def _row_sums(operands: RaggedOperands, params: Params) -> jax.Array:
+  return _bind(ragged_row_sums_p, operands, params)
+
+
+def _bind(primitive: Primitive, operands: RaggedOperands, params: Params) -> jax.Array:
+  arrays = vary_alike([jnp.asarray(a) for a in operands.flatten()])
+  return primitive.bind(*arrays, operands=operands.names, params=params)
+
+
+# Abstract evaluation
+
+
+def _problem(ops: RaggedOperands, params: Params) -> RaggedProblem:
+  """Of operands, or their shapes and dtypes."""
+  is_packed = ops.scales is not None
+  if ops.y is not None:
+    groups, n, k = params.groups, ops.x.shape[-1], ops.y.shape[-1]
+    contracted: Contracted = "m"
+    w_dtype = ops.y.dtype
+  else:
+    groups, n, k = ops.w.shape[-3:]
+    k *= params.fmt.codes_per_word if is_packed else 1
+    contracted, w_dtype = params.contracted, ops.w.dtype
+  return RaggedProblem(
+    params.fmt,
+    contracted,
+    ops.x.shape[-2],
+    groups,
+    n,
+    k,
+    is_packed,
+    params.quantize,
+    params.quantize_w,
+    np.dtype(ops.x.dtype),
+    np.dtype(w_dtype),
+    params.out_dtype,
+    params.precision,
+    params.function,
+  )
+
+
+def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> Any:
+  ops = unflatten(operands, avals)
+  problem = _problem(ops, params)
+  rows = {"k": (problem.m, problem.n), "n": (problem.m, problem.k)}
+  matrices = problem.groups, problem.n, problem.k
+  shape = (*ops.batch_shape, *rows.get(problem.contracted, matrices))
+  for name, aval in zip(operands, avals, strict=True):
+    if any(axes is not None for axes in aval.sharding.spec):
+      raise ShardingTypeError(
+        f"{params.function}: {name} is split over explicit axes of a mesh "
+        f"({aval.str_short(short_dtypes=True)}), which a ragged product has no rule for; reshard "
+        "it with jax.sharding.reshard, or multiply within jax.shard_map, each device its groups."
+      )
+  sharding = ops.x.sharding.update(spec=jax.sharding.PartitionSpec(*(None for _ in shape)))
+  manual = ops.x.manual_axis_type
+  return jax.core.ShapedArray(shape, params.out_dtype, sharding=sharding, manual_axis_type=manual)
+
+
+# Lowering
+
+
+def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], params: Params) -> Any:
+  device = _kernels.device_of(_primitive.platform_of(ctx))
+  problem = _problem(unflatten(operands, ctx.avals_in), params)
+  plan = _kernels.plan(problem, device, RAGGED)
+
+  def whole(*values: jax.Array) -> jax.Array:
+    return plan.run(unflatten(operands, values))
+
+  return mlir.lower_fun(whole, multiple_results=False)(ctx, *args)
+
+
+# Forward mode
+
+
+def _jvp(
+  primals: Any, tangents: Any, *, operands: tuple[str, ...], params: Params
+) -> tuple[Any, Any]:
+  """y' = x' w + x w', with w as it came, or dequantized where it came packed."""
+  out = ragged_qqmm_p.bind(*primals, operands=operands, params=params)
+  at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
+  if tangent.scales is not None and not _is_zero(tangent.scales):
+    raise ValueError(
+      f"{params.function}: asked for the gradient of the scales of a packed w; to receive "
+      "gradients, w must be provided unquantized."
+    )
+  terms = []
+  for name in ("x", "w"):
+    if _is_zero(getattr(tangent, name)):
+      continue
+    keeps_w_hat = name == "x" and params.quantize_w
+    own = dataclasses.replace(params, quantize=False, quantize_w=keeps_w_hat, wrt=name)
+    if params.wrt not in (None, name):
+      own = dataclasses.replace(own, backward="straight_through")
+    terms.append(ragged_qqmm(dataclasses.replace(at, **{name: getattr(tangent, name)}), own))
+  return out, _total(terms, out)
+
+
+def _row_sums_jvp(
+  primals: Any, tangents: Any, *, operands: tuple[str, ...], params: Params
+) -> tuple[Any, Any]:
+  """Linear in either operand, and straight-through where they are quantized."""
+  out = ragged_row_sums_p.bind(*primals, operands=operands, params=params)
+  at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
+  at = dataclasses.replace(at, global_scale_x=None, global_scale_w=None)
+  own = dataclasses.replace(params, quantize=False)
+  terms = [
+    _row_sums(dataclasses.replace(at, **{name: getattr(tangent, name)}), own)
+    for name in ("x", "y")
+    if not _is_zero(getattr(tangent, name))
+  ]
+  return out, _total(terms, out)
+
+
+def _is_zero(tangent: Any) -> bool:
+  return isinstance(tangent, ad.Zero)
+
+
+def _total(terms: list[jax.Array], out: jax.Array) -> Any:
+  if not terms:
+    return ad.Zero(jax.typeof(out).to_tangent_aval())
+  # A batch axis may come from a global scale alone.
+  return functools.reduce(jnp.add, (jnp.broadcast_to(term, out.shape) for term in terms))
+
+
+# Reverse mode
+
+
+def _transpose(cotangent: Any, *args: Any, operands: tuple[str, ...], params: Params) -> list[Any]:
+  """The cotangent of x or w, whichever a tangent is linear in; None for the others."""
+  ops = unflatten(operands, args)
+  wrt = "x" if ad.is_undefined_primal(ops.x) else "w"
+  if _is_zero(cotangent):
+    return [None for _ in operands]
+  pull = _pulled_to_x if wrt == "x" else _pulled_to_w
+  target = getattr(ops, wrt).aval
+  known = dataclasses.replace(ops, **{wrt: None})
+  result = pull(cotangent, known, target, dataclasses.replace(params, wrt=None))
+  result = _summed_to(result, target.shape).astype(target.dtype)
+  return [result if name == wrt else None for name in operands]
+
+
+def _pulled_to_x(
+  cotangent: jax.Array, ops: RaggedOperands, target: Any, params: Params
+) -> jax.Array:
+  """dx: a product of the cotangent with w, summed over its other axis."""
+  ops = dataclasses.replace(ops, x=cotangent, global_scale_x=None)
+  own = dataclasses.replace(
+    params,
+    contracted="n" if params.contracted == "k" else "k",
+    out_dtype=_dtype_of(target, ops, target.shape[:-2]),
+  )
+  if params.backward == "quantized":
+    of_w = ops.global_scale_w
+    if ops.row_scales is not None:  # w_hat is quantized anew, under one for all rows
+      of_w = jnp.max(ops.row_scales, axis=-1)
+    w = ops.w if ops.scales is None else None
+    of_g, of_w = _scales_to_quantize_anew(ops, of_w, w, ops.w.shape[-3], params.fmt)
+    ops = dataclasses.replace(ops, global_scale_x=of_g, global_scale_w=of_w)
+    own = dataclasses.replace(own, quantize=True, backward="straight_through")
+  return ragged_qqmm(ops, own)
+
+
+def _pulled_to_w(
+  cotangent: jax.Array, ops: RaggedOperands, target: Any, params: Params
+) -> jax.Array:
+  """dw: sums over the rows of each group, of cotangent times x."""
+  of_n, of_k = (cotangent, ops.x) if params.contracted == "k" else (ops.x, cotangent)
+  rows = RaggedOperands(ops.group_sizes, ops.group_offset, of_n, y=of_k)
+  own = dataclasses.replace(
+    params,
+    groups=target.shape[-3],
+    quantize=False,
+    quantize_w=False,
+    backward="straight_through",
+    out_dtype=_dtype_of(target, rows, target.shape[:-3]),
+  )
+  if params.backward == "quantized":
+    of_x = ops.global_scale_x
+    of_g, of_x = _scales_to_quantize_anew(rows, of_x, of_k, own.groups, params.fmt)
+    rows = dataclasses.replace(rows, global_scale_x=of_g, global_scale_w=of_x)
+    own = dataclasses.replace(own, quantize=True)
+  return _row_sums(rows, own)
+
+
+def _dtype_of(target: Any, ops: RaggedOperands, batch: tuple[int, ...]) -> np.dtype:
+  """The cotangent's, unless batch axes are summed over afterwards."""
+  return np.dtype(target.dtype if ops.batch_shape == batch else jnp.float32)
+
+
+def _scales_to_quantize_anew(
+  ops: RaggedOperands,  # x names the cotangent
+  of_other: jax.Array | None,  # the global scale of w or of x
+  other: jax.Array | None,  # w or x, unless it is packed
+  groups: int,
+  fmt: Format,
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """Global scales of the cotangent and of the other operand: (..., 1) or (..., groups).
+
+  The cotangent's is its amax. Without global scales, each operand whose amax is below 1 gets one,
+  a power of two times 2688. Rows of no group count for nothing.
+  """
+  if not fmt.has_global_scale:
+    return None, None
+  rows = in_groups(ops, groups)[..., None]
+  of_g = _amax_of_rows(ops.x, rows)
+  if of_other is not None:
+    return of_g, of_other
+  if other is None:
+    return scale_that_reaches(of_g, fmt), unscaled(fmt)[None]
+  if other is ops.y:
+    amax = _amax_of_rows(other, rows)
+  else:
+    amax = _rounding.amax(other, (-3, -2, -1), keepdims=False)[..., None]
+  return scale_that_reaches(of_g, fmt), scale_that_reaches(amax, fmt)
+
+
+def _amax_of_rows(a: jax.Array, keep: jax.Array) -> jax.Array:
+  """(..., 1): over (..., m, k) without the rows that are not kept, (..., m, 1)."""
+  ndim = max(a.ndim, keep.ndim)
+  a, keep = (b.reshape((1,) * (ndim - b.ndim) + b.shape) for b in (a, keep))
+  kept = jnp.where(keep, a, jnp.zeros((), a.dtype))
+  return _rounding.amax(kept, (ndim - 2, ndim - 1))[..., None]
+
+
+def _summed_to(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The sum over the batch axes that shape lacks, or has once."""
+  missing = a.ndim - len(shape)
+  a = jnp.sum(a, axis=range(missing)) if missing else a
+  ones = [i for i, size in enumerate(shape) if size != a.shape[i]]
+  return jnp.sum(a, axis=ones, keepdims=True) if ones else a
+
+
+def _row_sums_transpose(
+  cotangent: Any, *args: Any, operands: tuple[str, ...], params: Params
+) -> list[Any]:
+  """The cotangent (..., groups, n, k) of rows of x times y: a product of the other rows with it."""
+  ops = unflatten(operands, args)
+  wrt = "x" if ad.is_undefined_primal(ops.x) else "y"
+  if _is_zero(cotangent):
+    return [None for _ in operands]
+  target, other = getattr(ops, wrt).aval, ops.y if wrt == "x" else ops.x
+  rows = RaggedOperands(ops.group_sizes, ops.group_offset, other, cotangent)
+  own = dataclasses.replace(
+    params,
+    out_dtype=np.dtype(jnp.float32),
+    contracted="k" if wrt == "x" else "n",
+    groups=0,
+  )
+  result = _summed_to(ragged_qqmm(rows, own), target.shape).astype(target.dtype)
+  return [result if name == wrt else None for name in operands]
+
+
+# Registrations
+
+for _primitive_p, _rule, _back in (
+  (ragged_qqmm_p, _jvp, _transpose),
+  (ragged_row_sums_p, _row_sums_jvp, _row_sums_transpose),
+):
+  _primitive_p.def_impl(functools.partial(xla.apply_primitive, _primitive_p))
+  _primitive_p.def_abstract_eval(_abstract_eval)
+  ad.primitive_jvps[_primitive_p] = _rule
+  ad.primitive_transposes[_primitive_p] = _back
+  batching.primitive_batchers[_primitive_p] = functools.partial(
+    _primitive.batch, _primitive_p, num_axes=NUM_AXES.__getitem__
+  )
+  _primitive.register_lowering(_primitive_p, _lowering)
