@@ -9,6 +9,7 @@ from jaxqq._concatenate import concatenate
 from jaxqq._convert import dequantize, quantize
 from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
+from jaxqq._gather import gather_qqmm
 from jaxqq._qqmm import qqmm
 from jaxqq._quantized_matmul import quantized_matmul
 from jaxqq._ragged import ragged_qqmm, ragged_quantized_matmul
@@ -23,6 +24,7 @@ __all__ = [
   "dequantize",
   "dot_general",
   "explain",
+  "gather_qqmm",
   "partition",
   "qqmm",
   "quantize",

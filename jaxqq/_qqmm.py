@@ -218,10 +218,12 @@ def checked(
   preferred_element_type: Any,
   implementation: Any,
   quantize_input: bool = True,
+  broadcasts: bool = True,
 ) -> tuple[Operands, dict[str, Any]]:
   """The operands and the primitive's parameters, or the error that the caller should see.
 
   Where x is not quantized, global_scale_x is None, and that of w is `global_scale` to the caller.
+  Where indices say which matrices are multiplied, batch axes need not broadcast.
   """
   row_scales, name_of_scale = None, "global_scale_w" if quantize_input else "global_scale"
   if isinstance(w, QuantizedWeight):
@@ -236,7 +238,7 @@ def checked(
   check_dtype(function, "x", x, FLOATS)
   check_groups(function, "x", x, fmt)
   scales = _check_w(function, w, scales, fmt)
-  _check_shapes(function, x, w, scales, fmt)
+  _check_shapes(function, x, w, scales, fmt, broadcasts)
   if is_by_rows(global_scale_x):
     check_has_global_scale(function, "global_scale_x", fmt)
     has_none = global_scale_w is None and row_scales is None
@@ -371,13 +373,17 @@ def _check_w(function: str, w: Any, scales: Any, fmt: Format) -> Any:
   return None
 
 
-def _check_shapes(function: str, x: Any, w: Any, scales: Any, fmt: Format) -> None:
+def _check_shapes(
+  function: str, x: Any, w: Any, scales: Any, fmt: Format, broadcasts: bool
+) -> None:
   k = w.shape[-1] if scales is None else w.shape[-1] * fmt.codes_per_word
   if x.shape[-1] != k:
     raise ValueError(
       f"{function}: x and w must agree in K, their last axis, got {describe(x)} and K = {k} from w "
       f"({describe(w)}); w is (N, K), contracted on its last axis."
     )
+  if not broadcasts:
+    return
   try:
     lax.broadcast_shapes(x.shape[:-2], w.shape[:-2])
   except ValueError:

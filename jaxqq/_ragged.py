@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
@@ -249,6 +250,16 @@ def checked_ragged(
     None,
     quantize_input,
   )
+  return as_ragged(operands, params, group_sizes, group_offset)
+
+
+def as_ragged(
+  operands: Operands,  # x (M, K), w (G, N, K); a global scale for each group, or one
+  params: dict[str, Any],
+  group_sizes: jax.Array,
+  group_offset: jax.Array,
+) -> tuple[RaggedOperands, Params]:
+  """What `checked` returns, as the ragged product takes it."""
   of_x, of_w = (
     None if scale is None else jnp.reshape(scale, -1)
     for scale in (operands.global_scale_x, operands.global_scale_w)
@@ -268,8 +279,8 @@ def checked_ragged(
     out_dtype=params["out_dtype"],
     precision=params["precision"],
     backward=params["backward"],
-    quantize=quantize_input,
-    quantize_w=not quantize_input,
+    quantize=params["quantize_input"],
+    quantize_w=not params["quantize_input"],
   )
 
 
@@ -277,12 +288,8 @@ def _checked_groups(
   function: str, group_sizes: Any, group_offset: Any, matrices: int
 ) -> tuple[jax.Array, jax.Array]:
   """Sizes and offset as int32, of the shapes (groups,) and ()."""
-  group_sizes = as_array(function, "group_sizes", group_sizes)
-  if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-    raise TypeError(
-      f"{function}: group_sizes must be integers, how many rows of x each group has, got "
-      f"{describe(group_sizes)}."
-    )
+  words = "how many rows of x each group has"
+  group_sizes = checked_integers(function, "group_sizes", group_sizes, words)
   if len(group_sizes.shape) != 1:
     raise ValueError(
       f"{function}: group_sizes must have one dimension, ({matrices},), a size for each matrix of "
@@ -303,15 +310,19 @@ def _checked_groups(
   sizes = jnp.asarray(group_sizes).astype(jnp.int32)
   if group_offset is None:
     return sizes, jnp.int32(0)
-  if not isinstance(group_offset, int) or isinstance(group_offset, bool):
-    group_offset = as_array(function, "group_offset", group_offset)
-    if not jnp.issubdtype(group_offset.dtype, jnp.integer):
-      raise TypeError(
-        f"{function}: group_offset must be an integer, the group of the first matrix of w, got "
-        f"{describe(group_offset)}."
-      )
-    if tuple(group_offset.shape) not in ((), (1,)):
-      raise ValueError(
-        f"{function}: group_offset must have shape () or (1,), got {describe(group_offset)}."
-      )
+  if isinstance(group_offset, int) and not isinstance(group_offset, bool):
+    group_offset = np.int32(group_offset)
+  words = "the group of the first matrix of w"
+  group_offset = checked_integers(function, "group_offset", group_offset, words)
+  if tuple(group_offset.shape) not in ((), (1,)):
+    raise ValueError(
+      f"{function}: group_offset must have shape () or (1,), got {describe(group_offset)}."
+    )
   return sizes, jnp.asarray(group_offset).astype(jnp.int32).reshape(())
+
+
+def checked_integers(function: str, name: str, a: Any, words: str) -> Any:
+  a = as_array(function, name, a)
+  if not jnp.issubdtype(a.dtype, jnp.integer):
+    raise TypeError(f"{function}: {name} must be integers, {words}, got {describe(a)}.")
+  return a

@@ -38,6 +38,7 @@ def test_import_needs_the_four_packages_only():
 FUNCTIONS = (
   *("qqmm", "quantize", "dequantize", "explain", "quantize_weight", "dot_general", "concatenate"),
   *("partition", "combine", "quantized_matmul", "ragged_qqmm", "ragged_quantized_matmul"),
+  "gather_qqmm",
 )
 POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
@@ -152,7 +153,7 @@ def test_a_file_imports_only_from_files_above_it():
     *("_split", "_sharding", "_out_sharding", "_primitive", "_convert_split"),
     *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
     *("_gradient", "_qqmm", "_quantized_matmul", "_explain", "_einsum", "_contraction"),
-    *("_dot_general", "_ragged_primitive", "_ragged", "checkpoint_policies", "__init__"),
+    *("_dot_general", "_ragged_primitive", "_ragged", "_gather", "checkpoint_policies", "__init__"),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
   files["_kernels"] = ROOT / "jaxqq" / "_kernels" / "__init__.py"

@@ -93,7 +93,7 @@ def test_modes_of_signatures_are_those_of_the_table():
 
 TYPED = (
   *(jaxqq.qqmm, jaxqq.quantize, jaxqq.dequantize, jaxqq.quantize_weight, jaxqq.dot_general),
-  *(jaxqq.ragged_qqmm, jaxqq.ragged_quantized_matmul),
+  *(jaxqq.ragged_qqmm, jaxqq.ragged_quantized_matmul, jaxqq.gather_qqmm),
   *(jaxqq.QuantizedWeight.__init__, jaxqq.QuantizedWeight.dequantize),
   *(DotGeneral.__call__, DotGeneral.einsum, DotGeneral.packed),
 )
