@@ -84,7 +84,7 @@ def bounds(ops: RaggedOperands, groups: int) -> tuple[jax.Array, jax.Array]:
   group_sizes has no rows.
   """
   m = ops.x.shape[-2]
-  ends = jnp.minimum(jnp.cumsum(jnp.clip(ops.group_sizes, 0, m), axis=-1, dtype=jnp.int32), m)
+  ends = jnp.minimum(_running_sum(jnp.clip(ops.group_sizes, 0, m)), m)
   starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
   offset = ops.group_offset[..., None]
   index = offset + with_ndim(jnp.arange(groups, dtype=jnp.int32), offset.ndim)
@@ -154,6 +154,13 @@ def folded(ops: RaggedOperands, groups: int) -> tuple[Groups, RaggedOperands]:
   return Groups(first, whole(ends - starts, 1), matrices), own
 
 
+def _running_sum(a: jax.Array) -> jax.Array:
+  """Along the last axis."""
+  # `jnp.cumsum` has a lowering for each platform, and of a program for several, in which a loop
+  # depends on it, XLA's compiler for CPUs fails.
+  return lax.associative_scan(jnp.add, a, axis=a.ndim - 1)
+
+
 # Blocks of rows
 
 
@@ -173,7 +180,7 @@ def over_blocks(
   if not groups.starts.shape[0]:
     return carry
   counts = (groups.sizes + (size - 1)) // size
-  ends = jnp.cumsum(counts, dtype=jnp.int32)
+  ends = _running_sum(counts)
 
   def of_index(i: jax.Array, carry: Any) -> Any:
     group = jnp.sum(ends <= i, dtype=jnp.int32)

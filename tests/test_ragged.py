@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 
 import jaxqq
+from jaxqq import _kernels
+from jaxqq._formats import FORMATS
+from jaxqq._kernels.ragged import RAGGED, RaggedProblem
+from jaxqq._ragged_reference import RaggedOperands, unflatten
 from tests.support import oracle, ragged
 from tests.support.operands import PRODUCTS, Product, amax, crossed, quantized_product
 from tests.support.ragged import SIZES, G, M
@@ -187,6 +191,39 @@ def test_a_program_knows_no_sizes_and_dequantizes_one_matrix_at_a_time():
   weight = jaxqq.quantize_weight(w)
   text = jax.jit(jaxqq.ragged_qqmm).lower(x, weight, np.zeros(64, np.int32)).as_text()
   assert f"tensor<64x{N}x{w.shape[-1]}x" not in text
+
+
+@pytest.mark.parametrize(("platform", "m"), [("tpu", M), ("cuda", M), ("cuda", 3)])
+def test_plans_of_other_platforms(platform, m):
+  """In bfloat16, which holds x_hat and w_hat; one row at a time where there are few."""
+  x, w = operands("nvfp4", "bfloat16", m=m)
+  packed, scales = oracle.quantize(w, "nvfp4")
+  sizes = np.int32(SIZES["below M"])
+  ops = RaggedOperands(*map(jnp.asarray, (sizes, np.int32(0), x, packed, scales)))
+  bfloat16 = np.dtype(jnp.bfloat16)
+  problem = RaggedProblem(
+    FORMATS["nvfp4"],
+    "k",
+    m,
+    G,
+    N,
+    x.shape[1],
+    True,
+    True,
+    False,
+    bfloat16,
+    bfloat16,
+    bfloat16,
+    None,
+    "",
+  )
+  plan = _kernels.plan(problem, _kernels.Device(platform), RAGGED)
+  assert plan.name == "xla" and not plan.refusals
+  run = jax.jit(lambda *arrays: plan.run(unflatten(ops.names, arrays)))
+  assert "xbf16>" in run.lower(*ops.flatten()).as_text()
+  out = np.asarray(run(*ops.flatten()))
+  hats = oracle.round_trip(x, "nvfp4"), oracle.round_trip(w, "nvfp4")
+  oracle.assert_within_bound(out, *ragged.product(*hats, ragged.groups_of(sizes, m)))
 
 
 # Gradients
