@@ -17,13 +17,18 @@ from jaxqq._convert import checked_dequantize, checked_quantize, dequantize, qua
 from jaxqq._convert_split import Shapes
 from jaxqq._convert_split import described as described_conversion
 from jaxqq._formats import FORMATS
+from jaxqq._gradient import BACKWARDS
 from jaxqq._kernels import conversions
 from jaxqq._kernels.conversions import Conversion
 from jaxqq._kernels.plan import TARGET, Device, Implementation, Plan
+from jaxqq._kernels.ragged import RAGGED
 from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import How, planned
 from jaxqq._qqmm import checked, qqmm
 from jaxqq._quantized_matmul import checked_weights, quantized_matmul
+from jaxqq._ragged import checked_ragged, ragged_qqmm, ragged_quantized_matmul
+from jaxqq._ragged_primitive import Params, problem_of
+from jaxqq._ragged_reference import RaggedOperands
 from jaxqq._reference import Operands, matrix_ndim
 from jaxqq._split import described, named_sharding
 
@@ -56,7 +61,8 @@ class Explanation(str):
 def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> Explanation:
   """Says which implementation a call of `qqmm` or another function runs, and why.
 
-  The others are `quantized_matmul`, `quantize` and `dequantize`.
+  The others are `quantized_matmul`, `ragged_qqmm`, `ragged_quantized_matmul`, `quantize` and
+  `dequantize`.
 
   Args:
     args: the function, unless it is `qqmm`, and what it takes, with the same checks; a
@@ -70,7 +76,7 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
     Some sentences, a `str`, whose attribute `plan` is what they tell of.
 
   Raises:
-    TypeError, ValueError: as the function; or it is none of the four, or does not take these.
+    TypeError, ValueError: as the function; or it is none of those, or does not take these.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
@@ -85,8 +91,8 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
   explained = next((e for f, e in _EXPLAINED if f is function), None)
   if explained is None:
     raise TypeError(
-      "explain: the function must be jaxqq.qqmm, jaxqq.quantized_matmul, jaxqq.quantize or "
-      "jaxqq.dequantize, got "
+      "explain: the function must be jaxqq.qqmm, jaxqq.quantized_matmul, jaxqq.ragged_qqmm, "
+      "jaxqq.ragged_quantized_matmul, jaxqq.quantize or jaxqq.dequantize, got "
       f"{getattr(function, '__name__', type(function).__name__)}."
     )
   try:
@@ -128,6 +134,30 @@ def _explain_product(
   w_words += " quantized on the fly" if operands.scales is None else " packed"
   heading = f"{function} {params['mode']}, {_of('x', operands.x)}, {w_words}"
   return _sentences(heading, plan, target, about_split)
+
+
+def _explain_ragged_qqmm(device: Any, **arguments: Any) -> Explanation:
+  return _explain_ragged("ragged_qqmm", device, *checked_ragged("explain", **arguments))
+
+
+def _explain_ragged_quantized_matmul(
+  device: Any, *, global_scale: Any, **arguments: Any
+) -> Explanation:
+  of_w = {"global_scale_w": global_scale, "global_scale_x": None, "backward": BACKWARDS[0]}
+  checked_arguments = checked_ragged("explain", **arguments, **of_w, quantize_input=False)
+  return _explain_ragged("ragged_quantized_matmul", device, *checked_arguments)
+
+
+def _explain_ragged(
+  function: str, device: Any, operands: RaggedOperands, params: Params
+) -> Explanation:
+  """As the operands are on one device, which a caller splits over several."""
+  target = _kernels.device_of(_platform(operands.x, device))
+  plan = _kernels.plan(problem_of(operands, params), target, RAGGED)
+  w_words = _of("w", operands.w)
+  w_words += " quantized on the fly" if operands.scales is None else " packed"
+  heading = f"{function} {params.mode}, {_of('x', operands.x)}, {w_words}"
+  return _sentences(heading, plan, target, [])
 
 
 def _explain_quantize(device: Any, *, axis: int, **arguments: Any) -> Explanation:
@@ -207,6 +237,8 @@ def _as_matrix(a: Any) -> jax.ShapeDtypeStruct:
 _EXPLAINED: tuple[tuple[Any, Callable[..., Explanation]], ...] = (
   (qqmm, _explain_qqmm),
   (quantized_matmul, _explain_quantized_matmul),
+  (ragged_qqmm, _explain_ragged_qqmm),
+  (ragged_quantized_matmul, _explain_ragged_quantized_matmul),
   (quantize, _explain_quantize),
   (dequantize, _explain_dequantize),
 )

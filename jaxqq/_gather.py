@@ -141,7 +141,9 @@ def _gathered(
     .get(mode="fill", fill_value=jnp.nan)
   )
   rows = dataclasses.replace(flat, x=x.reshape(lhs.shape[0] * m, k))
-  out = ragged_product(*as_ragged(rows, params, counts * m, jnp.int32(0)), by_rows=by_rows)
+  out = ragged_product(
+    *as_ragged("gather_qqmm", rows, params, counts * m, jnp.int32(0)), by_rows=by_rows
+  )
   out = out.reshape(lhs.shape[0], m, out.shape[-1])
   if order is not None:
     out = out.at[jnp.argsort(order)].get(mode="promise_in_bounds", unique_indices=True)

@@ -250,28 +250,25 @@ def checked_ragged(
     None,
     quantize_input,
   )
-  return as_ragged(operands, params, group_sizes, group_offset)
+  return as_ragged(function, operands, params, group_sizes, group_offset)
 
 
 def as_ragged(
+  function: str,
   operands: Operands,  # x (M, K), w (G, N, K); a global scale for each group, or one
   params: dict[str, Any],
   group_sizes: jax.Array,
   group_offset: jax.Array,
 ) -> tuple[RaggedOperands, Params]:
   """What `checked` returns, as the ragged product takes it."""
-  of_x, of_w = (
-    None if scale is None else jnp.reshape(scale, -1)
-    for scale in (operands.global_scale_x, operands.global_scale_w)
-  )
   own = RaggedOperands(
     group_sizes,
     group_offset,
-    jnp.asarray(operands.x),
-    jnp.asarray(operands.w),
-    None if operands.scales is None else jnp.asarray(operands.scales),
-    of_x,
-    of_w,
+    operands.x,
+    operands.w,
+    operands.scales,
+    _of_groups(operands.global_scale_x),
+    _of_groups(operands.global_scale_w),
     operands.row_scales,
   )
   return own, Params(
@@ -281,7 +278,15 @@ def as_ragged(
     backward=params["backward"],
     quantize=params["quantize_input"],
     quantize_w=not params["quantize_input"],
+    function=function,
   )
+
+
+def _of_groups(scale: Any) -> Any:
+  """(1,) or (groups,) of () or (groups,)."""
+  if scale is None or scale.shape:
+    return scale
+  return _converted(scale, (1,), jnp.float32)
 
 
 def _checked_groups(
@@ -307,7 +312,7 @@ def _checked_groups(
       f"{function}: group_sizes must have a size for each matrix of w, at least {matrices}, got "
       f"{describe(group_sizes)}."
     )
-  sizes = jnp.asarray(group_sizes).astype(jnp.int32)
+  sizes = _converted(group_sizes, (count,), jnp.int32)
   if group_offset is None:
     return sizes, jnp.int32(0)
   if isinstance(group_offset, int) and not isinstance(group_offset, bool):
@@ -318,7 +323,14 @@ def _checked_groups(
     raise ValueError(
       f"{function}: group_offset must have shape () or (1,), got {describe(group_offset)}."
     )
-  return sizes, jnp.asarray(group_offset).astype(jnp.int32).reshape(())
+  return sizes, _converted(group_offset, (), jnp.int32)
+
+
+def _converted(a: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+  """An array, or what `explain` is told of one."""
+  if isinstance(a, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(shape, dtype)
+  return jnp.asarray(a).astype(dtype).reshape(shape)
 
 
 def checked_integers(function: str, name: str, a: Any, words: str) -> Any:

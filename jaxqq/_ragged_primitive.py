@@ -52,15 +52,11 @@ class Params:
   quantize_w: bool = False  # w alone, along k, unless it is packed
   wrt: str | None = None  # of a tangent, the operand that it is the tangent of
   groups: int = 0  # of ragged_row_sums: how many matrices there are
+  function: str = "ragged_qqmm"  # whose product it is, for errors
 
   @property
   def fmt(self) -> Format:
     return FORMATS[self.mode]
-
-  @property
-  def function(self) -> str:
-    """Whose product it is, for errors."""
-    return "ragged_quantized_matmul" if self.quantize_w else "ragged_qqmm"
 
 
 def ragged_qqmm(operands: RaggedOperands, params: Params) -> jax.Array:
@@ -79,7 +75,7 @@ def _bind(primitive: Primitive, operands: RaggedOperands, params: Params) -> jax
 # Abstract evaluation
 
 
-def _problem(ops: RaggedOperands, params: Params) -> RaggedProblem:
+def problem_of(ops: RaggedOperands, params: Params) -> RaggedProblem:
   """Of operands, or their shapes and dtypes."""
   is_packed = ops.scales is not None
   if ops.y is not None:
@@ -110,7 +106,7 @@ def _problem(ops: RaggedOperands, params: Params) -> RaggedProblem:
 
 def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> Any:
   ops = unflatten(operands, avals)
-  problem = _problem(ops, params)
+  problem = problem_of(ops, params)
   rows = {"k": (problem.m, problem.n), "n": (problem.m, problem.k)}
   matrices = problem.groups, problem.n, problem.k
   shape = (*ops.batch_shape, *rows.get(problem.contracted, matrices))
@@ -131,7 +127,7 @@ def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> An
 
 def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], params: Params) -> Any:
   device = _kernels.device_of(_primitive.platform_of(ctx))
-  problem = _problem(unflatten(operands, ctx.avals_in), params)
+  problem = problem_of(unflatten(operands, ctx.avals_in), params)
   plan = _kernels.plan(problem, device, RAGGED)
 
   def whole(*values: jax.Array) -> jax.Array:

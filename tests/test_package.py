@@ -152,8 +152,16 @@ def test_a_file_imports_only_from_files_above_it():
     *("_reference", "_ragged_reference", "_kernels"),
     *("_split", "_sharding", "_out_sharding", "_primitive", "_convert_split"),
     *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
-    *("_gradient", "_qqmm", "_quantized_matmul", "_explain", "_einsum", "_contraction"),
-    *("_dot_general", "_ragged_primitive", "_ragged", "_gather", "checkpoint_policies", "__init__"),
+    *("_gradient", "_qqmm", "_quantized_matmul", "_einsum", "_contraction"),
+    *(
+      "_dot_general",
+      "_ragged_primitive",
+      "_ragged",
+      "_gather",
+      "_explain",
+      "checkpoint_policies",
+      "__init__",
+    ),
   ]
   files = {path.stem: path for path in (ROOT / "jaxqq").glob("*.py")}
   files["_kernels"] = ROOT / "jaxqq" / "_kernels" / "__init__.py"

@@ -226,6 +226,18 @@ def test_plans_of_other_platforms(platform, m):
   oracle.assert_within_bound(out, *ragged.product(*hats, ragged.groups_of(sizes, m)))
 
 
+def test_explain():
+  """Of arrays, or of what they would be."""
+  x, w = operands("nvfp4")
+  weight = jaxqq.quantize_weight(w)
+  for arrays in ((x, weight, np.int32(SIZES["all"])), (x, w, np.int32(SIZES["all"]))):
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+    for function in (jaxqq.ragged_qqmm, jaxqq.ragged_quantized_matmul):
+      text = jaxqq.explain(function, *arrays, device="cpu")
+      assert text == jaxqq.explain(function, *shapes, device="cpu") and text.plan.name == "xla"
+      assert text.startswith(f"{function.__name__} nvfp4, x float32 (37, 48), w ")
+
+
 # Gradients
 
 GRADIENTS = [

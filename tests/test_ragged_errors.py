@@ -60,6 +60,9 @@ def test_ragged_qqmm(case):
   with pytest.raises(error) as caught:
     jaxqq.ragged_qqmm(x, w, sizes, **how)
   check_sentence(str(caught.value), "ragged_qqmm", words)
+  with pytest.raises(error) as caught:
+    jaxqq.explain(jaxqq.ragged_qqmm, x, w, sizes, **how)
+  check_sentence(str(caught.value), "explain", words)
 
 
 WEIGHTS = [case for case in RAGGED if not {"backward", "global_scale_x"} & set(case[-1])]

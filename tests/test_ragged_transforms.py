@@ -10,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
@@ -121,9 +121,16 @@ def test_the_gradient_of_packed_scales_is_refused():
   x, w = data((M, K), (G, N, K))
   packed, scales = jaxqq.quantize(w, mode="mxfp8")
   scales = jax.lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu)
-  f = lambda scales: mxfp8(x, packed, SIZES, scales).sum()  # noqa: E731
-  with pytest.raises(ValueError, match=r"ragged_qqmm: asked for the gradient of the scales"):
-    jax.grad(f)(scales)
+  products = {
+    "ragged_qqmm": lambda s: mxfp8(x, packed, SIZES, s),
+    "ragged_quantized_matmul": lambda s: jaxqq.ragged_quantized_matmul(
+      x, packed, SIZES, s, mode="mxfp8"
+    ),
+    "gather_qqmm": lambda s: jaxqq.gather_qqmm(x, packed, s, mode="mxfp8"),
+  }
+  for function, product in products.items():
+    with pytest.raises(ValueError, match=rf"^{function}: asked for the gradient of the scales"):
+      jax.grad(lambda s, product=product: product(s).sum())(scales)
 
 
 # Programs
@@ -218,6 +225,20 @@ def test_experts_split_over_devices(packed):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
   moved = collectives(split.lower(x, weight).compile())
   assert moved and set(moved) == {("all-reduce", "f32")}
+
+
+@pytest.mark.parametrize(
+  ("of_x", "of_w"), [(P("expert"), P()), (P(), P(None, "expert")), (P(), P("expert"))]
+)
+def test_automatic_axes_are_split_by_xla(of_x, of_w):
+  x, w = data((16, K), (8, N, K))
+  sizes = jnp.int32([3, 0, 4, 1, 0, 2, 2, 1])
+  f = jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(mxfp8(x, w, sizes))), (0, 1)))
+  placed = (
+    jax.device_put(a, NamedSharding(experts_mesh(), spec)) for a, spec in ((x, of_x), (w, of_w))
+  )
+  for a, b in zip(jax.tree.leaves(f(*placed)), jax.tree.leaves(f(x, w)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_explicit_axes_are_refused():
