@@ -12,7 +12,8 @@ the three: so derivatives of every order stay these primitives. Where operands a
 tangent is that of `_gradient.py`, straight-through: of the unquantized operands, or through the
 dequantized w that came packed. With backward="quantized" the transposes of the tangent quantize
 both operands anew, along n for dx and along the rows of each group for dw, zero-padded to whole
-groups. Rows of no group have results and gradients of zero.
+groups; what they compute is differentiated straight-through. Rows of no group have results and
+gradients of zero.
 """
 
 from __future__ import annotations
