@@ -19,7 +19,6 @@ from tests.support import compiling
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_checks", True)
-compiling.install()
 # Tracing makes many objects that live: by default a tenth of all time is a search for garbage.
 gc.set_threshold(50_000, 10, 10)
 
