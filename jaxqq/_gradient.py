@@ -246,7 +246,8 @@ def _pulled(
   if quantize_w:
     at = dataclasses.replace(ops.untransposed(["w"]), x=cotangent)
     is_whole = target.shape[:-2] == cotangent.shape[:-2]
-    out = _pullback(at, mode, target.dtype if is_whole else jnp.float32, backward, how)
+    dtype = target.dtype if is_whole else np.dtype(jnp.float32)
+    out = _pullback(at, mode, dtype, backward, how)
     return _summed_to(out, target.shape).astype(target.dtype)
   if backward == "quantized":
     if ops.scales is not None:
@@ -360,8 +361,8 @@ def _pullback_transpose(
   ops = unflatten(operands, args)
   g = ops.x.aval
   at = dataclasses.replace(ops, x=cotangent)
-  own = {"wrt": "x", "quantize_w": ops.scales is None, "out_dtype": np.dtype(jnp.float32)}
-  result = _tangent(at, **own, **params)
+  sums = np.dtype(jnp.float32)
+  result = _tangent(at, wrt="x", quantize_w=ops.scales is None, out_dtype=sums, **params)
   missing = [i for i in range(g.ndim) if g.shape[i] != result.shape[i]]
   result = jnp.sum(result, axis=missing, keepdims=True) if missing else result
   return [result.astype(g.dtype) if name == "x" else None for name in operands]
