@@ -15,6 +15,7 @@ from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops import blockdiag, in_order
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
+from jaxqq._kernels.hopper.pipeline import pad_rows
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, packed_operand
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
@@ -58,7 +59,7 @@ def _exact(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
   if problem.quantize_input:
     x = operand("x", operands.global_scale_x)
   else:
-    x = operands.untransposed(["x"] if "x" in operands.transposed else []).x
+    x = operands.untransposed(["x"]).x
   unit_exponent = 0 if mainloop is None else mainloop.unit_exponent
   if problem.has_global_scales:
     global_scales = _scalar(operands.global_scale_x), _scalar(operands.global_scale_w)
@@ -166,17 +167,15 @@ def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
 def _skinny_x(plan: SkinnyPlan, folded: Operands) -> tuple[jax.Array, jax.Array | None]:
   """x as the kernel takes it, quantized by one of its own, and its scales."""
   fmt, block, padded_m = plan.problem.fmt, plan.block, plan.padded_m
-  batch, m, k = folded.x.shape
+  batch, _, k = folded.x.shape
   global_scale = _scalar(folded.global_scale_x)
   if plan.blockdiag is not None:
     x, x_scales = blockdiag_operand(folded.x[0], fmt, global_scale, plan.blockdiag)
     return x[None], x_scales.reshape(1, k // block.k, block.k // 256, -1)  # at most 256 in a row
+  if not plan.problem.quantize_input:
+    return pad_rows(folded.x, padded_m), None
   # The rows of one matrix need no zeros behind them, those of several do.
-  is_ready = not plan.problem.quantize_input
-  whole = batch == 1 and not is_ready
-  x = folded.x if whole else jnp.pad(folded.x, ((0, 0), (0, padded_m - m), (0, 0)))
-  if is_ready:
-    return x, None
+  x = folded.x if batch == 1 else pad_rows(folded.x, padded_m)
   x, rows = x.reshape(-1, k), batch * padded_m
   if plan.mainloop == "group_sums":
     x, x_scales = code_words(x, fmt, rows)

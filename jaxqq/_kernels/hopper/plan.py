@@ -427,10 +427,10 @@ def _skinny_mainloop(problem: Problem) -> Any:
   """The field `mainloop` of a plan."""
   if not problem.is_packed:
     return "quantized"
-  if not problem.quantize_input or problem.fmt.mode == "mxfp4":
-    return "in_order"
-  if problem.fmt.scale_is_power_of_two:
+  if problem.fmt.scale_is_power_of_two and problem.fmt.bits == 8 and problem.quantize_input:
     return "group_sums"
+  if packed_operand(problem) != "packed_e2m1":  # w in the order of an x that is not interleaved
+    return "in_order"
   one_matrix = problem.shares_w or math.prod(problem.x_batch) == 1
   few = problem.rows <= MAX_BLOCKDIAG_ROWS and problem.k >= BLOCKDIAG_MIN_K
   return "blockdiag" if one_matrix and few else "expanded"

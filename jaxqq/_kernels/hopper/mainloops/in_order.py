@@ -33,16 +33,21 @@ class _Operand:
     return plgpu.load(ref, layout=whole_rows(cls.groups), optimized=False)
 
 
-class InOrderNvfp4(_Operand):
-  """8 words and 4 scales a row, beside bfloat16."""
+class _E2M1(_Operand):
+  """8 words a row."""
 
   words = 8
-  groups = 4
-  unit_exponent = expand.E2M1_UNIT
 
   @classmethod
   def expand(cls, words: Any, scales: Any) -> Any:
     return expand.e2m1_in_order(words, scales, cls.dtype)
+
+
+class InOrderNvfp4(_E2M1):
+  """4 scales a row, beside bfloat16."""
+
+  groups = 4
+  unit_exponent = expand.E2M1_UNIT
 
 
 class InOrderNvfp4Float16(InOrderNvfp4):
@@ -51,15 +56,10 @@ class InOrderNvfp4Float16(InOrderNvfp4):
   dtype = jnp.dtype(jnp.float16)
 
 
-class InOrderMxfp4(_Operand):
-  """8 words and 2 scales a row, beside bfloat16."""
+class InOrderMxfp4(_E2M1):
+  """2 scales a row, beside bfloat16."""
 
-  words = 8
   groups = 2
-
-  @classmethod
-  def expand(cls, words: Any, scales: Any) -> Any:
-    return expand.e2m1_in_order(words, scales, cls.dtype)
 
 
 class InOrderMxfp8(_Operand):
@@ -87,11 +87,7 @@ class InOrder:
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any) -> Any:
     """sums + the product of one block of k."""
-    packed, kernel, promote = (
-      OPERANDS[packed_operand(cta.plan.problem)],
-      cta.kernel,
-      cta.tiles.promote,
-    )
+    packed, kernel = OPERANDS[packed_operand(cta.plan.problem)], cta.kernel
     w, scales, promote = cta.smem.w.at[stage], cta.smem.scales, cta.tiles.promote
     count = cta.plan.block.words // packed.words
 
