@@ -12,6 +12,7 @@ from jaxqq.checkpoint._layouts import Layout
 from jaxqq.checkpoint._mlx import QUANTIZES_INPUTS
 from jaxqq.checkpoint._modelopt import MIXED, WEIGHT_ONLY
 from jaxqq.checkpoint._schemes import CONFIG, MODELOPT_CONFIG, QUANTIZATION_KEYS
+from jaxqq.checkpoint._transformers import LEAVES_INPUTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _transformers(groups: Groups, others: list[str]) -> dict[str, Any]:
     )
   ((layout, leaves_inputs),) = kinds
   out = {"quant_method": layout.name, "modules_to_not_convert": others}
-  if leaves_inputs != (layout.mode == "mxfp4"):  # what each does where nothing is said
+  if leaves_inputs != (layout.name == LEAVES_INPUTS):  # what each does where nothing is said
     out["activation_format"] = "bf16" if leaves_inputs else layout.mode
   return out
 

@@ -9,6 +9,8 @@ from jaxqq.checkpoint._dense import FP8_BLOCK, Dense
 from jaxqq.checkpoint._layouts import Layout
 from jaxqq.checkpoint._scheme import Scheme, Tensors, fp8_by, packed_by
 
+LEAVES_INPUTS = "mxfp4"  # the quant_method that does, where no activation_format is named
+
 
 class Transformers(Scheme):
   """`quant_method`, and `modules_to_not_convert`, which the tensors say as well.
@@ -41,4 +43,4 @@ class Transformers(Scheme):
 
   def is_weight_only(self, path: str, layout: Layout) -> bool:
     activations = self.config.get("activation_format")
-    return activations == "bf16" if activations is not None else self._method == "mxfp4"
+    return activations == "bf16" if activations is not None else self._method == LEAVES_INPUTS
