@@ -85,28 +85,28 @@ def _jvp(
   """y' = x' w^T + x w'^T."""
   out = qqmm_p.bind(*primals, operands=operands, quantize_input=quantize_input, **params)
   at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
-  _refuse_gradient_of_packed(tangent, "qqmm" if quantize_input else "quantized_matmul")
+  refuse_gradient_of_packed(tangent.scales, "qqmm" if quantize_input else "quantized_matmul")
   terms = []
-  if not _is_zero(tangent.x):
+  if not is_zero(tangent.x):
     quantize_w = at.scales is None and not quantize_input
     moved = dataclasses.replace(at, x=tangent.x)
     terms.append(_tangent(moved, wrt="x", quantize_w=quantize_w, **params))
-  if not _is_zero(tangent.w):
+  if not is_zero(tangent.w):
     moved = dataclasses.replace(at, w=tangent.w)
     terms.append(_tangent(moved, wrt="w", quantize_w=False, **params))
   return out, _total(terms, out)
 
 
-def _refuse_gradient_of_packed(tangent: Operands, function: str = "qqmm") -> None:
+def refuse_gradient_of_packed(scales: Any, function: str = "qqmm") -> None:
   """Packed words are integers, which JAX never differentiates; float8 scales it would."""
-  if tangent.scales is not None and not _is_zero(tangent.scales):
+  if scales is not None and not is_zero(scales):
     raise ValueError(
       f"{function}: asked for the gradient of the scales of a packed w; to receive gradients, w "
       "must be provided unquantized."
     )
 
 
-def _is_zero(tangent: Any) -> bool:
+def is_zero(tangent: Any) -> bool:
   return isinstance(tangent, ad.Zero)
 
 
@@ -173,10 +173,10 @@ def _tangent_jvp(
   how = {"operands": operands, "wrt": wrt, "quantize_w": quantize_w}
   out = qqmm_tangent_p.bind(*primals, **how, **params)
   at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
-  _refuse_gradient_of_packed(tangent)
+  refuse_gradient_of_packed(tangent.scales)
   terms = []
   for name in ("x", "w"):
-    if not _is_zero(getattr(tangent, name)):
+    if not is_zero(getattr(tangent, name)):
       moved = dataclasses.replace(at, **{name: getattr(tangent, name)})
       own = params if name == wrt else {**params, "backward": "straight_through"}
       terms.append(_tangent(moved, wrt=name, quantize_w=quantize_w and name == "x", **own))
@@ -196,7 +196,7 @@ def _transpose(
 ) -> list[Any]:
   """The cotangent of the operand that `qqmm_tangent` is linear in; None for the others."""
   del out_dtype  # it is the cotangent's
-  if _is_zero(cotangent):
+  if is_zero(cotangent):
     return [None for _ in operands]
   target = getattr(unflatten(operands, args), wrt).aval
   known = [None if ad.is_undefined_primal(a) else a for a in args]
@@ -248,7 +248,7 @@ def _pulled(
     is_whole = target.shape[:-2] == cotangent.shape[:-2]
     dtype = target.dtype if is_whole else np.dtype(jnp.float32)
     out = _pullback(at, mode, dtype, backward, how)
-    return _summed_to(out, target.shape).astype(target.dtype)
+    return summed_to(out, target.shape).astype(target.dtype)
   if backward == "quantized":
     if ops.scales is not None:
       others = dequantized(ops, fmt)
@@ -267,7 +267,7 @@ def _pulled(
   return sum_over_rows(summed, target.shape, product).astype(target.dtype)
 
 
-def _summed_to(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def summed_to(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """The sum over the batch axes that shape lacks, or has once."""
   missing = a.ndim - len(shape)
   a = jnp.sum(a, axis=range(missing)) if missing else a
@@ -339,12 +339,12 @@ def _pullback_jvp(
   of_all = {"operands": operands, "mode": mode, "out_dtype": out_dtype, "backward": backward}
   out = qqmm_pullback_p.bind(*primals, **of_all, **params)
   at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
-  _refuse_gradient_of_packed(tangent)
+  refuse_gradient_of_packed(tangent.scales)
   terms = []
-  if not _is_zero(tangent.x):
+  if not is_zero(tangent.x):
     moved = dataclasses.replace(at, x=tangent.x, global_scale_x=None)
     terms.append(_pullback(moved, mode, out_dtype, BACKWARDS[0], _primitive.How.of(params)))
-  if not _is_zero(tangent.w):  # g w', whose contracted axis is the first of w'
+  if not is_zero(tangent.w):  # g w', whose contracted axis is the first of w'
     moved = Operands(at.x, tangent.w, transposed=("w",))
     own = {"mode": mode, "out_dtype": out_dtype, "backward": BACKWARDS[0], **params}
     term = _tangent(moved, wrt="w", quantize_w=False, **own)
@@ -356,7 +356,7 @@ def _pullback_transpose(
   cotangent: Any, *args: Any, operands: tuple[str, ...], out_dtype: np.dtype, **params: Any
 ) -> list[Any]:
   """The cotangent of g, of `qqmm_pullback` as its jvp has it: a product with w as it came."""
-  if _is_zero(cotangent):
+  if is_zero(cotangent):
     return [None for _ in operands]
   ops = unflatten(operands, args)
   g = ops.x.aval

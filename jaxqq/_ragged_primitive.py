@@ -32,6 +32,7 @@ from jaxqq import _kernels, _primitive, _rounding
 from jaxqq._compat import ShardingTypeError
 from jaxqq._formats import FORMATS, Format
 from jaxqq._global_scales import scale_that_reaches, unscaled
+from jaxqq._gradient import is_zero, refuse_gradient_of_packed, summed_to
 from jaxqq._kernels.ragged import RAGGED, Contracted, RaggedProblem
 from jaxqq._ragged_reference import NUM_AXES, RaggedOperands, in_groups, unflatten
 from jaxqq._sharding import vary_alike
@@ -146,14 +147,10 @@ def _jvp(
   """y' = x' w + x w', with w as it came, or dequantized where it came packed."""
   out = ragged_qqmm_p.bind(*primals, operands=operands, params=params)
   at, tangent = unflatten(operands, primals), unflatten(operands, tangents)
-  if tangent.scales is not None and not _is_zero(tangent.scales):
-    raise ValueError(
-      f"{params.function}: asked for the gradient of the scales of a packed w; to receive "
-      "gradients, w must be provided unquantized."
-    )
+  refuse_gradient_of_packed(tangent.scales, params.function)
   terms = []
   for name in ("x", "w"):
-    if _is_zero(getattr(tangent, name)):
+    if is_zero(getattr(tangent, name)):
       continue
     keeps_w_hat = name == "x" and params.quantize_w
     own = dataclasses.replace(params, quantize=False, quantize_w=keeps_w_hat, wrt=name)
@@ -174,13 +171,9 @@ def _row_sums_jvp(
   terms = [
     _row_sums(dataclasses.replace(at, **{name: getattr(tangent, name)}), own)
     for name in ("x", "y")
-    if not _is_zero(getattr(tangent, name))
+    if not is_zero(getattr(tangent, name))
   ]
   return out, _total(terms, out)
-
-
-def _is_zero(tangent: Any) -> bool:
-  return isinstance(tangent, ad.Zero)
 
 
 def _total(terms: list[jax.Array], out: jax.Array) -> Any:
@@ -197,13 +190,13 @@ def _transpose(cotangent: Any, *args: Any, operands: tuple[str, ...], params: Pa
   """The cotangent of x or w, whichever a tangent is linear in; None for the others."""
   ops = unflatten(operands, args)
   wrt = "x" if ad.is_undefined_primal(ops.x) else "w"
-  if _is_zero(cotangent):
+  if is_zero(cotangent):
     return [None for _ in operands]
   pull = _pulled_to_x if wrt == "x" else _pulled_to_w
   target = getattr(ops, wrt).aval
   known = dataclasses.replace(ops, **{wrt: None})
   result = pull(cotangent, known, target, dataclasses.replace(params, wrt=None))
-  result = _summed_to(result, target.shape).astype(target.dtype)
+  result = summed_to(result, target.shape).astype(target.dtype)
   return [result if name == wrt else None for name in operands]
 
 
@@ -290,21 +283,13 @@ def _amax_of_rows(a: jax.Array, keep: jax.Array) -> jax.Array:
   return _rounding.amax(kept, (ndim - 2, ndim - 1))[..., None]
 
 
-def _summed_to(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The sum over the batch axes that shape lacks, or has once."""
-  missing = a.ndim - len(shape)
-  a = jnp.sum(a, axis=range(missing)) if missing else a
-  ones = [i for i, size in enumerate(shape) if size != a.shape[i]]
-  return jnp.sum(a, axis=ones, keepdims=True) if ones else a
-
-
 def _row_sums_transpose(
   cotangent: Any, *args: Any, operands: tuple[str, ...], params: Params
 ) -> list[Any]:
   """The cotangent (..., groups, n, k) of rows of x times y: a product of the other rows with it."""
   ops = unflatten(operands, args)
   wrt = "x" if ad.is_undefined_primal(ops.x) else "y"
-  if _is_zero(cotangent):
+  if is_zero(cotangent):
     return [None for _ in operands]
   target, other = getattr(ops, wrt).aval, ops.y if wrt == "x" else ops.x
   rows = RaggedOperands(ops.group_sizes, ops.group_offset, other, cotangent)
@@ -314,7 +299,7 @@ def _row_sums_transpose(
     contracted="k" if wrt == "x" else "n",
     groups=0,
   )
-  result = _summed_to(ragged_qqmm(rows, own), target.shape).astype(target.dtype)
+  result = summed_to(ragged_qqmm(rows, own), target.shape).astype(target.dtype)
   return [result if name == wrt else None for name in operands]
 
 
