@@ -261,7 +261,7 @@ def arrays_of(case: Case) -> Arrays:
   if case.w != "random codes":
     w = data.array(rng, case.w, w_shape, case.w_exponent, oracle.DTYPES[p.w_dtype])
   scales = (_amax(x), _amax(w)) if p.global_scales else (None, None)
-  scales = tuple(s and np.float32(s * np.float32(case.global_scale_over_amax)) for s in scales)
+  scales = tuple(s and _scaled(s, case.global_scale_over_amax) for s in scales)
   if "x" in case.bad:
     _poison(rng, x)
     if not p.quantize_input:  # an infinity is a number then
@@ -283,6 +283,11 @@ def _amax(a: np.ndarray | None) -> np.float32:
   """1 where there is nothing else to go by: zeros, or codes that were never numbers."""
   amax = np.float32(0) if a is None else np.max(np.abs(a.astype(np.float32)), initial=0)
   return np.float32(amax or 1)
+
+
+def _scaled(scale: np.float32, factor: float) -> np.float32:
+  """A global scale is finite: the product of an infinite one is NaN throughout."""
+  return np.float32(min(float(scale) * factor, float(np.finfo(np.float32).max)))
 
 
 def _poison(rng: np.random.Generator, a: np.ndarray) -> None:
