@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ from jaxqq._compat import ShardingTypeError
 from jaxqq._formats import FORMATS, Format
 from jaxqq._global_scales import scale_that_reaches, unscaled
 from jaxqq._gradient import is_zero, refuse_gradient_of_packed, summed_to
-from jaxqq._kernels.ragged import RAGGED, Contracted, RaggedProblem
+from jaxqq._kernels.problem import Contracted, RaggedProblem, obstacle
+from jaxqq._kernels.ragged import RAGGED
 from jaxqq._ragged_reference import NUM_AXES, RaggedOperands, in_groups, unflatten
 from jaxqq._sharding import vary_alike
 
@@ -103,6 +105,12 @@ def problem_of(ops: RaggedOperands, params: Params) -> RaggedProblem:
     params.out_dtype,
     params.precision,
     params.function,
+    math.prod(ops.batch_shape),
+    any(scale is not None for scale in (ops.global_scale_x, ops.global_scale_w)),
+    ops.global_scale_x is not None and math.prod(ops.global_scale_x.shape) > 1,
+    "global scales differ from row to row"
+    if ops.row_scales is not None
+    else obstacle(ops.flatten(), ()),
   )
 
 

@@ -13,7 +13,8 @@ import pytest
 import jaxqq
 from jaxqq import _kernels
 from jaxqq._formats import FORMATS
-from jaxqq._kernels.ragged import RAGGED, RaggedProblem
+from jaxqq._kernels.problem import RaggedProblem
+from jaxqq._kernels.ragged import RAGGED
 from jaxqq._ragged_reference import RaggedOperands, unflatten
 from tests.support import oracle, ragged
 from tests.support.operands import PRODUCTS, Product, amax, crossed, quantized_product

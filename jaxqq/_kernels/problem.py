@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,11 @@ from jaxqq._reference import Operands
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Sizes, formats and flags of one product, on one device."""
+  """Sizes, formats and flags of one product, on one device.
+
+  Of rows in groups, each with a matrix of its own, it is that of a group: m is how many rows one
+  has on average, and the batch axes are the groups that have any.
+  """
 
   fmt: Format
   m: int
@@ -35,6 +39,7 @@ class Problem:
   obstacle: str | None  # why no kernel takes it, or None
   x_dtype: np.dtype
   quantize_input: bool  # whether x is quantized; else it is multiplied as it is, in x_dtype
+  in_groups: bool = False
 
   @classmethod
   def of(
@@ -114,6 +119,45 @@ def _is_split_explicitly(a: Any) -> bool:
     return False
   explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
   return explicit and any(axes is not None for axes in sharding.spec)
+
+
+# Rows in groups, each with a matrix of its own
+
+# out[i, n] = sum_k x[i, k] w[n, k];  out[i, k] = sum_n x[i, n] w[n, k], w of the group of row i;
+# out[n, k] = sum_m x[m, n] y[m, k], over the rows of each group.
+Contracted: TypeAlias = Literal["k", "n", "m"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedProblem:
+  """Sizes, formats and flags of one ragged product, on one device."""
+
+  fmt: Format
+  contracted: Contracted
+  m: int
+  groups: int  # of this device: as many as matrices
+  n: int
+  k: int
+  is_packed: bool
+  quantize: bool  # whether x, and an unpacked w or y, is quantized along the contracted axis
+  quantize_w: bool  # whether an unpacked w is quantized along k, and x multiplied as it is
+  x_dtype: np.dtype
+  w_dtype: np.dtype  # of unpacked w, or y
+  out_dtype: np.dtype
+  precision: jax.lax.Precision | None
+  function: str  # whose product it is, for errors
+  batch: int = 1  # products, with rows and groups of their own each
+  has_global_scales: bool = False
+  scales_by_group: bool = False  # whether one of x differs from group to group
+  obstacle: str | None = None  # why no kernel takes it, or None
+
+
+def tiles_of_a_group(rows: int, block_m: int) -> float:
+  """How many tiles of so many rows a group takes, on average, whose sizes are spread.
+
+  One, if groups a quarter larger fit; else half of the last one is of no use.
+  """
+  return 1.0 if 5 * rows <= 4 * block_m else rows / block_m + 0.5
 
 
 # Operands: one batch axis, and whole steps of k

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxqq._formats import Format
 from jaxqq._kernels import xla
+from jaxqq._kernels.hopper import ragged_plan
 from jaxqq._kernels.plan import Device, Implementation, from_table
-from jaxqq._kernels.problem import Problem
+from jaxqq._kernels.problem import Problem, RaggedProblem
 from jaxqq._ragged_reference import RaggedOperands, rows_times_matrices, sums_of_rows
 from jaxqq._reference import Operands, matmul, pulled_back, to_quantize_anew
-
-# out[i, n] = sum_k x[i, k] w[n, k];  out[i, k] = sum_n x[i, n] w[n, k], w of the group of row i;
-# out[n, k] = sum_m x[m, n] y[m, k], over the rows of each group.
-Contracted: TypeAlias = Literal["k", "n", "m"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RaggedProblem:
-  """Sizes, formats and flags of one ragged product, on one device."""
-
-  fmt: Format
-  contracted: Contracted
-  m: int
-  groups: int  # of this device: as many as matrices
-  n: int
-  k: int
-  is_packed: bool
-  quantize: bool  # whether x, and an unpacked w or y, is quantized along the contracted axis
-  quantize_w: bool  # whether an unpacked w is quantized along k, and x multiplied as it is
-  x_dtype: np.dtype
-  w_dtype: np.dtype  # of unpacked w, or y
-  out_dtype: np.dtype
-  precision: jax.lax.Precision | None
-  function: str  # whose product it is, for errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +80,6 @@ RAGGED: tuple[Implementation, ...] = (
     takes_row_scales=True,
   ),
 )
+
+# With kernels that have run in Mosaic GPU's interpreter alone, for the tests.
+INTERPRETED: tuple[Implementation, ...] = (*ragged_plan.IMPLEMENTATIONS, *RAGGED)

@@ -12,7 +12,8 @@ from unittest import mock
 
 import jax
 
-from jaxqq import _explain, _kernels, _primitive
+from jaxqq import _explain, _kernels, _primitive, _ragged, _ragged_primitive
+from jaxqq._kernels import ragged as ragged_kernels
 
 if jax.__version_info__ >= (0, 11):
   import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -22,6 +23,13 @@ def _as_on_a_gpu(operands, *, mode, out_dtype, backward, **how):
   """`qqmm` without its primitive: a lowering may not have the effects of interpreted kernels."""
   del backward
   return _primitive.run(operands, mode, out_dtype, _primitive.How.of(how), "cuda")
+
+
+def _ragged_as_on_a_gpu(operands, params):
+  """`ragged_qqmm` likewise."""
+  problem = _ragged_primitive.problem_of(operands, params)
+  device = _kernels.device_of("cuda")
+  return _kernels.plan(problem, device, ragged_kernels.INTERPRETED).run(operands)
 
 
 @contextlib.contextmanager
@@ -38,6 +46,8 @@ def interpreted(*, sms: int = 2) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     for module, name, value in (
       (_primitive, "qqmm", _as_on_a_gpu),
+      (_ragged, "bind", _ragged_as_on_a_gpu),
+      (_explain, "RAGGED", ragged_kernels.INTERPRETED),
       (_explain, "_platform", lambda x, device: "cuda"),
       (_kernels, "device_of", device_of),
     ):

@@ -201,13 +201,22 @@ def seeds_of(first: int, products: int) -> list[tuple[int, range]]:
   return all_draws + ([(first + whole, range(rest))] if rest else [])
 
 
+def runner(args: argparse.Namespace) -> Any:
+  """What runs a seed: of plain products, or of ragged ones."""
+  if not args.ragged:
+    return run_seed
+  from tests.support import ragged_products
+
+  return ragged_products.run_seed
+
+
 def work(args: argparse.Namespace) -> None:
   """A worker's share, written as it comes."""
   until = time.monotonic() + args.seconds
   index, count = args.share
   with args.out.open("a") as file:
     for seed, draws in seeds_of(args.seed, args.products)[index::count]:
-      for result in run_seed(seed, draws, small=args.small):
+      for result in runner(args)(seed, draws, small=args.small):
         file.write(json.dumps(result) + "\n")
         file.flush()
       if time.monotonic() > until:
@@ -221,7 +230,8 @@ def start_workers(args: argparse.Namespace) -> None:
   env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.8 / args.workers:.3f}"
   command = [sys.executable, "-m", "tests.support.products", "--out", str(args.out.resolve())]
   command += ["--seed", str(args.seed), "--products", str(args.products)]
-  command += ["--seconds", str(args.seconds), *(["--small"] if args.small else [])]
+  command += ["--seconds", str(args.seconds)]
+  command += [f"--{flag}" for flag in ("small", "ragged") if getattr(args, flag)]
   shares = ([*command, "--share", str(i), str(args.workers)] for i in range(args.workers))
   workers = [subprocess.Popen(share, env=env, cwd=ROOT) for share in shares]
   for i, worker in enumerate(workers):
@@ -261,6 +271,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--seconds", type=float, default=1e9, help="after which no program is begun")
   p.add_argument("--out", type=Path, help="where results go, a line of JSON each")
   p.add_argument("--small", action="store_true", help="sizes for a CPU")
+  p.add_argument("--ragged", action="store_true", help="products of rows in groups")
   p.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
   return p
 
@@ -282,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
       seeds = [(args.seed, range(args.draw, args.draw + 1))]
     results = []
     for seed, draws in seeds:
-      for result in run_seed(seed, draws, small=args.small):
+      for result in runner(args)(seed, draws, small=args.small):
         if args.draw is not None or len(seeds) == 1:
           print(json.dumps(result, indent=2))
         results.append(result)

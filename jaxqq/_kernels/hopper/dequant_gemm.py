@@ -34,9 +34,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper import epilogue, pipeline
-from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
-from jaxqq._kernels.hopper.ptx import cluster, named_barriers, wgmma
-from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
+from jaxqq._kernels.hopper.pipeline import (
+  GroupTile,
+  GroupTiles,
+  Tile,
+  batch_of,
+  group_of,
+  pad_rows,
+  rounded_up,
+)
+from jaxqq._kernels.hopper.ptx import cluster, named_barriers, stores, wgmma
+from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, row_transforms, tile_transforms
 from jaxqq._kernels.hopper.tiles import (
   DEQUANT_STORE,
   ROWS,
@@ -76,12 +84,13 @@ class PackedOperand(Protocol):
 
 @pipeline.arrays
 class Operands:
-  x: Any  # (b or 1, m, k) of mainloop.dtype, k a multiple of mainloop.step_k
+  x: Any  # (b or 1, m, k) of mainloop.dtype, k a multiple of mainloop.step_k, or in groups of 16
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
-  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`
+  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)
   x_scales: Any = None  # float32 (b or 1, m), of rebased codes
   w_scales: Any = None  # float32 (b or 1, n)
+  groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
 
 
 @pipeline.arrays
@@ -89,7 +98,7 @@ class Scratch:
   x: Any  # (stages, block_m, step_k)
   w: Any  # (stages, block_n, words)
   scales: Any  # (slots, block_n, SCALES), each of several steps
-  out: Any  # pieces of 64 rows of w on their way out
+  out: Any  # pieces of 64 rows of w on their way out; None where threads store them
   from_cluster: Any  # sums of the other CTAs, a slot each
   full: Any
   empty: Any
@@ -145,11 +154,13 @@ class _DequantGemm:
     grid: Grid,
   ):
     x, w = operands.x, operands.w
-    self.batch, self.m, self.n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
+    self.has_groups = operands.groups is not None
+    self.batch = 1 if self.has_groups else max(x.shape[0], w.shape[0])
+    self.m, self.n = x.shape[1], w.shape[1]
     self.mainloop, self.tiles, self.grid = mainloop, tiles, grid
     self.out_dtype = jnp.dtype(out_dtype)
     self.compute_warpgroups = tiles.block_n // ROWS
-    self.k_steps = x.shape[2] // mainloop.step_k  # of all CTAs that share a tile
+    self.k_steps = cdiv(x.shape[2], mainloop.step_k)  # of all CTAs that share a tile
     sizes = range(8, DEQUANT_STORE + 1, 8)  # rows of x that a CTA stores at a time
     self.store_m = max(s for s in sizes if tiles.own_m % s == 0 and tiles.block_m % s == 0)
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
@@ -157,14 +168,25 @@ class _DequantGemm:
     self.steps_a_block = SCALES // mainloop.groups  # of scales
     self.blocks_a_tile = cdiv(self.k_steps, self.steps_a_block)
     self.slots = scale_slots(self.k_steps, self.steps_a_block, tiles.num_stages)
-    self.x_transforms = tile_transforms(mainloop.step_k, mainloop.dtype)
     # Only 16 bit matrices can be transposed on their way to shared memory.
-    self.writes_transpose = self.out_dtype.itemsize != 2
+    self.can_stage_transpose = self.out_dtype.itemsize == 2
+    self.writes_transpose = not self.can_stage_transpose and not self.has_groups
+    self.x_transforms = tile_transforms(mainloop.step_k, mainloop.dtype)
+    self.w_transforms = tile_transforms(mainloop.words, jnp.uint32)
+    if self.has_groups:  # a tile begins at any row, and the last step goes past the end of k
+      self.x_transforms = row_transforms()
+      if 4 * mainloop.words == ROW_BYTES:
+        self.w_transforms = row_transforms()
 
   def out_type(self) -> jax.ShapeDtypeStruct:
     """(b, m, n), or (b, n, m), and what the last pieces have beyond."""
+    if self.has_groups and not self.can_stage_transpose:
+      return jax.ShapeDtypeStruct(
+        (1, *stores.stored_shape(self.m, self.n, 0, ROWS)), self.out_dtype
+      )
     m_multiple = self.store_m if self.writes_transpose else 8
     rows = stored_size(self.m, self.store_m, self.tiles.block_m, m_multiple)
+    rows = self.m if self.has_groups else rows
     columns = stored_size(self.n, ROWS, self.tiles.block_n, ROWS)
     shape = (columns, rows) if self.writes_transpose else (rows, columns)
     return jax.ShapeDtypeStruct((self.batch, *shape), self.out_dtype)
@@ -174,17 +196,19 @@ class _DequantGemm:
     warpgroups, others = self.compute_warpgroups, tiles.cluster - 1
     words = (stages, tiles.block_n, mainloop.words)
     out = (ROWS, self.store_m) if self.writes_transpose else (self.store_m, ROWS)
+    out_transforms = tile_transforms(out[1], self.out_dtype)
+    if self.has_groups:
+      out_transforms = row_transforms()
+    is_staged = self.can_stage_transpose or self.writes_transpose
     return Scratch(
       plgpu.SMEM(
         (stages, tiles.block_m, mainloop.step_k), mainloop.dtype, transforms=self.x_transforms
       ),
-      plgpu.SMEM(words, jnp.uint32, transforms=tile_transforms(mainloop.words, jnp.uint32)),
+      plgpu.SMEM(words, jnp.uint32, transforms=self.w_transforms),
       plgpu.SMEM((self.slots, tiles.block_n, SCALES), jnp.uint8),
-      plgpu.SMEM(
-        (warpgroups, tiles.store_stages, *out),
-        self.out_dtype,
-        transforms=tile_transforms(out[1], self.out_dtype),
-      ),
+      plgpu.SMEM((warpgroups, tiles.store_stages, *out), self.out_dtype, transforms=out_transforms)
+      if is_staged
+      else None,
       cluster.dsmem_buffer(tiles.own_m, others, warpgroups) if others else None,
       plgpu.Barrier(num_barriers=stages, num_arrivals=3),
       plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
@@ -193,12 +217,16 @@ class _DequantGemm:
   def padded(self, operands: Operands) -> Operands:
     """With whole rows of eight, and scales for as many rows as are loaded at once."""
     of_x, of_w = operands.x_scales, operands.w_scales
-    x, w = pad_rows(operands.x, rounded_up(self.m, 8)), pad_rows(operands.w, rounded_up(self.n, 8))
+    x, w = operands.x, pad_rows(operands.w, rounded_up(self.n, 8))
+    if not self.has_groups:
+      x = pad_rows(x, rounded_up(self.m, 8))
     scales = pad_rows(operands.scales, rounded_up(self.n, 8))
     missing = -scales.shape[2] % TMA_BYTES
     scales = jnp.pad(scales, ((0, 0), (0, 0), (0, missing))) if missing else scales
     if of_x is not None:
-      of_x = pad_rows(of_x, rounded_up(self.m, self.store_m))
+      # A group's last piece begins at any row.
+      rows = self.m + self.store_m if self.has_groups else rounded_up(self.m, self.store_m)
+      of_x = pad_rows(of_x, rows)
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
     return dataclasses.replace(operands, x=x, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
 
@@ -214,7 +242,7 @@ class _Cta:
     self.gmem, self.out, self.smem = gmem, out, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(kernel.grid)
-    self.walk = pipeline.walk(kernel.grid)
+    self.walk = pipeline.walk(kernel.grid, gmem.groups)
     self.first_step, self.k_steps = self.own_steps()
 
   def own_steps(self) -> tuple[Any, Any]:
@@ -260,6 +288,10 @@ class _Cta:
         pl.when(warpgroup == 0)(lambda: named_barriers.wait(warpgroup))
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      if self.gmem.groups is not None:
+        with jax.named_scope("zeros"):
+          zeros = pipeline.walk_of_zeros(kernel.grid, self.gmem.groups)
+          epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.first_row)
 
   # Loads
 
@@ -271,7 +303,7 @@ class _Cta:
     words = pl.ds(ki * mainloop.words, mainloop.words)
     w = gmem.w.at[batch_of(gmem.w, tile.batch), w_rows, words]
     plgpu.copy_gmem_to_smem(w, self.smem.w.at[stage], full)
-    rows = pl.ds(tile.m * self.tiles.block_m, self.tiles.block_m)
+    rows = pl.ds(tile.row(self.tiles.block_m), self.tiles.block_m)
     ks = pl.ds(ki * mainloop.step_k, mainloop.step_k)
     x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
     plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
@@ -370,30 +402,63 @@ class _Cta:
 
   def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
     """Scales and writes the sums of a tile's rows from `first_row` on, a piece after the other."""
-    kernel, b = self.kernel, tile.batch
-    columns, store_m = pl.ds(self.first_row(tile), ROWS), kernel.store_m
+    store_m, column = self.kernel.store_m, self.first_row(tile)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for i in range(sums.shape[1] // store_m):
       piece = sums[:, i * store_m : (i + 1) * store_m]
-      row = tile.m * self.tiles.block_m + first_row + i * store_m
-      rows = pl.ds(row, store_m)
-      if kernel.has_row_scales:
-        of_x = self.gmem.x_scales
-        here = pl.ds(jnp.minimum(row, of_x.shape[1] - store_m), store_m)
-        x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), here], of_rows=False)
-        piece = epilogue.times_row_scales(piece, w_scales, x_scales)
-      else:
-        piece = epilogue.times_alpha(piece, self.gmem.alpha)
       stage = i % self.tiles.store_stages
-      plgpu.wait_smem_to_gmem(self.tiles.store_stages - 1, wait_read_only=True)
-      staged = self.smem.out.at[self.warpgroup, stage]
-      if kernel.writes_transpose:
-        staged[...] = piece.astype(kernel.out_dtype)
-      else:
-        staged.T[...] = piece.astype(kernel.out_dtype)
-      plgpu.commit_smem()
-      where = (columns, rows) if kernel.writes_transpose else (rows, columns)
-      plgpu.copy_smem_to_gmem(staged, self.out.at[b, *where])
+      if isinstance(tile, GroupTile):
+        self.store_some(piece, w_scales, tile, first_row + i * store_m, column, stage)
+        continue
+      row = tile.row(self.tiles.block_m) + first_row + i * store_m
+      self.store_piece(self.scaled(piece, w_scales, tile, row), tile.batch, row, column, stage)
+
+  def scaled(self, piece: Any, w_scales: Any, tile: Tile, row: Any) -> Any:
+    """Rows of x from `row` on."""
+    gmem = self.gmem
+    if not self.kernel.has_row_scales:
+      return epilogue.times_alpha(piece, gmem.alpha, group_of(gmem.alpha, tile))
+    of_x, size = gmem.x_scales, piece.shape[1]
+    here = pl.ds(jnp.minimum(row, of_x.shape[1] - size), size)
+    x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, tile.batch), here], of_rows=False)
+    return epilogue.times_row_scales(piece, w_scales, x_scales)
+
+  def store_piece(self, piece: Any, b: Any, row: Any, column: Any, stage: int) -> None:
+    """By the TMA, through shared memory."""
+    kernel = self.kernel
+    rows, columns = pl.ds(row, piece.shape[1]), pl.ds(column, ROWS)
+    plgpu.wait_smem_to_gmem(self.tiles.store_stages - 1, wait_read_only=True)
+    staged = self.smem.out.at[self.warpgroup, stage]
+    if kernel.writes_transpose:
+      staged[...] = piece.astype(kernel.out_dtype)
+    else:
+      staged.T[...] = piece.astype(kernel.out_dtype)
+    plgpu.commit_smem()
+    where = (columns, rows) if kernel.writes_transpose else (rows, columns)
+    plgpu.copy_smem_to_gmem(staged, self.out.at[b, *where])
+
+  def store_some(
+    self, piece: Any, w_scales: Any, tile: GroupTile, first: int, column: Any, stage: int
+  ) -> None:
+    """Those rows of a piece that the group has: all of them by the TMA, some thread by thread."""
+    kernel, size = self.kernel, piece.shape[1]
+    row, rows = tile.first + first, tile.rows - first
+    by_tma = rows >= size if kernel.can_stage_transpose else rows < 0
+
+    @pl.when(rows > 0)
+    def _scale_and_store() -> None:
+      out = self.scaled(piece, w_scales, tile, row)
+
+      @pl.when(by_tma)
+      def _whole() -> None:
+        if kernel.can_stage_transpose:
+          self.store_piece(out, 0, row, column, stage)
+
+      @pl.when(jnp.logical_not(by_tma))
+      def _part() -> None:
+        where = row, rows, column
+        to = out.astype(kernel.out_dtype), plgpu.Layout.WGMMA, self.out.at[0]
+        stores.store_some_columns(*to, *where)
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
     """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""

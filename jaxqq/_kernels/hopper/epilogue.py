@@ -8,6 +8,8 @@ range unless the last one does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +17,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 
+from jaxqq._kernels.hopper.pipeline import Walk
+from jaxqq._kernels.hopper.ptx import stores
+from jaxqq._kernels.hopper.tiles import ROWS
+
+_ZERO_ROWS = 32  # that a warpgroup stores at a time, where results are zeros
 _LEAST, _LARGEST = 127 - 64, 127 + 64  # exponent fields of a first factor
 
 
@@ -23,18 +31,18 @@ _LEAST, _LARGEST = 127 - 64, 127 + 64  # exponent fields of a first factor
 
 
 def alpha_operand(first: Any = 1.0, second: Any = 1.0) -> jax.Array:
-  """float32 (1, 2), whose product is that of both, as the wide kernels take alpha.
+  """float32 (1, 2), whose product is that of both, as the wide kernels take alpha; or (groups, 2).
 
   Equal constants would cost a kernel that fills an array; different ones are a literal. No array of
   numpy's: `custom_partitioning` refuses functions that hold one.
   """
   both = (jnp.float32(0.5) * first, jnp.float32(2) * second)
-  return jnp.stack([jnp.asarray(a, jnp.float32) for a in both]).reshape(1, 2)
+  return jnp.stack([jnp.asarray(a, jnp.float32) for a in both], axis=-1).reshape(-1, 2)
 
 
-def times_alpha(sums: Any, alpha: Any) -> Any:
-  """Sums times both numbers of an `alpha_operand`, a reference."""
-  return sums * alpha[0, 0] * alpha[0, 1]
+def times_alpha(sums: Any, alpha: Any, group: Any = 0) -> Any:
+  """Sums times both numbers of an `alpha_operand`, a reference; those of a group, of several."""
+  return sums * alpha[group, 0] * alpha[group, 1]
 
 
 def factors_of_product(a: Any, b: Any) -> tuple[Any, Any]:
@@ -48,6 +56,33 @@ def factors_of_product(a: Any, b: Any) -> tuple[Any, Any]:
   is_larger = a > b
   larger, smaller = jnp.where(is_larger, a, b), jnp.where(is_larger, b, a)
   return jnp.where(fits, both, larger), jnp.where(fits, np.float32(1), smaller)
+
+
+# Rows that have no group
+
+
+def store_zeros(walk: Walk, out_ref: Any, block_m: int, column_of: Callable[[Any], Any]) -> None:
+  """Zeros for the tiles of a walk, 64 columns of each, by a warpgroup.
+
+  Args:
+    walk: of `pipeline.walk_of_zeros`.
+    out_ref: (1, m, n), in global memory.
+    block_m: rows of a tile, at most.
+    column_of: a tile's first one.
+  """
+  size = math.gcd(block_m, _ZERO_ROWS)
+  zeros = jnp.zeros((ROWS, size), out_ref.dtype)
+
+  @pl.loop(0, walk.num_tiles)
+  def _tile(t: Any) -> None:
+    tile: Any = walk.tile(t)
+    for i in range(0, block_m, size):
+
+      @pl.when(i < tile.rows)
+      def _piece(i: int = i) -> None:
+        piece = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        where = tile.first + i, tile.rows - i, column_of(tile)
+        stores.store_some_columns(piece, plgpu.Layout.WGMMA, out_ref.at[0], *where)
 
 
 # Scales of rows: powers of two, of rebased codes

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxqq._kernels.hopper import dequant_gemm, gemm, skinny_gemm, staged_gemm
+from jaxqq import _ragged_reference
+from jaxqq._kernels.hopper import dequant_gemm, gemm, grouped, skinny_gemm, staged_gemm
 from jaxqq._kernels.hopper.dequant_gemm import PackedOperand
 from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops import blockdiag, in_order
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
-from jaxqq._kernels.hopper.pipeline import pad_rows
+from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, packed_operand
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
@@ -24,9 +26,12 @@ from jaxqq._kernels.hopper.quantize.exact import exact_operand
 from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_packed
 from jaxqq._kernels.hopper.quantize.groups import TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
+from jaxqq._kernels.hopper.ragged_plan import RaggedPlan
+from jaxqq._kernels.hopper.tiles import TMA_BYTES, Grid
 from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._quantize import alpha_factors
-from jaxqq._reference import Operands
+from jaxqq._ragged_reference import RaggedOperands
+from jaxqq._reference import Operands, round_trip
 
 # More than 64 rows
 
@@ -41,8 +46,13 @@ def wide(plan: WidePlan, operands: Operands) -> jax.Array:
   return out.reshape(*operands.batch_shape, operands.m, operands.n)
 
 
-def _exact(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
-  """16 bit floats that hold code * scale, or x as it is; packed w as it came."""
+def _exact(
+  plan: WidePlan, operands: Operands, x_hat: jax.Array | None = None
+) -> dequant_gemm.Operands:
+  """16 bit floats that hold code * scale, or x as it is; packed w as it came.
+
+  x_hat: x quantized, where it is already.
+  """
   problem, fmt, mainloop = plan.problem, plan.problem.fmt, MAINLOOPS.get(plan.mainloop)
   interleave = mainloop is not None and mainloop.interleaved
 
@@ -56,14 +66,16 @@ def _exact(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
     )
     return out.reshape(a.shape[0], -1, operands.k)
 
-  if problem.quantize_input:
+  if x_hat is not None:
+    x = x_hat
+  elif problem.quantize_input:
     x = operand("x", operands.global_scale_x)
   else:
     x = operands.untransposed(["x"]).x
   unit_exponent = 0 if mainloop is None else mainloop.unit_exponent
   if problem.has_global_scales:
-    global_scales = _scalar(operands.global_scale_x), _scalar(operands.global_scale_w)
-    alpha = alpha_operand(*alpha_factors(*global_scales, fmt, unit_exponent))
+    of_x, of_w = _scalar(operands.global_scale_x), _scalar(operands.global_scale_w)
+    alpha = alpha_operand(*alpha_factors(of_x, of_w, fmt, unit_exponent))
   else:
     alpha = alpha_operand(2.0**unit_exponent)
   w = operands.w if problem.is_packed else operand("w", operands.global_scale_w)
@@ -107,9 +119,11 @@ def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
   return gemm.gemm(operands, plan.problem.out_dtype, plan.tiles, plan.grid)
 
 
-def _run_dequant_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
+def _run_dequant_gemm(
+  plan: WidePlan, ready: dequant_gemm.Operands, grid: Grid | None = None
+) -> jax.Array:
   mainloop, out_dtype = MAINLOOPS[plan.mainloop], plan.problem.out_dtype
-  return dequant_gemm.dequant_gemm(ready, mainloop, out_dtype, plan.tiles, plan.grid)
+  return dequant_gemm.dequant_gemm(ready, mainloop, out_dtype, plan.tiles, grid or plan.grid)
 
 
 def _run_staged_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
@@ -129,23 +143,36 @@ _KERNELS = {
 
 def skinny(plan: SkinnyPlan, operands: Operands) -> jax.Array:
   """out (..., m, n)."""
-  folded, fmt = _pad_skinny(plan, fold(operands)), plan.problem.fmt
-  m = folded.x.shape[1]
-  # Passed raw: any arithmetic here would cost a kernel of XLA's.
-  of_x, of_w = (
-    None if scale is None else scale.reshape(1)
-    for scale in (folded.global_scale_x, folded.global_scale_w)
-  )
-  unit = math.prod(1 / fmt.largest_value for scale in (of_x, of_w) if scale is not None)
-  unit *= blockdiag.UNIT if plan.mainloop == "blockdiag" else 1.0
-  if plan.mainloop in ("expanded", "in_order"):
-    unit *= 2.0 ** MAINLOOPS[packed_operand(plan.problem)].unit_exponent
+  folded = _pad_skinny(plan, fold(operands))
   x, x_scales = folded.x, None
   if not plan.quantizes_x:
-    x, x_scales = _skinny_x(plan, folded)
-  ready = skinny_gemm.Operands(x, folded.w, folded.scales, of_x, of_w, x_scales)
-  out = skinny_gemm.skinny_gemm(ready, m, plan, unit, plan.problem.out_dtype)
+    x, x_scales = _skinny_x(plan, folded, plan.padded_m)
+  ready = _ready_for_skinny(folded, x, x_scales)
+  out = skinny_gemm.skinny_gemm(ready, folded.x.shape[1], plan, _unit(plan), plan.problem.out_dtype)
   return out.reshape(*operands.batch_shape, operands.m, operands.n)
+
+
+def _ready_for_skinny(
+  folded: Operands, x: jax.Array, x_scales: jax.Array | None, groups: GroupTiles | None = None
+) -> skinny_gemm.Operands:
+  # Passed raw: any arithmetic here would cost a kernel of XLA's.
+  of_x, of_w = (
+    None if scale is None else scale.reshape(-1)
+    for scale in (folded.global_scale_x, folded.global_scale_w)
+  )
+  return skinny_gemm.Operands(x, folded.w, folded.scales, of_x, of_w, x_scales, groups)
+
+
+def _unit(plan: SkinnyPlan) -> float:
+  """What sums are to be multiplied by, global scales apart."""
+  problem = plan.problem
+  count = (1 + problem.quantize_input) if problem.has_global_scales else 0
+  unit = math.prod([1 / problem.fmt.largest_value] * count)
+  if plan.mainloop == "blockdiag":
+    return unit * blockdiag.UNIT
+  if plan.mainloop in ("expanded", "in_order"):
+    return unit * 2.0 ** MAINLOOPS[packed_operand(problem)].unit_exponent
+  return unit
 
 
 def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
@@ -164,9 +191,11 @@ def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
   )
 
 
-def _skinny_x(plan: SkinnyPlan, folded: Operands) -> tuple[jax.Array, jax.Array | None]:
+def _skinny_x(
+  plan: SkinnyPlan, folded: Operands, padded_m: int
+) -> tuple[jax.Array, jax.Array | None]:
   """x as the kernel takes it, quantized by one of its own, and its scales."""
-  fmt, block, padded_m = plan.problem.fmt, plan.block, plan.padded_m
+  fmt, block = plan.problem.fmt, plan.block
   batch, _, k = folded.x.shape
   global_scale = _scalar(folded.global_scale_x)
   if plan.blockdiag is not None:
@@ -194,4 +223,68 @@ def _skinny_x(plan: SkinnyPlan, folded: Operands) -> tuple[jax.Array, jax.Array 
 
 
 def _scalar(global_scale: jax.Array | None) -> jax.Array | None:
-  return None if global_scale is None else global_scale.reshape(())
+  """One number, or as many as there are."""
+  if global_scale is None:
+    return None
+  return global_scale.reshape(()) if global_scale.size == 1 else global_scale
+
+
+# Rows in groups
+
+
+def ragged(plan: RaggedPlan, operands: RaggedOperands) -> jax.Array:
+  """out (..., m, n), the rows of each group multiplied with its matrix."""
+  problem = plan.problem
+  groups, own = _ragged_reference.folded(operands, problem.groups)
+  tiles = grouped.group_tiles(groups, problem.batch, problem.m, plan.block_m)
+  scale = operands.global_scale_x
+  of_all = Operands(
+    own.x[None],
+    own.w,
+    lax.bitcast_convert_type(own.scales, jnp.uint8),
+    scale if scale is not None and scale.size == 1 else own.global_scale_x,
+    own.global_scale_w,
+  )
+  of_rows = None
+  if problem.quantize and problem.scales_by_group:
+    of_rows = grouped.scales_of_rows(groups, own.global_scale_x, own.x.shape[0])
+  run = _ragged_skinny if isinstance(plan.of_group, SkinnyPlan) else _ragged_wide
+  out = run(plan, of_all, of_rows, tiles)
+  return out.reshape(*operands.batch_shape, problem.m, problem.n)
+
+
+def _ragged_skinny(
+  plan: RaggedPlan, operands: Operands, of_rows: jax.Array | None, tiles: GroupTiles
+) -> jax.Array:
+  own, m = cast(SkinnyPlan, plan.of_group), operands.m
+  operands = _pad_skinny(own, operands)
+  if of_rows is None:
+    # A row of the scales of all rows is a multiple of what the TMA loads.
+    x, x_scales = _skinny_x(own, operands, rounded_up(m, TMA_BYTES // 4))
+  else:
+    x, x_scales = _quantized_by_rows(plan, operands.x, of_rows), None
+  ready = _ready_for_skinny(operands, x, x_scales, tiles)
+  return skinny_gemm.skinny_gemm(ready, m, own, _unit(own), own.problem.out_dtype, plan.grid)
+
+
+def _ragged_wide(
+  plan: RaggedPlan, operands: Operands, of_rows: jax.Array | None, tiles: GroupTiles
+) -> jax.Array:
+  own = cast(WidePlan, plan.of_group)
+  dtype = operand_dtype(own.problem)
+  if own.fp8:  # loads go past the end of k
+    ready = _rebased(own, operands)
+  else:
+    operands = pad_k(operands, gemm.step_k(dtype), own.problem.fmt)
+    x = None if of_rows is None else _quantized_by_rows(plan, operands.x, of_rows)
+    ready = _exact(own, operands, x)
+  return _run_dequant_gemm(own, dataclasses.replace(ready, groups=tiles), plan.grid)
+
+
+def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> jax.Array:
+  """x_hat (1, m, k) for the mainloop, by XLA: of rows with global scales of their own, (m,)."""
+  problem = plan.of_group.problem
+  x_hat = round_trip(x[0][:, None], problem.fmt, of_rows)[:, 0].astype(operand_dtype(problem))
+  if packed_operand(problem) == "packed_e2m1":  # interleaved
+    x_hat = jnp.swapaxes(x_hat.reshape(x_hat.shape[0], -1, 8, 8), -1, -2)
+  return x_hat.reshape(1, *x.shape[1:])

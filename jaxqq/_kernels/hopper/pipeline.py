@@ -53,6 +53,37 @@ class Tile:
   m: Any
   n: Any
 
+  def row(self, block_m: int) -> Any:
+    """The first one of x."""
+    return self.m * block_m
+
+
+@arrays
+class GroupTiles:
+  """Rows in groups, each of which is multiplied with a matrix of its own (`grouped.py`).
+
+  Tiles of the groups come first, then those of rows that have none, whose results are zeros.
+  """
+
+  group: Any  # int32 (tiles,): of global scales
+  matrix: Any  # of w
+  first: Any  # row of x
+  rows: Any
+  counts: Any  # int32 (2,): tiles of groups, and all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupTile(Tile):
+  """Some rows of one group; `batch` is its matrix."""
+
+  group: Any
+  first: Any
+  rows: Any
+
+  def row(self, block_m: int) -> Any:
+    del block_m
+    return self.first
+
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
@@ -62,10 +93,43 @@ class Walk:
   tile: Callable[[Any], Tile]
 
 
-def walk(grid: Grid) -> Walk:
+def walk(grid: Grid, groups: GroupTiles | None = None) -> Walk:
   workers, worker = grid.num_workers, lax.axis_index(WORKER)
+  if groups is not None:
+    return _walk_of_groups(grid, groups, 0, groups.counts[0])
   own_tiles = lax.div(grid.num_tiles - worker + workers - 1, jnp.int32(workers))
   return Walk(own_tiles, lambda t: tile_of(grid, t, worker + t * workers))
+
+
+def walk_of_zeros(grid: Grid, groups: GroupTiles) -> Walk:
+  """Over the tiles whose rows have no group."""
+  return _walk_of_groups(grid, groups, groups.counts[0], groups.counts[1])
+
+
+def _walk_of_groups(grid: Grid, groups: GroupTiles, first: Any, end: Any) -> Walk:
+  """Over the tiles of m from `first` to `end`, in bands of them, with all of n."""
+  workers, worker = grid.num_workers, lax.axis_index(WORKER)
+  n_tiles, width = jnp.int32(grid.tiles[1]), jnp.int32(grid.group_width)
+  m_tiles = end - first
+
+  def tile(t: Any) -> GroupTile:
+    index = worker + t * workers
+    band = lax.div(index, n_tiles * width)
+    within = index - band * n_tiles * width
+    band_width = jnp.minimum(width, m_tiles - band * width)
+    ni = lax.div(within, band_width)
+    mi = first + band * width + within - ni * band_width
+    return GroupTile(
+      index=t,
+      batch=groups.matrix[mi],
+      m=mi,
+      n=ni,
+      group=groups.group[mi],
+      first=groups.first[mi],
+      rows=groups.rows[mi],
+    )
+
+  return Walk(lax.div(m_tiles * n_tiles - worker + workers - 1, jnp.int32(workers)), tile)
 
 
 def tile_of(grid: Grid, own_index: Any, index: Any) -> Tile:
@@ -119,6 +183,11 @@ def stage_after(stage: Any, stages: int, steps: int = 1) -> Any:
   """The stage so many steps later, up to as many as there are."""
   after = stage + jnp.int32(steps)
   return jnp.where(after >= stages, after - stages, after)
+
+
+def group_of(ref: Any, tile: Tile) -> Any:
+  """The index of a tile's group in a reference to one number, or to one for each group."""
+  return tile.group if isinstance(tile, GroupTile) and ref.shape[0] > 1 else 0
 
 
 def batch_of(ref: Any, b: Any) -> Any:

@@ -59,7 +59,7 @@ from jaxqq._kernels.hopper.tiles import (
   scale_slots,
 )
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
-from jaxqq._kernels.problem import Problem
+from jaxqq._kernels.problem import Problem, tiles_of_a_group
 from jaxqq._reference import Operands
 
 # Plans
@@ -104,7 +104,8 @@ class WidePlan:
     staged = ", packed w expanded a panel at a time" if self.kernel == "staged_gemm" else ""
     step = 128 if self.fp8 else 64
     k, group_size = self.problem.k, self.problem.fmt.group_size
-    padded = f", K padded to a multiple of {step} by XLA" if k % step else ""
+    past_end = self.fp8 and self.problem.in_groups  # zeros are loaded
+    padded = f", K padded to a multiple of {step} by XLA" if k % step and not past_end else ""
     time = ""
     if self.kernel == "dequant_gemm":  # else the time of what makes w ready is not known
       time = f", about {self.estimate_us:.0f} us on an H200"
@@ -170,10 +171,15 @@ class SkinnyPlan:
     x is quantized in whole blocks. Rows of the others are to be as far apart as loads need.
     """
     k, block = self.problem.k, self.block
+    in_rows = self.problem.in_groups
     if name == "x":
-      return cdiv(k, block.k) * block.k
+      unit = block.k
+      if in_rows and self.mainloop != "group_sums":
+        unit = 8 if self.mainloop == "in_order" else 64  # that are interleaved
+      return cdiv(k, unit) * unit
     of_scales = TMA_BYTES * (block.group_size or 1)
-    unit = 8 * SWIZZLED_BYTES // block.bits if name == "w" else of_scales
+    of_words = 8 * (TMA_BYTES if in_rows else SWIZZLED_BYTES) // block.bits
+    unit = of_words if name == "w" else of_scales
     return cdiv(k, unit) * unit
 
   def run(self, operands: Operands) -> jax.Array:
@@ -188,9 +194,12 @@ def _for_sms(device: Device) -> str:
 
 
 def _wide_grid(problem: Problem, tiles: WideTiles, device: Device) -> Grid:
+  batch, m = problem.batch, problem.rows
+  if problem.in_groups:
+    batch, m = math.ceil(batch * tiles_of_a_group(m, tiles.block_m)), tiles.block_m
   return Grid(
-    batch=problem.batch,
-    m=problem.rows,
+    batch=batch,
+    m=m,
     n=problem.n,
     block_m=tiles.block_m,
     block_n=tiles.block_n,
@@ -266,7 +275,7 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
       cluster=cluster,
     )
     grid = _wide_grid(problem, tiles, device)
-    if cluster > 1 and not _can_share(timed, tiles, grid, k_steps, out_bytes, device):
+    if cluster > 1 and not _can_share(timed, tiles, grid, k_steps, problem, device):
       continue
     if problem.wants_exact_sums and not _has_registers_for_exact_sums(tiles):
       continue
@@ -278,15 +287,16 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
 
 
 def _can_share(
-  timed: Timed, tiles: WideTiles, grid: Grid, k_steps: int, out_bytes: int, device: Device
+  timed: Timed, tiles: WideTiles, grid: Grid, k_steps: int, problem: Problem, device: Device
 ) -> bool:
   """All CTAs that share a tile run at once, and have steps, rows to store, and 16 bit results."""
   return (
     timed.cluster_us is not None
+    and not problem.in_groups
     and grid.num_tiles <= device.num_clusters(tiles.cluster)
     and k_steps >= 2 * tiles.cluster
     and tiles.own_m * (tiles.cluster - 1) < tiles.block_m
-    and out_bytes == 2
+    and problem.out_dtype.itemsize == 2
   )
 
 
@@ -357,12 +367,12 @@ def packed_operand(problem: Problem) -> Any:
   return "in_order_nvfp4_float16" if problem.x_dtype == np.float16 else "in_order_nvfp4"
 
 
-def _fp8(problem: Problem, device: Device) -> WidePlan:
+def fp8_plan(problem: Problem, device: Device) -> WidePlan:
   check_fp8(problem, device)
   return _wide(problem, device, fp8=True)
 
 
-def _exact(problem: Problem, device: Device) -> WidePlan:
+def exact_plan(problem: Problem, device: Device) -> WidePlan:
   check_product(problem, device)
   return _wide(problem, device, fp8=False)
 
@@ -382,9 +392,9 @@ MAX_ROWS_QUANTIZED = 8
 MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
 
 
-def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
+def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   check_product(problem, device)
-  rows, is_packed = problem.rows, problem.is_packed
+  rows, is_packed = _skinny_rows(problem), problem.is_packed
   if not is_packed and problem.transposed:
     raise Unsupported("w is not packed, and an operand's contracted axis comes first")
   if not is_packed and not problem.quantize_input:
@@ -410,7 +420,8 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
     blockdiag = BlockDiagonal(power_of_two_from(rows))
     padded_m = blockdiag.columns
   most = {"blockdiag": MAX_BLOCKDIAG_ROWS_QUANTIZED, "group_sums": MAX_ROWS_QUANTIZED}
-  quantizes_x = rows <= most.get(mainloop, 0) and block.k == SKINNY_BLOCK_K
+  few = rows <= most.get(mainloop, 0) and not problem.in_groups
+  quantizes_x = few and block.k == SKINNY_BLOCK_K
   tiles = _skinny_tiles(problem, device, block, padded_m, _x_bytes(mainloop, block, padded_m, rows))
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
   if mainloop in ("expanded", "in_order") and rows > MAX_SKINNY_ROWS // 2:
@@ -423,6 +434,11 @@ def _skinny(problem: Problem, device: Device) -> SkinnyPlan:
   return plan
 
 
+def _skinny_rows(problem: Problem) -> int:
+  """Of x in a tile: all of them, or a quarter more than a group has on average."""
+  return math.ceil(1.25 * problem.rows) if problem.in_groups else problem.rows
+
+
 def _skinny_mainloop(problem: Problem) -> Any:
   """The field `mainloop` of a plan."""
   if not problem.is_packed:
@@ -432,6 +448,7 @@ def _skinny_mainloop(problem: Problem) -> Any:
   if packed_operand(problem) != "packed_e2m1":  # w in the order of an x that is not interleaved
     return "in_order"
   one_matrix = problem.shares_w or math.prod(problem.x_batch) == 1
+  one_matrix = one_matrix and not problem.in_groups
   few = problem.rows <= MAX_BLOCKDIAG_ROWS and problem.k >= BLOCKDIAG_MIN_K
   return "blockdiag" if one_matrix and few else "expanded"
 
@@ -472,6 +489,8 @@ def _skinny_tiles(
   def is_possible(workers: int, cluster: int) -> bool:
     if cluster == 1:
       return stages(workers, 1) > 0
+    if problem.in_groups:
+      return False
     # Every warpgroup of every CTA gets a block of k.
     shared = tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
     return shared and k_steps >= cluster * workers and stages(workers, cluster) > 0
@@ -492,7 +511,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
       "itself (a row of nvfp4, eight of mxfp8), else another kernel does"
     ),
     platforms=("cuda",),
-    plan=_skinny,
+    plan=skinny_plan,
   ),
   Implementation(
     name="hopper_fp8",
@@ -502,7 +521,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
       "adds every 128 products in float32"
     ),
     platforms=("cuda",),
-    plan=_fp8,
+    plan=fp8_plan,
   ),
   Implementation(
     name="hopper_exact",
@@ -512,7 +531,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
       "quantized is taken as it is"
     ),
     platforms=("cuda",),
-    plan=_exact,
+    plan=exact_plan,
   ),
 )
 

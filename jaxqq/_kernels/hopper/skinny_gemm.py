@@ -37,15 +37,28 @@ from jaxqq._kernels.hopper.mainloops.expanded import Expanded
 from jaxqq._kernels.hopper.mainloops.group_sums import GroupSums
 from jaxqq._kernels.hopper.mainloops.in_order import InOrder
 from jaxqq._kernels.hopper.mainloops.quantized import Quantized
-from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
+from jaxqq._kernels.hopper.pipeline import (
+  GroupTile,
+  GroupTiles,
+  Tile,
+  batch_of,
+  group_of,
+  pad_rows,
+  rounded_up,
+)
 from jaxqq._kernels.hopper.plan import SkinnyPlan
 from jaxqq._kernels.hopper.ptx import cluster, stores
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads
-from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, tile_transforms
+from jaxqq._kernels.hopper.ptx.layouts import (
+  ONE_OF_FOUR,
+  ROW_BYTES,
+  row_transforms,
+  tile_transforms,
+)
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
-from jaxqq._kernels.hopper.tiles import ROWS, cdiv
+from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
 
 MAINLOOPS: dict[str, type[Mainloop]] = {
   "blockdiag": BlockDiagonalX,
@@ -74,12 +87,14 @@ class Operands:
   global_scale_x: Any  # float32 (1,), the amax of x; or None
   global_scale_w: Any
   x_scales: Any = None  # of e4m3 numbers: float32 (b or 1, k / block.k, .., ..)
+  # Of x (1, m, k) in groups, and w (matrices, n, k), with global scales of shape (1,) or (groups,).
+  groups: GroupTiles | None = None
 
 
 @pipeline.arrays
 class Scratch:
-  x: Any  # (stages, padded_m, columns)
-  w: Any  # (stages, 64, words or numbers)
+  x: Any  # (stages, padded_m, columns), or in rows (stages, .., padded_m, 128 bytes)
+  w: Any  # (stages, 64, words or numbers), or in rows (stages, .., 64, 128 bytes)
   sums: Any  # of all warpgroups but the first
   scales: Any
   x_scales: Any
@@ -91,7 +106,12 @@ class Scratch:
 
 
 def skinny_gemm(
-  operands: Operands, m: int, plan: SkinnyPlan, unit: float, out_dtype: Any
+  operands: Operands,
+  m: int,
+  plan: SkinnyPlan,
+  unit: float,
+  out_dtype: Any,
+  grid: Grid | None = None,
 ) -> jax.Array:
   """(b, m, n): the sums times `unit` and the global scales. x has k in whole blocks.
 
@@ -101,15 +121,17 @@ def skinny_gemm(
     plan: for the sizes at hand.
     unit: what to multiply the sums by: what the mainloop leaves out, and 1 / 2688 a global scale.
     out_dtype: of the result.
+    grid: of tiles, where it is not the plan's.
   """
-  kernel = _SkinnyGemm(operands, m, plan, unit, out_dtype)
+  grid = plan.grid if grid is None else grid
+  kernel = _SkinnyGemm(operands, m, plan, grid, unit, out_dtype)
   out = pipeline.launch(
     kernel,
     kernel.padded(operands),
     kernel.out_type(),
     kernel.scratch(),
     name="skinny_gemm",
-    grid=plan.grid,
+    grid=grid,
     compute_warpgroups=plan.tiles.compute_warpgroups,
   )
   return out if out.shape[1:] == (m, kernel.n) else out[:, :m, : kernel.n]
@@ -118,10 +140,20 @@ def skinny_gemm(
 class _SkinnyGemm:
   """Sizes and buffers of one launch."""
 
-  def __init__(self, operands: Operands, m: int, plan: SkinnyPlan, unit: float, out_dtype: Any):
+  def __init__(
+    self,
+    operands: Operands,
+    m: int,
+    plan: SkinnyPlan,
+    grid: Grid,
+    unit: float,
+    out_dtype: Any,
+  ):
+    self.grid = grid
     x, w, block, fmt = operands.x, operands.w, plan.block, plan.problem.fmt
     self.plan, self.m, self.unit, self.out_dtype = plan, m, unit, out_dtype
-    self.batch, self.n = max(x.shape[0], w.shape[0]), w.shape[1]
+    self.has_groups = operands.groups is not None
+    self.batch, self.n = 1 if self.has_groups else max(x.shape[0], w.shape[0]), w.shape[1]
     self.is_packed = operands.scales is not None
     self.w_dtype, self.w_columns = w.dtype, block.words if self.is_packed else block.k
     all_steps = cdiv(w.shape[2], self.w_columns)
@@ -134,13 +166,31 @@ class _SkinnyGemm:
       self.x_scales_shape = self.quantizer.scales_shape
     else:
       self.x_dtype, self.x_columns = x.dtype, x.shape[2] // all_steps
+      if plan.blockdiag is None:
+        self.x_columns = block.k // (4 if x.dtype == jnp.uint32 else 1)
       if operands.x_scales is not None:
         rows, size = operands.x_scales.shape[2:]
+        size = plan.padded_m if self.has_groups else size
         # The TMA writes to multiples of 128 bytes.
         self.x_scales_shape = rows, max(size, 32 // rows)
-    self.x_transforms = tile_transforms(self.x_columns, self.x_dtype)
-    self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
+    # In groups a tile begins at any row, and no w is padded: its last loads go past its end.
+    self.in_rows = self.has_groups
+    self.x_transforms = self.w_transforms = row_transforms()
+    if not self.in_rows:
+      self.x_transforms = tile_transforms(self.x_columns, self.x_dtype)
+      self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
     self.mainloop = MAINLOOPS[plan.mainloop]
+
+  def stored_shape(self, rows: int, columns: int, dtype: Any) -> tuple[int, ...]:
+    """Of an operand in a stage."""
+    if not self.in_rows:
+      return rows, columns
+    of_row = ROW_BYTES // jnp.dtype(dtype).itemsize
+    return columns // of_row, rows, of_row
+
+  def num_loads(self, shape: tuple[int, ...]) -> int:
+    """How many the TMA takes for it: one a row of 128 bytes."""
+    return shape[0] if self.in_rows else 1
 
   def padded(self, operands: Operands) -> Operands:
     """With w in whole rows of eight, and x as its quantizer takes it."""
@@ -158,16 +208,18 @@ class _SkinnyGemm:
     plan, tiles = self.plan, self.plan.tiles
     stages, workers, padded_m = tiles.num_stages, tiles.compute_warpgroups, plan.padded_m
     sums_transforms = tile_transforms(padded_m, jnp.float32)
-    loads = 1 + self.is_packed  # w
+    x_shape = self.stored_shape(padded_m, self.x_columns, self.x_dtype)
+    w_shape = self.stored_shape(ROWS, self.w_columns, self.w_dtype)
+    loads = self.num_loads(w_shape) + self.is_packed
     if self.quantizer is None:
-      loads += 1 + (self.x_scales_shape is not None)
+      loads += self.num_loads(x_shape) + (self.x_scales_shape is not None)
 
     def smem(shape: tuple[int, ...], dtype: Any, transforms: Any = ()) -> Any:
       return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     return Scratch(
-      x=smem((stages, padded_m, self.x_columns), self.x_dtype, self.x_transforms),
-      w=smem((stages, ROWS, self.w_columns), self.w_dtype, self.w_transforms),
+      x=smem((stages, *x_shape), self.x_dtype, self.x_transforms),
+      w=smem((stages, *w_shape), self.w_dtype, self.w_transforms),
       sums=smem((workers - 1, ROWS, padded_m), jnp.float32, sums_transforms),
       scales=smem((stages, ROWS, plan.block.scales), jnp.uint8) if self.is_packed else None,
       x_scales=smem((stages, *self.x_scales_shape), jnp.float32) if self.x_scales_shape else None,
@@ -189,8 +241,8 @@ class _Cta:
     self.kernel, self.plan, self.tiles = kernel, kernel.plan, kernel.plan.tiles
     self.gmem, self.out, self.smem = gmem, out, smem
     self.warpgroup = lax.axis_index("warpgroup")
-    self.cluster_index = pipeline.cluster_index(self.plan.grid)
-    self.walk = pipeline.walk(self.plan.grid)
+    self.cluster_index = pipeline.cluster_index(kernel.grid)
+    self.walk = pipeline.walk(kernel.grid, gmem.groups)
 
   def run(self) -> None:
     kernel, warpgroup, workers = self.kernel, self.warpgroup, self.tiles.compute_warpgroups
@@ -214,10 +266,23 @@ class _Cta:
         with jax.named_scope("epilogue"):
           lax.cond(warpgroup == 0, self.add_up, self.hand_over, sums, t)
 
-      # No mbarrier is mid-phase at exit.
-      @pl.when(warpgroup > 0)
+      # No mbarrier is mid-phase at exit. Without groups, every CTA has a tile.
+      handed_over = warpgroup > 0
+      if kernel.has_groups:
+        handed_over &= self.walk.num_tiles > 0
+
+      @pl.when(handed_over)
       def _drain() -> None:
         plgpu.barrier_wait(self.smem.sums_empty)
+
+      groups = self.gmem.groups
+      if groups is not None:
+
+        @pl.when(warpgroup == 0)
+        @jax.named_scope("zeros")
+        def _zeros() -> None:
+          zeros = pipeline.walk_of_zeros(kernel.grid, groups)
+          epilogue.store_zeros(zeros, self.out, self.plan.padded_m, lambda tile: tile.n * ROWS)
 
     if self.tiles.cluster > 1:  # and so a cluster has one tile
       cluster.cluster_sync()
@@ -236,18 +301,48 @@ class _Cta:
     rows = pl.ds(tile.n * ROWS, ROWS)
 
     def copy(a: Any, rows: Any, columns: int, to: Any) -> None:
-      source = a.at[batch_of(a, tile.batch), rows, pl.ds(ki * columns, columns)]
-      plgpu.copy_gmem_to_smem(source, to.at[stage], full)
+      b = batch_of(a, tile.batch)
+      if to.ndim == 3:
+        plgpu.copy_gmem_to_smem(a.at[b, rows, pl.ds(ki * columns, columns)], to.at[stage], full)
+        return
+      pieces, size = to.shape[1], to.shape[3]
+      for i in range(pieces):
+        here = pl.ds((ki * pieces + i) * size, size)
+        plgpu.copy_gmem_to_smem(a.at[b, rows, here], to.at[stage, i], full)
 
     copy(gmem.w, rows, kernel.w_columns, smem.w)
     if gmem.scales is not None:
       copy(gmem.scales, rows, self.plan.block.scales, smem.scales)
+    x_rows = pl.ds(tile.first if isinstance(tile, GroupTile) else 0, self.plan.padded_m)
     if kernel.quantizer is None:
-      copy(gmem.x, pl.ds(0, self.plan.padded_m), kernel.x_columns, smem.x)
-    if gmem.x_scales is not None:
+      copy(gmem.x, x_rows, kernel.x_columns, smem.x)
+    if gmem.x_scales is not None and isinstance(tile, GroupTile):
+      plgpu.copy_gmem_to_smem(gmem.x_scales.at[0, ki, :, x_rows], smem.x_scales.at[stage], full)
+    elif gmem.x_scales is not None:
       source = gmem.x_scales.at[batch_of(gmem.x_scales, tile.batch), ki]
       size = pl.ds(0, gmem.x_scales.shape[3])
       plgpu.copy_gmem_to_smem(source, smem.x_scales.at[stage, :, size], full)
+
+  # A stage's operands
+
+  def x_step(self, stage: Any, step: int) -> Any:
+    """The bytes of x that an instruction for the tensor cores takes, (padded_m, 128 bytes)."""
+    return self._row(self.smem.x, stage, step)
+
+  def w_step(self, stage: Any, step: int) -> Any:
+    return self._row(self.smem.w, stage, step)
+
+  def _row(self, ref: Any, stage: Any, step: int) -> Any:
+    if self.kernel.in_rows:
+      return ref.at[stage, step]
+    size = ROW_BYTES // ref.dtype.itemsize
+    return ref.at[stage, :, pl.ds(step * size, size)]
+
+  def w_pieces(self, stage: Any) -> list[Any]:
+    """w as it is stored: (64, columns), or rows of 128 bytes one after the other."""
+    if self.kernel.in_rows:
+      return [self.smem.w.at[stage, i] for i in range(self.smem.w.shape[1])]
+    return [self.smem.w.at[stage]]
 
   # A warpgroup's sums, (64, padded_m)
 
@@ -331,9 +426,13 @@ class _Cta:
       layout = ONE_OF_FOUR
     out = sums * np.float32(kernel.unit)
     scales = [s for s in (gmem.global_scale_x, gmem.global_scale_w) if s is not None]
-    amaxes = [amax_or_nan(scale[0]) for scale in scales]
+    amaxes = [amax_or_nan(scale[group_of(scale, tile)]) for scale in scales]
     for factor in epilogue.factors_of_product(*amaxes) if len(amaxes) == 2 else amaxes:
       out = out * factor
     out = out.astype(kernel.out_dtype)
-    rows = self.out.at[tile.batch]
-    stores.store_columns(out, layout, rows, tile.n * ROWS, kernel.m, kernel.n)
+    if isinstance(tile, GroupTile):
+      rows = self.out.at[0]
+      stores.store_some_columns(out, layout, rows, tile.first, tile.rows, tile.n * ROWS)
+    else:
+      rows = self.out.at[tile.batch]
+      stores.store_columns(out, layout, rows, tile.n * ROWS, kernel.m, kernel.n)

@@ -22,12 +22,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
-from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper.mainloops.group_sums import GROUPS, STEP_WORDS
+from jaxqq._kernels.hopper.mainloops.group_sums import GROUPS
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.expand import E4M3, e2m1_to_e4m3
-from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR
+from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW_BYTES
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_scales, scale_words
 
 UNIT = 2.0**12  # codes become e4m3 numbers of 2**-6 their value, of both operands: this undoes it
@@ -45,12 +44,11 @@ class BlockDiagonalX:
     words_of_scales = scale_words(cta.smem.scales.at[stage])
     parts = GROUPS // k_blocks
     for step in range(cta.plan.block.words // _WORDS):
-      tile, within = divmod(step * _WORDS, STEP_WORDS)
+      of_row, within = divmod(step * _WORDS, ROW_BYTES // 4)
       if within == 0:
-        ref = cta.smem.w.at[stage, :, pl.ds(tile * STEP_WORDS, STEP_WORDS)]
-        words = plgpu.load(ref, layout=ONE_OF_FOUR, optimized=False)
+        words = plgpu.load(cta.w_step(stage, of_row), layout=ONE_OF_FOUR, optimized=False)
       a = e2m1_to_e4m3(words[:, within : within + _WORDS])
-      b = cta.smem.x.at[stage, :, pl.ds(step * STEP_WORDS, STEP_WORDS)]
+      b = cta.x_step(stage, step)
       products = wgmma.finish(wgmma.begin(a, b, cta.kernel.x_transforms, E4M3, parts=parts))
       its = words_of_scales[2 * step : 2 * step + 2]
       for part, product in enumerate(products):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax.experimental import pallas as pl
-
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.ptx import wgmma
 
 
 def add_step(cta: Any, sums: Any, a: Any, stage: Any, step: int) -> Any:
   """sums + the product of a, 64 of k in 16 bits in registers, and a step of a stage's x."""
-  b = cta.smem.x.at[stage, :, pl.ds(step * a.shape[1], a.shape[1])]
+  b = cta.x_step(stage, step)
   promote = cta.tiles.promote
   begun = wgmma.begin(
     a, b, cta.kernel.x_transforms, cta.kernel.x_dtype, sums=None if promote else sums
@@ -28,11 +26,12 @@ class Expanded:
   def add(cta: Any, sums: Any, stage: Any) -> Any:
     """sums + the product of one block of k."""
     packed = PackedE2M1
-    words = packed.load_words(cta.smem.w.at[stage])
+    pieces = [packed.load_words(ref) for ref in cta.w_pieces(stage)]
     all_scales = packed.load_scales(cta.smem.scales.at[stage])
     for step in range(cta.plan.block.words // packed.words):
-      its = slice(step * packed.words, (step + 1) * packed.words)
       groups = slice(step * packed.groups, (step + 1) * packed.groups)
       scales = all_scales[:, groups]
-      sums = add_step(cta, sums, packed.expand(words[:, its], scales), stage, step)
+      piece, column = divmod(step * packed.words, pieces[0].shape[1])
+      words = pieces[piece][:, column : column + packed.words]
+      sums = add_step(cta, sums, packed.expand(words, scales), stage, step)
     return sums

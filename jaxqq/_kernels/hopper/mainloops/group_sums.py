@@ -10,13 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper import epilogue
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.scales import scale_words
 
-STEP_WORDS = wgmma.STEP_BYTES // 4
 GROUPS = wgmma.STEP_BYTES // 32  # in a step
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
@@ -29,9 +27,17 @@ class GroupSums:
     """sums + the product of one block of k."""
     row_words = scale_words(cta.smem.scales.at[stage])
     for step, words_of_step in enumerate(row_words):
-      columns = pl.ds(step * STEP_WORDS, STEP_WORDS)
-      a, b = cta.smem.w.at[stage, :, columns], cta.smem.x.at[stage, :, columns]
-      products = wgmma.finish(wgmma.begin(a, b, cta.kernel.w_transforms, _E4M3, parts=GROUPS))
+      a, b = cta.w_step(stage, step), cta.x_step(stage, step)
+      products = wgmma.finish(
+        wgmma.begin(
+          a,
+          b,
+          cta.kernel.x_transforms,
+          _E4M3,
+          parts=GROUPS,
+          a_transforms=cta.kernel.w_transforms,
+        )
+      )
       of_rows = epilogue.factors_of_powers(words_of_step)
       for i, product in enumerate(products):
         first, second = (lax.broadcast_in_dim(f[i], product.shape, (0,)) for f in of_rows)

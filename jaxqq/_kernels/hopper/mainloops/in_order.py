@@ -88,17 +88,18 @@ class InOrder:
   def add(cta: Any, sums: Any, stage: Any) -> Any:
     """sums + the product of one block of k."""
     packed, kernel = OPERANDS[packed_operand(cta.plan.problem)], cta.kernel
-    w, scales, promote = cta.smem.w.at[stage], cta.smem.scales, cta.tiles.promote
+    pieces, scales, promote = cta.w_pieces(stage), cta.smem.scales, cta.tiles.promote
     count = cta.plan.block.words // packed.words
 
     def operand(step: int) -> Any:
-      words = load_words_of_rows(w, kernel.w_transforms, step * packed.words, packed.words)
+      piece, column = divmod(step * packed.words, pieces[0].shape[1])
+      words = load_words_of_rows(pieces[piece], kernel.w_transforms, column, packed.words)
       groups = pl.ds(step * packed.groups, packed.groups)
       return packed.expand(words, packed.load_scales(scales.at[stage, :, groups]))
 
     a = operand(0)
     for step in range(count):
-      b = cta.smem.x.at[stage, :, pl.ds(step * packed.step_k, packed.step_k)]
+      b = cta.x_step(stage, step)
       before = None if promote else sums
       begun = wgmma.begin(a, b, kernel.x_transforms, packed.dtype, sums=before)
       following = operand(step + 1) if step + 1 < count else None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
 WARP, WARPS = 32, 4  # lanes in a warp, warps in a warpgroup
+TILE_ROWS, ROW_BYTES = 8, 128  # of a swizzled tile in shared memory
 
 
 def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:
@@ -49,4 +50,14 @@ def tile_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
   # Abstract to a type checker, for a method that they do not need.
   transform: Any = plgpu.SwizzleTransform
   tiling: Any = plgpu.TilingTransform
-  return tiling((8, swizzle // itemsize)), transform(swizzle)
+  return tiling((TILE_ROWS, swizzle // itemsize)), transform(swizzle)
+
+
+def row_transforms() -> tuple[Any, ...]:
+  """The same bytes, of rows of 128 of them, that may be loaded from any row and column on.
+
+  Mosaic GPU copies tiles as a whole: those of 8 rows from every eighth row of a matrix on, whose
+  rows have to be whole tiles as well.
+  """
+  transform: Any = plgpu.SwizzleTransform
+  return (transform(ROW_BYTES),)

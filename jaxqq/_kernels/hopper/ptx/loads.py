@@ -12,19 +12,18 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ROWS, WARP, WARPS, whole_rows
+from jaxqq._kernels.hopper.ptx.layouts import ROWS, TILE_ROWS, WARP, WARPS, whole_rows
 from jaxqq._kernels.hopper.ptx.registers import array, constant, smem_address
 
 _VECTOR = 4  # words, which a swizzle leaves together
 _ROW_VECTORS = 8  # of a swizzled row, which 8 rows share a tile of
-_TILE_ROWS = 8
 
 
 def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count: int) -> Any:
   """Words (64, count) from `first` on, in the layout `whole_rows(4)`.
 
   Args:
-    ref: uint32 (64, a multiple of 32), in shared memory.
+    ref: uint32 (64, a multiple of 32), in shared memory; in no tiles (64, 32).
     transforms: of it, with a swizzle of 128 bytes.
     first, count: multiples of 4.
   """
@@ -38,10 +37,13 @@ def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count:
   )
   def load(ctx: Any, ref: Any) -> Any:
     del ctx
-    (of_rows, of_columns, *_), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    kind = ir.MemRefType(ref.type)
+    (of_rows, of_columns, *_), _ = kind.get_strides_and_offset()
+    if kind.rank == 2:
+      of_rows *= TILE_ROWS
     thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
     warp = arith.shrui(thread, constant(5))
-    row = arith.andi(arith.shrui(thread, constant(2)), constant(_TILE_ROWS - 1))
+    row = arith.andi(arith.shrui(thread, constant(2)), constant(TILE_ROWS - 1))
     # 16 rows a warp: two tiles of 8, and a row of 128 bytes in each.
     start = arith.addi(smem_address(ref), arith.muli(warp, constant(2 * 4 * of_rows)))
     start = arith.addi(start, arith.muli(row, constant(128 + 16)))

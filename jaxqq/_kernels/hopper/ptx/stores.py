@@ -20,7 +20,7 @@ from jaxqq._kernels.hopper.ptx.registers import constant, smem_address, void_asm
 
 
 def store_columns(a: Any, layout: Any, out_ref: Any, first: Any, m: int, n: int) -> None:
-  """out_ref[:m, first:n] = a.T, (64, padded_m), of which columns from m on are nothing.
+  """out_ref[:m, first:first+64] = a.T, (64, padded_m), of which columns from m on are nothing.
 
   The TMA would write them too. Few rows are few bytes: threads store them one by one. The
   interpreter writes past m and n, to an output that has room (`stored_shape`).
@@ -33,31 +33,87 @@ def store_columns(a: Any, layout: Any, out_ref: Any, first: Any, m: int, n: int)
   @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=None)
   def store(ctx: Any, a: Any, out: Any, first: Any) -> None:
     del ctx
-    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(out))
-    start = first.registers.flat[0]
-    kind, constraint = ("b16", "h") if itemsize == 2 else ("b32", "f")
-    bits = ir.IntegerType.get_signless(16) if itemsize == 2 else ir.F32Type.get()
-
-    def store_one(value: Any, index: Any) -> None:
-      row = arith.addi(arith.index_cast(i32, index[0]), start)
-      column = arith.index_cast(i32, index[1])
-      text = f"""{{
-        .reg .pred inside;
-        .reg .s32 place;
-        .reg .s64 address;
-        mad.lo.s32 place, $3, {n}, $2;
-        mad.wide.s32 address, place, {itemsize}, $0;
-        setp.lt.s32 inside, $2, {n};
-        setp.lt.and.s32 inside, $3, {m}, inside;
-        @inside st.global.{kind} [address], $1;
-      }}"""
-      value = arith.bitcast(bits, value) if itemsize == 2 else value
-      void_asm(text, [base, value, row, column], f"l,{constraint},r,r")
-
-    a.foreach(store_one)
+    text = f"""{{
+      .reg .pred inside;
+      .reg .s32 place;
+      .reg .s64 address;
+      mad.lo.s32 place, $3, {n}, $2;
+      mad.wide.s32 address, place, {itemsize}, $0;
+      setp.lt.s32 inside, $2, {n};
+      setp.lt.and.s32 inside, $3, {m}, inside;
+      @inside st.global.{_kind(itemsize)} [address], $1;
+    }}"""
+    _store_each(a, out, first.registers.flat[0], text, [])
 
   store(a, out_ref, first)
+
+
+def store_some_columns(
+  a: Any, layout: Any, out_ref: Any, first_row: Any, rows: Any, first: Any
+) -> None:
+  """out_ref[first_row:first_row+rows, first:first+64] = a.T, of whose columns `rows` are something.
+
+  As `store_columns`, where the kernel alone knows the rows. Of 64 columns, those past the end of
+  the output are not written.
+
+  Args:
+    a: (64, columns), in `layout`.
+    out_ref: (m, n), in global memory.
+    first_row, rows, first: int32.
+  """
+  if interpreting():
+    for i in range(a.shape[1]):
+
+      @pl.when((i < rows) & (first < out_ref.shape[1]))
+      def _row(i: int = i) -> None:
+        out_ref[pl.ds(first_row + i, 1), pl.ds(first, a.shape[0])] = a[:, i : i + 1].T
+
+    return
+  n, itemsize = out_ref.shape[1], jnp.dtype(a.dtype).itemsize
+  splat = plgpu.Layout.WG_SPLAT
+
+  @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), splat, splat, splat), return_type=None)
+  def store(ctx: Any, a: Any, out: Any, first_row: Any, rows: Any, first: Any) -> None:
+    del ctx
+    text = f"""{{
+      .reg .pred inside;
+      .reg .s32 row;
+      .reg .s64 place, column, address;
+      add.s32 row, $3, $4;
+      cvt.s64.s32 column, $2;
+      mad.wide.s32 place, row, {n}, column;
+      mad.lo.s64 address, place, {itemsize}, $0;
+      setp.lt.s32 inside, $2, {n};
+      setp.lt.and.s32 inside, $3, $5, inside;
+      @inside st.global.{_kind(itemsize)} [address], $1;
+    }}"""
+    dynamic = [first_row.registers.flat[0], rows.registers.flat[0]]
+    _store_each(a, out, first.registers.flat[0], text, dynamic)
+
+  store(a, out_ref, first_row, rows, first)
+
+
+def _kind(itemsize: int) -> str:
+  return "b16" if itemsize == 2 else "b32"
+
+
+def _store_each(a: Any, out: Any, first: Any, text: str, others: list[Any]) -> None:
+  """The text for every number: $0 is where `out` is, $1 the number, $2 its row in `a`, from `first`
+  on, $3 its column, and then the others.
+  """
+  i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+  base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(out))
+  halves = mgpu.utils.bytewidth(a.mlir_dtype) == 2
+  bits = ir.IntegerType.get_signless(16) if halves else ir.F32Type.get()
+  constraints = ",".join(["l", "h" if halves else "f", "r", "r", *["r"] * len(others)])
+
+  def store_one(value: Any, index: Any) -> None:
+    row = arith.addi(arith.index_cast(i32, index[0]), first)
+    column = arith.index_cast(i32, index[1])
+    value = arith.bitcast(bits, value) if halves else value
+    void_asm(text, [base, value, row, column, *others], constraints)
+
+  a.foreach(store_one)
 
 
 def stored_shape(m: int, n: int, padded_m: int, block_n: int) -> tuple[int, int]:

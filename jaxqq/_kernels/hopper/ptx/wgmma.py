@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 
 from jaxqq._kernels.hopper.ptx import registers
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads, interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ROWS
+from jaxqq._kernels.hopper.ptx.layouts import ROWS, TILE_ROWS
 from jaxqq._kernels.hopper.ptx.named_barriers import BOTH, COUNT, own_and_other
 
 STEP_BYTES = 128  # of k: a row of swizzled shared memory
@@ -42,6 +42,7 @@ def begin(
   *,
   sums: jax.Array | None = None,
   parts: int = 1,
+  a_transforms: tuple[Any, ...] | None = None,
 ) -> list[jax.Array]:
   """Begins a b^T over one step: `finish` waits for it, before that nothing may read it.
 
@@ -53,6 +54,7 @@ def begin(
     dtype: of the numbers in a and b: float8_e4m3fn, float16 or bfloat16.
     sums: float32 (64, n) in the layout WGMMA, to which the one part is added; None for zeros.
     parts: 1, 2 or 4 of the step along k, each summed up for itself.
+    a_transforms: of a, if they are others.
 
   Returns:
     as many float32 (64, n) in the layout WGMMA.
@@ -63,7 +65,10 @@ def begin(
   before = () if sums is None else (sums,)
 
   @plgpu.inline_mgpu(
-    arg_types=(*_operand_types(a, transforms, dtype), *[plgpu.Layout.WGMMA] * len(before)),
+    arg_types=(
+      *_operand_types(a, transforms, a_transforms, dtype),
+      *[plgpu.Layout.WGMMA] * len(before),
+    ),
     return_type=[_sums_type(n)] * parts,
   )
   def multiply(ctx: Any, a: Any, b: Any, *before: Any) -> Any:
@@ -156,7 +161,7 @@ def add_promoted(
   def add(ctx: Any, totals: Any, a: Any, b: Any, warpgroup: Any) -> Any:
     del ctx
     operands = [*registers.words(a), _descriptor(b), *own_and_other(warpgroup)]
-    part_bytes = PROMOTED_ROWS // 8 * _tile_bytes(b)
+    part_bytes = PROMOTED_ROWS // TILE_ROWS * _tile_bytes(b)
     sums = _add_promoted(registers.floats(totals), operands, part_bytes, dtype)
     return registers.as_arrays(sums, totals.shape[1])[0]
 
@@ -168,9 +173,11 @@ def zeros(n: int) -> jax.Array:
   return plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _operand_types(a: Any, transforms: tuple[Any, ...], dtype: Any) -> tuple[Any, Any]:
-  reference = plgpu.RefType(transforms)
-  return (_layout(dtype) if isinstance(a, jax.Array) else reference, reference)
+def _operand_types(
+  a: Any, transforms: tuple[Any, ...], a_transforms: tuple[Any, ...] | None, dtype: Any
+) -> tuple[Any, Any]:
+  of_a = plgpu.RefType(transforms if a_transforms is None else a_transforms)
+  return (_layout(dtype) if isinstance(a, jax.Array) else of_a, plgpu.RefType(transforms))
 
 
 def _layout(dtype: Any) -> Any:
@@ -310,7 +317,10 @@ def _left(a: Any) -> list[Any]:
 
 
 def _descriptor(ref: Any) -> Any:
-  """Of rows in tiles of 8 by 128 bytes; from 8 rows to the next it may be any distance."""
+  """Of rows in tiles of 8 by 128 bytes; from 8 rows to the next it may be any distance.
+
+  Or of rows that are 128 bytes apart, in no tiles (`layouts.row_transforms`).
+  """
   return mma_utils.encode_descriptor(
     ref, leading_byte_offset=0, stride_byte_offset=_tile_bytes(ref), swizzle=STEP_BYTES
   )
@@ -320,4 +330,5 @@ def _tile_bytes(ref: Any) -> int:
   """From 8 rows to the next 8."""
   kind = ir.MemRefType(ref.type)
   strides, _ = kind.get_strides_and_offset()
-  return int(strides[0]) * int(mgpu.utils.bytewidth(kind.element_type))
+  rows = TILE_ROWS if kind.rank == 2 else 1  # a stride is from one row, or tile, to the next
+  return rows * int(strides[0]) * int(mgpu.utils.bytewidth(kind.element_type))

@@ -1,0 +1,270 @@
+"""Rows in groups on Hopper: the table of tiles, the plans, and the kernels interpreted."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from jaxqq import _kernels
+from jaxqq._formats import FORMATS
+from jaxqq._kernels.ragged import INTERPRETED
+from jaxqq._ragged_reference import Groups, RaggedOperands, folded
+from tests.support import ragged_products
+from tests.support.cases import Program
+from tests.support.interpreter import interpreted
+from tests.support.ragged_products import RaggedCase, RaggedProgram
+
+pytestmark = [
+  pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
+  ),
+  pytest.mark.usefixtures("quick_compiles"),
+]
+
+HOPPER = _kernels.Device("cuda", "9.0", 132)
+
+
+# The table of tiles
+
+
+@functools.cache
+def table_of(batch, rows, block_m):
+  from jaxqq._kernels.hopper.grouped import group_tiles
+
+  return jax.jit(lambda *groups: group_tiles(Groups(*groups), batch, rows, block_m))
+
+
+def tiles_of(groups, batch, rows, block_m):
+  """(matrix, first, rows) of each tile of a group, and (first, rows) of those of none."""
+  table = table_of(batch, rows, block_m)(groups.starts, groups.sizes, groups.matrices)
+  of_groups, all_tiles = map(int, table.counts)
+  assert all_tiles <= len(table.rows)
+  columns = [np.asarray(a) for a in (table.group, table.matrix, table.first, table.rows)]
+  tiles = list(zip(*(a[:all_tiles].tolist() for a in columns), strict=True))
+  return tiles[:of_groups], [tile[2:] for tile in tiles[of_groups:]]
+
+
+@pytest.mark.parametrize(("batch", "groups", "matrices"), [(1, 5, 5), (3, 5, 3), (1, 1, 1)])
+@pytest.mark.parametrize("block_m", [8, 64])
+def test_tiles_cover_every_row_once(batch, groups, matrices, block_m):
+  rng, rows = np.random.default_rng(batch), 50
+  draws = [rng.multinomial(rng.choice([0, 20, rows, 2 * rows]), [1 / groups] * groups, batch)]
+  draws += [np.eye(batch, groups, dtype=int) * size for size in (1, block_m, rows)]
+  draws += [rng.integers(-5, 20, (batch, groups)) for _ in range(5)]
+  for sizes in draws:
+    for offset in {0, groups - matrices, -1, groups}:
+      operands = RaggedOperands(
+        jnp.asarray(sizes, jnp.int32), jnp.int32(offset), jnp.zeros((batch, rows, 1))
+      )
+      operands = dataclasses.replace(operands, w=jnp.zeros((matrices, 1, 1)))
+      own = folded(operands, matrices)[0]
+      tiles, zeros = tiles_of(own, batch, rows, block_m)
+      got = np.full(batch * rows, -2)
+      for group, matrix, first, count in tiles:
+        assert 0 < count <= block_m and matrix == group % matrices
+        assert (got[first : first + count] == -2).all()
+        got[first : first + count] = group
+      for first, count in zeros:
+        assert 0 < count <= block_m and (got[first : first + count] == -2).all()
+        got[first : first + count] = -1
+      starts, ends = np.asarray(own.starts), np.asarray(own.starts + own.sizes)
+      want = np.full(batch * rows, -1)
+      for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        want[start:end] = group
+      np.testing.assert_array_equal(got, want)
+      assert len(tiles) == sum(-(-int(size) // block_m) for size in own.sizes)
+
+
+def test_scales_of_rows():
+  from jaxqq._kernels.hopper.grouped import scales_of_rows
+
+  groups = Groups(jnp.int32([1, 3, 3]), jnp.int32([2, 0, 1]), jnp.arange(3))
+  scales = scales_of_rows(groups, jnp.float32([5, 6, 7]), 5)
+  assert scales.tolist() == [0, 5, 5, 7, 0]
+
+
+# Plans
+
+
+def problem_of(mode, tokens, top, groups, n, k, dtype=jnp.bfloat16, packed=True, **how):
+  from jaxqq._ragged import checked_ragged
+  from jaxqq._ragged_primitive import problem_of
+
+  fmt, rows = FORMATS[mode], tokens * top
+  shape = functools.partial(jax.ShapeDtypeStruct)
+  w, scales = shape((groups, n, k), jnp.bfloat16), None
+  if packed:
+    w = shape((groups, n, k * fmt.bits // 32), jnp.uint32)
+    scales = shape((groups, n, k // fmt.group_size), jnp.uint8)
+  arguments = {"global_scale_x": None, "global_scale_w": None, "precision": None, **how}
+  operands, params = checked_ragged(
+    "explain",
+    shape((rows, k), dtype),
+    w,
+    shape((groups,), jnp.int32),
+    None,
+    scales,
+    None,
+    None,
+    mode,
+    backward="straight_through",
+    preferred_element_type=None,
+    **arguments,
+  )
+  return operands, problem_of(operands, params)
+
+
+QWEN3, GPT_OSS, MIXTRAL = (128, 1536, 2048), (32, 5760, 2880), (8, 28672, 4096)
+PLANS = [  # mode, tokens, experts of each, shape; kernel, mainloop, rows of a tile
+  ("nvfp4", 1, 8, QWEN3, "skinny_gemm", "expanded", 8),
+  ("mxfp8", 64, 8, QWEN3, "skinny_gemm", "group_sums", 8),
+  ("mxfp4", 8, 8, QWEN3, "skinny_gemm", "in_order", 8),
+  ("nvfp4", 512, 8, QWEN3, "dequant_gemm", "packed_e2m1", 64),
+  ("mxfp8", 4096, 8, QWEN3, "dequant_gemm", "rebased_e4m3", 192),
+  ("nvfp4", 64, 4, GPT_OSS, "skinny_gemm", "expanded", 16),
+  ("mxfp8", 512, 4, GPT_OSS, "dequant_gemm", "rebased_e4m3", 96),
+  ("mxfp8", 64, 2, MIXTRAL, "skinny_gemm", "group_sums", 32),
+  ("nvfp4", 4096, 2, MIXTRAL, "dequant_gemm", "packed_e2m1", 256),
+]
+
+
+@pytest.mark.parametrize(("mode", "tokens", "top", "shape", "kernel", "mainloop", "block_m"), PLANS)
+def test_plans(mode, tokens, top, shape, kernel, mainloop, block_m):
+  _, problem = problem_of(mode, tokens, top, *shape)
+  plan = _kernels.plan(problem, HOPPER, INTERPRETED).kernel
+  own = plan.of_group
+  assert (own.kernel, own.mainloop, plan.block_m) == (kernel, mainloop, block_m)
+  assert own.tiles.cluster == 1
+  if own.kernel == "skinny_gemm":
+    assert not own.quantizes_x and own.padded_k("w") == problem.k
+
+
+@pytest.mark.parametrize(
+  ("how", "reason"),
+  [
+    ({"packed": False}, "w is not packed"),
+    ({"dtype": jnp.float32, "quantize_input": False}, "x is float32 and not quantized"),
+    ({"tokens": 0}, "an axis is empty"),
+  ],
+  ids=str,
+)
+def test_what_xla_multiplies(how, reason):
+  sizes = {"mode": "nvfp4", "tokens": 8, "top": 2, "groups": 4, "n": 64, "k": 512}
+  _, problem = problem_of(**{**sizes, **how})
+  plan = _kernels.plan(problem, HOPPER, INTERPRETED)
+  assert plan.name == "xla" and any(reason in refusal for refusal in plan.refusals)
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(8, "skinny_gemm"), (512, "dequant_gemm")])
+def test_one_launch_for_all_groups(tokens, kernel):
+  operands, problem = problem_of("nvfp4", tokens, 4, *GPT_OSS)
+  plan = _kernels.plan(problem, HOPPER, INTERPRETED)
+
+  def product(*arrays):
+    return plan.run(RaggedOperands(**dict(zip(operands.names, arrays, strict=True))))
+
+  lowered = jax.jit(product).trace(*operands.flatten()).lower(lowering_platforms=("cuda",))
+  text = lowered.as_text()
+  assert text.count("@mosaic_gpu") == 2  # x's quantizer
+  assert text.count(f'"jaxqq_{kernel}') == 1 or f"jaxqq_{kernel}" in text
+
+
+# The kernels, interpreted
+
+M = 37
+SIZES = {"a part of m": (0, 9, 0, 20, 3), "one has all": (0, 0, M, 0, 0), "none": (0, 0, 0, 0, 0)}
+
+
+def rows_in_groups(mode, k=512, m=M, **how):
+  scales, groups = how.pop("scales", "none"), how.pop("groups", 5)
+  program = Program(mode, m, 72, k, w_dtype="float32", packed=True, **how)
+  return RaggedProgram(program, groups, groups, scales)
+
+
+def check(program, cases, implementation):
+  with interpreted(sms=3):
+    compiled = None
+    for case in cases:
+      arrays = ragged_products.arrays_of(case)
+      compiled = compiled or ragged_products.compiled(program, arrays.args)
+      assert compiled.implementation == implementation
+      result = ragged_products.run(case, compiled, twice=False)
+      assert not result["wrong"], f"{result['wrong']}\n{result['case']}"
+
+
+FEW = {
+  "nvfp4, scales, a last block": rows_in_groups("nvfp4", 544, scales="of groups"),
+  "mxfp8, a last block": rows_in_groups("mxfp8", 544),
+  "nvfp4 alone": rows_in_groups("nvfp4", 256, scales="one", quantize_input=False),
+  "mxfp4": rows_in_groups("mxfp4"),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_few_rows(name):
+  program = FEW[name]
+  check(program, [RaggedCase(program, sizes) for sizes in SIZES.values()], "hopper_skinny")
+
+
+MANY = {
+  "nvfp4": rows_in_groups("nvfp4", 96, m=150, groups=2, scales="of groups"),
+  "nvfp4, float32": rows_in_groups("nvfp4", 64, m=150, groups=2, x_dtype="float32"),
+  "mxfp8": rows_in_groups("mxfp8", 160, m=150, groups=2),
+  "mxfp8, exact": rows_in_groups("mxfp8", 64, m=150, groups=1, highest=True),
+  "mxfp4 alone": rows_in_groups("mxfp4", 64, m=150, groups=2, quantize_input=False),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_rows(name):
+  program = MANY[name]
+  is_fp8 = program.product.may_use_fp8_sums
+  sizes = [(13, 100), (0, program.product.m)]
+  sizes = [of_groups[-program.groups :] for of_groups in sizes]
+  cases = [RaggedCase(program, of_groups, x="outliers") for of_groups in sizes]
+  check(program, cases, "hopper_fp8" if is_fp8 else "hopper_exact")
+
+
+def test_a_wrong_tile_is_noticed(monkeypatch):
+  """One that meets the matrix of the next group."""
+  from jaxqq._kernels.hopper import grouped
+
+  right = grouped.group_tiles
+
+  def wrong(*args):
+    tiles = right(*args)
+    return dataclasses.replace(tiles, matrix=(tiles.matrix + 1) % 5)
+
+  monkeypatch.setattr(grouped, "group_tiles", wrong)
+  program = FEW["mxfp4"]
+  with pytest.raises(AssertionError, match="of the bound"):
+    check(program, [RaggedCase(program, (0, 9, 0, 20, 3))], "hopper_skinny")
+
+
+SEEDS = (0, 4)
+
+
+def test_random():
+  with interpreted(sms=3):
+    results = [
+      r
+      for seed in SEEDS
+      for r in ragged_products.run_seed(seed, range(1, 3), small=True, twice=False)
+    ]
+  failed = [f"{r['wrong']}\n  {r['case']}" for r in results if r["wrong"]]
+  assert not failed, "\n".join(failed)
+  assert not any(r["implementation"] == "xla" for r in results)
+
+
+def test_explain_says_how():
+  with interpreted():
+    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
+    w = jaxqq.quantize_weight(jnp.ones((4, 64, 512)))
+    text = str(jaxqq.explain(jaxqq.ragged_qqmm, x, w, jnp.full((4,), 16)))
+  assert "all groups in one launch, in tiles of up to 32 rows" in text, text
