@@ -1,6 +1,7 @@
 """Products drawn from a seed, each element by its bound: `-m gpu` compiled, elsewhere by XLA.
 
-JAXQQ_SEED and JAXQQ_PRODUCTS choose which and how many; JAXQQ_GRADIENTS how many of those.
+JAXQQ_SEED and JAXQQ_PRODUCTS choose which and how many; JAXQQ_GRADIENTS and JAXQQ_RAGGED how many
+programs of those.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 
 import jaxqq
 from jaxqq._kernels.hopper.costs import DEQUANT_E2M1, DEQUANT_E4M3
-from tests.support import gradients, products
+from tests.support import gradients, products, ragged_products
 from tests.support.cases import DRAWS, Case, Program
 
 pytestmark = pytest.mark.optimized
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.optimized
 SEED = int(os.environ.get("JAXQQ_SEED", "0"))
 PRODUCTS = int(os.environ.get("JAXQQ_PRODUCTS", "2000"))
 GRADIENTS = int(os.environ.get("JAXQQ_GRADIENTS", "40"))
+RAGGED = int(os.environ.get("JAXQQ_RAGGED", "40"))
 GPU_CHUNK = 5  # seeds a test
 
 
@@ -29,8 +31,8 @@ def seeds(first, count, chunk):
   return [range(first + i, first + min(i + chunk, count)) for i in range(0, count, chunk)]
 
 
-def assert_right(seeds, *, small=False):
-  results = [r for seed in seeds for r in products.run_seed(seed, small=small)]
+def assert_right(seeds, *, small=False, run_seed=products.run_seed):
+  results = [r for seed in seeds for r in run_seed(seed, small=small)]
   failed = [f"{r['wrong']}\n  {r['case']}\n  {r['again']}" for r in results if r["wrong"]]
   assert not failed, "\n".join(failed)
   assert len(results) == len(seeds) * DRAWS
@@ -63,6 +65,17 @@ def assert_workers_find_nothing(tmp_path, capfd, count, workers, *how):
 @pytest.mark.parametrize("seeds", seeds(SEED, 20, 5), ids=str)
 def test_by_xla(seeds):
   assert_right(seeds, small=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seeds", seeds(SEED, RAGGED, GPU_CHUNK), ids=str)
+def test_rows_in_groups_on_a_gpu(seeds):
+  assert_right(seeds, run_seed=ragged_products.run_seed)
+
+
+@pytest.mark.parametrize("seeds", seeds(SEED, 20, 10), ids=str)
+def test_rows_in_groups_by_xla(seeds):
+  assert_right(seeds, small=True, run_seed=ragged_products.run_seed)
 
 
 def assert_gradients_are_right(seeds):
@@ -140,11 +153,10 @@ EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED + LARGE_TILES + LAST_BLOCKS
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("programs", [EVERY[i : i + 8] for i in range(0, len(EVERY), 8)], ids=str)
-def test_every_kernel_on_a_gpu(programs):
-  for program in programs:
-    for i, (x, w) in enumerate(KINDS[: 2 if program in MANY_ROWS else None]):
-      assert_case_is_right(Case(program, x, w, seed=i))
+@pytest.mark.parametrize("program", EVERY, ids=str)
+def test_every_kernel_on_a_gpu(program):
+  for i, (x, w) in enumerate(KINDS[: 2 if program in MANY_ROWS else None]):
+    assert_case_is_right(Case(program, x, w, seed=i))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
