@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxqq._formats import FORMATS
-from jaxqq.bench import kept, report
+from jaxqq.bench import kept, moe, report
 from jaxqq.bench.cases import FORMS, MODES, SUITES, Case, covering, is_survey, select
 from jaxqq.bench.chain import with_chains
 from jaxqq.bench.compile_ahead import compile_ahead
@@ -26,21 +26,25 @@ except ImportError:
   tqdm = None
 
 _CHAIN = 24
+MOE = "moe"
+_MOE_ABOUT = "layers of experts, by ragged_qqmm, beside JAX's and torch's; --rows are tokens"
 # What is so where the command line does not say it, and for a survey, which has many cases.
 _DEFAULTS = {"peers": tuple(PEERS), "seconds": 2.0, "rounds": 5, "chain": _CHAIN, "resume": False}
 _OF_SURVEYS = {"peers": ("cublas",), "seconds": 0.3, "rounds": 3, "chain": 0, "resume": True}
 _COMPILED_TOGETHER = 16  # cases of a survey: as many as take some seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Any]:
   begin = time.monotonic()
   parser = _parser()
   options = parser.parse_args(arguments)
-  survey = is_survey(options.suite)
+  survey = is_survey([name for name in options.suite if name != MOE])
   for name, value in (_OF_SURVEYS if survey else _DEFAULTS).items():
     if getattr(options, name) is None:
       setattr(options, name, value)
   _check(parser, options)
+  if MOE in options.suite:
+    return _experts(parser, options, begin)
   cases = select(
     options.suite,
     options.modes,
@@ -92,6 +96,33 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
   return rows
 
 
+def _experts(
+  parser: argparse.ArgumentParser, options: argparse.Namespace, begin: float
+) -> list[moe.Row]:
+  """The suite of layers of experts, whose rows are its own."""
+  if options.suite != [MOE]:
+    parser.error(f"--suite {MOE} stands alone")
+  forms = [form for form in options.forms or ("packed",) if form in moe.FORMS]
+  if not forms:
+    parser.error(f"--suite {MOE} has the forms {', '.join(moe.FORMS)}")
+  if options.backward:
+    forms.append("training")
+  peers = moe.PEERS if "none" not in options.peers else ()
+  layers = [layer for layer in moe.LAYERS if not options.shapes or layer.shape in options.shapes]
+  rows = moe.run(
+    options.modes,
+    options.rows or moe.TOKENS,
+    forms,
+    Settings(options.seconds, options.rounds, options.seed),
+    options.json,
+    layers=layers,
+    peers=peers,
+    deadline=begin + options.seconds_total,
+  )
+  print("", moe.markdown(rows), sep="\n")
+  return rows
+
+
 def _in_time(
   cases: Sequence[Case],
   compared: Mapping[Case, Sequence[Implementation]],
@@ -127,7 +158,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
   lists = {
-    "suites": {name: suite.about for name, suite in SUITES.items()},
+    "suites": {name: suite.about for name, suite in SUITES.items()} | {MOE: _MOE_ABOUT},
     "forms": {name: form.about for name, form in FORMS.items()},
     "peers": PEERS,
   }
@@ -148,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
       flag, nargs="+", choices=choices, default=default, metavar="NAME", help=text
     )
 
-  several("--suite", tuple(SUITES), ["goals"], "which cases, see below (goals)")
+  several("--suite", (*SUITES, MOE), ["goals"], "which cases, see below (goals)")
   several("--modes", tuple(FORMATS), MODES, f"of {', '.join(FORMATS)} ({', '.join(MODES)})")
   several("--forms", tuple(FORMS), (), "only these forms of the suites, see below")
   several("--peers", (*PEERS, "none"), None, "measured beside jaxqq, or none (all)")
