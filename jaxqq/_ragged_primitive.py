@@ -90,6 +90,7 @@ def problem_of(ops: RaggedOperands, params: Params) -> RaggedProblem:
     groups, n, k = ops.w.shape[-3:]
     k *= params.fmt.codes_per_word if is_packed else 1
     contracted, w_dtype = params.contracted, ops.w.dtype
+  global_scales = [s for s in (ops.global_scale_x, ops.global_scale_w) if s is not None]
   return RaggedProblem(
     params.fmt,
     contracted,
@@ -106,12 +107,20 @@ def problem_of(ops: RaggedOperands, params: Params) -> RaggedProblem:
     params.precision,
     params.function,
     math.prod(ops.batch_shape),
-    any(scale is not None for scale in (ops.global_scale_x, ops.global_scale_w)),
-    ops.global_scale_x is not None and math.prod(ops.global_scale_x.shape) > 1,
-    "global scales differ from row to row"
-    if ops.row_scales is not None
-    else obstacle(ops.flatten(), ()),
+    has_global_scales=bool(global_scales),
+    scales_by_group=_differs(ops.global_scale_x),
+    scales_of_matrices=_differs(ops.global_scale_w),
+    obstacle=(
+      obstacle(ops.flatten(), ())
+      if ops.row_scales is None
+      else "global scales differ from row to row"
+    ),
   )
+
+
+def _differs(scales: Any) -> bool:
+  """Whether there is one for each group."""
+  return scales is not None and math.prod(scales.shape) > 1
 
 
 def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> Any:

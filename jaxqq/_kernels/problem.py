@@ -149,6 +149,7 @@ class RaggedProblem:
   batch: int = 1  # products, with rows and groups of their own each
   has_global_scales: bool = False
   scales_by_group: bool = False  # whether one of x differs from group to group
+  scales_of_matrices: bool = False  # whether one of w differs from matrix to matrix
   obstacle: str | None = None  # why no kernel takes it, or None
 
 

@@ -132,11 +132,17 @@ PLANS = [  # mode, tokens, experts of each, shape; kernel, mainloop, rows of a t
   ("mxfp8", 64, 2, MIXTRAL, "skinny_gemm", "group_sums", 32),
   ("nvfp4", 4096, 2, MIXTRAL, "dequant_gemm", "packed_e2m1", 256),
 ]
+ON_THE_FLY = [
+  ("nvfp4", 4096, 8, QWEN3, "gemm", "ready", 256),
+  ("mxfp8", 8, 2, MIXTRAL, "gemm", "ready", 128),
+]
 
 
-@pytest.mark.parametrize(("mode", "tokens", "top", "shape", "kernel", "mainloop", "block_m"), PLANS)
+@pytest.mark.parametrize(
+  ("mode", "tokens", "top", "shape", "kernel", "mainloop", "block_m"), PLANS + ON_THE_FLY
+)
 def test_plans(mode, tokens, top, shape, kernel, mainloop, block_m):
-  _, problem = problem_of(mode, tokens, top, *shape)
+  _, problem = problem_of(mode, tokens, top, *shape, packed=mainloop != "ready")
   plan = _kernels.plan(problem, HOPPER, INTERPRETED).kernel
   own = plan.of_group
   assert (own.kernel, own.mainloop, plan.block_m) == (kernel, mainloop, block_m)
@@ -148,8 +154,9 @@ def test_plans(mode, tokens, top, shape, kernel, mainloop, block_m):
 @pytest.mark.parametrize(
   ("how", "reason"),
   [
-    ({"packed": False}, "w is not packed"),
+    ({"packed": False, "global_scale_x": 1.0, "global_scale_w": "amax"}, "for each matrix"),
     ({"dtype": jnp.float32, "quantize_input": False}, "x is float32 and not quantized"),
+    ({"packed": False, "tokens": 1}, "fewer rows than groups"),
     ({"tokens": 0}, "an axis is empty"),
   ],
   ids=str,
@@ -181,9 +188,9 @@ M = 37
 SIZES = {"a part of m": (0, 9, 0, 20, 3), "one has all": (0, 0, M, 0, 0), "none": (0, 0, 0, 0, 0)}
 
 
-def rows_in_groups(mode, k=512, m=M, **how):
+def rows_in_groups(mode, k=512, m=M, packed=True, **how):
   scales, groups = how.pop("scales", "none"), how.pop("groups", 5)
-  program = Program(mode, m, 72, k, w_dtype="float32", packed=True, **how)
+  program = Program(mode, m, 72, k, w_dtype="float32", packed=packed, **how)
   return RaggedProgram(program, groups, groups, scales)
 
 
@@ -218,6 +225,8 @@ MANY = {
   "mxfp8": rows_in_groups("mxfp8", 160, m=150, groups=2),
   "mxfp8, exact": rows_in_groups("mxfp8", 64, m=150, groups=1, highest=True),
   "mxfp4 alone": rows_in_groups("mxfp4", 64, m=150, groups=2, quantize_input=False),
+  "nvfp4 on the fly": rows_in_groups("nvfp4", 96, m=150, groups=2, packed=False),
+  "mxfp8 on the fly": rows_in_groups("mxfp8", 160, m=150, groups=2, packed=False),
 }
 
 

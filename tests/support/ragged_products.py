@@ -64,7 +64,7 @@ def program_of(seed: int, *, small: bool = False) -> RaggedProgram:
     k,
     x_dtype=str(rng.choice(cases.DTYPES, p=[0.6, 0.2, 0.2])),
     w_dtype="float32",
-    packed=bool(small or rng.random() < 0.8),
+    packed=bool(rng.random() < 0.8),
     highest=bool(rng.random() < 0.25),
     quantize_input=quantize_input,
   )

@@ -458,7 +458,7 @@ class _Cta:
       def _part() -> None:
         where = row, rows, column
         to = out.astype(kernel.out_dtype), plgpu.Layout.WGMMA, self.out.at[0]
-        stores.store_some_columns(*to, *where)
+        stores.store_some(*to, *where, transposed=True)
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
     """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""

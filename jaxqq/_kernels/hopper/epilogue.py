@@ -82,7 +82,8 @@ def store_zeros(walk: Walk, out_ref: Any, block_m: int, column_of: Callable[[Any
       def _piece(i: int = i) -> None:
         piece = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         where = tile.first + i, tile.rows - i, column_of(tile)
-        stores.store_some_columns(piece, plgpu.Layout.WGMMA, out_ref.at[0], *where)
+        to = piece, plgpu.Layout.WGMMA, out_ref.at[0]
+        stores.store_some(*to, *where, transposed=True)
 
 
 # Scales of rows: powers of two, of rebased codes

@@ -21,11 +21,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper import epilogue, pipeline
-from jaxqq._kernels.hopper.pipeline import Tile, batch_of, pad_rows, rounded_up
-from jaxqq._kernels.hopper.ptx import wgmma
-from jaxqq._kernels.hopper.ptx.layouts import tile_transforms
+from jaxqq._kernels.hopper.pipeline import (
+  GroupTile,
+  GroupTiles,
+  Tile,
+  batch_of,
+  group_of,
+  pad_rows,
+  rounded_up,
+)
+from jaxqq._kernels.hopper.ptx import stores, wgmma
+from jaxqq._kernels.hopper.ptx.layouts import row_transforms, tile_transforms
 from jaxqq._kernels.hopper.tiles import GEMM_STORE as STORE
-from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles
+from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles, cdiv
 
 COMPUTE_WARPGROUPS = 2
 
@@ -34,18 +42,19 @@ COMPUTE_WARPGROUPS = 2
 class Operands:
   x: Any  # (b or 1, m, k) of float16, bfloat16 or float8_e4m3fn; k a multiple of step_k
   w: Any  # (b or 1, n, k) of the same dtype
-  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`
+  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)
   x_scales: Any = None  # float32 (b or 1, m), of fp8
   w_scales: Any = None  # float32 (b or 1, n); with a panel, of all columns
   panel: Any = None  # int32 (first, ...): the column of `out` where those of w go, whole tiles on
   out: Any = None  # a reference to all columns, `out_type`
+  groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
 
 
 @pipeline.arrays
 class Scratch:
   x: Any  # (stages, block_m, step_k)
   w: Any  # (stages, block_n, step_k)
-  out: Any  # pieces of 64 x 64 on their way out
+  out: Any  # pieces of 64 x 64 on their way out; None where threads store them
   full: Any
   empty: Any
 
@@ -63,10 +72,13 @@ def gemm(operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid) -> An
   kernel = _Gemm(operands, out_dtype, tiles, grid)
   operands = kernel.padded(operands)
   is_panel = operands.panel is not None
+  of_out = out_type(kernel.batch, kernel.m, kernel.n, out_dtype, tiles)
+  if kernel.has_groups:  # every row that is stored is one of them
+    of_out = jax.ShapeDtypeStruct((1, kernel.m, of_out.shape[2]), out_dtype)
   out = pipeline.launch(
     kernel,
     operands,
-    () if is_panel else out_type(kernel.batch, kernel.m, kernel.n, out_dtype, tiles),
+    () if is_panel else of_out,
     kernel.scratch(),
     name="gemm",
     grid=grid,
@@ -89,13 +101,20 @@ class _Gemm:
 
   def __init__(self, operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid):
     x, w = operands.x, operands.w
-    self.batch, self.m, self.n = max(x.shape[0], w.shape[0]), x.shape[1], w.shape[1]
-    self.dtype, self.out_dtype = x.dtype, out_dtype
+    self.has_groups = operands.groups is not None
+    self.batch = 1 if self.has_groups else max(x.shape[0], w.shape[0])
+    self.m, self.n = x.shape[1], w.shape[1]
+    self.dtype, self.out_dtype = x.dtype, jnp.dtype(out_dtype)
     self.tiles, self.grid = tiles, grid
     self.step_k = step_k(x.dtype)
-    self.k_steps = x.shape[2] // self.step_k
+    self.k_steps = cdiv(x.shape[2], self.step_k)
     self.own_m = tiles.block_m // COMPUTE_WARPGROUPS  # rows of a compute warpgroup
     self.transforms = tile_transforms(self.step_k, x.dtype)
+    self.out_transforms = tile_transforms(STORE, out_dtype)
+    if self.has_groups:  # a tile begins at any row, and the last step goes past the end of k
+      self.transforms = self.out_transforms = row_transforms()
+    # Rows of float32 are two rows of 128 bytes, which a store of some rows does not go to.
+    self.is_staged = not self.has_groups or self.out_dtype.itemsize == 2
 
   def scratch(self) -> Scratch:
     tiles, stages = self.tiles, self.tiles.num_stages
@@ -105,18 +124,24 @@ class _Gemm:
       plgpu.SMEM(
         (COMPUTE_WARPGROUPS, tiles.store_stages, STORE, STORE),
         self.out_dtype,
-        transforms=tile_transforms(STORE, self.out_dtype),
-      ),
+        transforms=self.out_transforms,
+      )
+      if self.is_staged
+      else None,
       plgpu.Barrier(num_barriers=stages, num_arrivals=2),
       plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
     )
 
   def padded(self, operands: Operands) -> Operands:
     """With whole rows of eight, and scales for whole tiles."""
-    x, w = pad_rows(operands.x, rounded_up(self.m, 8)), pad_rows(operands.w, rounded_up(self.n, 8))
+    x, w = operands.x, pad_rows(operands.w, rounded_up(self.n, 8))
+    if not self.has_groups:
+      x = pad_rows(x, rounded_up(self.m, 8))
     x_scales, w_scales = operands.x_scales, operands.w_scales
     if x_scales is not None:
-      x_scales = pad_rows(x_scales, rounded_up(self.m, self.tiles.block_m))
+      # A group's last piece begins at any row.
+      rows = self.m + STORE if self.has_groups else rounded_up(self.m, self.tiles.block_m)
+      x_scales = pad_rows(x_scales, rows)
       w_scales = pad_rows(w_scales, rounded_up(w_scales.shape[1], self.tiles.block_n))
     return dataclasses.replace(operands, x=x, w=w, x_scales=x_scales, w_scales=w_scales)
 
@@ -135,7 +160,7 @@ class _Cta:
       self.out = gmem.out
       self.first_column = pl.multiple_of(gmem.panel[0], kernel.tiles.block_n)
     self.warpgroup = lax.axis_index("warpgroup")
-    self.walk = pipeline.walk(kernel.grid)
+    self.walk = pipeline.walk(kernel.grid, gmem.groups)
 
   def run(self) -> None:
     kernel, warpgroup = self.kernel, self.warpgroup
@@ -153,16 +178,26 @@ class _Cta:
       def _tile(t: Any) -> None:
         first = t * kernel.k_steps
         with jax.named_scope("mainloop"):
-          sums = self.promoted_sums(first) if self.tiles.promote else self.sums(first)
+          in_steps = self.tiles.promote or kernel.has_groups
+          sums = self.sums_in_steps(first) if in_steps else self.sums(first)
         with jax.named_scope("epilogue"):
           self.store(sums, self.walk.tile(t))
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      groups = self.gmem.groups
+      if groups is not None:
+        with jax.named_scope("zeros"):
+          zeros = pipeline.walk_of_zeros(kernel.grid, groups)
+          epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.zero_columns)
+
+  def zero_columns(self, tile: Tile) -> Any:
+    """Half of a tile's are a warpgroup's."""
+    return tile.n * self.tiles.block_n + self.warpgroup * ROWS
 
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     gmem, full, step_k = self.gmem, self.smem.full.at[stage], self.kernel.step_k
     ks = pl.ds(ki * step_k, step_k)
-    rows = pl.ds(tile.m * self.tiles.block_m, self.tiles.block_m)
+    rows = pl.ds(tile.row(self.tiles.block_m), self.tiles.block_m)
     columns = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
     x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
     plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
@@ -199,8 +234,9 @@ class _Cta:
     acc = pl.run_scoped(scope, acc_type)
     return [acc[i : i + ROWS] for i in range(0, own_m, ROWS)]
 
-  def promoted_sums(self, first: Any) -> list[Any]:
-    """Taken out of the tensor cores after every step."""
+  def sums_in_steps(self, first: Any) -> list[Any]:
+    """One step under way. With `promote` sums are taken out of the tensor cores after each."""
+    promote = self.tiles.promote
     kernel, smem, stages = self.kernel, self.smem, self.tiles.num_stages
     parts = kernel.own_m // ROWS
     zeros = [wgmma.zeros(self.tiles.block_n) for _ in range(parts)]
@@ -212,10 +248,12 @@ class _Cta:
       for part, total in enumerate(totals):
         rows = pl.ds(self.warpgroup * kernel.own_m + part * ROWS, ROWS)
         x, w = smem.x.at[stage, rows], smem.w.at[stage]
-        (sums,) = wgmma.finish(wgmma.begin(x, w, kernel.transforms, kernel.dtype))
+        before = None if promote else total
+        begun = wgmma.begin(x, w, kernel.transforms, kernel.dtype, sums=before)
+        (sums,) = wgmma.finish(begun)
         if part == parts - 1:
           plgpu.barrier_arrive(smem.empty.at[stage])
-        results.append(total + sums)
+        results.append(total + sums if promote else sums)
       return pipeline.stage_after(stage, stages), *results
 
     begin = pipeline.stage_of(first, stages)
@@ -230,21 +268,51 @@ class _Cta:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     stage = 0
     for i, part in enumerate(parts):
+      if isinstance(tile, GroupTile):
+        self.store_some(part, tile, warpgroup * self.kernel.own_m + i * STORE)
+        continue
       rows = pl.ds(tile.m * tiles.block_m + warpgroup * self.kernel.own_m + i * STORE, STORE)
       for j in range(0, tiles.block_n, STORE):
         columns = pl.ds(self.first_column + tile.n * tiles.block_n + j, STORE)
-        piece = self.scaled(part[:, j : j + STORE], tile.batch, rows, columns)
-        plgpu.wait_smem_to_gmem(tiles.store_stages - 1, wait_read_only=True)
-        staged = self.smem.out.at[warpgroup, stage]
-        staged[...] = piece.astype(self.kernel.out_dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, self.out.at[tile.batch, rows, columns])
+        piece = self.scaled(part[:, j : j + STORE], tile, rows, columns)
+        self.store_piece(piece, stage, tile.batch, rows, columns)
         stage = (stage + 1) % tiles.store_stages
 
-  def scaled(self, piece: Any, b: Any, rows: Any, columns: Any) -> Any:
-    of_x, of_w = self.gmem.x_scales, self.gmem.w_scales
+  def store_piece(self, piece: Any, stage: int, b: Any, rows: Any, columns: Any) -> None:
+    """By the TMA, through shared memory."""
+    plgpu.wait_smem_to_gmem(self.tiles.store_stages - 1, wait_read_only=True)
+    staged = self.smem.out.at[self.warpgroup, stage]
+    staged[...] = piece.astype(self.kernel.out_dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged, self.out.at[b, rows, columns])
+
+  def store_some(self, part: Any, tile: GroupTile, first: Any) -> None:
+    """Those of 64 rows that the group has: all of them by the TMA, some thread by thread."""
+    kernel, rows = self.kernel, tile.rows - first
+    row = tile.first + first
+    by_tma = rows >= STORE if kernel.is_staged else rows < 0
+
+    @pl.when(rows > 0)
+    def _scale_and_store() -> None:
+      for index, j in enumerate(range(0, self.tiles.block_n, STORE)):
+        column = tile.n * self.tiles.block_n + j
+        here = pl.ds(row, STORE), pl.ds(column, STORE)
+        piece = self.scaled(part[:, j : j + STORE], tile, *here)
+
+        @pl.when(by_tma)
+        def _whole(piece: Any = piece, index: int = index, here: Any = here) -> None:
+          if kernel.is_staged:
+            self.store_piece(piece, index % self.tiles.store_stages, 0, *here)
+
+        @pl.when(jnp.logical_not(by_tma))
+        def _part(piece: Any = piece, column: Any = column) -> None:
+          to = piece.astype(kernel.out_dtype), plgpu.Layout.WGMMA, self.out.at[0]
+          stores.store_some(*to, row, rows, column)
+
+  def scaled(self, piece: Any, tile: Tile, rows: Any, columns: Any) -> Any:
+    of_x, of_w, b = self.gmem.x_scales, self.gmem.w_scales, tile.batch
     if of_x is None:
-      return epilogue.times_alpha(piece, self.gmem.alpha)
+      return epilogue.times_alpha(piece, self.gmem.alpha, group_of(self.gmem.alpha, tile))
     of_rows = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
     of_columns = epilogue.load_row_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
     return epilogue.times_row_scales(piece, of_rows, of_columns)

@@ -114,9 +114,11 @@ MAINLOOPS: dict[str, type[PackedOperand]] = {
 }
 
 
-def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
-  operands = gemm.Operands(ready.x, ready.w, ready.alpha, ready.x_scales, ready.w_scales)
-  return gemm.gemm(operands, plan.problem.out_dtype, plan.tiles, plan.grid)
+def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands, grid: Grid | None = None) -> jax.Array:
+  operands = gemm.Operands(
+    ready.x, ready.w, ready.alpha, ready.x_scales, ready.w_scales, groups=ready.groups
+  )
+  return gemm.gemm(operands, plan.problem.out_dtype, plan.tiles, grid or plan.grid)
 
 
 def _run_dequant_gemm(
@@ -241,7 +243,7 @@ def ragged(plan: RaggedPlan, operands: RaggedOperands) -> jax.Array:
   of_all = Operands(
     own.x[None],
     own.w,
-    lax.bitcast_convert_type(own.scales, jnp.uint8),
+    None if own.scales is None else lax.bitcast_convert_type(own.scales, jnp.uint8),
     scale if scale is not None and scale.size == 1 else own.global_scale_x,
     own.global_scale_w,
   )
@@ -275,16 +277,18 @@ def _ragged_wide(
   if own.fp8:  # loads go past the end of k
     ready = _rebased(own, operands)
   else:
-    operands = pad_k(operands, gemm.step_k(dtype), own.problem.fmt)
+    if own.problem.is_packed:
+      operands = pad_k(operands, gemm.step_k(dtype), own.problem.fmt)
     x = None if of_rows is None else _quantized_by_rows(plan, operands.x, of_rows)
     ready = _exact(own, operands, x)
-  return _run_dequant_gemm(own, dataclasses.replace(ready, groups=tiles), plan.grid)
+  ready = dataclasses.replace(ready, groups=tiles)
+  return (_run_dequant_gemm if own.problem.is_packed else _run_gemm)(own, ready, plan.grid)
 
 
 def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> jax.Array:
   """x_hat (1, m, k) for the mainloop, by XLA: of rows with global scales of their own, (m,)."""
   problem = plan.of_group.problem
   x_hat = round_trip(x[0][:, None], problem.fmt, of_rows)[:, 0].astype(operand_dtype(problem))
-  if packed_operand(problem) == "packed_e2m1":  # interleaved
+  if problem.is_packed and packed_operand(problem) == "packed_e2m1":  # interleaved
     x_hat = jnp.swapaxes(x_hat.reshape(x_hat.shape[0], -1, 8, 8), -1, -2)
   return x_hat.reshape(1, *x.shape[1:])

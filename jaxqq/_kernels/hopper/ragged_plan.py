@@ -3,6 +3,7 @@
     group sizes --XLA--> table of tiles (`grouped.py`) --+
     x --quantizer--> x_hat ------------------------------+--> skinny_gemm, dequant_gemm --> out
     words, scales of all matrices -----------------------+
+    w --quantizer--> w_hat of all matrices --------------+--> gemm ---------------------> out
 
 A tile has rows of one group, and the kernel's mainloop as of any product. Tiles are chosen for as
 many rows as a group has on average; how many it has is known on the device alone.
@@ -110,13 +111,19 @@ def check(problem: RaggedProblem, device: Device) -> Problem:
   of_one_matrix.check_hopper(problem.obstacle, device)
   if problem.contracted != "k":
     raise Unsupported("it is a derivative, whose products XLA computes")
-  if not problem.is_packed:
-    raise Unsupported("w is not packed")
+  if not problem.is_packed and problem.scales_of_matrices:
+    raise Unsupported("w is not packed, and has a global scale for each matrix")
+  if not problem.is_packed and problem.batch * problem.m < problem.groups:
+    raise Unsupported(
+      "w is not packed, and all of it would be quantized for fewer rows than groups"
+    )
   return problem_of_group(problem)
 
 
 def _skinny(problem: RaggedProblem, device: Device) -> RaggedPlan:
   own = check(problem, device)
+  if not problem.is_packed:
+    raise Unsupported("w is not packed")
   rows = math.ceil(1.25 * own.m)
   if power_of_two_from(rows) > MAX_SKINNY_ROWS:
     raise Unsupported(
@@ -150,8 +157,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     name="hopper_fp8",
     summary=(
       "fp8 tensor cores: a kernel quantizes x to e4m3 codes under one power of two a row, another "
-      "multiplies the rows of each group with its matrix, expanded in registers, and adds every "
-      "128 products in float32"
+      "multiplies the rows of each group with its matrix (packed w expanded in registers), and "
+      "adds every 128 products in float32"
     ),
     platforms=("cuda",),
     plan=_fp8,
@@ -160,8 +167,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     name="hopper_exact",
     summary=(
       "16 bit tensor cores on exact operands: a kernel quantizes x, another multiplies the rows of "
-      "each group with its matrix, expanded in registers; x that is not to be quantized is taken "
-      "as it is"
+      "each group with its matrix (packed w expanded in registers); x that is not to be quantized "
+      "is taken as it is"
     ),
     platforms=("cuda",),
     plan=_exact,

@@ -432,7 +432,8 @@ class _Cta:
     out = out.astype(kernel.out_dtype)
     if isinstance(tile, GroupTile):
       rows = self.out.at[0]
-      stores.store_some_columns(out, layout, rows, tile.first, tile.rows, tile.n * ROWS)
+      where = tile.first, tile.rows, tile.n * ROWS
+      stores.store_some(out, layout, rows, *where, transposed=True)
     else:
       rows = self.out.at[tile.batch]
       stores.store_columns(out, layout, rows, tile.n * ROWS, kernel.m, kernel.n)

@@ -43,37 +43,46 @@ def store_columns(a: Any, layout: Any, out_ref: Any, first: Any, m: int, n: int)
       setp.lt.and.s32 inside, $3, {m}, inside;
       @inside st.global.{_kind(itemsize)} [address], $1;
     }}"""
-    _store_each(a, out, first.registers.flat[0], text, [])
+    _store_each(a, out, first.registers.flat[0], text, [], transposed=True)
 
   store(a, out_ref, first)
 
 
-def store_some_columns(
-  a: Any, layout: Any, out_ref: Any, first_row: Any, rows: Any, first: Any
+def store_some(
+  a: Any,
+  layout: Any,
+  out_ref: Any,
+  first_row: Any,
+  rows: Any,
+  first_column: Any,
+  *,
+  transposed: bool = False,
 ) -> None:
-  """out_ref[first_row:first_row+rows, first:first+64] = a.T, of whose columns `rows` are something.
+  """out_ref[first_row:first_row+rows, first_column:...] = a[:rows], or of a.T.
 
-  As `store_columns`, where the kernel alone knows the rows. Of 64 columns, those past the end of
-  the output are not written.
+  As `store_columns`, where the kernel alone knows the rows. Columns past the end of the output are
+  not written.
 
   Args:
-    a: (64, columns), in `layout`.
+    a: in `layout`.
     out_ref: (m, n), in global memory.
-    first_row, rows, first: int32.
+    first_row, rows, first_column: int32.
+    transposed: whether rows of the output are columns of a.
   """
   if interpreting():
-    for i in range(a.shape[1]):
+    a = a.T if transposed else a
+    for i in range(a.shape[0]):
 
-      @pl.when((i < rows) & (first < out_ref.shape[1]))
+      @pl.when((i < rows) & (first_column < out_ref.shape[1]))
       def _row(i: int = i) -> None:
-        out_ref[pl.ds(first_row + i, 1), pl.ds(first, a.shape[0])] = a[:, i : i + 1].T
+        out_ref[pl.ds(first_row + i, 1), pl.ds(first_column, a.shape[1])] = a[i : i + 1]
 
     return
   n, itemsize = out_ref.shape[1], jnp.dtype(a.dtype).itemsize
-  splat = plgpu.Layout.WG_SPLAT
+  splats = [plgpu.Layout.WG_SPLAT] * 3
 
-  @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), splat, splat, splat), return_type=None)
-  def store(ctx: Any, a: Any, out: Any, first_row: Any, rows: Any, first: Any) -> None:
+  @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), *splats), return_type=None)
+  def store(ctx: Any, a: Any, out: Any, first_row: Any, rows: Any, first_column: Any) -> None:
     del ctx
     text = f"""{{
       .reg .pred inside;
@@ -88,18 +97,22 @@ def store_some_columns(
       @inside st.global.{_kind(itemsize)} [address], $1;
     }}"""
     dynamic = [first_row.registers.flat[0], rows.registers.flat[0]]
-    _store_each(a, out, first.registers.flat[0], text, dynamic)
+    _store_each(a, out, first_column.registers.flat[0], text, dynamic, transposed=transposed)
 
-  store(a, out_ref, first_row, rows, first)
+  store(a, out_ref, first_row, rows, first_column)
 
 
 def _kind(itemsize: int) -> str:
   return "b16" if itemsize == 2 else "b32"
 
 
-def _store_each(a: Any, out: Any, first: Any, text: str, others: list[Any]) -> None:
-  """The text for every number: $0 is where `out` is, $1 the number, $2 its row in `a`, from `first`
-  on, $3 its column, and then the others.
+def _store_each(
+  a: Any, out: Any, first: Any, text: str, others: list[Any], *, transposed: bool
+) -> None:
+  """The text for every number.
+
+  $0 is where `out` is, $1 the number, $2 its column there, from `first` on, $3 its row in a, or of
+  one that is transposed its column; and then the others.
   """
   i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
   base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(out))
@@ -108,10 +121,11 @@ def _store_each(a: Any, out: Any, first: Any, text: str, others: list[Any]) -> N
   constraints = ",".join(["l", "h" if halves else "f", "r", "r", *["r"] * len(others)])
 
   def store_one(value: Any, index: Any) -> None:
-    row = arith.addi(arith.index_cast(i32, index[0]), first)
-    column = arith.index_cast(i32, index[1])
+    of_column, of_row = index if transposed else index[::-1]
+    column = arith.addi(arith.index_cast(i32, of_column), first)
+    row = arith.index_cast(i32, of_row)
     value = arith.bitcast(bits, value) if halves else value
-    void_asm(text, [base, value, row, column, *others], constraints)
+    void_asm(text, [base, value, column, row, *others], constraints)
 
   a.foreach(store_one)
 
