@@ -195,7 +195,7 @@ KERNELS = (
   *("quantize.group_rescale", "quantize.columns", "quantize.code_words", "quantize.blockdiag"),
   *("quantize.in_kernel", "mainloops.packed_e2m1", "mainloops.packed_e4m3", "mainloops.expanded"),
   *("mainloops.in_order", "mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
-  *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "launch", "conversions"),
+  *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "row_sums", "launch", "conversions"),
 )
 
 

@@ -14,8 +14,11 @@ import jaxqq
 from jaxqq import _kernels
 from jaxqq._formats import FORMATS
 from jaxqq._kernels.ragged import INTERPRETED
+from jaxqq._ragged import checked_ragged
+from jaxqq._ragged_primitive import Params
+from jaxqq._ragged_primitive import problem_of as problem_of_operands
 from jaxqq._ragged_reference import Groups, RaggedOperands, folded
-from tests.support import ragged_products
+from tests.support import oracle, ragged_products
 from tests.support.cases import Program
 from tests.support.interpreter import interpreted
 from tests.support.ragged_products import RaggedCase, RaggedProgram
@@ -93,9 +96,6 @@ def test_scales_of_rows():
 
 
 def problem_of(mode, tokens, top, groups, n, k, dtype=jnp.bfloat16, packed=True, **how):
-  from jaxqq._ragged import checked_ragged
-  from jaxqq._ragged_primitive import problem_of
-
   fmt, rows = FORMATS[mode], tokens * top
   shape = functools.partial(jax.ShapeDtypeStruct)
   w, scales = shape((groups, n, k), jnp.bfloat16), None
@@ -117,7 +117,7 @@ def problem_of(mode, tokens, top, groups, n, k, dtype=jnp.bfloat16, packed=True,
     preferred_element_type=None,
     **arguments,
   )
-  return operands, problem_of(operands, params)
+  return operands, problem_of_operands(operands, params)
 
 
 QWEN3, GPT_OSS, MIXTRAL = (128, 1536, 2048), (32, 5760, 2880), (8, 28672, 4096)
@@ -254,6 +254,48 @@ def test_a_wrong_tile_is_noticed(monkeypatch):
   program = FEW["mxfp4"]
   with pytest.raises(AssertionError, match="of the bound"):
     check(program, [RaggedCase(program, (0, 9, 0, 20, 3))], "hopper_skinny")
+
+
+# Straight-through gradients
+
+
+def gradient_operands(contracted, rng, dtype):
+  """150 rows of four groups and of none, which are NaN; n = 72, k = 128."""
+  m, n, k = 150, 72, 128
+  sizes = np.int32([0, 20, 1, 100])
+  x, w, y = (rng.standard_normal(shape).astype(dtype) for shape in ((m, n), (4, n, k), (m, k)))
+  x[121:], y[121:] = np.nan, np.nan
+  other = {"w": w} if contracted == "n" else {"y": y}
+  operands = RaggedOperands(jnp.asarray(sizes), jnp.int32(0), x, **other)
+  starts = np.cumsum(sizes) - sizes
+  rows = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+  return operands, rows
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("contracted", ["n", "m"])
+def test_gradients(contracted, dtype):
+  rng, dtype = np.random.default_rng(0), np.dtype(dtype)
+  operands, rows = gradient_operands(contracted, rng, dtype)
+  params = Params(
+    "nvfp4", dtype, None, contracted=contracted, quantize=False, groups=4, function="ragged_qqmm"
+  )
+  device = _kernels.Device("cuda", "9.0", 3, max_cluster=1)
+  plan = _kernels.plan(problem_of_operands(operands, params), device, INTERPRETED)
+  assert plan.name == "hopper_gradient"
+  with interpreted(sms=3):
+    out = np.asarray(plan.run(operands))
+  x = np.asarray(operands.x, np.float64)
+  for group, of_group in enumerate(rows):
+    if contracted == "n":
+      got, left = out[of_group], x[of_group]
+      right = np.asarray(operands.w[group], np.float64)
+    else:
+      got, left = out[group], x[of_group].T
+      right = np.asarray(operands.y, np.float64)[of_group]
+    oracle.assert_within_bound(got, left @ right, np.abs(left) @ np.abs(right))
+  if contracted == "n":
+    assert not out[121:].any()
 
 
 SEEDS = (0, 4)

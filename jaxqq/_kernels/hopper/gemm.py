@@ -31,7 +31,13 @@ from jaxqq._kernels.hopper.pipeline import (
   rounded_up,
 )
 from jaxqq._kernels.hopper.ptx import stores, wgmma
-from jaxqq._kernels.hopper.ptx.layouts import row_transforms, tile_transforms
+from jaxqq._kernels.hopper.ptx.layouts import (
+  in_rows,
+  in_tiles,
+  row_transforms,
+  tile_transforms,
+  tiles_in_rows,
+)
 from jaxqq._kernels.hopper.tiles import GEMM_STORE as STORE
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles, cdiv
 
@@ -41,7 +47,7 @@ COMPUTE_WARPGROUPS = 2
 @pipeline.arrays
 class Operands:
   x: Any  # (b or 1, m, k) of float16, bfloat16 or float8_e4m3fn; k a multiple of step_k
-  w: Any  # (b or 1, n, k) of the same dtype
+  w: Any  # (b or 1, n, k) of the same dtype; of 16 bits, in groups, (matrices, k, n) if said so
   alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)
   x_scales: Any = None  # float32 (b or 1, m), of fp8
   w_scales: Any = None  # float32 (b or 1, n); with a panel, of all columns
@@ -64,12 +70,14 @@ def step_k(dtype: Any) -> int:
   return wgmma.STEP_BYTES // int(jnp.dtype(dtype).itemsize)
 
 
-def gemm(operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid) -> Any:
+def gemm(
+  operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid, *, w_transposed: bool = False
+) -> Any:
   """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows.
 
   With a panel the results are written to `operands.out`, and nothing is returned.
   """
-  kernel = _Gemm(operands, out_dtype, tiles, grid)
+  kernel = _Gemm(operands, out_dtype, tiles, grid, w_transposed)
   operands = kernel.padded(operands)
   is_panel = operands.panel is not None
   of_out = out_type(kernel.batch, kernel.m, kernel.n, out_dtype, tiles)
@@ -99,28 +107,37 @@ def out_type(batch: int, m: int, n: int, dtype: Any, tiles: WideTiles) -> jax.Sh
 class _Gemm:
   """Sizes and buffers of one launch."""
 
-  def __init__(self, operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid):
+  def __init__(
+    self, operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid, w_transposed: bool
+  ):
     x, w = operands.x, operands.w
+    self.w_transposed = w_transposed
     self.has_groups = operands.groups is not None
     self.batch = 1 if self.has_groups else max(x.shape[0], w.shape[0])
-    self.m, self.n = x.shape[1], w.shape[1]
+    self.m, self.n = x.shape[1], w.shape[2 if w_transposed else 1]
     self.dtype, self.out_dtype = x.dtype, jnp.dtype(out_dtype)
     self.tiles, self.grid = tiles, grid
     self.step_k = step_k(x.dtype)
     self.k_steps = cdiv(x.shape[2], self.step_k)
     self.own_m = tiles.block_m // COMPUTE_WARPGROUPS  # rows of a compute warpgroup
     self.transforms = tile_transforms(self.step_k, x.dtype)
+    self.w_transforms = self.transforms  # those of a transposed one are the same: 64 columns
     self.out_transforms = tile_transforms(STORE, out_dtype)
     if self.has_groups:  # a tile begins at any row, and the last step goes past the end of k
       self.transforms = self.out_transforms = row_transforms()
+      self.w_transforms = self.w_transforms if w_transposed else self.transforms
     # Rows of float32 are two rows of 128 bytes, which a store of some rows does not go to.
     self.is_staged = not self.has_groups or self.out_dtype.itemsize == 2
 
   def scratch(self) -> Scratch:
     tiles, stages = self.tiles, self.tiles.num_stages
+    x_shape = stages, tiles.block_m, self.step_k
+    of_w = (self.step_k, tiles.block_n) if self.w_transposed else (tiles.block_n, self.step_k)
     return Scratch(
-      plgpu.SMEM((stages, tiles.block_m, self.step_k), self.dtype, transforms=self.transforms),
-      plgpu.SMEM((stages, tiles.block_n, self.step_k), self.dtype, transforms=self.transforms),
+      tiles_in_rows(x_shape, self.dtype)
+      if self.w_transposed
+      else plgpu.SMEM(x_shape, self.dtype, transforms=self.transforms),
+      plgpu.SMEM((stages, *of_w), self.dtype, transforms=self.w_transforms),
       plgpu.SMEM(
         (COMPUTE_WARPGROUPS, tiles.store_stages, STORE, STORE),
         self.out_dtype,
@@ -134,7 +151,9 @@ class _Gemm:
 
   def padded(self, operands: Operands) -> Operands:
     """With whole rows of eight, and scales for whole tiles."""
-    x, w = operands.x, pad_rows(operands.w, rounded_up(self.n, 8))
+    x, w = operands.x, operands.w
+    if not self.w_transposed:
+      w = pad_rows(w, rounded_up(self.n, 8))
     if not self.has_groups:
       x = pad_rows(x, rounded_up(self.m, 8))
     x_scales, w_scales = operands.x_scales, operands.w_scales
@@ -178,7 +197,7 @@ class _Cta:
       def _tile(t: Any) -> None:
         first = t * kernel.k_steps
         with jax.named_scope("mainloop"):
-          in_steps = self.tiles.promote or kernel.has_groups
+          in_steps = self.tiles.promote or (kernel.has_groups and not kernel.w_transposed)
           sums = self.sums_in_steps(first) if in_steps else self.sums(first)
         with jax.named_scope("epilogue"):
           self.store(sums, self.walk.tile(t))
@@ -200,8 +219,10 @@ class _Cta:
     rows = pl.ds(tile.row(self.tiles.block_m), self.tiles.block_m)
     columns = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
     x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
-    plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
-    w = gmem.w.at[batch_of(gmem.w, tile.batch), columns, ks]
+    to_x = in_rows(self.smem.x) if self.kernel.w_transposed else self.smem.x
+    plgpu.copy_gmem_to_smem(x, to_x.at[stage], full)
+    of_w = (ks, columns) if self.kernel.w_transposed else (columns, ks)
+    w = gmem.w.at[batch_of(gmem.w, tile.batch), *of_w]
     plgpu.copy_gmem_to_smem(w, self.smem.w.at[stage], full)
 
   # A tile's sums, (64, block_n) each
@@ -209,13 +230,16 @@ class _Cta:
   def sums(self, first: Any) -> list[Any]:
     """In one accumulator over all of k, two steps under way."""
     smem, own_m, stages = self.smem, self.kernel.own_m, self.tiles.num_stages
+    w_transposed = self.kernel.w_transposed
+    x = in_tiles(smem.x) if w_transposed else smem.x
 
     def scope(acc: Any) -> Any:
       def do_step(ki: Any, before_and_stage: tuple[Any, Any]) -> tuple[Any, Any]:
         before, stage = before_and_stage
         plgpu.barrier_wait(smem.full.at[stage])
         own_rows = pl.ds(self.warpgroup * own_m, own_m)
-        plgpu.wgmma(acc, smem.x.at[stage, own_rows], smem.w.at[stage].T)
+        w = smem.w.at[stage]
+        plgpu.wgmma(acc, x.at[stage, own_rows], w if w_transposed else w.T)
         plgpu.wgmma_wait(1)
 
         @pl.when(ki > 0)

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxqq import _ragged_reference
-from jaxqq._kernels.hopper import dequant_gemm, gemm, grouped, skinny_gemm, staged_gemm
+from jaxqq._kernels.hopper import (
+  dequant_gemm,
+  gemm,
+  grouped,
+  row_sums,
+  skinny_gemm,
+  staged_gemm,
+)
 from jaxqq._kernels.hopper.dequant_gemm import PackedOperand
 from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops import blockdiag, in_order
@@ -26,7 +33,7 @@ from jaxqq._kernels.hopper.quantize.exact import exact_operand
 from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_packed
 from jaxqq._kernels.hopper.quantize.groups import TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
-from jaxqq._kernels.hopper.ragged_plan import RaggedPlan
+from jaxqq._kernels.hopper.ragged_plan import GradientPlan, RaggedPlan
 from jaxqq._kernels.hopper.tiles import TMA_BYTES, Grid
 from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._quantize import alpha_factors
@@ -292,3 +299,17 @@ def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> ja
   if problem.is_packed and packed_operand(problem) == "packed_e2m1":  # interleaved
     x_hat = jnp.swapaxes(x_hat.reshape(x_hat.shape[0], -1, 8, 8), -1, -2)
   return x_hat.reshape(1, *x.shape[1:])
+
+
+def ragged_gradient(plan: GradientPlan, operands: RaggedOperands) -> jax.Array:
+  """dx (..., m, k), or dw (..., groups, n, k), of unquantized operands."""
+  problem, shape = plan.problem, operands.batch_shape
+  groups, own = _ragged_reference.folded(operands, problem.groups)
+  if plan.tiles is None:
+    ready = row_sums.Operands(own.x, own.y, groups.starts, groups.sizes)
+    sums = row_sums.row_sums(ready, problem.out_dtype, plan.device.num_sms)
+    return sums.reshape(*shape, problem.groups, problem.n, problem.k)
+  tiles = grouped.group_tiles(groups, problem.batch, problem.m, plan.tiles.block_m)
+  of_gemm = gemm.Operands(own.x[None], own.w, alpha_operand(), groups=tiles)
+  out = gemm.gemm(of_gemm, problem.out_dtype, plan.tiles, plan.grid, w_transposed=True)
+  return out.reshape(*shape, problem.m, problem.k)

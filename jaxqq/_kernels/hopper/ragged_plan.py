@@ -5,6 +5,10 @@
     words, scales of all matrices -----------------------+
     w --quantizer--> w_hat of all matrices --------------+--> gemm ---------------------> out
 
+The straight-through gradients are products of unquantized operands, in 16 bits:
+
+    g, w of all matrices --> gemm, w transposed --> dx        g, x --> row_sums --> dw
+
 A tile has rows of one group, and the kernel's mainloop as of any product. Tiles are chosen for as
 many rows as a group has on average; how many it has is known on the device alone.
 
@@ -19,10 +23,11 @@ import math
 import jax
 
 from jaxqq._kernels.hopper import plan as of_one_matrix
+from jaxqq._kernels.hopper.costs import GEMM
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan
-from jaxqq._kernels.hopper.tiles import ROWS, Grid, power_of_two_from
+from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles, cdiv, power_of_two_from
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
-from jaxqq._kernels.problem import Problem, RaggedProblem
+from jaxqq._kernels.problem import Problem, RaggedProblem, tiles_of_a_group
 from jaxqq._ragged_reference import RaggedOperands
 
 MAX_SKINNY_ROWS = 32  # of a tile: with more, larger tiles of w are no slower
@@ -110,7 +115,7 @@ def check(problem: RaggedProblem, device: Device) -> Problem:
   """The problem of a group; raises Unsupported where no kernel takes the products."""
   of_one_matrix.check_hopper(problem.obstacle, device)
   if problem.contracted != "k":
-    raise Unsupported("it is a derivative, whose products XLA computes")
+    raise Unsupported("it is a gradient, and these kernels sum over k")
   if not problem.is_packed and problem.scales_of_matrices:
     raise Unsupported("w is not packed, and has a global scale for each matrix")
   if not problem.is_packed and problem.batch * problem.m < problem.groups:
@@ -143,7 +148,76 @@ def _exact(problem: RaggedProblem, device: Device) -> RaggedPlan:
   return RaggedPlan(of_one_matrix.exact_plan(check(problem, device), device), problem, device)
 
 
+# Straight-through gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientPlan:
+  """dx by `gemm`, or dw by `row_sums`.
+
+  Attributes:
+    tiles: of `gemm`; `row_sums` has its own.
+    problem, device: what for.
+  """
+
+  tiles: WideTiles | None
+  problem: RaggedProblem
+  device: Device
+
+  @property
+  def grid(self) -> Grid:
+    """Of dx, with as many tiles as there can be."""
+    assert self.tiles is not None
+    block_m, problem = self.tiles.block_m, self.problem
+    rows = problem.batch * problem.m
+    tiles = rows // block_m + min(problem.batch * (problem.groups + 2), rows)
+    return Grid(1, block_m * tiles, problem.k, block_m, self.tiles.block_n, self.device.num_sms)
+
+  @property
+  def details(self) -> str:
+    which = "row_sums" if self.tiles is None else f"gemm with {self.tiles}, w transposed"
+    return f"all groups in one launch: {which}"
+
+  def run(self, operands: RaggedOperands) -> jax.Array:
+    from jaxqq._kernels.hopper import launch
+
+    return launch.ragged_gradient(self, operands)
+
+
+def _gradient(problem: RaggedProblem, device: Device) -> GradientPlan:
+  of_one_matrix.check_hopper(problem.obstacle, device)
+  if problem.contracted == "k" or problem.quantize or problem.quantize_w or problem.is_packed:
+    raise Unsupported("it is for gradients of unquantized operands")
+  if problem.x_dtype.itemsize != 2 or problem.w_dtype != problem.x_dtype:
+    raise Unsupported(f"operands are {problem.x_dtype} and {problem.w_dtype}, not 16 bits both")
+  if problem.precision not in (None, jax.lax.Precision.DEFAULT):
+    raise Unsupported("precision is above DEFAULT, and tensor cores cut off sums")
+  if problem.n % 8 or problem.k % 64:
+    raise Unsupported(f"n = {problem.n} and k = {problem.k} are no multiples of 8 and of 64")
+  if problem.contracted == "m":
+    return GradientPlan(None, problem, device)
+  own = problem_of_group(problem)
+  times = {}
+  for timed in GEMM:
+    tiles = WideTiles(timed.block_m, block_n=timed.block_n)
+    with_room = of_one_matrix.with_stages(tiles, "ready", problem.n, problem.out_dtype.itemsize)
+    if with_room is not None:
+      count = math.ceil(own.batch * tiles_of_a_group(own.m, timed.block_m))
+      grid = Grid(count, timed.block_m, problem.k, timed.block_m, timed.block_n, device.num_sms)
+      times[with_room] = timed.time(grid, cdiv(problem.n, 128))
+  return GradientPlan(min(times, key=times.__getitem__), problem, device)
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+  Implementation(
+    name="hopper_gradient",
+    summary=(
+      "16 bit tensor cores: a kernel multiplies unquantized operands, of each group its rows with "
+      "its matrix, or the rows of two operands, with float32 sums"
+    ),
+    platforms=("cuda",),
+    plan=_gradient,
+  ),
   Implementation(
     name="hopper_skinny",
     summary=(

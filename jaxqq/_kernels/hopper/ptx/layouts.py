@@ -7,6 +7,8 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
+
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
 WARP, WARPS = 32, 4  # lanes in a warp, warps in a warpgroup
 TILE_ROWS, ROW_BYTES = 8, 128  # of a swizzled tile in shared memory
@@ -61,3 +63,23 @@ def row_transforms() -> tuple[Any, ...]:
   """
   transform: Any = plgpu.SwizzleTransform
   return (transform(ROW_BYTES),)
+
+
+def tiles_in_rows(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Shared memory of rows of 128 bytes, to load from any row on and to multiply in tiles.
+
+  The bytes are the same, and Mosaic GPU wants to be told either way: `in_rows`, `in_tiles`. Its
+  interpreter has no such unions, and neither way in its arrays.
+  """
+  whole = plgpu.SMEM(shape, dtype, transforms=tile_transforms(shape[-1], dtype))
+  if interpreting():
+    return whole
+  return plgpu.RefUnion(whole, plgpu.SMEM(shape, dtype, transforms=row_transforms()))
+
+
+def in_tiles(ref: Any) -> Any:
+  return ref if interpreting() else ref[0]
+
+
+def in_rows(ref: Any) -> Any:
+  return ref if interpreting() else ref[1]
