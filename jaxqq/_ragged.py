@@ -233,7 +233,7 @@ def checked_ragged(
       f"{function}: w must have three dimensions, (G, N, K), a matrix for each group, got "
       f"{repr(w) if isinstance(w, QuantizedWeight) else describe(w)}."
     )
-  group_sizes, group_offset = _checked_groups(function, group_sizes, group_offset, w.shape[0])
+  group_sizes, group_offset = checked_groups(function, group_sizes, group_offset, w.shape[0])
   operands, params = checked(
     function,
     x,
@@ -289,7 +289,7 @@ def _of_groups(scale: Any) -> Any:
   return _converted(scale, (1,), jnp.float32)
 
 
-def _checked_groups(
+def checked_groups(
   function: str, group_sizes: Any, group_offset: Any, matrices: int
 ) -> tuple[jax.Array, jax.Array]:
   """Sizes and offset as int32, of the shapes (groups,) and ()."""

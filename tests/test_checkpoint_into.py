@@ -124,6 +124,14 @@ def test_names_may_be_a_dict_and_only_a_part(tmp_path):
   np.testing.assert_array_equal(model.up.kernel[...], before.up.kernel[...])
 
 
+def test_a_dict_of_nnx_is_a_model_of_nnx(tmp_path):
+  """It is a mapping too, as parameters of Linen are."""
+  folder, _, wanted = write(tmp_path / "m")
+  model = nnx.Dict(model=Layers(rngs=nnx.Rngs(0)))
+  assert checkpoint.load_into(model, folder, only="model.[ud]*", partial=True) is model
+  assert_weight(model.model.up.weight, wanted["model.up.weight"])
+
+
 def test_layers_that_share_a_kernel_get_one_weight(tmp_path):
   folder, _, wanted = write(tmp_path / "m")
   model = Layers(rngs=nnx.Rngs(0))

@@ -110,7 +110,13 @@ def test_public_signatures_say_what_they_take(function):
     assert get_args(hints["backward"]) == BACKWARDS
 
 
-@pytest.mark.parametrize("layer", [jaxqq.nn.QQLinear, jaxqq.nn.QQLinearGeneral, jaxqq.nn.QQEinsum])
+LAYERS = (
+  *(jaxqq.nn.QQLinear, jaxqq.nn.QQLinearGeneral, jaxqq.nn.QQEinsum),
+  *(jaxqq.nn.QQExpertLinear, jaxqq.nn.QQExperts),
+)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_layers_say_which_modes_they_take(layer):
   hints = get_type_hints(layer.__init__)
   assert hints["mode"] == _formats.Mode and get_args(hints["backward"]) == BACKWARDS

@@ -131,10 +131,10 @@ def load_into(
 def _destination(model: Any) -> Destination:
   from jaxqq.checkpoint import _into_linen, _into_nnx  # they need flax, an extra
 
+  if _into_nnx.is_module(model):  # nnx.Dict is a Mapping too
+    return _into_nnx.NnxDestination(model)
   if isinstance(model, Mapping):
     return _into_linen.LinenDestination(model)
-  if _into_nnx.is_module(model):
-    return _into_nnx.NnxDestination(model)
   raise TypeError(
     f"{FUNCTION}: model must be an nnx.Module, or parameters of Flax Linen as a tree of dicts, got "
     f"{type(model).__name__}."

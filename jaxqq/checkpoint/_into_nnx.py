@@ -20,7 +20,7 @@ from jaxqq.checkpoint._into import (
   fitted,
   moved,
 )
-from jaxqq.nn.base import Packed, QuantizedLayer, why_not
+from jaxqq.nn.base import Packed, QuantizedLayer, full_name, why_not
 from jaxqq.nn.convert import Replacement, items, nodes
 from jaxqq.nn.layers import LAYERS
 
@@ -102,7 +102,7 @@ class NnxDestination:
         )
       if other is self._model and not isinstance(other, QuantizedLayer):
         raise NoPlaceError(
-          f"the model is a single nnx.{type(other).__name__}, which cannot be replaced in place"
+          f"the model is a single {full_name(type(other))}, which cannot be replaced in place"
         )
       if isinstance(other, QuantizedLayer):
         if not weight.quantize_input and other.dot_general.backward == "quantized":

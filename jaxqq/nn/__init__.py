@@ -1,7 +1,7 @@
 """Layers of Flax that multiply quantized matrices, and the conversion of whole models.
 
-For Flax NNX: `QQLinear` and its kin, `quantize_model`, `pack` and `unpack`. For Flax Linen:
-`QQDense`, `quantize_params` and `quantized_apply`.
+For Flax NNX: `QQLinear` and its kin, `QQExperts`, `quantize_model`, `pack` and `unpack`. For Flax
+Linen: `QQDense`, `quantize_params` and `quantized_apply`.
 """
 
 try:
@@ -13,16 +13,22 @@ except ImportError as _error:
 
 from jaxqq.nn.base import Packed
 from jaxqq.nn.convert import pack, quantize_model, unpack
+from jaxqq.nn.expert_linear import ExpertLinear, QQExpertLinear
+from jaxqq.nn.experts import Experts, QQExperts
 from jaxqq.nn.layers import QQEinsum, QQLinear, QQLinearGeneral
 from jaxqq.nn.linen import QQDense, quantized_apply
 from jaxqq.nn.params import quantize_params
 from jaxqq.nn.report import LayerReport, Report
 
 __all__ = [
+  "ExpertLinear",
+  "Experts",
   "LayerReport",
   "Packed",
   "QQDense",
   "QQEinsum",
+  "QQExpertLinear",
+  "QQExperts",
   "QQLinear",
   "QQLinearGeneral",
   "Report",

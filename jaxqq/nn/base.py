@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
-from jaxqq._global_scales import DEFAULT
+from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._weight import LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes
 
@@ -88,7 +88,7 @@ class QuantizedLayer(nnx.Module):
     function = f"{cls.__name__}.{method}"
     if type(layer) is not cls.original:
       raise TypeError(
-        f"{function}: the layer must be an nnx.{cls.original.__name__}, got "
+        f"{function}: the layer must be an {full_name(cls.original)}, got "
         f"{type(layer).__module__}.{type(layer).__name__}; what a class made from it does "
         "would be lost."
       )
@@ -102,6 +102,11 @@ class QuantizedLayer(nnx.Module):
     build: Any = cls
     k = FORMATS[dot_general.mode].group_size
     return build(k, 1, mode=dot_general.mode, use_bias=False, **NO_NUMBERS, **options)
+
+  @classmethod
+  def _scale_of_kernel(cls, choice: GlobalScale) -> GlobalScale:
+    """What `KernelAxes.quantized` is to give the kernel, of a layer's choice."""
+    return choice
 
   def _kernel_axes(self) -> KernelAxes:
     """Also of the layer of nnx that this one stands for, given as self."""
@@ -147,7 +152,7 @@ class QuantizedLayer(nnx.Module):
     assert self.kernel is not None
     kernel = self.kernel.get_value()
 
-    choice = self.dot_general.global_scale
+    choice = self._scale_of_kernel(self.dot_general.global_scale)
     weight = self._kernel_axes().quantized(kernel, self.mode, choice, self.dtype)
     scale = self.input_global_scale
     return dataclasses.replace(
@@ -211,6 +216,8 @@ class QuantizedLayer(nnx.Module):
       setattr(self, name, nnx.data(None) if variable is None else variable)
     self.param_dtype = other.param_dtype
     mode, scale = other.dot_general.mode, other.dot_general.global_scale
+    if scale is not None:  # what inputs get is this layer's own choice
+      scale = self.dot_general.global_scale or scale
     self.dot_general = dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
 
   def unpack(self) -> None:
@@ -250,7 +257,14 @@ class QuantizedLayer(nnx.Module):
 
 def packing(kind: type[QuantizedLayer], layer: Any, dot_general: DotGeneral) -> tuple[Any, ...]:
   """What decides the bits of a packed kernel, besides the kernel: of a layer of nnx, or its own."""
-  return (dot_general.mode, dot_general.global_scale, layer.dtype, kind._kernel_axes(layer))
+  scale = kind._scale_of_kernel(dot_general.global_scale)
+  return (dot_general.mode, scale, layer.dtype, kind._kernel_axes(layer))
+
+
+def full_name(kind: type[nnx.Module]) -> str:
+  """nnx.Linear, or jaxqq.nn.ExpertLinear."""
+  package = "nnx" if kind.__module__.startswith("flax.") else "jaxqq.nn"
+  return f"{package}.{kind.__name__}"
 
 
 def why_not(kind: type[QuantizedLayer], layer: Any, mode: str) -> str | None:

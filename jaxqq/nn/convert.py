@@ -14,7 +14,8 @@ from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
-from jaxqq.nn.base import Packed, QuantizedLayer, packing, why_not
+from jaxqq.nn.base import Packed, QuantizedLayer, full_name, packing, why_not
+from jaxqq.nn.expert_linear import QQExpertLinear
 from jaxqq.nn.layers import LAYERS
 from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
 
@@ -36,10 +37,10 @@ def quantize_model(
   """Converts the layers of a Flax NNX model, in place, to layers that multiply by `qqmm`.
 
   nnx.Linear becomes `QQLinear`, nnx.LinearGeneral (so the projections of nnx.MultiHeadAttention)
-  `QQLinearGeneral`, nnx.Einsum `QQEinsum`. Unpacked, for training, they share the variables of the
-  layers before, so that the model's state is the same tree. Packed, for serving, each kernel is
-  replaced by its quantized weight. A layer that the model holds twice stays one layer. Works on
-  abstract models (`nnx.eval_shape`) too.
+  `QQLinearGeneral`, nnx.Einsum `QQEinsum`, and `ExpertLinear`, of `Experts`, `QQExpertLinear`.
+  Unpacked, for training, they share the variables of the layers before, so that the model's state
+  is the same tree. Packed, for serving, each kernel is replaced by its quantized weight. A layer
+  that the model holds twice stays one layer. Works on abstract models (`nnx.eval_shape`) too.
 
   Args:
     model: any nnx.Module that holds layers.
@@ -76,7 +77,7 @@ def quantize_model(
   if type(model) in LAYERS:
     kind = LAYERS[type(model)].__name__
     raise TypeError(
-      f"{FUNCTION}: model is a single nnx.{type(model).__name__}, which cannot be replaced in "
+      f"{FUNCTION}: model is a single {full_name(type(model))}, which cannot be replaced in "
       f"place; make a layer of it with jaxqq.nn.{kind}."
     )
   conversion = _Conversion(
@@ -315,6 +316,8 @@ class _Conversion(Replacement):
       mode = check_format(FUNCTION, chosen, None, None).mode
     if not chosen:
       return None, "predicate leaves it out"
+    if kind is QQExpertLinear and self.dot_general.implementation is not None:
+      return None, "products of rows in groups take no implementation by name"
     reason = why_not(kind, node, mode)
     return (mode, None) if reason is None else (None, reason)
 
@@ -328,7 +331,7 @@ def _why_no_layer(node: nnx.Module) -> str:
       return reason
   for original in LAYERS:
     if isinstance(node, original):
-      return f"what it adds to nnx.{original.__name__} would be lost"
+      return f"what it adds to {full_name(original)} would be lost"
   return "it is no layer of nnx that multiplies by a kernel"
 
 

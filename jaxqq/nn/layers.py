@@ -20,6 +20,7 @@ from jaxqq._gradient import Backward
 from jaxqq._out_sharding import OutSharding, placed
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import NO_NUMBERS, QuantizedLayer
+from jaxqq.nn.expert_linear import QQExpertLinear
 from jaxqq.nn.kernel import KernelAxes, axes_of_einsum
 
 
@@ -355,5 +356,5 @@ class QQEinsum(QuantizedLayer):
 
 
 LAYERS: dict[type[nnx.Module], type[QuantizedLayer]] = {
-  layer.original: layer for layer in (QQLinear, QQLinearGeneral, QQEinsum)
+  layer.original: layer for layer in (QQLinear, QQLinearGeneral, QQEinsum, QQExpertLinear)
 }
