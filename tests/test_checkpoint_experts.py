@@ -341,3 +341,86 @@ def test_names_of_experts(path, tmp_path):
   assert loaded.keys() == {f"{path}.weight"}
   with pytest.raises(ValueError, match=r"'a.myexperts.w1.weight' must have two dimensions"):
     checkpoint.save(tmp_path / "b", {"a.myexperts.w1.weight": weight}, format="modelopt")
+
+
+# Experts that are not packed.
+
+
+def plain_experts(folder, count=3, **changed):
+  """A quantized layer, and experts of bfloat16 with biases; a value of None leaves one out."""
+  made, numbers = Generated("modelopt"), rng()
+  made.add("m.proj", NVFP4, numbers)
+  for e in range(count):
+    for part, shape in (("weight", SHAPE), ("bias", SHAPE[:1])):
+      name = f"m.experts.{e}.up.{part}"
+      array = changed.get(f"{part}{e}", numbers.standard_normal(shape).astype(BF16))
+      if array is not None:
+        made.add_plain(name, array)
+  made.configs = {"hf_quant_config.json": schemes.modelopt_config("NVFP4", ["m.experts*"])}
+  made.write(folder)
+  return made
+
+
+def test_experts_that_are_numbers_are_gathered_and_taken_apart(tmp_path):
+  made = plain_experts(tmp_path / "m", count=11)
+  loaded = checkpoint.load(tmp_path / "m", experts="stack")
+  assert loaded.keys() == {"m.proj.weight", "m.experts.up.weight", "m.experts.up.bias"}
+  for part in ("weight", "bias"):
+    each = [made.tensors[f"m.experts.{e}.up.{part}"] for e in range(11)]
+    np.testing.assert_array_equal(loaded[f"m.experts.up.{part}"], np.stack(each))
+  assert loaded["m.experts.up.weight"].dtype == BF16
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+  config = checkpoints.read_json(tmp_path / "again" / "hf_quant_config.json")["quantization"]
+  assert "m.experts.7.up" in config["exclude_modules"]
+  one = checkpoint.load(tmp_path / "m", only="m.experts.up.bias", experts="stack")
+  assert one["m.experts.up.bias"].shape == (11, SHAPE[0])
+  loaded["m.experts.3.up.bias"] = loaded["m.experts.up.bias"][3]
+  with pytest.raises(ValueError, match=r"^save: 'm.experts.3.up.bias' is a part of"):
+    checkpoint.save(tmp_path / "b", loaded, format="modelopt")
+
+
+@pytest.mark.parametrize(
+  "changed",
+  [
+    {"bias1": None},
+    {"bias2": None},
+    {"bias1": np.ones(3, BF16)},
+    {"bias1": np.ones(8, np.float32)},
+  ],
+  ids=["one lacks it", "the last lacks it", "another shape", "another dtype"],
+)
+def test_what_some_experts_lack_or_have_otherwise_stays(changed, tmp_path):
+  made = plain_experts(tmp_path / "m", **changed)
+  loaded = checkpoint.load(tmp_path / "m", experts="stack")
+  biases = {name for name in made.tensors if name.endswith("up.bias")}
+  assert loaded.keys() == {"m.proj.weight", "m.experts.up.weight", *biases}
+  checkpoint.save(tmp_path / "again", loaded, format="modelopt")
+  assert checkpoints.read_raw(tmp_path / "again") == checkpoints.read_raw(tmp_path / "m")
+
+
+@pytest.mark.parametrize("powers", ["all", "none", "but one"])
+def test_experts_of_fp8(powers, tmp_path):
+  """Numbers in one array; or mxfp8, where the scales of all of them are powers of two."""
+  layers = {"m.proj": NVFP4}
+  for e in range(3):
+    is_power = {"all": True, "none": False, "but one": e != 1}[powers]
+    layers[f"m.experts.{e}.up"] = schemes.fp8("tensor", powers=is_power)
+  config = schemes.modelopt_config(
+    "MIXED_PRECISION",
+    quantized_layers={
+      "m.proj": schemes.modelopt_entry("NVFP4"),
+      "m.experts": schemes.modelopt_entry("FP8"),
+    },
+  )
+  made = schemes.modelopt(tmp_path, layers, config)
+  wanted = np.stack([made.wants[f"m.experts.{e}.up.weight"].values for e in range(3)])
+  loaded = checkpoint.load(tmp_path, experts="stack", dtype="float32")
+  assert loaded.keys() == {"m.proj.weight", "m.experts.up.weight"}
+  np.testing.assert_allclose(loaded["m.experts.up.weight"], wanted, rtol=1e-7)
+  assert loaded.dequantized.keys() == {"m.experts.up.weight"}
+  weight = checkpoint.load(tmp_path, experts="stack", fp8="mxfp8")["m.experts.up.weight"]
+  assert isinstance(weight, jaxqq.QuantizedWeight) == (powers == "all")
+  numbers = weight.dequantize("float32") if powers == "all" else weight.astype(np.float32)
+  np.testing.assert_allclose(numbers, wanted, rtol=2**-8)
+  assert weight.shape == (3, *SHAPE)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxqq
 import jaxqq.nn
 from jaxqq import checkpoint
 from tests.support import checkpoints, oracle
@@ -19,10 +20,10 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 class Block(nnx.Module):
   """Of the names that most checkpoints have."""
 
-  def __init__(self, rngs=None):
+  def __init__(self, rngs=None, **options):
     rngs = rngs or nnx.Rngs(0)
     self.gate = nnx.Linear(K, E, use_bias=False, rngs=rngs)
-    self.experts = jaxqq.nn.Experts(E, K, N, rngs=rngs)
+    self.experts = jaxqq.nn.Experts(E, K, N, rngs=rngs, **options)
 
   def __call__(self, x):
     weights, chosen = jax.lax.top_k(jax.nn.softmax(self.gate(x)), TOP)
@@ -100,3 +101,28 @@ def test_what_is_packed_already_takes_a_checkpoint(tmp_path):
     one, other = (getattr(m.mlp.experts, part) for m in (again, model))
     assert one.mode == "mxfp8" and one.weight.global_scale is None
     jax.tree.map(np.testing.assert_array_equal, one.weight, other.weight)
+
+
+def test_experts_that_are_numbers_go_into_kernels_and_biases(tmp_path):
+  """(N, K) of each expert, as the transpose of a kernel (K, N); only the router is quantized."""
+  rng = np.random.default_rng(1)
+  tensors = {"mlp.gate.weight": jaxqq.quantize_weight(rng.standard_normal((E, K), np.float32))}
+  wanted = {}
+  for part in PARTS:
+    n, k = (K, N) if part == "down_proj" else (N, K)
+    wanted[part] = (
+      rng.standard_normal((E, n, k), np.float32),
+      rng.standard_normal((E, n), np.float32),
+    )
+    for e in range(E):
+      path = f"mlp.experts.{e}.{part}"
+      tensors |= {f"{path}.weight": wanted[part][0][e], f"{path}.bias": wanted[part][1][e]}
+  checkpoint.save(tmp_path / "m", tensors, format="modelopt")
+  model = nnx.eval_shape(lambda: nnx.Dict(mlp=Block(use_bias=True)))
+  checkpoint.load_into(model, tmp_path / "m", experts="stack")
+  assert isinstance(model.mlp.gate, jaxqq.nn.QQLinear)
+  for part, (weight, bias) in wanted.items():
+    layer = getattr(model.mlp.experts, part)
+    assert type(layer) is jaxqq.nn.ExpertLinear
+    np.testing.assert_array_equal(layer.kernel[...], weight.swapaxes(1, 2))
+    np.testing.assert_array_equal(layer.bias[...], bias)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxqq._weight import QuantizedWeight
 from jaxqq.checkpoint._dense import DenseLayer
-from jaxqq.checkpoint._experts import Stack
+from jaxqq.checkpoint._experts import PlainStack, Stack
 from jaxqq.checkpoint._layouts import Form, Layer
 from jaxqq.checkpoint._read import Loaded
 from jaxqq.checkpoint._scalars import Scalars
@@ -29,7 +29,13 @@ class Notes:
   dequantized: dict[str, str] = dataclasses.field(default_factory=dict)
   kv_cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-  def add(self, layer: Layer | DenseLayer | Stack, loaded: Loaded) -> None:
+  def add(self, layer: Layer | DenseLayer | Stack | PlainStack, loaded: Loaded) -> None:
+    if isinstance(layer, PlainStack):
+      self.stored_forms[layer.name] = layer.form
+      first = layer.items[0]
+      if isinstance(first, DenseLayer) and loaded.fields is None:
+        self.dequantized[layer.name] = first.report
+      return
     if isinstance(layer, DenseLayer):
       if loaded.fields is None:
         self.dequantized[layer.name] = layer.report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,61 @@ class Stack:
   @property
   def weight_only(self) -> bool:
     return self.layers[0].weight_only
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainStack:
+  """What all experts have under one name and is not packed, in their order: one array of all."""
+
+  name: str
+  items: tuple[DenseLayer | TensorInfo, ...]
+
+  @property
+  def parts(self) -> dict[str, TensorInfo]:
+    each = (
+      item.parts if isinstance(item, DenseLayer) else {item.name: item} for item in self.items
+    )
+    return {part.name: part for parts in each for part in parts.values()}
+
+  @property
+  def form(self) -> Form:
+    """The paths are those of the tensors, without their last word."""
+    return Form(paths=tuple(item.name.rpartition(".")[0] for item in self.items))
+
+
+def plain_stacks(
+  items: dict[str, DenseLayer | TensorInfo], stacks: list[Stack]
+) -> list[PlainStack]:
+  """A stack of each weight, bias or other parameter that all experts of a module have alike.
+
+  What some of them lack, or have in another shape or dtype, stays as it is.
+
+  items: what is not packed, by the name under which it would be loaded.
+  stacks: of those modules' packed layers, which have as many experts.
+  """
+  found: dict[str, dict[int, DenseLayer | TensorInfo]] = {}
+  count: dict[str, int] = {}
+  for stack in stacks:
+    module = _STACK.fullmatch(stack.name)
+    assert module is not None
+    count[module[1]] = len(stack.layers)
+  for name, item in items.items():
+    part = _EXPERT.fullmatch(name)
+    if part is not None:
+      found.setdefault(f"{part[1]}.{part[3]}", {})[int(part[2])] = item
+      count[part[1]] = max(count.get(part[1], 0), int(part[2]) + 1)
+  return [
+    PlainStack(name, tuple(by_number[i] for i in range(len(by_number))))
+    for name, by_number in found.items()
+    if sorted(by_number) == list(range(count[_STACK.fullmatch(name)[1]]))  # type: ignore[index]
+    and len({_kind_of_plain(item) for item in by_number.values()}) == 1
+  ]
+
+
+def _kind_of_plain(item: DenseLayer | TensorInfo) -> tuple[Any, ...]:
+  if isinstance(item, DenseLayer):
+    return item.dense, item.tensors["weight"].shape
+  return item.dtype, item.shape
 
 
 def stack_of(path: str) -> str | None:
@@ -106,13 +162,7 @@ def read_stack(
   Where calibration never reached an expert, the stack has no static scale of the activations.
   """
   each = [read_packed(layer, read, recorded, dtype) for layer in stack.layers]
-  fields = dict(each[0].fields or {})
-  for field in ("packed", "scales", "global_scale", "input_global_scale"):
-    values = [loaded.fields.get(field) for loaded in each if loaded.fields is not None]
-    have = [value for value in values if value is not None]
-    fields.pop(field, None)
-    if len(have) == len(values):
-      fields[field] = np.stack(have)
+  fields = _stacked_fields([loaded.fields or {} for loaded in each])
   stored = {
     field: _stack_of_scalars([loaded.stored[field] for loaded in each])
     for field in each[0].stored
@@ -128,8 +178,38 @@ def _stack_of_scalars(scalars: list[np.ndarray]) -> np.ndarray:
   return np.stack(scalars if len(shapes) == 1 else [scalar.reshape(()) for scalar in scalars])
 
 
+def read_plain_stack(
+  stack: PlainStack, read: Callable[[TensorInfo], np.ndarray], dtype: np.dtype, fp8: str
+) -> Loaded:
+  """One array; or, of FP8 that is mxfp8 for every expert, the fields of a stack."""
+  each = [
+    read_dense(item, read, dtype, fp8) if isinstance(item, DenseLayer) else Loaded(array=read(item))
+    for item in stack.items
+  ]
+  fields = [loaded.fields for loaded in each if loaded.fields is not None]
+  arrays = [loaded.array for loaded in each if loaded.array is not None]
+  if len(arrays) == len(each):
+    return Loaded(array=np.stack(arrays))
+  if len(fields) == len(each):
+    return Loaded(_stacked_fields(fields))
+  return read_plain_stack(
+    stack, read, dtype, "dequantize"
+  )  # one that is no mxfp8 makes all numbers
+
+
+def _stacked_fields(each: list[dict[str, Any]]) -> dict[str, Any]:
+  """Of a `QuantizedWeight`, the arrays that all have stacked, and what is not an array of one."""
+  out = dict(each[0])
+  for field in ("packed", "scales", "global_scale", "input_global_scale"):
+    have = [fields[field] for fields in each if fields.get(field) is not None]
+    out.pop(field, None)
+    if len(have) == len(each):
+      out[field] = np.stack(have)
+  return out
+
+
 def read_item(
-  item: Layer | DenseLayer | Stack,
+  item: Layer | DenseLayer | Stack | PlainStack,
   read: Callable[[TensorInfo], np.ndarray],
   recorded: Recorded,
   dtype: np.dtype,
@@ -143,4 +223,6 @@ def read_item(
     return read_dense(item, read, dtype, fp8)
   if isinstance(item, Stack):
     return read_stack(item, read, recorded, dtype)
+  if isinstance(item, PlainStack):
+    return read_plain_stack(item, read, dtype, fp8)
   return read_packed(item, read, recorded, dtype)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from jaxqq.checkpoint._dense import Dense, DenseLayer, check_dense
-from jaxqq.checkpoint._experts import Stack, stack_of, stacked
+from jaxqq.checkpoint._experts import PlainStack, Stack, plain_stacks, stack_of, stacked
 from jaxqq.checkpoint._files import TensorInfo, describe
 from jaxqq.checkpoint._layouts import Form, Layer, Layout, check_layer, is_transposed
 from jaxqq.checkpoint._left import Left
@@ -18,7 +18,7 @@ from jaxqq.checkpoint._naming import LAYER, Group, grouped
 from jaxqq.checkpoint._scheme import Scheme
 from jaxqq.checkpoint._schemes import Choices
 
-Item: TypeAlias = Layer | DenseLayer | Stack | TensorInfo
+Item: TypeAlias = Layer | DenseLayer | Stack | PlainStack | TensorInfo
 
 
 def read_items(
@@ -53,10 +53,16 @@ def read_items(
   dense = {layer.path: layer.tensors["weight"] for layer in layers if isinstance(layer, DenseLayer)}
   plain = {n.removesuffix(".weight"): t for n, t in rest.items() if n.endswith(".weight")}
   stacks = stacked(packed, dense | plain) if to_stack else []
+  not_packed: dict[str, DenseLayer | TensorInfo] = {**rest}
+  not_packed |= {layer.name: layer for layer in layers if isinstance(layer, DenseLayer)}
+  others = plain_stacks(not_packed, stacks) if to_stack else []
   in_stacks = {layer.name for stack in stacks for layer in stack.layers}
+  in_stacks |= {item.name for stack in others for item in stack.items}
   items: dict[str, Item] = {layer.name: layer for layer in layers if layer.name not in in_stacks}
-  items |= {stack.name: stack for stack in stacks}
+  items |= {stack.name: stack for stack in stacks} | {stack.name: stack for stack in others}
   for name in sorted(rest):
+    if name in in_stacks:
+      continue
     if name in items:
       raise ValueError(
         f"load: {rest[name].file}: tensor {name!r} has the name of a stack of experts; load "
@@ -68,8 +74,8 @@ def read_items(
 
 def _is_wanted(group: Group, wants: Callable[[str], bool], to_stack: bool) -> bool:
   names = [group.weight, *(tensor.name for tensor in group.tensors.values())]
-  stack = stack_of(group.path) if to_stack else None
-  return any(map(wants, names)) or (stack is not None and wants(f"{stack}.weight"))
+  stacks = [stack_of(name) for name in names] if to_stack else []
+  return any(wants(name) for name in (*names, *stacks) if name is not None)
 
 
 def _check_choice(layer: DenseLayer, choices: Choices) -> None:

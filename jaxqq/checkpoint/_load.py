@@ -86,8 +86,9 @@ def load(
     affine: "dequantize" reads layers of MLX's mode affine in the same way, w = scale * q + bias;
       "refuse" raises.
     experts: "stack" makes packed layers of all experts, `a.experts.0.up.weight` and so on, one
-      `QuantizedWeight` under `a.experts.up.weight`, (E, N, K), which `save` takes apart again. None
-      leaves them.
+      `QuantizedWeight` under `a.experts.up.weight`, (E, N, K), which `save` takes apart again, and
+      weights that are not packed, biases and the like one array, where all experts have one of the
+      same shape and dtype. only means the stacks then. None leaves them.
     quantize_input: that of each `QuantizedWeight`: True, False, or None for what the files say of
       its layer's activations. W4A16_NVFP4, NVFP4A16, gpt-oss's mxfp4, and MLX unless it sets
       "quantize_activations", leave them as they are, and so do layers that multiply by the weight.

@@ -93,7 +93,7 @@ def planned(
   tensors: Mapping[str, Any], format: str, config: dict[str, Any], origin: Checkpoint
 ) -> Plan:
   """origin: `tensors`, if that is a `Checkpoint`, and an empty one otherwise."""
-  values = {name: _checked(name, value) for name, value in tensors.items()}
+  values = _taken_apart({name: _checked(name, value) for name, value in tensors.items()}, origin)
   weights = {name: w for name, w in values.items() if isinstance(w, QuantizedWeight)}
   if not weights:
     raise ValueError(
@@ -172,6 +172,27 @@ def _checked(name: Any, value: Any) -> Any:
       f"{describe(array)}."
     )
   return array
+
+
+def _taken_apart(values: dict[str, Any], origin: Checkpoint) -> dict[str, Any]:
+  """Arrays that `load` made of what each expert has, as they were."""
+  out: dict[str, Any] = {}
+  for name, value in values.items():
+    form = origin.stored_forms.get(name)
+    is_packed = isinstance(value, QuantizedWeight)
+    if form is None or is_packed or tuple(value.shape[:1]) != (len(form.paths),):
+      out[name] = value
+      continue
+    last = name.rpartition(".")[2]
+    for i, path in enumerate(form.paths):
+      part = f"{path}.{last}"
+      if part in values:
+        raise ValueError(
+          f"save: {part!r} is a part of {name!r}, the stack of all experts', and is given besides; "
+          "leave one of them out."
+        )
+      out[part] = value[i]
+  return out
 
 
 def _stored(name: str, weight: QuantizedWeight, format: str, origin: Checkpoint) -> Stored:
