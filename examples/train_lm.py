@@ -273,10 +273,12 @@ def train(
   make_state: Callable[..., Any] = make_state,
   put: Callable[[np.ndarray], Any] = lambda windows: windows,
   finish: Callable[[Params], Result] = lambda params: {},
+  make_step: Callable[..., Any] = make_step,
 ) -> tuple[Params, Result]:
   """Weights and losses; `make_state` and `put` may place weights and windows on many devices.
 
-  `finish` is what else to tell of the weights, while the bar is still there.
+  `finish` is what else to tell of the weights, while the bar is still there. `make_step` may be
+  that of another model.
   """
   optimizer = make_optimizer(cfg)
   params, state, options = make_state(cfg, optimizer)

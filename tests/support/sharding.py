@@ -82,6 +82,12 @@ def collectives(executable):
   return sorted((kind, dtype) for dtype, kind in found)
 
 
+def gathered(executable):
+  """The shapes of what is gathered in the compiled text."""
+  found = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather\(", executable.as_text())
+  return {tuple(map(int, shape.split(","))) for shape in found}
+
+
 def where_it_divides(spec: P, mesh_shape: dict[str, int], shape: tuple[int, ...]) -> P:
   """`spec` without the axes that it does not split evenly."""
   ways = [math.prod(mesh_shape[name] for name in names or ()) for names in spec]
