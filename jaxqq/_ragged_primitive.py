@@ -37,6 +37,7 @@ from jaxqq._gradient import is_zero, refuse_gradient_of_packed, summed_to
 from jaxqq._kernels.problem import Contracted, RaggedProblem, obstacle
 from jaxqq._kernels.ragged import RAGGED
 from jaxqq._ragged_reference import NUM_AXES, RaggedOperands, in_groups, unflatten
+from jaxqq._ragged_split import layout_of, partitioned
 from jaxqq._sharding import vary_alike
 
 ragged_qqmm_p = Primitive("ragged_qqmm")
@@ -146,13 +147,37 @@ def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> An
 
 def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], params: Params) -> Any:
   device = _kernels.device_of(_primitive.platform_of(ctx))
-  problem = problem_of(unflatten(operands, ctx.avals_in), params)
-  plan = _kernels.plan(problem, device, RAGGED)
+  shapes = unflatten(operands, ctx.avals_in)
+  problem = problem_of(shapes, params)
+
+  def product(ops: RaggedOperands, groups: int, out_dtype: np.dtype) -> jax.Array:
+    own = dataclasses.replace(params, out_dtype=out_dtype)
+    own = dataclasses.replace(own, groups=groups if ops.y is not None else 0)
+    return _kernels.plan(problem_of(ops, own), device, RAGGED).run(ops)
 
   def whole(*values: jax.Array) -> jax.Array:
-    return plan.run(unflatten(operands, values))
+    return product(unflatten(operands, values), problem.groups, params.out_dtype)
 
-  return mlir.lower_fun(whole, multiple_results=False)(ctx, *args)
+  split = None
+  is_empty = 0 in (size for aval in (*ctx.avals_in, *ctx.avals_out) for size in aval.shape)
+  if not (is_empty or shapes.batch_shape) and _primitive.is_partitioned_by_xla(ctx):
+    layout = layout_of(
+      problem.contracted,
+      problem.fmt,
+      quantize=problem.quantize,
+      has_w_hat=problem.is_packed or problem.quantize_w,
+    )
+    sizes = (problem.groups, problem.m)
+    split = partitioned(product, operands, layout, *sizes, params.out_dtype, _label(params))
+  return mlir.lower_fun(split or whole, multiple_results=False)(ctx, *args)
+
+
+def _label(params: Params) -> str:
+  """What the lowering depends on, beside the operands."""
+  precision = params.precision.name if params.precision else "default"
+  words = [f"sum_{params.contracted}", params.mode, params.out_dtype.name, precision]
+  words += ["quantized"] * params.quantize + ["weights"] * params.quantize_w
+  return "_".join(("ragged", *words))
 
 
 # Forward mode

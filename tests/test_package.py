@@ -155,6 +155,7 @@ def test_a_file_imports_only_from_files_above_it():
     *("_gradient", "_qqmm", "_quantized_matmul", "_einsum", "_contraction"),
     *(
       "_dot_general",
+      "_ragged_split",
       "_ragged_primitive",
       "_ragged",
       "_gather",
