@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +44,30 @@ class Encoding:
   power: jax.Array | None = None
   factor: jax.Array | None = None
 
-  def codes(self, a: jax.Array, fmt: Format) -> jax.Array:
-    """int32 (..., k) of elements (..., k), as many of each group."""
-    *batch, k = a.shape
-    num_groups = self.scales.shape[-2]
-    groups = a.astype(jnp.float32).reshape(*batch, num_groups, k // max(num_groups, 1))
-    quotients = groups if self.power is None else _rounding.magnified(groups, self.power)
-    if self.factor is not None:
-      quotients = quotients * self.factor
-    codes = _rounding.encode(_rounding.magnitude_bits(quotients), fmt.element)
+  def codes(self, a: jax.Array, fmt: Format, random: jax.Array | None = None) -> jax.Array:
+    """int32 (..., k) of elements (..., k), as many of each group.
+
+    random: int32 (..., k), uniform in 0 to 65535; None rounds to nearest.
+    """
+    groups = self._grouped(a).astype(jnp.float32)
+    bits = self.magnitudes(groups)
+    if random is None:
+      codes = _rounding.encode(bits, fmt.element)
+    else:
+      codes = _rounding.encode_stochastic(bits, self._grouped(random), fmt.element)
     negative = lax.bitcast_convert_type(groups, jnp.int32) < 0
     codes = codes | jnp.where(negative, 1 << (fmt.bits - 1), 0)
     return jnp.where(self.blank, 0, codes).reshape(a.shape)
+
+  def magnitudes(self, groups: jax.Array) -> jax.Array:
+    """The bits of what codes are made of, float32, of elements (..., groups, size)."""
+    quotients = groups if self.power is None else _rounding.magnified(groups, self.power)
+    return _rounding.magnitude_bits(quotients if self.factor is None else quotients * self.factor)
+
+  def _grouped(self, a: jax.Array) -> jax.Array:
+    *batch, k = a.shape
+    num_groups = self.scales.shape[-2]
+    return a.reshape(*batch, num_groups, k // max(num_groups, 1))
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "arithmetic"), inline=True)
@@ -94,14 +107,25 @@ def encoding_of(
   fmt: Format,
   global_scale: jax.Array | None = None,
   arithmetic: Arithmetic = ANYWHERE,
+  *,
+  amax_bits: jax.Array | None = None,
+  largest: float | None = None,
+  rounds_scales_up: bool = False,
 ) -> Encoding:
   """How the groups of `a`, which has all batch axes of its global scale, are quantized.
+
+  amax_bits: int32 (..., groups, 1), the bits of the magnitudes that scales are made of; None for
+    each group's own amax.
+  largest: the element that they are mapped to, None for the format's largest; of scales that are
+    no powers of two.
+  rounds_scales_up: so that no element is larger than that; powers of two are so always.
 
   A group is poisoned, and its scale NaN, if it is not finite, and under a global scale that is no
   amax: negative, not finite, or 0 beside a number of 2**-126 or more.
   """
   groups = _grouped(a, fmt).astype(jnp.float32)
-  amax_bits = jnp.max(_rounding.magnitude_bits(groups), axis=-1, keepdims=True)
+  if amax_bits is None:
+    amax_bits = amax_bits_of(groups)
   poisoned = amax_bits >= _rounding.INFINITY_BITS
   power = of_zeros = enc = None
   if global_scale is not None:
@@ -120,24 +144,36 @@ def encoding_of(
     scales = scales_of_power_of_two(amax_bits, fmt)
     power = 127 - scales  # from -126 to 127: a finite amax has a scale of at most 253
   else:
-    scales, factor = _scales_of_float(amax_bits, fmt, enc, arithmetic)
+    encode = _rounding.encode_up if rounds_scales_up else _rounding.encode
+    largest = fmt.element_max if largest is None else largest
+    scales, factor = _scales_of_float(amax_bits, fmt, enc, arithmetic, largest, encode)
     if of_zeros is not None:
       scales = jnp.where(of_zeros, 0, scales)
     blank = blank | (scales == 0)
   return Encoding(jnp.where(poisoned, fmt.scale_nan, scales), blank, power, factor)
 
 
+def amax_bits_of(groups: jax.Array) -> jax.Array:
+  """The bits of each group's amax, int32 (..., groups, 1)."""
+  return jnp.max(_rounding.magnitude_bits(groups), axis=-1, keepdims=True)
+
+
 def _scales_of_float(
-  amax_bits: jax.Array, fmt: Format, enc: jax.Array | None, arithmetic: Arithmetic
+  amax_bits: jax.Array,
+  fmt: Format,
+  enc: jax.Array | None,
+  arithmetic: Arithmetic,
+  largest: float,
+  encode: Callable[[jax.Array, np.dtype], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-  """s = scale(amax / max * enc), and enc / s."""
+  """s = scale(amax / largest * enc), and enc / s."""
   amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
-  ideal = arithmetic.divide(amax, jnp.float32(fmt.element_max), fmt.element_max_bits)
+  ideal = arithmetic.divide(amax, jnp.float32(largest), fmt.element_max_bits)
   if enc is None:
     enc = jnp.float32(1)
   else:
     ideal = ideal * enc
-  scales = _rounding.encode(_rounding.magnitude_bits(ideal), fmt.scale)
+  scales = encode(_rounding.magnitude_bits(ideal), fmt.scale)
   factor = arithmetic.divide(enc, _rounding.decode(scales, fmt.scale), fmt.scale_bits)
   # Else XLA may divide again for every element.
   return scales, lax.optimization_barrier(factor)

@@ -171,6 +171,56 @@ def encode(bits: jax.Array, dtype: np.dtype) -> jax.Array:
   return steps + (power >> place) - ((smallest + place) << info.nmant)
 
 
+def encode_up(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+  """As `encode`, to the next code that is not smaller, saturating.
+
+  Args:
+    bits: int32, of a float32 magnitude. Subnormal ones are taken for 0.
+    dtype: of the code.
+
+  Returns:
+    int32, the sign bit clear.
+  """
+  mantissa, shift, base = _in_last_places(bits, dtype)
+  shift = jnp.minimum(shift, 30)
+  return base + ((mantissa + jnp.left_shift(1, shift) - 1) >> shift)
+
+
+def encode_stochastic(bits: jax.Array, random: jax.Array, dtype: np.dtype) -> jax.Array:
+  """As `encode`, to one of the two codes around a magnitude, saturating.
+
+  The upper one of f < a < c has the probability (a - f) / (c - f), to within 2**-17. A number that
+  a code has keeps it.
+
+  Args:
+    bits: int32, of a float32 magnitude. Subnormal ones are taken for 0.
+    random: int32, uniform in 0 to 65535.
+    dtype: of the code.
+
+  Returns:
+    int32, the sign bit clear.
+  """
+  mantissa, shift, base = _in_last_places(bits, dtype)
+  shift = jnp.minimum(shift - 16, 25)  # what is left counts 2**-16 of a code's last place
+  steps = (mantissa + jnp.left_shift(1, shift - 1)) >> shift
+  return base + ((steps + random) >> 16)
+
+
+def _in_last_places(bits: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """mantissa, shift and base: a magnitude's code is base + mantissa / 2**shift, but for rounding.
+
+  Below a code's normal range, its last place stays that of the smallest exponent.
+  """
+  info = ml_dtypes.finfo(dtype)
+  smallest = int(info.minexp) + 127
+  bits = jnp.minimum(bits, int(np.float32(info.max).view(np.int32)))
+  field = bits >> 23
+  mantissa = jnp.where(field == 0, 0, (bits & _MANTISSA) | _HIDDEN_BIT)
+  exponent = jnp.maximum(field, smallest)
+  # The hidden bit counts one step of the exponent's own, so the smallest exponent has base 0.
+  return mantissa, exponent - field + (23 - info.nmant), (exponent - smallest) << info.nmant
+
+
 def decode(code: jax.Array, dtype: np.dtype) -> jax.Array:
   """The magnitude of a code in float32; its sign bit is ignored.
 

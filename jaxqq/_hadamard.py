@@ -1,0 +1,56 @@
+"""Random Hadamard transforms: rotations that spread the outliers of a group over all of it.
+
+    y = H diag(s) x / sqrt(n)    H[i, j] = (-1)**popcount(i & j), Sylvester's; s = 1 or -1 at random
+
+of every n neighbours along the last axis. It is orthonormal, so a product whose two operands are
+rotated alike along the contracted axis stays as it was, and nothing is ever rotated back.
+
+The sums are float32 and in one order, each a sum of two, so their bits are the same everywhere.
+Numbers below 2**-126 count as zeros on the way, as they do on a CPU. The result is bfloat16: what
+is quantized afterwards has fewer bits yet.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqq import _rounding
+
+SIZES = (16, 32, 64, 128)
+
+
+def rotated(a: jax.Array, signs: jax.Array) -> jax.Array:
+  """bfloat16 of (..., m, k), every n neighbours rotated; k a multiple of n.
+
+  Args:
+    a: float32, float16 or bfloat16, (..., m, k).
+    signs: float32 (..., n), 1 or -1; the leading axes are those of matrices.
+  """
+  size = signs.shape[-1]
+  *batch, k = a.shape
+  blocks = a.astype(jnp.float32).reshape(*batch, k // size, size)
+  of_matrices = signs.shape[:-1]
+  ones = (1,) * (blocks.ndim - 3 - len(of_matrices))
+  signs = signs.reshape(*ones, *of_matrices, 1, 1, size)
+  # A power of two before, so that sums stay in range, and what is left of 1 / sqrt(n) after.
+  power = (size.bit_length() - 1) // 2
+  sums = _without_subnormals(blocks * signs * np.float32(2.0**-power))
+  half = 1
+  while half < size:
+    pairs = sums.reshape(*blocks.shape[:-1], size // (2 * half), 2, half)
+    first, second = pairs[..., 0, :], pairs[..., 1, :]
+    both = jnp.stack([first + second, first - second], axis=-2)
+    sums = _without_subnormals(both.reshape(blocks.shape))
+    half *= 2
+  rest = 2.0**power / np.sqrt(size)
+  sums = sums if rest == 1 else _without_subnormals(sums * np.float32(rest))
+  # A conversion to bfloat16 and back, which may follow, XLA drops; this it does not.
+  return lax.reduce_precision(sums, 8, 7).reshape(a.shape).astype(jnp.bfloat16)
+
+
+def _without_subnormals(a: jax.Array) -> jax.Array:
+  is_zero = _rounding.magnitude_bits(a) < _rounding.SMALLEST_NORMAL_BITS
+  return jnp.where(is_zero, jnp.float32(0), a)

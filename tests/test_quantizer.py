@@ -1,0 +1,456 @@
+"""`jaxqq.Quantizer`: each part of it against numpy, and what it promises of keys and of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxqq
+from jaxqq import _hadamard, _random_bits
+from jaxqq._quantizer import Quantizer
+from tests.support import oracle, recipes
+from tests.support.messages import check_sentence
+from tests.support.recipes import Spec
+from tests.support.sharding import place
+
+KEY = jax.random.key(3)
+KEYS = 4096
+STOCHASTIC = Quantizer(rounding="stochastic")
+QUANTIZERS = (
+  Quantizer(),
+  Quantizer(square=True),
+  STOCHASTIC,
+  Quantizer(square=True, rounding="stochastic"),
+  Quantizer(scale="four_over_six"),
+  Quantizer(square=True, scale="four_over_six"),
+  Quantizer(rotation=16),
+  Quantizer(rounding="stochastic", rotation=64),
+  Quantizer(scale="four_over_six", rotation=16),
+  Quantizer("mxfp8"),
+  Quantizer("mxfp8", square=True),
+  Quantizer("mxfp8", rounding="stochastic"),
+  Quantizer("mxfp8", square=True, rounding="stochastic", rotation=32),
+  Quantizer("mxfp4", rounding="stochastic"),
+)
+
+
+def words_of(key):
+  return np.asarray(jax.random.key_data(key))
+
+
+def key_for(quantizer):
+  return KEY if quantizer.needs_key else None
+
+
+def numbers(shape, seed=0):
+  """Magnitudes over some binades, and all of a group small; short enough to be summed exactly."""
+  rng = np.random.default_rng(seed)
+  a = rng.standard_normal(shape) * 2.0 ** rng.integers(-4, 3, shape)
+  a[1:3, :32] *= 2.0**-9
+  a[3] = 0
+  return np.round(a * 2**12).astype(np.float32) / 2**12
+
+
+# Random bits
+
+
+@pytest.mark.parametrize(
+  ("counter", "key", "seven", "ten"),
+  [
+    (0, 0, "5f6fb709 0d893f64 4f121f81 4f730a48", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (0xFFFFFFFF, 0xFFFFFFFF, None, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+  ],
+)
+def test_philox_is_that_of_its_authors(counter, key, seven, ten):
+  """The known answers of Random123 (kat_vectors), of 10 rounds and of the 7 that are used."""
+  words = [int(word, 16) for word in ten.split()]
+  assert [int(word) for word in recipes.philox([counter] * 4, [key] * 2, rounds=10)] == words
+  own = [int(word) for word in _random_bits.philox([np.uint32(counter)] * 4, [np.uint32(key)] * 2)]
+  assert own == [int(word) for word in recipes.philox([counter] * 4, [key] * 2)]
+  if seven is not None:
+    assert own == [int(word, 16) for word in seven.split()]
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 5, 40)])
+def test_bits_are_those_of_a_place(shape):
+  for key in (KEY, jax.random.key(3, impl="rbg")):
+    words = _random_bits.stream(_random_bits.key_words("f", "key", key), 1)
+    matrix = jnp.arange(int(np.prod(shape[:-2])), dtype=jnp.uint32).reshape(shape[:-2])
+    bits = _random_bits.uniform16(words, shape, matrix)
+    np.testing.assert_array_equal(bits, recipes.uniform16(recipes.stream(words_of(key), 1), shape))
+    np.testing.assert_array_equal(
+      _random_bits.signs(words, 128), recipes.signs(recipes.stream(words_of(key), 1), 128)
+    )
+
+
+def test_bits_are_uniform():
+  words = _random_bits.stream(_random_bits.key_words("f", "key", KEY), 0)
+  bits = np.asarray(_random_bits.uniform16(words, (512, 512)))
+  counts = np.bincount(bits.ravel() >> 8, minlength=256)
+  assert bits.min() >= 0 and bits.max() < 65536
+  chi_squared = ((counts - 1024) ** 2 / 1024).sum()
+  assert abs(chi_squared - 255) < 4 * np.sqrt(2 * 255)
+  neighbours = np.corrcoef(bits[:, :-1].ravel(), bits[:, 1:].ravel())[0, 1]
+  assert abs(neighbours) < 4 / 512
+
+
+# Codes and scales
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_bits_are_the_oracles(quantizer):
+  a = numbers((40, 128))
+  want_codes, want_scales, want_global = recipes.quantized(a, Spec.of(quantizer), words_of(KEY))
+  packed, scales, global_scale = quantizer.quantize(a, key_for(quantizer))
+  np.testing.assert_array_equal(scales, want_scales)
+  np.testing.assert_array_equal(oracle.unpack(np.asarray(packed), quantizer.mode), want_codes)
+  assert (global_scale is None) == (want_global is None)
+  assert global_scale is None or float(global_scale) == want_global
+  left = jaxqq.dequantize(
+    packed, scales, mode=quantizer.mode, global_scale=global_scale, dtype=jnp.float32
+  )
+  want = recipes.value_of(want_codes, want_scales, quantizer.mode, want_global)
+  np.testing.assert_allclose(left, want, rtol=2**-22)
+
+
+def test_the_default_is_quantize():
+  a = numbers((8, 64))
+  for mode in oracle.MODES:
+    amax = "amax" if mode == "nvfp4" else None
+    for own, want in zip(
+      Quantizer(mode).quantize(a), jaxqq.quantize(a, mode=mode, global_scale=amax), strict=False
+    ):
+      np.testing.assert_array_equal(own, want)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_qqmm_takes_what_it_gives(dtype):
+  x, w = numbers((8, 64)).astype(oracle.DTYPES[dtype]), numbers((32, 64), 1)
+  packed, scales, global_scale = Quantizer(square=True, scale="four_over_six").quantize(w)
+  out = jaxqq.qqmm(x, packed, scales, global_scale_x="amax", global_scale_w=global_scale)
+  x_hat = oracle.round_trip(x, "nvfp4", np.abs(x.astype(np.float32)).max())
+  codes, w_scales, of_w = recipes.quantized(w, Spec(square=True, scale="four_over_six"))
+  w_hat = recipes.value_of(codes, w_scales, "nvfp4", of_w)
+  oracle.assert_within_bound(np.asarray(out), *oracle.product(x_hat, w_hat))
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(square=True), STOCHASTIC], ids=str)
+def test_leading_axes(quantizer):
+  """One amax for all; rows are rows, and squares are of one matrix."""
+  a = numbers((6, 24, 32)).reshape(2, 3, 24, 32)
+  packed, scales, _ = quantizer.quantize(a, key_for(quantizer))
+  assert packed.shape == (2, 3, 24, 4) and scales.shape == (2, 3, 24, 2)
+  if quantizer.square:
+    for index in np.ndindex(2, 3):
+      want = quantizer.quantize(a[index], amax=float(np.abs(a).max()))
+      np.testing.assert_array_equal(packed[index], want[0])
+  else:
+    rows = quantizer.quantize(a.reshape(-1, 32), KEY)
+    np.testing.assert_array_equal(packed.reshape(-1, 4), rows[0])
+  vector = STOCHASTIC.quantize(a[0, 0, 0], KEY)
+  assert vector[0].shape == (4,) and vector[1].shape == (2,)
+
+
+@pytest.mark.parametrize(
+  ("mode", "scale"), [("nvfp4", "amax"), ("nvfp4", "four_over_six"), ("mxfp8", "amax")]
+)
+def test_squares_are_transposed_with_the_matrix(mode, scale):
+  quantizer, size = Quantizer(mode, square=True, scale=scale), oracle.MODES[mode].group
+  a = numbers((96, 160))
+  of_a, of_transpose = quantizer.quantize(a), quantizer.quantize(a.T)
+  codes, transposed = (oracle.unpack(np.asarray(part[0]), mode) for part in (of_a, of_transpose))
+  np.testing.assert_array_equal(codes.T, transposed)
+  squares = np.asarray(of_a[1])[::size]
+  np.testing.assert_array_equal(np.repeat(squares, size, axis=0), of_a[1])
+  np.testing.assert_array_equal(squares.T, np.asarray(of_transpose[1])[::size])
+  rows = np.asarray(Quantizer(mode, scale=scale).quantize(a)[1])
+  assert (rows != np.asarray(of_a[1])).any()
+
+
+def test_a_square_that_is_not_finite():
+  a = numbers((48, 64))
+  a[20, 20] = np.inf
+  packed, scales, _ = Quantizer("mxfp8", square=True).quantize(a)
+  assert (np.asarray(scales)[:32, 0] == 0xFF).all() and not (np.asarray(scales)[32:] == 0xFF).any()
+  assert not (np.asarray(scales)[:, 1] == 0xFF).any()
+  for quantizer in (Quantizer(), STOCHASTIC, Quantizer(scale="four_over_six")):
+    packed, scales, global_scale = quantizer.quantize(a, key_for(quantizer))
+    assert (np.asarray(scales) == 0x7F).all()  # the tensor's amax is not finite
+    assert not np.isfinite(float(global_scale)) and not np.asarray(packed).any()
+
+
+# Stochastic rounding
+
+
+def values_between(dtype):
+  """Each magnitude of a type, and numbers of every kind between it and the next."""
+  table = recipes.magnitudes(dtype)
+  lower, step = table[:-1, None], np.diff(table)[:, None]
+  parts = lower + step * [0, 2.0**-9, 1 / 8, 1 / 3, 1 / 2, 7 / 8, 1 - 2.0**-9]
+  signed = np.concatenate([parts.ravel(), -parts.ravel()]).astype(np.float32)
+  return signed, table[-1]
+
+
+def rounded_at_random(a, dtype):
+  """Both neighbours of each magnitude, and the standard error of a mean over all keys."""
+  table, a = recipes.magnitudes(dtype), np.abs(a).astype(np.float64)
+  lower = table[np.searchsorted(table, a, side="right") - 1]
+  upper = table[np.searchsorted(table, a, side="left")]
+  step = upper - lower
+  chance = np.where(step == 0, 0, (a - lower) / np.where(step == 0, 1, step))
+  return lower, upper, step * np.sqrt(chance * (1 - chance) / KEYS)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_the_mean_over_keys_is_the_value(mode):
+  """Every element value, boundaries and between, in groups whose scale is 1."""
+  group, quantizer = oracle.MODES[mode].group, Quantizer(mode, rounding="stochastic")
+  values, largest = values_between(oracle.MODES[mode].element)
+  if mode == "mxfp8":  # of 1764 numbers every third; with both neighbours in sixteenths
+    values = values[::3]
+  columns = group - 1
+  values = np.pad(values, (0, -len(values) % columns)).reshape(-1, columns)
+  a = np.concatenate([values, np.full_like(values[:, :1], largest)], axis=1)
+
+  def once(key):
+    amax = 2688.0 if mode == "nvfp4" else None
+    packed, scales, of_all = quantizer.quantize(a, key, amax=amax)
+    return jaxqq.dequantize(packed, scales, mode=mode, global_scale=of_all, dtype=jnp.float32)
+
+  out = np.asarray(jax.jit(jax.vmap(once))(jax.random.split(KEY, KEYS)), np.float64)
+  lower, upper, error = rounded_at_random(a, oracle.MODES[mode].element)
+  assert ((np.abs(out) == lower) | (np.abs(out) == upper)).all()
+  exact = lower == upper  # these never move
+  assert exact.any() and not error[exact].any() and (error[~exact] > 0).all()
+  assert (np.abs(out.mean(axis=0) - a) <= 4 * error + 2.0**-17 * (upper - lower)).all()
+
+
+def test_nothing_is_clipped():
+  """Under scales of all kinds, subnormal ones too, no element is too large: the mean is right."""
+  rng = np.random.default_rng(5)
+  a = rng.standard_normal((64, 16)).astype(np.float32)
+  a *= 2.0 ** -np.arange(0, 24, 24 / 64)[:, None].astype(np.float32)
+  _, scales, amax = recipes.quantize_codes(a, Spec(rounding="stochastic"), words_of(KEY))
+  s = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * amax / 2688
+  assert (np.abs(a) <= 6 * s * (1 + 2.0**-22)).all() and (scales < 8).any() and (scales > 0).all()
+
+  def once(key):
+    packed, scales, amax = STOCHASTIC.quantize(a, key)
+    return jaxqq.dequantize(packed, scales, global_scale=amax, dtype=jnp.float32)
+
+  out = np.asarray(jax.jit(jax.vmap(once))(jax.random.split(KEY, KEYS)), np.float64)
+  error = rounded_at_random(np.minimum(np.abs(a) / s, 6), ml_dtypes.float4_e2m1fn)[2] * s
+  assert (np.abs(out.mean(axis=0) - a) <= 4 * error + 2.0**-15 * s).all()
+  nearest = oracle.round_trip(a, "nvfp4", amax)
+  assert (np.abs(nearest).max(axis=1) < 0.97 * np.abs(a).max(axis=1)).any()  # there it would be
+
+
+# Rotation
+
+
+@pytest.mark.parametrize("size", _hadamard.SIZES)
+def test_rotations(size):
+  """Orthonormal, so that products stay; what is computed is that, rounded to bfloat16."""
+  key = _random_bits.stream(_random_bits.key_words("f", "key", KEY), recipes.ROTATION)
+  of = recipes.signs(recipes.stream(words_of(KEY), recipes.ROTATION), size)
+  matrix = recipes.hadamard(size, of)
+  np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-15)
+  x, w = numbers((5, 256)), numbers((7, 256), 1)
+  exact = x.astype(np.float64) @ w.T.astype(np.float64)
+  np.testing.assert_allclose(recipes.rotate(x, of) @ recipes.rotate(w, of).T, exact, atol=1e-12)
+  rotated = jax.jit(lambda a: _hadamard.rotated(a, _random_bits.signs(key, size)))
+  ours = rotated(jnp.asarray(x))
+  assert ours.dtype == jnp.bfloat16
+  want = recipes.rotate(x, of)
+  np.testing.assert_allclose(np.asarray(ours, np.float64), want, rtol=2**-8, atol=1e-7)
+  # Single numbers are columns of H: what each is spread to.
+  ones = np.zeros((5, 256), np.float32)
+  ones[range(5), [0, 1, 7, size - 1, 3]] = 1
+  rounded = recipes.rotate(ones, of).astype(np.float32).astype(ml_dtypes.bfloat16)
+  np.testing.assert_array_equal(rotated(jnp.asarray(ones)), rounded)
+
+
+def test_rotations_in_the_whole_range():
+  """Sums of the largest numbers stay in range; those below 2**-126 are zeros everywhere."""
+  signs = jnp.ones(16)
+  large = jnp.full((1, 16), 2.0**125)
+  assert float(_hadamard.rotated(large, signs)[0, 0]) == 2.0**127
+  small = _hadamard.rotated(jnp.full((1, 16), 2.0**-126), signs)
+  assert not np.asarray(small, np.float32).any()
+
+
+# Four over six
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_four_over_six_never_has_a_larger_error(square):
+  """Than 6 alone or 4 alone, in any block, under the same tensor scale; often a smaller one."""
+  rng = np.random.default_rng(7)
+  tails, level = rng.standard_t(4, (64, 256)), rng.uniform(-5, 5, (64, 256))
+  a = np.where(np.arange(256) // 16 % 2, tails, level).astype(np.float32)
+  a[:16, :64] *= 2.0**-12  # scales that are subnormal
+  quantizer = Quantizer(square=square, scale="four_over_six")
+  packed, scales, global_scale = quantizer.quantize(a)
+  spec, group = Spec(square=square), 16
+  blocks, enc = recipes.block_amax(a, spec), np.float32(2688) / np.float32(global_scale)
+
+  def error(codes, scales):
+    left = recipes.value_of(codes, scales, "nvfp4", float(global_scale))
+    sums = ((left - a) ** 2).reshape(64, -1, group).sum(axis=-1)
+    return recipes.over_squares(sums, 16, np.sum) if square else sums
+
+  own = error(oracle.unpack(np.asarray(packed), "nvfp4"), np.asarray(scales))
+  alone = [
+    error(*recipes._float_codes(a, recipes._float_scales(blocks, enc, n, up=False), enc, None))
+    for n in (6, 4)
+  ]
+  assert (own <= np.minimum(*alone) * (1 + 1e-3)).all()
+  takes_four = own < alone[0]
+  assert 0.1 < takes_four.mean() < 0.9
+  assert float(global_scale) == float(np.float32(1.75) * np.abs(a).max())
+  assert np.asarray(scales).view(ml_dtypes.float8_e4m3fn).astype(float).max() <= 384
+
+
+def test_four_over_six_at_the_ends_of_the_range():
+  quantizer = Quantizer(scale="four_over_six")
+  for value in (3e38, 2.0**-100, 0.0):
+    packed, scales, global_scale = quantizer.quantize(jnp.full((1, 16), value))
+    left = jaxqq.dequantize(packed, scales, global_scale=global_scale, dtype=jnp.float32)
+    np.testing.assert_allclose(left, value, rtol=1e-6 if value < 1 else 0.05)
+
+
+# The same bits
+
+
+@pytest.fixture(scope="module")
+def operand():
+  return jnp.asarray(numbers((64, 256)))
+
+
+def run(quantizer, a, key):
+  packed, scales, global_scale = quantizer.quantize(a, key)
+  return (packed, scales) if global_scale is None else (packed, scales, global_scale)
+
+
+def assert_same(own, want):
+  for a, b in zip(own, want, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+SAME = (
+  Quantizer(rounding="stochastic", rotation=16),
+  Quantizer("mxfp8", square=True, rounding="stochastic"),
+  Quantizer(square=True, scale="four_over_six"),
+)
+
+
+@pytest.mark.parametrize("quantizer", SAME, ids=str)
+def test_the_same_bits_in_vmap_and_scan(quantizer, operand):
+  one = functools.partial(run, quantizer)
+  keys = jax.random.split(KEY, 3) if quantizer.needs_key else None
+  axes = None if keys is None else 0
+  operand = operand[:24, :64]
+  each = jnp.stack([operand, 2 * operand, operand[::-1]])
+  want = [one(a, None if keys is None else keys[i]) for i, a in enumerate(each)]
+  want = [np.stack(part) for part in zip(*want, strict=True)]
+  assert_same(jax.jit(jax.vmap(one, in_axes=(0, axes)))(each, keys), want)
+  _, scanned = jax.lax.scan(lambda c, step: (c, one(*step)), 0, (each, keys))
+  assert_same(scanned, want)
+
+
+@pytest.mark.parametrize("quantizer", SAME, ids=str)
+@pytest.mark.parametrize("spec", [P("data"), P("data", "tensor"), P(None, ("data", "tensor"))])
+def test_the_same_bits_on_many_devices(quantizer, spec, operand):
+  """Also where a split cuts squares: the places and the amax are those of the whole array."""
+  want = run(quantizer, operand, key_for(quantizer))
+  split = jax.jit(functools.partial(run, quantizer))
+  assert_same(split(place(operand, spec), key_for(quantizer)), want)
+
+
+def test_another_key_gives_other_bits(operand):
+  first, second = (STOCHASTIC.quantize(operand, jax.random.key(i))[0] for i in range(2))
+  assert (np.asarray(first) != np.asarray(second)).mean() > 0.5
+  raw = STOCHASTIC.quantize(operand, jax.random.key_data(jax.random.key(0)))[0]
+  np.testing.assert_array_equal(raw, first)
+
+
+def test_two_operands_share_a_rotation(operand):
+  quantizer = Quantizer(rounding="stochastic", rotation=16)
+  one, other = (quantizer.quantize(operand, jax.random.key(i), rotation_key=KEY) for i in range(2))
+  np.testing.assert_array_equal(one[2], other[2])  # the amax of the same rotated numbers
+  assert (np.asarray(one[0]) != np.asarray(other[0])).any()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+  ("attributes", "error", "message"),
+  [
+    ({"mode": "fp4"}, ValueError, "unknown mode 'fp4'"),
+    ({"square": 1}, TypeError, "square must be True or False, got 1"),
+    ({"rounding": "up"}, ValueError, "unknown rounding 'up'; it must be one of"),
+    ({"scale": 6}, ValueError, "unknown scale 6; it must be one of"),
+    ({"rotation": 8}, ValueError, "rotation must be None, or the size"),
+    ({"rotation": True}, ValueError, "rotation must be None, or the size"),
+    (
+      {"mode": "mxfp8", "scale": "four_over_six"},
+      ValueError,
+      "the scales of mode 'mxfp8' are powers of two",
+    ),
+    ({"rounding": "stochastic", "scale": "four_over_six"}, ValueError, "would move the mean"),
+  ],
+)
+def test_wrong_attributes(attributes, error, message):
+  with pytest.raises(error) as caught:
+    Quantizer(**attributes)
+  check_sentence(str(caught.value), "Quantizer", [message])
+
+
+@pytest.mark.parametrize(
+  ("quantizer", "shape", "arguments", "error", "message"),
+  [
+    (Quantizer(), (4, 40), {}, ValueError, "multiple of the group size 16"),
+    (Quantizer(rotation=64), (4, 96), {"key": KEY}, ValueError, "multiple of the rotation 64"),
+    (Quantizer(square=True), (32,), {}, ValueError, "square blocks need two axes"),
+    (STOCHASTIC, (4, 32), {}, ValueError, "a key is needed where rounding is 'stochastic'"),
+    (Quantizer(rotation=16), (4, 32), {}, ValueError, "a key is needed where rotation is 16"),
+    (Quantizer(), (4, 32), {"key": KEY}, ValueError, "has nothing random for it"),
+    (STOCHASTIC, (4, 32), {"key": 0}, TypeError, "key must be a key, as jax.random.key(0)"),
+    (STOCHASTIC, (4, 32), {"key": jnp.ones(2)}, TypeError, "got float32 of shape (2,)"),
+    (STOCHASTIC, (4, 32), {"key": jax.random.split(KEY)}, ValueError, "must be one key"),
+    (Quantizer("mxfp8"), (4, 32), {"amax": 1.0}, ValueError, "has no global scale"),
+  ],
+)
+def test_wrong_arguments(quantizer, shape, arguments, error, message):
+  with pytest.raises(error) as caught:
+    quantizer.quantize(jnp.ones(shape), **arguments)
+  check_sentence(str(caught.value), "Quantizer", [message])
+
+
+def test_wrong_arrays():
+  with pytest.raises(TypeError) as caught:
+    Quantizer().quantize(jnp.ones((4, 32), jnp.int32))
+  check_sentence(str(caught.value), "Quantizer", ["a must be float32", "int32"])
+
+
+@pytest.mark.parametrize("documented", [Quantizer, Quantizer.quantize])
+def test_examples_in_docstrings(documented):
+  names = {"jax": jax, "jnp": jnp, "jaxqq": jaxqq}
+  example = doctest.DocTestParser().get_doctest(documented.__doc__, names, "example", None, 0)
+  assert example.examples
+  assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_two_of_the_same_are_equal():
+  assert dataclasses.replace(Quantizer(), rotation=16) == Quantizer(rotation=16)
+  assert hash(Quantizer(square=True)) == hash(Quantizer(square=True))
