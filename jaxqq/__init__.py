@@ -14,12 +14,14 @@ from jaxqq._qqmm import qqmm
 from jaxqq._quantized_matmul import quantized_matmul
 from jaxqq._quantizer import Quantizer
 from jaxqq._ragged import ragged_qqmm, ragged_quantized_matmul
+from jaxqq._recipe import Recipe
 from jaxqq._trees import combine, partition
 from jaxqq._weight import QuantizedWeight, quantize_weight
 
 __all__ = [
   "QuantizedWeight",
   "Quantizer",
+  "Recipe",
   "checkpoint_policies",
   "combine",
   "concatenate",

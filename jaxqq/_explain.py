@@ -24,7 +24,7 @@ from jaxqq._kernels.plan import TARGET, Device, Implementation, Plan
 from jaxqq._kernels.ragged import RAGGED
 from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import How, planned
-from jaxqq._qqmm import checked, qqmm
+from jaxqq._qqmm import checked, checked_qqmm_by_recipe, qqmm
 from jaxqq._quantized_matmul import checked_weights, quantized_matmul
 from jaxqq._ragged import checked_ragged, ragged_qqmm, ragged_quantized_matmul
 from jaxqq._ragged_primitive import Params, problem_of
@@ -106,9 +106,19 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
   return explained(device, **call.arguments)
 
 
-def _explain_qqmm(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:
+def _explain_qqmm(
+  device: Any, out_sharding: Any, recipe: Any, key: Any, **arguments: Any
+) -> Explanation:
   checked_out_sharding("explain", out_sharding)
-  return _explain_product("qqmm", device, *checked("explain", **arguments))
+  if recipe is None and key is None:
+    return _explain_product("qqmm", device, *checked("explain", **arguments))
+  by_recipe = checked_qqmm_by_recipe("explain", recipe, key, **arguments)
+  if "mode" not in by_recipe.params:
+    raise NotImplementedError(
+      "explain: XLA computes this recipe, step by step, which has no plan to tell of; only recipes "
+      "of Recipe.of_mode have one."
+    )
+  return _explain_product("qqmm", device, by_recipe.operands, by_recipe.params)
 
 
 def _explain_quantized_matmul(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:

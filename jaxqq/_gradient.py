@@ -13,6 +13,9 @@ evaluates it. Reverse mode transposes it, and the rule for that is ours to choos
     straight_through    dx = g w             dw = g^T x
     quantized           dx = qqmm(g, w^T)    dw = qqmm(g^T, x^T)
 
+Both are recipes (`_recipe.py`), the ones whose quantizers are all alike or absent backward. Any
+other recipe has primitives of its own, in `_recipe_product.py`, of the same tangent.
+
 The second is what MLX does: each operand is quantized anew along the axis that the product
 sums over, zero-padded to whole groups; x's and w's global scales are kept, and g's is its amax.
 In nvfp4 without global scales MLX loses most cotangents, which are too small for its scales. Here

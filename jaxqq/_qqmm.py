@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._kernels import IMPLEMENTATIONS
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
+from jaxqq._recipe import Recipe, checked_key, checked_recipe
+from jaxqq._recipe_product import Params as RecipeParams
+from jaxqq._recipe_product import product_of_rows
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
 from jaxqq._weight import QuantizedWeight
@@ -64,6 +67,8 @@ def qqmm(
   preferred_element_type: DTypeLike | None = None,
   out_sharding: OutSharding = None,
   implementation: str | None = None,
+  recipe: Recipe | str | None = None,
+  key: ArrayLike | None = None,
 ) -> jax.Array:
   """Multiplies two block-quantized matrices: x quantized on the fly, w packed or on the fly too.
 
@@ -108,6 +113,11 @@ def qqmm(
     implementation: what computes it, by its name in `explain` or the beginning of one: "hopper",
       "hopper_fp8", "block_scaled_dot", "xla". The products of the quantized backward are computed
       by it, too. Where it cannot, lowering fails and says why. None takes the first that can.
+    recipe: a `Recipe` for training, or the name of one: how each operand of this product and of
+      those of its gradients is quantized, under amaxes that are taken here. It stands in place of
+      mode, global scales and backward, and w is not packed. All of x is one tensor, or beside a w
+      with batch axes each matrix. XLA computes it, but for `Recipe.of_mode`, as "mxfp8" is.
+    key: of `jax.random`, where the recipe has something random; another one in every step.
 
   Returns:
     x.shape[:-1] + (N,), batch axes broadcast.
@@ -116,8 +126,8 @@ def qqmm(
     TypeError: an argument has a dtype, or is of a type, that it may not be.
     ValueError: mode, group_size, bits, backward or a shape is not as above; scales without
       packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
-      brings, given once more. Or, as the program is lowered: `implementation` cannot compute it
-      on that platform.
+      brings, or a recipe, given once more; no key where a recipe needs one. Or, as the program is
+      lowered: `implementation` cannot compute it on that platform.
 
   Example:
     >>> x, w = jnp.full((8, 64), 3.0), jnp.full((4, 64), 3.0)
@@ -129,6 +139,25 @@ def qqmm(
 
   Source: `mlx.core.qqmm`.
   """
+  if recipe is not None or key is not None:
+    operands, params, by_recipe = checked_qqmm_by_recipe(
+      "qqmm",
+      recipe,
+      key,
+      x,
+      w,
+      scales,
+      group_size,
+      bits,
+      mode,
+      global_scale_x,
+      global_scale_w,
+      backward,
+      precision,
+      preferred_element_type,
+      implementation,
+    )
+    return placed_product("qqmm", operands, params, out_sharding, by_recipe)
   operands, params = checked(
     "qqmm",
     x,
@@ -146,6 +175,104 @@ def qqmm(
   )
   multiply = product_by_rows if is_by_rows(global_scale_x) else product
   return placed_product("qqmm", operands, params, out_sharding, multiply)
+
+
+class ByRecipe(NamedTuple):
+  """A product by a recipe, checked: what is multiplied, and how."""
+
+  operands: Operands
+  params: dict[str, Any]
+  multiply: Callable[[Operands, dict[str, Any]], jax.Array]
+
+
+def checked_qqmm_by_recipe(
+  function: str,
+  recipe: Any,
+  key: Any,
+  x: Any,
+  w: Any,
+  scales: Any,
+  group_size: Any,
+  bits: Any,
+  mode: Any,
+  global_scale_x: Any,
+  global_scale_w: Any,
+  backward: Any,
+  precision: Any,
+  preferred_element_type: Any,
+  implementation: Any,
+) -> ByRecipe:
+  """As `checked_by_recipe`; what a recipe says by itself may not be given beside it."""
+  if recipe is None:
+    raise ValueError(
+      f"{function}: a key was given without a recipe, which it is for; leave it out."
+    )
+  beside = {
+    "mode": None if isinstance(mode, _DefaultMode) else mode,
+    "scales": scales,
+    "group_size": group_size,
+    "bits": bits,
+    "global_scale_x": global_scale_x,
+    "global_scale_w": global_scale_w,
+    "backward": None if backward == BACKWARDS[0] else backward,
+  }
+  for name, value in beside.items():
+    if value is not None:
+      raise ValueError(
+        f"{function}: {name} was given with a recipe, which says how operands are quantized; leave "
+        f"{name} out."
+      )
+  how = (precision, preferred_element_type, implementation)
+  return checked_by_recipe(function, x, w, recipe, key, *how)
+
+
+def checked_by_recipe(
+  function: str,
+  x: Any,
+  w: Any,
+  recipe: Any,
+  key: Any,
+  precision: Any,
+  preferred_element_type: Any,
+  implementation: Any,
+) -> ByRecipe:
+  """`qqmm` by a recipe, by the plain product where that is the same; or the caller's error."""
+  recipe = checked_recipe(function, recipe)
+  if isinstance(w, QuantizedWeight):
+    raise ValueError(
+      f"{function}: w is {w!r}, but a recipe quantizes w itself; pass w unquantized, or leave the "
+      "recipe out."
+    )
+  x, w = as_array(function, "x", x), as_array(function, "w", w)
+  check_dtype(function, "w", w, FLOATS)
+  words = checked_key(function, recipe, key)
+  how = (precision, preferred_element_type, implementation)
+  plain = recipe.as_mode()
+  if plain is not None:
+    mode, backward = plain
+    amax = "amax" if FORMATS[mode].has_global_scale else None
+    of_plain = checked(function, x, w, None, None, None, mode, amax, amax, backward, *how)
+    return ByRecipe(*of_plain, product)
+  check_dtype(function, "x", x, FLOATS)
+  _check_w(function, w, None, FORMATS["nvfp4"])
+  for name, array, quantizer in (("x", x, recipe.forward_x), ("w", w, recipe.forward_w)):
+    if quantizer is not None:
+      check_groups(function, name, array, FORMATS[quantizer.mode])
+  _check_shapes(function, x, w, None, FORMATS["nvfp4"], broadcasts=True)
+  if check_implementation(function, implementation) not in (None, "xla"):
+    raise ValueError(
+      f"{function}: implementation is {implementation!r}, but XLA alone computes this recipe; "
+      "leave implementation out."
+    )
+  out_dtype = np.dtype(x.dtype)
+  if preferred_element_type is not None:
+    out_dtype = check_out_dtype(function, preferred_element_type)
+  params = RecipeParams(recipe, out_dtype, check_precision(function, precision))
+  return ByRecipe(Operands(x, w, key=words), {"params": params}, _by_recipe)
+
+
+def _by_recipe(operands: Operands, params: dict[str, Any]) -> jax.Array:
+  return checkpoint_name(product_of_rows(operands, params["params"]), NAME)
 
 
 def placed_product(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -246,18 +247,18 @@ def _quantize(
   quantizer: Quantizer,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """One tensor, whatever its leading axes, packed."""
-  fmt = FORMATS[quantizer.mode]
-  matrices = a.reshape(1, -1) if a.ndim == 1 else a
-  batch = matrices.shape[:-2]
+  fmt, k = FORMATS[quantizer.mode], a.shape[-1]
+  matrices, batch = a, a.shape[:-2]
   if not quantizer.square:  # rows are rows
-    matrices, batch = matrices.reshape(-1, a.shape[-1]), ()
+    matrices, batch = a.reshape(math.prod(a.shape[:-1]), k), ()
   matrices = rotated(quantizer, matrices, rotation_key)
   global_scale = global_scale_of(quantizer, matrices, amax, axes=tuple(range(matrices.ndim)))
-  matrix = jnp.arange(int(np.prod(batch)), dtype=jnp.uint32).reshape(batch)
+  matrix = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(batch)
   random = random_of(quantizer, key, matrices.shape, matrix)
   codes, scales = quantized(quantizer, matrices, global_scale, random)
-  packed = pack(codes, fmt).reshape(*a.shape[:-1], -1)
-  return packed, scales.astype(jnp.uint8).reshape(*a.shape[:-1], -1), global_scale
+  packed = pack(codes, fmt).reshape(*a.shape[:-1], k // fmt.codes_per_word)
+  scales = scales.astype(jnp.uint8).reshape(*a.shape[:-1], k // fmt.group_size)
+  return packed, scales, global_scale
 
 
 # The steps, of matrices (..., m, k); keys and global scales are one for all, or one for each
@@ -308,7 +309,8 @@ def quantized(
   """Codes (..., m, k) and scales (..., m, k / group_size), int32, of what is rotated before."""
   fmt = FORMATS[quantizer.mode]
   a = with_axes_of(a, global_scale)
-  groups = a.astype(jnp.float32).reshape(*a.shape[:-1], -1, fmt.group_size)
+  num_groups = a.shape[-1] // fmt.group_size
+  groups = a.astype(jnp.float32).reshape(*a.shape[:-1], num_groups, fmt.group_size)
   over_block: _OverBlock = _over_groups
   if quantizer.square:
     over_block = functools.partial(_over_squares, size=fmt.group_size)

@@ -26,7 +26,7 @@ WORDS = 4  # of a key, as `key_words` returns it
 _ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_OF_STREAMS = 0x6A617871  # the last word of counters that keys are made of
+_OF_STREAMS, _OF_MATRICES = 0x6A617871, 0x6A617872  # the last word of counters that keys are of
 _PER_CALL = 8  # numbers that one call has bits for
 _U16 = np.uint32(0xFFFF)
 
@@ -49,6 +49,12 @@ def stream(words: jax.Array, index: int) -> jax.Array:
   """The key of a stream of its own, uint32 (..., 2), of `key_words` (..., 4)."""
   counter = (words[..., 2], words[..., 3], np.uint32(index), np.uint32(_OF_STREAMS))
   return jnp.stack(philox(counter, (words[..., 0], words[..., 1]))[:2], axis=-1)
+
+
+def key_of_each(words: jax.Array, count: int) -> jax.Array:
+  """uint32 (count, 4): keys of their own for so many matrices, of `key_words` (4,)."""
+  counter = (words[2], words[3], jnp.arange(count, dtype=jnp.uint32), np.uint32(_OF_MATRICES))
+  return jnp.stack(philox(counter, (words[0], words[1])), axis=-1)
 
 
 def uniform16(key: jax.Array, shape: Sequence[int], matrix: jax.Array | int = 0) -> jax.Array:

@@ -23,7 +23,7 @@ from jaxqq._quantize import (
 from jaxqq._rounding import ANYWHERE, Arithmetic
 
 TRANSPOSED = "_transposed"  # ends the name of an operand that is
-_ARRAYS = ("x", "w", "scales", "global_scale_x", "global_scale_w", "row_scales")
+_ARRAYS = ("x", "w", "scales", "global_scale_x", "global_scale_w", "row_scales", "key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Operands:
   # Which of "x" and "w" are stored as (..., k, m), (..., k, n). None is beside scales.
   transposed: tuple[str, ...] = ()
   row_scales: Any = None  # (..., n): the global scales of the rows of packed w, where they differ
+  key: Any = None  # uint32 (..., 4): of what is random, in the products of a recipe
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -102,7 +103,7 @@ def unflatten(names: Sequence[str], values: Sequence[Any]) -> Operands:
 
 def matrix_ndim(name: str) -> int:
   """How many axes of an operand are not batch axes."""
-  if name == "row_scales":
+  if name in ("row_scales", "key"):
     return 1
   return 0 if name.startswith("global_scale") else 2
 

@@ -15,6 +15,7 @@ import jax
 from jaxqq import _ragged_reference
 from jaxqq._primitive import qqmm_p
 from jaxqq._ragged_primitive import ragged_qqmm_p
+from jaxqq._recipe_product import recipe_product_p
 from jaxqq._reference import unflatten
 
 __all__ = [
@@ -43,7 +44,7 @@ def dots_saveable(prim: Any, *args: Any, **params: Any) -> Any:
 
   Source: `jax.checkpoint_policies.dots_saveable`.
   """
-  return prim in (qqmm_p, ragged_qqmm_p) or jax.checkpoint_policies.dots_saveable(
+  return prim in (qqmm_p, recipe_product_p, ragged_qqmm_p) or jax.checkpoint_policies.dots_saveable(
     prim, *args, **params
   )
 
@@ -65,7 +66,7 @@ def dots_with_no_batch_dims_saveable(prim: Any, *args: Any, **params: Any) -> An
 
   Source: `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`.
   """
-  if prim is qqmm_p:
+  if prim in (qqmm_p, recipe_product_p):
     return len(unflatten(params["operands"], args).w.shape) == 2
   if prim is ragged_qqmm_p:
     return len(_ragged_reference.unflatten(params["operands"], args).w.shape) == 3

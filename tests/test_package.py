@@ -49,7 +49,7 @@ def test_public_names():
     for name, value in vars(jaxqq).items()
     if not name.startswith("_") and not isinstance(value, types.ModuleType)
   }
-  assert public == set(FUNCTIONS) | {"QuantizedWeight", "Quantizer"}
+  assert public == set(FUNCTIONS) | {"QuantizedWeight", "Quantizer", "Recipe"}
   assert (ROOT / "jaxqq" / "py.typed").exists()
 
 
@@ -149,11 +149,11 @@ def imports(path: pathlib.Path) -> set[str]:
 def test_a_file_imports_only_from_files_above_it():
   order = [
     *("_compat", "_formats", "_checks", "_rounding", "_global_scales", "_quantize"),
-    *("_random_bits", "_hadamard", "_quantizer"),
+    *("_random_bits", "_hadamard", "_quantizer", "_recipe"),
     *("_reference", "_ragged_reference", "_kernels"),
     *("_split", "_sharding", "_out_sharding", "_primitive", "_convert_split"),
     *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
-    *("_gradient", "_qqmm", "_quantized_matmul", "_einsum", "_contraction"),
+    *("_gradient", "_recipe_product", "_qqmm", "_quantized_matmul", "_einsum", "_contraction"),
     *(
       "_dot_general",
       "_ragged_split",

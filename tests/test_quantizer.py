@@ -19,24 +19,17 @@ from jaxqq._quantizer import Quantizer
 from tests.support import oracle, recipes
 from tests.support.messages import check_sentence
 from tests.support.recipes import Spec
-from tests.support.sharding import place
+from tests.support.sharding import QUICK, place
 
 KEY = jax.random.key(3)
 KEYS = 4096
 STOCHASTIC = Quantizer(rounding="stochastic")
 QUANTIZERS = (
-  Quantizer(),
   Quantizer(square=True),
   STOCHASTIC,
-  Quantizer(square=True, rounding="stochastic"),
   Quantizer(scale="four_over_six"),
-  Quantizer(square=True, scale="four_over_six"),
-  Quantizer(rotation=16),
+  Quantizer(square=True, scale="four_over_six", rotation=16),
   Quantizer(rounding="stochastic", rotation=64),
-  Quantizer(scale="four_over_six", rotation=16),
-  Quantizer("mxfp8"),
-  Quantizer("mxfp8", square=True),
-  Quantizer("mxfp8", rounding="stochastic"),
   Quantizer("mxfp8", square=True, rounding="stochastic", rotation=32),
   Quantizer("mxfp4", rounding="stochastic"),
 )
@@ -165,7 +158,7 @@ def test_leading_axes(quantizer):
 )
 def test_squares_are_transposed_with_the_matrix(mode, scale):
   quantizer, size = Quantizer(mode, square=True, scale=scale), oracle.MODES[mode].group
-  a = numbers((96, 160))
+  a = numbers((64, 96))
   of_a, of_transpose = quantizer.quantize(a), quantizer.quantize(a.T)
   codes, transposed = (oracle.unpack(np.asarray(part[0]), mode) for part in (of_a, of_transpose))
   np.testing.assert_array_equal(codes.T, transposed)
@@ -354,6 +347,7 @@ SAME = (
 
 
 @pytest.mark.parametrize("quantizer", SAME, ids=str)
+@QUICK
 def test_the_same_bits_in_vmap_and_scan(quantizer, operand):
   one = functools.partial(run, quantizer)
   keys = jax.random.split(KEY, 3) if quantizer.needs_key else None
@@ -367,8 +361,17 @@ def test_the_same_bits_in_vmap_and_scan(quantizer, operand):
   assert_same(scanned, want)
 
 
-@pytest.mark.parametrize("quantizer", SAME, ids=str)
-@pytest.mark.parametrize("spec", [P("data"), P("data", "tensor"), P(None, ("data", "tensor"))])
+@pytest.mark.parametrize(
+  ("quantizer", "spec"),
+  [
+    (SAME[0], P(("data", "tensor"))),
+    (SAME[0], P(None, ("data", "tensor"))),
+    (SAME[1], P(("data", "tensor"))),
+    (SAME[2], P("data", "tensor")),
+  ],
+  ids=str,
+)
+@QUICK
 def test_the_same_bits_on_many_devices(quantizer, spec, operand):
   """Also where a split cuts squares: the places and the amax are those of the whole array."""
   want = run(quantizer, operand, key_for(quantizer))

@@ -131,14 +131,14 @@ def over_squares(values: np.ndarray, size: int, reduce: Any) -> np.ndarray:
 
 
 def quantize_codes(
-  a: np.ndarray, spec: Spec, key_data: Any = None, amax: float | None = None
+  a: np.ndarray, spec: Spec, key_data: Any = None, amax: float | None = None, index: int = ROUNDING
 ) -> tuple[np.ndarray, np.ndarray, float | None]:
   """Codes (..., rows, k), scale bytes and the global scale of a finite matrix, rotated before."""
   m = MODES[spec.mode]
   a = np.asarray(a).astype(F32)
   random = None
   if spec.rounding == "stochastic":
-    random = uniform16(stream(key_data, ROUNDING), a.shape)
+    random = uniform16(stream(key_data, index), a.shape)
   blocks = block_amax(a, spec)
   if m.power_of_two:
     return *_with_powers_of_two(a, blocks, spec, random), None
@@ -215,13 +215,25 @@ def _four_over_six(
 
 
 def quantized(
-  a: np.ndarray, spec: Spec, key_data: Any = None, rotation_key: Any = None
+  a: np.ndarray, spec: Spec, key_data: Any = None, streams: tuple[int, int] = (ROUNDING, ROTATION)
 ) -> tuple[np.ndarray, np.ndarray, float | None]:
   """`quantize_codes` of what is rotated first, where the spec says so."""
   if spec.rotation is not None:
-    of = signs(stream(key_data if rotation_key is None else rotation_key, ROTATION), spec.rotation)
+    of = signs(stream(key_data, streams[1]), spec.rotation)
     a = rotate(a, of).astype(F32).astype(ml_dtypes.bfloat16)
-  return quantize_codes(a, spec, key_data)
+  return quantize_codes(a, spec, key_data, index=streams[0])
+
+
+def left_of(
+  a: np.ndarray, spec: Spec | None, key_data: Any, streams: tuple[int, int]
+) -> np.ndarray:
+  """What is left of an operand of a product, in float64, zeros added up to whole groups."""
+  if spec is None:
+    return np.asarray(a, np.float64)
+  multiple = max(MODES[spec.mode].group, spec.rotation or 1)
+  a = np.pad(np.asarray(a), [(0, 0), (0, -a.shape[-1] % multiple)])
+  codes, scales, global_scale = quantized(a, spec, key_data, streams)
+  return value_of(codes, scales, spec.mode, global_scale)
 
 
 def value_of(codes: np.ndarray, scales: np.ndarray, mode: str, global_scale: Any) -> np.ndarray:

@@ -1,0 +1,410 @@
+"""`jaxqq.Recipe` and products by one: against published formulas in numpy, and transformed."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxqq
+from jaxqq import Quantizer, Recipe, _recipe_product
+from jaxqq._reference import Operands
+from tests.support import oracle, recipes
+from tests.support.messages import check_sentence
+from tests.support.recipes import Spec
+from tests.support.sharding import QUICK, explicit_mesh, place
+
+pytestmark = QUICK
+
+KEY = jax.random.key(11)
+M, N, K = 24, 48, 64  # M is no whole number of groups of mxfp8, nor are both of rotations of 32
+
+ROW, SQUARE = Spec(), Spec(square=True)
+STOCHASTIC = Spec(rounding="stochastic")
+FOUR_OVER_SIX = Spec(scale="four_over_six")
+# x and w forward; g and w for dx; g and x for dw: as the papers have them.
+PUBLISHED = {
+  "nvfp4": (
+    *(ROW, SQUARE, STOCHASTIC, SQUARE),
+    *(Spec(rounding="stochastic", rotation=16), Spec(rotation=16)),
+  ),
+  "nvfp4-4over6": (
+    *(FOUR_OVER_SIX, Spec(square=True, scale="four_over_six")),
+    *(STOCHASTIC, Spec(square=True, scale="four_over_six")),
+    *(Spec(rounding="stochastic", rotation=16), Spec(rotation=16)),
+  ),
+  "mxfp8": 6 * (Spec("mxfp8"),),
+}
+OTHERS = {
+  "all random": Recipe(
+    *2 * [Quantizer("mxfp8", rounding="stochastic")],
+    *4 * [Quantizer("nvfp4", rounding="stochastic", rotation=32)],
+  ),
+  "forward as it is": dataclasses.replace(Recipe.named("nvfp4"), forward_x=None, forward_w=None),
+  "g alone": Recipe(dx_g=Quantizer(rounding="stochastic"), dw_g=Quantizer(rounding="stochastic")),
+}
+
+
+def recipe_of(name):
+  return OTHERS[name] if name in OTHERS else Recipe.named(name)
+
+
+def specs_of(name):
+  if name in PUBLISHED:
+    return PUBLISHED[name]
+  values = (getattr(OTHERS[name], field.name) for field in dataclasses.fields(Recipe))
+  return [None if value is None else Spec.of(value) for value in values]
+
+
+def key_for(recipe, key=KEY):
+  return key if recipe.needs_key else None
+
+
+def numbers(shape, seed):
+  """Short enough that sums of rotations are exact, over some binades."""
+  rng = np.random.default_rng(seed)
+  a = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape)
+  return (np.round(a * 2**10) / 2**10).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def operands():
+  return numbers((M, K), 0), numbers((N, K), 1), numbers((M, N), 2)
+
+
+def product(recipe, x, w, key=KEY):
+  return jaxqq.qqmm(x, w, recipe=recipe, key=key_for(recipe, key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def all_three(recipe, x, w, g, key):
+  """y, dx, dw."""
+  y, pull = jax.vjp(lambda x, w: product(recipe, x, w, key), x, w)
+  return y, *pull(g)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_recipes_are_the_published_ones(name):
+  values = [getattr(Recipe.named(name), field.name) for field in dataclasses.fields(Recipe)]
+  assert tuple(map(Spec.of, values)) == PUBLISHED[name]
+  assert Recipe.named(name) == recipe_of(name) and hash(Recipe.named(name)) == hash(recipe_of(name))
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS])
+def test_six_operands_in_three_products(name, operands):
+  """Each product is that of the dequantized operands, quantized as the formulas have it."""
+  x, w, g = operands
+  data = np.asarray(jax.random.key_data(KEY))
+  outs = all_three(recipe_of(name), x, w, g, KEY)
+  pairs = ((x, w), (g, w.T), (g.T, x.T))
+  specs = specs_of(name)
+  for index, (out, pair) in enumerate(zip(outs, pairs, strict=True)):
+    first, second, of_signs = range(3 * index, 3 * index + 3)
+    hats = [
+      recipes.left_of(a, spec, data, (own, of_signs))
+      for a, spec, own in zip(pair, specs[2 * index :], (first, second), strict=False)
+    ]
+    longest = max(hat.shape[-1] for hat in hats)  # with zeros up to whole groups
+    hats = [np.pad(hat, [(0, 0), (0, longest - hat.shape[-1])]) for hat in hats]
+    oracle.assert_within_bound(np.asarray(out), *oracle.product(*hats))
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_what_qqmm_has_without_one_are_recipes(mode, backward, operands):
+  """Their products are qqmm's own; and the recipe's primitives compute the same."""
+  recipe = Recipe.of_mode(mode, backward)
+  assert recipe.as_mode() == (mode, backward)
+  amax = "amax" if mode == "nvfp4" else None
+  x, w, g = map(jnp.asarray, operands)
+
+  def plain(x, w):
+    return jaxqq.qqmm(x, w, mode=mode, global_scale_x=amax, global_scale_w=amax, backward=backward)
+
+  def by_primitives(x, w):
+    params = _recipe_product.Params(recipe, np.dtype(np.float32), None)
+    return _recipe_product.product_of_rows(Operands(x, w), params)
+
+  y, pull = jax.vjp(plain, x, w)
+  want = (y, *pull(g))
+  for a, b in zip(all_three(recipe, x, w, g, KEY), want, strict=True):
+    np.testing.assert_array_equal(a, b)
+  y, pull = jax.vjp(by_primitives, x, w)
+  for a, b in zip((y, *pull(g)), want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_small_cotangents_are_kept(operands):
+  """g has its own amax: gradients of 2**-30 of these are theirs times 2**-30."""
+  x, w, g = operands
+  small = np.float32(2.0**-30)
+  for name in ("nvfp4", "nvfp4-4over6"):
+    recipe = recipe_of(name)
+    want = all_three(recipe, x, w, g, KEY)[1:]
+    for a, b in zip(all_three(recipe, x, w, g * small, KEY)[1:], want, strict=True):
+      np.testing.assert_allclose(a / small, b, rtol=1e-5, atol=1e-5)
+      assert np.abs(np.asarray(b)).max() > 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_dtypes(dtype, operands):
+  x, w, g = (a.astype(oracle.DTYPES[dtype]) for a in operands)
+  outs = all_three(Recipe.named("nvfp4"), x, w.astype(np.float32), g, KEY)
+  assert [out.dtype for out in outs] == [x.dtype, x.dtype, np.float32]
+  whole = jaxqq.qqmm(x, w, recipe="nvfp4", key=KEY, preferred_element_type="float32")
+  assert whole.dtype == np.float32
+  np.testing.assert_allclose(np.asarray(outs[0], np.float32), whole, rtol=2**-8, atol=1e-6)
+
+
+# Transformations
+
+
+def test_the_gradient_is_the_mean_of_gradients(operands):
+  """Over keys dx comes to g w_hat and dw to g^T x: nothing of g is lost on the average."""
+  x, w, g = (a[:16, :32] for a in operands)
+  recipe = dataclasses.replace(Recipe.named("nvfp4"), dx_w=None, dw_x=None, dw_g=None)
+  keys = jax.random.split(KEY, 2048)
+  _, dx, _ = jax.vmap(lambda key: all_three(recipe, x, w, g[:, :16], key))(keys)
+  dx, exact = np.asarray(dx, np.float64), g[:, :16].astype(np.float64) @ w
+  error = dx.std(axis=0) / np.sqrt(len(keys))
+  assert (np.abs(dx.mean(axis=0) - exact) < 4.5 * error + 1e-6).all()
+  nearest = all_three(dataclasses.replace(recipe, dx_g=Quantizer()), x, w, g[:, :16], KEY)[1]
+  assert (np.abs(nearest - exact) > 4.5 * error).any()
+
+
+def test_forward_mode_and_second_derivatives_are_straight_through(operands):
+  x, w, g = map(jnp.asarray, operands)
+  x_dot, w_dot = jnp.asarray(numbers((M, K), 3)), jnp.asarray(numbers((N, K), 4))
+  recipe = Recipe.named("nvfp4")
+
+  @jax.jit
+  def derivatives(x, w):
+    _, tangent = jax.jvp(lambda x, w: product(recipe, x, w), (x, w), (x_dot, w_dot))
+    gradient = jax.grad(lambda x, w: jnp.vdot(g, product(recipe, x, w)), argnums=(0, 1))
+    return tangent, jax.jvp(gradient, (x, w), (x_dot, w_dot))
+
+  tangent, (first, second) = derivatives(x, w)
+  np.testing.assert_allclose(tangent, x_dot @ w.T + x @ w_dot.T, rtol=1e-5, atol=1e-3)
+  for own, want in zip(first, all_three(recipe, x, w, g, KEY)[1:], strict=True):
+    np.testing.assert_array_equal(own, want)
+  np.testing.assert_allclose(second[0], g @ w_dot, rtol=1e-5, atol=1e-3)
+  np.testing.assert_allclose(second[1], g.T @ x_dot, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("batched", ["x", "w key"])
+def test_vmap_is_a_loop(batched, operands):
+  """Each example is a tensor of its own: its amax, its places, its key."""
+  x, w, g = map(jnp.asarray, operands)
+  axes = [0 if name in batched.split() else None for name in ("x", "w", "key")]
+  all_x, all_w = jnp.stack([x, 3 * x[::-1]]), jnp.stack([w, 2 * w[::-1]])
+  arrays = [
+    all_x if axes[0] == 0 else x,
+    all_w if axes[1] == 0 else w,
+    jax.random.split(KEY, 2) if axes[2] == 0 else KEY,
+  ]
+  recipe = Recipe.named("nvfp4")
+  one = functools.partial(all_three, recipe)
+  outs = jax.vmap(one, in_axes=(axes[0], axes[1], None, axes[2]))(*arrays[:2], g, arrays[2])
+  for i in range(2):
+    own = [a[i] if axis == 0 else a for a, axis in zip(arrays, axes, strict=True)]
+    for out, want in zip(outs, one(*own[:2], g, own[2]), strict=True):
+      np.testing.assert_allclose(out[i], want, rtol=1e-6, atol=1e-5)
+
+  def loss(w):  # summed over the examples after each is quantized
+    return jnp.sum(jax.vmap(lambda x: jnp.vdot(g, product(recipe, x, w)))(all_x))
+
+  if batched == "x":
+    want = sum(one(a, w, g, KEY)[2] for a in all_x)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(w), want, rtol=1e-5, atol=1e-4)
+
+
+def test_scan_and_remat_have_the_same_bits(operands):
+  x, w, g = map(jnp.asarray, operands)
+  keys = jax.random.split(KEY, 2)
+  recipe = Recipe.named("nvfp4")
+  want = [all_three(recipe, x, w, g, key) for key in keys]
+  _, scanned = jax.lax.scan(lambda c, key: (c, all_three(recipe, x, w, g, key)), 0, keys)
+  block = jax.checkpoint(lambda x, w: jnp.vdot(g, product(recipe, x, w, keys[0])))
+  for own, right in zip(jax.jit(jax.grad(block, (0, 1)))(x, w), want[0][1:], strict=True):
+    np.testing.assert_array_equal(own, right)
+  for i in range(2):
+    for own, right in zip(scanned, want[i], strict=True):
+      np.testing.assert_array_equal(own[i], right)
+
+
+def test_policies_save_a_product(operands):
+  x, w, _ = map(jnp.asarray, operands)
+  policy = jaxqq.checkpoint_policies.dots_with_no_batch_dims_saveable
+  block = jax.checkpoint(lambda x, w: jnp.sin(product(Recipe.named("nvfp4"), x, w)), policy=policy)
+  text = str(jax.make_jaxpr(jax.grad(lambda x: block(x, w).sum()))(x))
+  assert text.count("recipe_product[") == 2  # forward once, and dx
+
+
+def test_leading_axes(operands):
+  """All of x is one tensor; with batches of w, each matrix is one, with bits of its own."""
+  x, w, _ = operands
+  random = Quantizer(rounding="stochastic")
+  recipe = Recipe(random, random)
+  whole = product(recipe, x, w)
+  np.testing.assert_array_equal(product(recipe, x.reshape(2, 3, 4, K), w).reshape(M, N), whole)
+  np.testing.assert_array_equal(product(recipe, x[0], w), product(recipe, x[:1], w)[0])
+  batch = np.stack([w, w, 2 * w])
+  outs = np.asarray(product(recipe, np.stack([x, x, x]), batch))
+  assert (outs[0] != outs[1]).any() and outs.shape == (3, M, N)
+  np.testing.assert_allclose(outs[0], x @ w.T, atol=0.3 * np.abs(x @ w.T).max())
+  assert jax.eval_shape(functools.partial(product, recipe), x[0], batch).shape == (3, N)
+  assert product(recipe, np.zeros((0, K), np.float32), w).shape == (0, N)
+
+
+# Devices
+
+
+def test_on_many_devices(operands):
+  """The amax is the whole tensor's and the bits are those of its places."""
+  x, w, g = operands
+  of_x, of_w = P("data", "tensor"), P(("data", "tensor"))
+  recipe = Recipe.named("nvfp4")
+  want = all_three(recipe, x, w, g, KEY)
+  outs = all_three(recipe, place(x, of_x), place(w, of_w), place(g, P(of_x[0])), KEY)
+  for out, right in zip(outs, want, strict=True):
+    np.testing.assert_allclose(out, right, rtol=1e-5, atol=1e-4)
+
+
+def test_on_explicit_axes(operands):
+  x, w, g = operands
+  recipe = Recipe.named("nvfp4")
+  want = all_three(recipe, x, w, g, KEY)
+  with jax.set_mesh(explicit_mesh()):
+    x, w, g = (
+      jax.device_put(a, spec)
+      for a, spec in ((x, P("data")), (w, P("tensor")), (g, P("data", "tensor")))
+    )
+    outs = all_three(recipe, x, w, g, KEY)
+    assert [jax.typeof(out).sharding.spec for out in outs] == [
+      P("data", "tensor"),
+      P("data", None),
+      P("tensor", None),
+    ]
+  for out, right in zip(outs, want, strict=True):
+    np.testing.assert_allclose(out, right, rtol=1e-5, atol=1e-4)
+
+
+def test_within_shard_map_a_part_is_a_tensor(operands):
+  x, w, g = operands
+  recipe = OTHERS["g alone"]
+  halves = [all_three(recipe, x[i : i + 12], w, g[i : i + 12], KEY) for i in (0, 12)]
+  two = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+  mapped = jax.jit(
+    jax.shard_map(
+      lambda x, w, g: all_three(recipe, x, w, g, KEY),
+      mesh=two,
+      in_specs=(P("data"), P(), P("data")),
+      out_specs=(P("data"), P("data"), P()),
+    )
+  )
+  y, dx, dw = mapped(x, w, g)
+  np.testing.assert_allclose(y, np.concatenate([half[0] for half in halves]), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(dx, np.concatenate([half[1] for half in halves]), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(dw, halves[0][2] + halves[1][2], rtol=1e-5, atol=1e-4)
+
+
+# Bad input
+
+
+def refused(error, function, words, call):
+  with pytest.raises(error) as caught:
+    call()
+  check_sentence(str(caught.value), function, words)
+
+
+@pytest.mark.parametrize(
+  ("attributes", "error", "words"),
+  [
+    ({"dx_g": "nvfp4"}, TypeError, ["dx_g must be a jaxqq.Quantizer", "'nvfp4'"]),
+    ({"dw_g": Quantizer(rotation=16)}, ValueError, ["dw_g", "16", "dw_x", "None", "rotate both"]),
+  ],
+)
+def test_wrong_recipes(attributes, error, words):
+  refused(error, "Recipe", words, lambda: Recipe(**attributes))
+
+
+def test_wrong_names():
+  refused(
+    ValueError, "Recipe", ["unknown recipe 'int4'", "nvfp4-4over6"], lambda: Recipe.named("int4")
+  )
+  refused(ValueError, "Recipe", ["unknown backward"], lambda: Recipe.of_mode("nvfp4", "both"))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "error", "words"),
+  [
+    ({"recipe": "int4", "key": KEY}, ValueError, ["recipe must be a jaxqq.Recipe", "'int4'"]),
+    ({"recipe": 4}, TypeError, ["recipe must be a jaxqq.Recipe", "got 4"]),
+    ({"recipe": "nvfp4"}, ValueError, ["a key is needed", "jax.random.key(0)"]),
+    ({"recipe": "mxfp8", "key": KEY}, ValueError, ["a key was given", "nothing in the recipe"]),
+    ({"key": KEY}, ValueError, ["a key was given without a recipe"]),
+    ({"recipe": "nvfp4", "key": 3}, TypeError, ["key must be a key"]),
+    ({"recipe": "nvfp4", "key": jax.random.split(KEY)}, ValueError, ["must be one key"]),
+    ({"recipe": "mxfp8", "mode": "nvfp4"}, ValueError, ["mode was given with a recipe"]),
+    ({"recipe": "mxfp8", "backward": "quantized"}, ValueError, ["backward was given"]),
+    ({"recipe": "mxfp8", "global_scale_x": "amax"}, ValueError, ["global_scale_x was given"]),
+    ({"recipe": "nvfp4", "key": KEY, "implementation": "hopper"}, ValueError, ["XLA alone"]),
+  ],
+)
+def test_wrong_arguments(arguments, error, words):
+  x, w = jnp.ones((4, 64)), jnp.ones((8, 64))
+  refused(error, "qqmm", words, lambda: jaxqq.qqmm(x, w, **arguments))
+
+
+@pytest.mark.parametrize(
+  ("x", "w", "error", "words"),
+  [
+    ((4, 40), (8, 40), ValueError, ["the last axis of x", "group size 16"]),
+    ((4, 64), (8, 48), ValueError, ["x and w must agree in K"]),
+    ((4, 64), (64,), ValueError, ["at least two dimensions"]),
+  ],
+)
+def test_wrong_shapes(x, w, error, words):
+  refused(
+    error,
+    "qqmm",
+    words,
+    lambda: jaxqq.qqmm(jnp.ones(x), jnp.ones(w), recipe="nvfp4", key=KEY),
+  )
+
+
+def test_packed_weights_are_refused():
+  weight = jaxqq.quantize_weight(jnp.ones((8, 64)))
+  by_recipe = functools.partial(jaxqq.qqmm, jnp.ones((4, 64)), recipe="nvfp4", key=KEY)
+  words = ["a recipe quantizes w itself", "unquantized"]
+  refused(ValueError, "qqmm", words, lambda: by_recipe(weight))
+  words = ["w must be float32, float16 or bfloat16", "uint32"]
+  refused(TypeError, "qqmm", words, lambda: by_recipe(weight.packed))
+
+
+def test_explain():
+  """Of a recipe that qqmm has without one too, its plan; another has none."""
+  x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
+  own = jaxqq.explain(x, x, recipe="mxfp8", device="cpu")
+  assert own == jaxqq.explain(x, x, mode="mxfp8", backward="quantized", device="cpu")
+  words = ["XLA computes this recipe", "Recipe.of_mode"]
+  call = functools.partial(jaxqq.explain, x, x, recipe="nvfp4", key=KEY, device="cpu")
+  refused(NotImplementedError, "explain", words, call)
+
+
+@pytest.mark.parametrize("documented", [Recipe, Recipe.named, Recipe.of_mode])
+def test_examples_in_docstrings(documented):
+  names = {"jax": jax, "jnp": jnp, "jaxqq": jaxqq}
+  example = doctest.DocTestParser().get_doctest(documented.__doc__, names, "example", None, 0)
+  assert example.examples
+  assert doctest.DocTestRunner().run(example).failed == 0
