@@ -43,11 +43,21 @@ from jaxqq._global_scales import (
   GlobalScale,
   amax_of_each_matrix,
   checked_choice,
+  is_default,
   unscaled,
 )
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
-from jaxqq._qqmm import check_implementation, product, product_by_rows
+from jaxqq._qqmm import (
+  DEFAULT_MODE,
+  check_implementation,
+  is_default_mode,
+  product,
+  product_by_recipe,
+  product_by_rows,
+)
+from jaxqq._recipe import PRODUCTS, Recipe, checked_key, checked_recipe
+from jaxqq._recipe_product import Params as RecipeParams
 from jaxqq._reference import Operands
 from jaxqq._weight import QuantizedWeight
 
@@ -55,12 +65,13 @@ FUNCTION = "dot_general"
 
 
 def dot_general(
-  mode: Mode = "nvfp4",
+  mode: Mode = DEFAULT_MODE,
   *,
   backward: Backward = "straight_through",
   global_scale: GlobalScale = DEFAULT,
   implementation: str | None = None,
   quantize_input: bool | None = None,
+  recipe: Recipe | str | None = None,
 ) -> DotGeneral:
   """Makes a `jax.lax.dot_general` that quantizes both operands, or rhs alone, for layers.
 
@@ -83,15 +94,20 @@ def dot_general(
     quantize_input: whether lhs is quantized. False leaves it as it is, as `quantized_matmul` does,
       with its gradients, which backward="quantized" would contradict. None is as a
       `QuantizedWeight` says, and True beside an array.
+    recipe: a `Recipe` for training, or the name of one, in place of backward: how each operand of
+      a product with an array and of its gradients is quantized, as for `qqmm`. mode, the
+      recipe's by default, and global_scale, there "amax", then say how a `QuantizedWeight` is
+      multiplied.
 
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *,
-    out_sharding=None).
+    out_sharding=None, key=None).
 
   Raises:
-    TypeError, ValueError: mode, backward, global_scale, implementation or quantize_input is not as
-      above; or, in a call, the contraction is no `qqmm`: no axis is contracted, sizes make no whole
-      groups, or an operand is none of float32, float16 and bfloat16.
+    TypeError, ValueError: mode, backward, global_scale, implementation, quantize_input or recipe is
+      not as above; or, in a call, the contraction is no `qqmm`: no axis is contracted, sizes make
+      no whole groups, or an operand is none of float32, float16 and bfloat16; or no key is given
+      where the recipe needs one.
 
   Example:
     >>> dot_general = jaxqq.dot_general("mxfp8")
@@ -103,7 +119,8 @@ def dot_general(
 
   Source: `jax.lax.dot_general`; `mlx.core.qqmm`.
   """
-  return DotGeneral(mode, backward, global_scale, implementation, quantize_input)
+  options = backward, global_scale, implementation, quantize_input
+  return DotGeneral(mode, *options, recipe=recipe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +130,7 @@ class _Call:
   function: str
   precision: Any
   preferred_element_type: Any
+  key: Any = None
 
   def out_dtype(self, lhs: Any, rhs: Any) -> np.dtype:
     preferred = cast(Hashable, self.preferred_element_type)
@@ -133,10 +151,11 @@ class DotGeneral:
     global_scale: "weight", "amax", "row" or None, as for `dot_general`.
     implementation: what computes it, as for `qqmm`.
     quantize_input: True, False or None, as for `dot_general`.
+    recipe: a `Recipe` or None.
 
   Raises:
-    ValueError: mode, backward, global_scale or implementation is not as above.
-    TypeError: quantize_input is not as above.
+    ValueError: mode, backward, global_scale, implementation or recipe is not as above.
+    TypeError: quantize_input or recipe is not as above.
 
   Example:
     >>> import functools
@@ -155,9 +174,11 @@ class DotGeneral:
   implementation: str | None = None
   quantize_input: bool | None = None
   function: str = dataclasses.field(default=FUNCTION, compare=False, repr=False)  # in errors
+  recipe: Recipe | str | None = None
 
   def __post_init__(self) -> None:
     function = self.function
+    self._take_recipe()
     fmt = check_format(function, self.mode, None, None)
     if not isinstance(self.backward, str) or self.backward not in BACKWARDS:
       raise ValueError(
@@ -170,6 +191,39 @@ class DotGeneral:
     if self.quantize_input is not None:
       check_bool(function, "quantize_input", self.quantize_input)
       self._check_backward(self.quantize_input)
+
+  def _take_recipe(self) -> None:
+    """The recipe itself, and what it means for a packed rhs."""
+    if self.recipe is None:
+      return
+    recipe = checked_recipe(self.function, self.recipe)
+    object.__setattr__(self, "recipe", recipe)
+    if self.backward != BACKWARDS[0]:
+      raise ValueError(
+        f"{self.function}: backward was given with a recipe, which says how gradients are "
+        "computed; leave backward out."
+      )
+    if self.quantize_input is False:
+      raise ValueError(
+        f"{self.function}: quantize_input is False, but a recipe says how the input is quantized; "
+        "leave it out, and take a recipe whose forward_x is None."
+      )
+    modes = [q.mode for product in PRODUCTS for q in recipe.of(product)[::-1] if q is not None]
+    if modes and is_default_mode(self.mode):
+      object.__setattr__(self, "mode", modes[0])
+    if modes and self.mode not in modes:
+      raise ValueError(
+        f"{self.function}: mode is {self.mode!r}, but the recipe is of {modes[0]!r}; leave mode "
+        "out."
+      )
+    if is_default(self.global_scale):
+      has_one = FORMATS[self.mode].has_global_scale
+      object.__setattr__(self, "global_scale", "amax" if has_one else None)
+
+  @property
+  def needs_key(self) -> bool:
+    """Whether a product with an array needs a key."""
+    return isinstance(self.recipe, Recipe) and self.recipe.needs_key
 
   def _check_backward(self, quantize_input: bool) -> None:
     if not quantize_input and self.backward == "quantized":
@@ -187,6 +241,7 @@ class DotGeneral:
     preferred_element_type: DTypeLike | None = None,
     *,
     out_sharding: OutSharding = None,
+    key: ArrayLike | None = None,
   ) -> jax.Array:
     """`jax.lax.dot_general(lhs, rhs, dimension_numbers)` of the quantized operands.
 
@@ -203,6 +258,7 @@ class DotGeneral:
         of `jax.lax.dot_general`.
       out_sharding: where the result goes, as of `jax.lax.dot_general`. On explicit axes it is
         needed where both operands are split along what is summed over.
+      key: of `jax.random`, where `self.recipe` has something random.
 
     Returns:
       (batch, free axes of lhs, free axes of rhs).
@@ -213,7 +269,7 @@ class DotGeneral:
       ValueError: dimension_numbers do not fit the operands, contract no axis, or contract what
         makes no whole groups.
     """
-    call = _Call(self.function, precision, preferred_element_type)
+    call = _Call(self.function, precision, preferred_element_type, key)
     lhs = operand(call.function, "lhs", lhs)
     if not isinstance(rhs, QuantizedWeight):
       rhs = operand(call.function, "rhs", rhs)
@@ -242,13 +298,46 @@ class DotGeneral:
   def _by_array(
     self, call: _Call, lhs: jax.Array, rhs: jax.Array, of_lhs: AxesOf, of_rhs: AxesOf
   ) -> jax.Array:
-    self._check_groups(call.function, lhs, of_lhs)
+    if self.recipe is not None or call.key is not None:
+      return self._by_recipe(call, lhs, rhs, of_lhs, of_rhs)
+    self._check_groups(call.function, lhs, of_lhs, FORMATS[self.mode])
     x, (w, transposed) = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
     quantize_input = self.quantize_input is not False
     of_x, of_w = self._global_scales(x, w, len(of_lhs.batch))
     operands = Operands(x, w, None, of_x if quantize_input else None, of_w, transposed=transposed)
     out_dtype = call.out_dtype(lhs.dtype, rhs.dtype)
     out = self._product(operands, self.mode, quantize_input, call, out_dtype)
+    return out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free))
+
+  def _by_recipe(
+    self, call: _Call, lhs: jax.Array, rhs: jax.Array, of_lhs: AxesOf, of_rhs: AxesOf
+  ) -> jax.Array:
+    recipe = self.recipe
+    if not isinstance(recipe, Recipe):
+      raise ValueError(
+        f"{call.function}: a key was given without a recipe, which it is for; leave it out."
+      )
+    key = checked_key(call.function, recipe, call.key)
+    plain = recipe.as_mode()
+    if plain is not None:
+      mode, backward = plain
+      scale: GlobalScale = "amax" if FORMATS[mode].has_global_scale else None
+      changed = {"mode": mode, "backward": backward, "global_scale": scale, "recipe": None}
+      own = dataclasses.replace(self, **cast(dict[str, Any], changed))
+      return own._by_array(dataclasses.replace(call, key=None), lhs, rhs, of_lhs, of_rhs)
+    for quantizer in recipe.of("forward"):
+      if quantizer is not None:
+        self._check_groups(call.function, lhs, of_lhs, FORMATS[quantizer.mode])
+    if self.implementation not in (None, "xla"):
+      raise ValueError(
+        f"{call.function}: implementation is {self.implementation!r}, but XLA alone computes this "
+        "recipe; leave implementation out."
+      )
+    x, (w, transposed) = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
+    operands = Operands(x, w, transposed=transposed, key=key).untransposed()
+    out_dtype = call.out_dtype(lhs.dtype, rhs.dtype)
+    precision = check_precision(call.function, call.precision)
+    out = product_by_recipe(operands, {"params": RecipeParams(recipe, out_dtype, precision)})
     return out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free))
 
   def _by_packed_rhs(
@@ -278,6 +367,7 @@ class DotGeneral:
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
+    key: ArrayLike | None = None,
   ) -> jax.Array:
     """`jnp.einsum(subscripts, x, w)` of the quantized operands, for layers that take an einsum.
 
@@ -285,7 +375,7 @@ class DotGeneral:
       subscripts: two operands and the output, as "...d,df->...f".
       x: float32, float16 or bfloat16.
       w: float32, float16 or bfloat16, or a `QuantizedWeight`, as in a call.
-      precision, preferred_element_type, out_sharding: as in a call.
+      precision, preferred_element_type, out_sharding, key: as in a call.
 
     Returns:
       The axes that subscripts name after the arrow.
@@ -299,7 +389,7 @@ class DotGeneral:
       >>> einsum("...d,df->...f", jnp.ones((2, 3, 64)), jnp.ones((64, 5))).shape
       (2, 3, 5)
     """
-    call = _Call(f"{self.function}.einsum", precision, preferred_element_type)
+    call = _Call(f"{self.function}.einsum", precision, preferred_element_type, key)
     x = operand(call.function, "x", x)
     if not isinstance(w, QuantizedWeight):
       w = operand(call.function, "w", w)
@@ -407,8 +497,8 @@ class DotGeneral:
       },
     )
 
-  def _check_groups(self, function: str, lhs: jax.Array, axes: AxesOf) -> None:
-    group_size = FORMATS[self.mode].group_size
+  def _check_groups(self, function: str, lhs: jax.Array, axes: AxesOf, fmt: Format) -> None:
+    group_size = fmt.group_size
     contracted = sizes(lhs, axes.contracting)
     if not contracted:
       raise ValueError(
@@ -419,7 +509,7 @@ class DotGeneral:
     if k % group_size:
       raise ValueError(
         f"{function}: the contracted axes {axes.contracting} of lhs ({describe(lhs)}) have {k} "
-        f"elements, which must be a multiple of the group size {group_size} of mode {self.mode!r}; "
+        f"elements, which must be a multiple of the group size {group_size} of mode {fmt.mode!r}; "
         "pad them with zeros."
       )
 

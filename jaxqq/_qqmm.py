@@ -52,6 +52,10 @@ class _DefaultMode(str):
 DEFAULT_MODE = cast(Mode, _DefaultMode("nvfp4"))
 
 
+def is_default_mode(mode: Any) -> bool:
+  return isinstance(mode, _DefaultMode)
+
+
 def qqmm(
   x: ArrayLike,
   w: ArrayLike | QuantizedWeight,
@@ -208,7 +212,7 @@ def checked_qqmm_by_recipe(
       f"{function}: a key was given without a recipe, which it is for; leave it out."
     )
   beside = {
-    "mode": None if isinstance(mode, _DefaultMode) else mode,
+    "mode": None if is_default_mode(mode) else mode,
     "scales": scales,
     "group_size": group_size,
     "bits": bits,
@@ -268,10 +272,11 @@ def checked_by_recipe(
   if preferred_element_type is not None:
     out_dtype = check_out_dtype(function, preferred_element_type)
   params = RecipeParams(recipe, out_dtype, check_precision(function, precision))
-  return ByRecipe(Operands(x, w, key=words), {"params": params}, _by_recipe)
+  return ByRecipe(Operands(x, w, key=words), {"params": params}, product_by_recipe)
 
 
-def _by_recipe(operands: Operands, params: dict[str, Any]) -> jax.Array:
+def product_by_recipe(operands: Operands, params: dict[str, Any]) -> jax.Array:
+  """What `checked_by_recipe` returns, multiplied, and named."""
   return checkpoint_name(product_of_rows(operands, params["params"]), NAME)
 
 
@@ -445,7 +450,7 @@ def _mode_of(
   name_of_scale: str,
 ) -> str:
   """The mode that w was quantized in; nothing that w brings may be given once more."""
-  if not isinstance(mode, _DefaultMode) and mode != w.mode:
+  if not is_default_mode(mode) and mode != w.mode:
     raise ValueError(
       f"{function}: mode {mode!r} was given with a QuantizedWeight of mode {w.mode!r}; "
       "leave mode out."

@@ -266,6 +266,72 @@ def test_leading_axes(operands):
   assert product(recipe, np.zeros((0, K), np.float32), w).shape == (0, N)
 
 
+# dot_general
+
+
+def test_dot_general(operands):
+  """The product of `qqmm`, gradients too, over flattened axes, batches, and by an einsum."""
+  x, w, g = map(jnp.asarray, operands)
+  dot_general = jaxqq.dot_general(recipe="nvfp4")
+  assert dot_general == jaxqq.dot_general("nvfp4", recipe=Recipe.named("nvfp4"))
+  assert dot_general.needs_key and not jaxqq.dot_general(recipe="mxfp8").needs_key
+  kernel = w.reshape(N, 4, 16).transpose(1, 2, 0)  # contracted axes first, as Flax has kernels
+
+  def by_axes(x, kernel):
+    return dot_general(
+      x.reshape(4, 6, 4, 16), kernel, (((2, 3), (0, 1)), ((), ())), key=KEY
+    ).reshape(M, N)
+
+  y, pull = jax.vjp(jax.jit(by_axes), x, kernel)
+  dx, dkernel = pull(g)
+  want = all_three(Recipe.named("nvfp4"), x, w, g, KEY)
+  np.testing.assert_allclose(y, want[0], rtol=1e-6, atol=1e-5)
+  np.testing.assert_allclose(dx, want[1], rtol=1e-6, atol=1e-5)
+  np.testing.assert_allclose(
+    dkernel.transpose(2, 0, 1).reshape(N, K), want[2], rtol=1e-6, atol=1e-5
+  )
+  experts = dot_general.einsum("ecd,edf->ecf", x.reshape(2, 12, K), jnp.stack([w.T, w.T]), key=KEY)
+  assert experts.shape == (2, 12, N)
+  plain = jaxqq.dot_general(recipe="mxfp8").einsum("md,nd->mn", x, w)
+  np.testing.assert_array_equal(plain, jaxqq.qqmm(x, w, mode="mxfp8"))
+
+
+def test_dot_general_of_a_packed_weight(operands):
+  """As without a recipe, x under its amax."""
+  x, w, _ = map(jnp.asarray, operands)
+  dot_general, weight = jaxqq.dot_general(recipe="nvfp4"), jaxqq.quantize_weight(w)
+  assert dot_general.global_scale == "amax"
+  out = dot_general(x, weight, (((1,), (1,)), ((), ())))
+  np.testing.assert_array_equal(out, jaxqq.qqmm(x, weight, global_scale_x="amax"))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "error", "words"),
+  [
+    ({"recipe": "int4"}, ValueError, ["recipe must be", "'int4'"]),
+    ({"recipe": "nvfp4", "mode": "mxfp8"}, ValueError, ["mode is 'mxfp8'", "'nvfp4'"]),
+    ({"recipe": "nvfp4", "backward": "quantized"}, ValueError, ["backward was given"]),
+    ({"recipe": "nvfp4", "quantize_input": False}, ValueError, ["quantize_input is False"]),
+  ],
+)
+def test_dot_generals_that_cannot_be(arguments, error, words):
+  refused(error, "dot_general", words, lambda: jaxqq.dot_general(**arguments))
+
+
+@pytest.mark.parametrize(
+  ("recipe", "key", "words"),
+  [
+    ("nvfp4", None, ["a key is needed"]),
+    ("mxfp8", KEY, ["nothing in the recipe is random"]),
+    (None, KEY, ["a key was given without a recipe"]),
+  ],
+)
+def test_keys_of_dot_general(recipe, key, words):
+  dot_general = jaxqq.dot_general(recipe=recipe)
+  x, numbers = jnp.ones((4, 64)), (((1,), (0,)), ((), ()))
+  refused(ValueError, "dot_general", words, lambda: dot_general(x, x.T, numbers, key=key))
+
+
 # Devices
 
 
