@@ -42,6 +42,30 @@ NO_NUMBERS: Any = {
 }
 
 
+STREAM = "recipe"  # of random keys, for layers whose recipe has something random
+
+
+def check_rngs(function: str, dot_general: DotGeneral, rngs: Any) -> None:
+  """There is a random stream, where one is needed."""
+  if not dot_general.needs_key:
+    return
+  got = type(rngs).__name__
+  if isinstance(rngs, nnx.Rngs):
+    if STREAM in rngs or "default" in rngs:
+      return
+    got = f"nnx.Rngs with {', '.join(map(repr, rngs))}"
+  raise ValueError(
+    f"{function}: the recipe rounds or rotates at random, for which rngs needs a stream "
+    f"{STREAM!r}, got {got}; pass rngs=nnx.Rngs({STREAM}=0)."
+  )
+
+
+def stream_of(function: str, dot_general: DotGeneral, rngs: Any) -> nnx.RngStream | None:
+  """The random stream of one layer, of its own, where it needs one."""
+  check_rngs(function, dot_general, rngs)
+  return rngs[STREAM].fork() if dot_general.needs_key else None
+
+
 class Packed(nnx.Variable[Any]):
   """An array of a packed kernel. It is no `nnx.Param`: gradients and optimizers pass it by."""
 
@@ -60,11 +84,14 @@ class QuantizedLayer(nnx.Module):
   promote_dtype: Any
   preferred_element_type: Any
   input_global_scale: Packed | None
+  recipe_rngs: nnx.RngStream | None
 
   original: ClassVar[type[nnx.Module]]  # the layer of nnx that it stands for
   copied: ClassVar[tuple[str, ...]]  # and attributes of that
 
-  def _take(self, function: str, layer: Any, dot_general: DotGeneral) -> None:
+  def _take(
+    self, function: str, layer: Any, dot_general: DotGeneral, rngs: nnx.Rngs | None = None
+  ) -> None:
     """Becomes the same layer as one of nnx, and shares its variables."""
     reason = why_not(type(self), layer, dot_general.mode)
     if reason is not None:
@@ -72,6 +99,7 @@ class QuantizedLayer(nnx.Module):
     for name in (*self.copied, *COPIED):
       setattr(self, name, getattr(layer, name))
     self.dot_general = dot_general
+    self.recipe_rngs = nnx.data(stream_of(function, dot_general, rngs))
     self.kernel: nnx.Variable[Any] | None = layer.kernel
     self.bias: nnx.Variable[Any] | None = nnx.data(None) if layer.bias is None else layer.bias
     for name in LEAVES:
@@ -84,7 +112,9 @@ class QuantizedLayer(nnx.Module):
     self.kernel_metadata: tuple[tuple[str, Any], ...] = tuple(kernel.get_metadata().items())
 
   @classmethod
-  def _from(cls, method: str, layer: Any, dot_general: DotGeneral) -> Self:
+  def _from(
+    cls, method: str, layer: Any, dot_general: DotGeneral, rngs: nnx.Rngs | None = None
+  ) -> Self:
     function = f"{cls.__name__}.{method}"
     if type(layer) is not cls.original:
       raise TypeError(
@@ -93,7 +123,7 @@ class QuantizedLayer(nnx.Module):
         "would be lost."
       )
     own = cls._placeholder(dot_general)
-    own._take(function, layer, dot_general)
+    own._take(function, layer, dot_general, rngs)
     return own
 
   @classmethod
@@ -181,8 +211,10 @@ class QuantizedLayer(nnx.Module):
         f"{weight!r}."
       )
     choice = self.dot_general.global_scale or DEFAULT
+    fits = weight.mode == self.mode and weight.quantize_input
     self.dot_general = dataclasses.replace(
       self.dot_general,
+      recipe=self.dot_general.recipe if fits else None,
       mode=weight.mode,
       global_scale=None if weight.global_scale is None else choice,
       quantize_input=weight.quantize_input,
@@ -218,7 +250,10 @@ class QuantizedLayer(nnx.Module):
     mode, scale = other.dot_general.mode, other.dot_general.global_scale
     if scale is not None:  # what inputs get is this layer's own choice
       scale = self.dot_general.global_scale or scale
-    self.dot_general = dataclasses.replace(self.dot_general, mode=mode, global_scale=scale)
+    recipe = self.dot_general.recipe if mode == self.mode else None
+    self.dot_general = dataclasses.replace(
+      self.dot_general, mode=mode, global_scale=scale, recipe=recipe
+    )
 
   def unpack(self) -> None:
     """Replaces the packed weight by a kernel of what it stands for, to be trained further."""
@@ -252,7 +287,8 @@ class QuantizedLayer(nnx.Module):
     if weight is not None:
       return self.dot_general.packed(inputs, weight, contracting, batch, axes.features, *options)
     numbers = ((contracting, axes.contracting), (batch, axes.batch))
-    return self.dot_general(inputs, kernel, numbers, *options)
+    key = None if self.recipe_rngs is None else self.recipe_rngs()
+    return self.dot_general(inputs, kernel, numbers, *options, key=key)
 
 
 def packing(kind: type[QuantizedLayer], layer: Any, dot_general: DotGeneral) -> tuple[Any, ...]:

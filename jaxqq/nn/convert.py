@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flax import nnx
@@ -14,7 +14,9 @@ from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
-from jaxqq.nn.base import Packed, QuantizedLayer, full_name, packing, why_not
+from jaxqq._qqmm import DEFAULT_MODE
+from jaxqq._recipe import Recipe
+from jaxqq.nn.base import Packed, QuantizedLayer, check_rngs, full_name, packing, why_not
 from jaxqq.nn.expert_linear import QQExpertLinear
 from jaxqq.nn.layers import LAYERS
 from jaxqq.nn.report import NO_PRODUCT, LayerReport, Report, num_bytes, relative_error
@@ -25,7 +27,7 @@ Predicate = Callable[[str, nnx.Module], bool | str]
 
 def quantize_model(
   model: nnx.Module,
-  mode: Mode = "nvfp4",
+  mode: Mode = DEFAULT_MODE,
   *,
   predicate: Predicate | None = None,
   packed: bool = False,
@@ -33,6 +35,9 @@ def quantize_model(
   global_scale: GlobalScale = DEFAULT,
   implementation: str | None = None,
   quantize_input: bool = True,
+  recipe: Recipe | str | None = None,
+  keep: Sequence[str] = (),
+  rngs: nnx.Rngs | None = None,
 ) -> Report:
   """Converts the layers of a Flax NNX model, in place, to layers that multiply by `qqmm`.
 
@@ -53,6 +58,12 @@ def quantize_model(
       `QQLinear`.
     implementation: what computes the products, as for `qqmm`.
     quantize_input: False multiplies inputs as they are, as `quantized_matmul` does.
+    recipe: a `jaxqq.Recipe` for training, or the name of one, in place of mode and backward, as
+      for `QQLinear`.
+    keep: paths of what stays as it is, as "head", or "blocks.0" and all in it; "blocks.-1" is the
+      last of a list. Recipes for 4 bits keep the first and the last blocks and the head.
+    rngs: with a stream "recipe", of which each layer gets one of its own, where the recipe has
+      something random. The model's state then holds their keys and counts too.
 
   Returns:
     What became of each layer that has parameters; `str(report)` is a table.
@@ -60,7 +71,8 @@ def quantize_model(
   Raises:
     TypeError: model is no nnx.Module, or a layer itself.
     ValueError: mode, backward, global_scale or implementation is not as above, or backward is
-      "quantized" and quantize_input False; packed, and a kernel is shared with what is not packed
+      "quantized" and quantize_input False; keep names what is not in the model; rngs are missing
+      where the recipe needs them; packed, and a kernel is shared with what is not packed
       alike, as for `pack`. The model is as it was.
 
   Example:
@@ -71,7 +83,10 @@ def quantize_model(
 
   Source: `mlx.nn.quantize`.
   """
-  dot_general = DotGeneral(mode, backward, global_scale, implementation, quantize_input, FUNCTION)
+  options = backward, global_scale, implementation, quantize_input, FUNCTION
+  dot_general = DotGeneral(mode, *options, recipe)
+  check_rngs(FUNCTION, dot_general, rngs)
+  global_scale = dot_general.global_scale if recipe is not None else global_scale
   if not isinstance(model, nnx.Module):
     raise TypeError(f"{FUNCTION}: model must be an nnx.Module, got {type(model).__name__}.")
   if type(model) in LAYERS:
@@ -81,11 +96,40 @@ def quantize_model(
       f"place; make a layer of it with jaxqq.nn.{kind}."
     )
   conversion = _Conversion(
-    dot_general=dot_general, global_scale=global_scale, predicate=predicate, packed=packed
+    dot_general=dot_general,
+    global_scale=global_scale,
+    predicate=predicate,
+    packed=packed,
+    keep=_kept(model, keep),
+    rngs=rngs,
   )
   conversion.choose(model)
   conversion.walk((), model)
   return Report(tuple(conversion.rows))
+
+
+def _kept(model: nnx.Module, keep: Sequence[str]) -> dict[str, str]:
+  """The paths that keep names, as the model has them, and how it names them."""
+  if isinstance(keep, str) or not all(isinstance(path, str) for path in keep):
+    raise TypeError(f"{FUNCTION}: keep must be a sequence of paths, as ['head'], got {keep!r}.")
+  paths = {".".join(path) for path, _ in nodes(model)}
+  found = {}
+  for name in keep:
+    path = ""
+    for part in name.split("."):
+      before = f"{path}." if path else ""
+      if part.startswith("-") and part[1:].isdigit():
+        children = [p.removeprefix(before) for p in paths if p.startswith(before)]
+        length = len({child.partition(".")[0] for child in children if child})
+        part = str(length + int(part))
+      path = before + part
+    if path not in paths:
+      raise ValueError(
+        f"{FUNCTION}: keep names {name!r}, and nothing in the model has that path; those of layers "
+        "are in the report of a call without it."
+      )
+    found[path] = name
+  return found
 
 
 def pack(model: nnx.Module) -> None:
@@ -249,6 +293,8 @@ class _Conversion(Replacement):
   global_scale: GlobalScale  # of layers whose mode has one
   predicate: Predicate | None
   packed: bool
+  keep: dict[str, str] = dataclasses.field(default_factory=dict)
+  rngs: nnx.Rngs | None = None
   rows: list[LayerReport] = dataclasses.field(default_factory=list)
   # By the id of a layer, the mode to convert to, or None and why not.
   choices: dict[int, tuple[Mode | None, str | None]] = dataclasses.field(default_factory=dict)
@@ -269,8 +315,9 @@ class _Conversion(Replacement):
 
   def dot_general_in(self, mode: Mode, kind: type) -> DotGeneral:
     scale = self.global_scale if FORMATS[mode].has_global_scale else None
+    recipe = self.dot_general.recipe if mode == self.dot_general.mode else None
     return dataclasses.replace(
-      self.dot_general, mode=mode, global_scale=scale, function=kind.__name__
+      self.dot_general, mode=mode, global_scale=scale, function=kind.__name__, recipe=recipe
     )
 
   def layer(self, path: str, node: nnx.Module) -> nnx.Module:
@@ -292,7 +339,7 @@ class _Conversion(Replacement):
       self.rows.append(row)
       return node
     kind = LAYERS[type(node)]
-    layer: Any = kind._from(FUNCTION, node, self.dot_general_in(mode, kind))
+    layer: Any = kind._from(FUNCTION, node, self.dot_general_in(mode, kind), self.rngs)
     kernel, first = self.packed_kernels.get(id(layer.kernel), (layer.kernel, layer))
     weight = layer.quantized()
     error = relative_error(layer.kernel.get_value(), weight, layer._kernel_axes())
@@ -311,6 +358,9 @@ class _Conversion(Replacement):
     if kind is None:
       return None, _why_no_layer(node)
     mode = self.dot_general.mode
+    for kept, name in self.keep.items():
+      if path == kept or path.startswith(f"{kept}."):
+        return None, f"keep names {name!r}"
     chosen = True if self.predicate is None else self.predicate(path, node)
     if isinstance(chosen, str):
       mode = check_format(FUNCTION, chosen, None, None).mode

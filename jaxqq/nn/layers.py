@@ -18,6 +18,8 @@ from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._out_sharding import OutSharding, placed
+from jaxqq._qqmm import DEFAULT_MODE
+from jaxqq._recipe import Recipe
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import NO_NUMBERS, QuantizedLayer
 from jaxqq.nn.expert_linear import QQExpertLinear
@@ -42,6 +44,9 @@ class QQLinear(QuantizedLayer):
       every call; "row" the kernel, and each row of the inputs a power of two; None gives none.
     implementation: what computes the product, as for `qqmm`.
     quantize_input: False multiplies inputs as they are, as `quantized_matmul` does.
+    recipe: a `jaxqq.Recipe` for training, or the name of one, in place of mode and backward. What
+      is random in it comes from a stream of rngs, "recipe"; the layer draws a key in every call.
+      `pack` quantizes the kernel in rows then, with mode and global_scale as for `dot_general`.
     rngs: as for `nnx.Linear`.
     options: use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
       preferred_element_type, kernel_metadata and bias_metadata, as for `nnx.Linear`.
@@ -73,30 +78,33 @@ class QQLinear(QuantizedLayer):
     in_features: int,
     out_features: int,
     *,
-    mode: Mode = "nvfp4",
+    mode: Mode = DEFAULT_MODE,
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
     quantize_input: bool = True,
+    recipe: Recipe | str | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     linear = nnx.Linear(in_features, out_features, rngs=rngs, **options)
     dot_general = DotGeneral(
-      mode, backward, global_scale, implementation, quantize_input, "QQLinear"
+      mode, backward, global_scale, implementation, quantize_input, "QQLinear", recipe
     )
-    self._take("QQLinear", linear, dot_general)
+    self._take("QQLinear", linear, dot_general, rngs)
 
   @classmethod
   def from_linear(
     cls,
     linear: nnx.Linear,
     *,
-    mode: Mode = "nvfp4",
+    mode: Mode = DEFAULT_MODE,
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
     quantize_input: bool = True,
+    recipe: Recipe | str | None = None,
+    rngs: nnx.Rngs | None = None,
   ) -> Self:
     """The same layer as an `nnx.Linear`, whose variables it shares.
 
@@ -111,9 +119,9 @@ class QQLinear(QuantizedLayer):
       True
     """
     dot_general = DotGeneral(
-      mode, backward, global_scale, implementation, quantize_input, cls.__name__
+      mode, backward, global_scale, implementation, quantize_input, cls.__name__, recipe
     )
-    return cls._from("from_linear", linear, dot_general)
+    return cls._from("from_linear", linear, dot_general, rngs)
 
   @classmethod
   def from_weight(
@@ -177,8 +185,8 @@ class QQLinearGeneral(QuantizedLayer):
   Args:
     in_features, out_features, axis, batch_axis, rngs: as for `nnx.LinearGeneral`; the product of
       in_features is a multiple of the mode's group size.
-    mode, backward, global_scale, implementation, quantize_input: as for `QQLinear`. Each matrix
-      of a batch has its own scale.
+    mode, backward, global_scale, implementation, quantize_input, recipe: as for `QQLinear`. Each
+      matrix of a batch has its own scale.
     options: the other arguments of `nnx.LinearGeneral`.
 
   Raises:
@@ -208,11 +216,12 @@ class QQLinearGeneral(QuantizedLayer):
     *,
     axis: int | Sequence[int] = -1,
     batch_axis: Mapping[int, int] | None = None,
-    mode: Mode = "nvfp4",
+    mode: Mode = DEFAULT_MODE,
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
     quantize_input: bool = True,
+    recipe: Recipe | str | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
@@ -220,26 +229,28 @@ class QQLinearGeneral(QuantizedLayer):
       in_features, out_features, axis=axis, batch_axis=batch_axis or {}, rngs=rngs, **options
     )
     dot_general = DotGeneral(
-      mode, backward, global_scale, implementation, quantize_input, "QQLinearGeneral"
+      mode, backward, global_scale, implementation, quantize_input, "QQLinearGeneral", recipe
     )
-    self._take("QQLinearGeneral", linear, dot_general)
+    self._take("QQLinearGeneral", linear, dot_general, rngs)
 
   @classmethod
   def from_linear(
     cls,
     linear: nnx.LinearGeneral,
     *,
-    mode: Mode = "nvfp4",
+    mode: Mode = DEFAULT_MODE,
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
     quantize_input: bool = True,
+    recipe: Recipe | str | None = None,
+    rngs: nnx.Rngs | None = None,
   ) -> Self:
     """The same layer as an `nnx.LinearGeneral`, whose variables it shares; as for `QQLinear`."""
     dot_general = DotGeneral(
-      mode, backward, global_scale, implementation, quantize_input, cls.__name__
+      mode, backward, global_scale, implementation, quantize_input, cls.__name__, recipe
     )
-    return cls._from("from_linear", linear, dot_general)
+    return cls._from("from_linear", linear, dot_general, rngs)
 
   def _kernel_axes(self) -> KernelAxes:
     parts = (tuple(self.batch_axis.values()), self.in_features, self.out_features)
@@ -268,8 +279,8 @@ class QQEinsum(QuantizedLayer):
   Args:
     einsum_str, kernel_shape, bias_shape, rngs: as for `nnx.Einsum`; the indices in both operands
       and not in the output have a product of sizes that is a multiple of the mode's group size.
-    mode, backward, global_scale, implementation, quantize_input: as for `QQLinear`. Each matrix
-      of a batch has its own scale.
+    mode, backward, global_scale, implementation, quantize_input, recipe: as for `QQLinear`. Each
+      matrix of a batch has its own scale.
     options: the other arguments of `nnx.Einsum`.
 
   Raises:
@@ -296,36 +307,39 @@ class QQEinsum(QuantizedLayer):
     kernel_shape: Sequence[int],
     bias_shape: Sequence[int] | None = None,
     *,
-    mode: Mode = "nvfp4",
+    mode: Mode = DEFAULT_MODE,
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
     quantize_input: bool = True,
+    recipe: Recipe | str | None = None,
     rngs: nnx.Rngs,
     **options: Any,
   ):
     einsum = nnx.Einsum(einsum_str, tuple(kernel_shape), bias_shape, rngs=rngs, **options)
     dot_general = DotGeneral(
-      mode, backward, global_scale, implementation, quantize_input, "QQEinsum"
+      mode, backward, global_scale, implementation, quantize_input, "QQEinsum", recipe
     )
-    self._take("QQEinsum", einsum, dot_general)
+    self._take("QQEinsum", einsum, dot_general, rngs)
 
   @classmethod
   def from_einsum(
     cls,
     einsum: nnx.Einsum,
     *,
-    mode: Mode = "nvfp4",
+    mode: Mode = DEFAULT_MODE,
     backward: Backward = "straight_through",
     global_scale: GlobalScale = DEFAULT,
     implementation: str | None = None,
     quantize_input: bool = True,
+    recipe: Recipe | str | None = None,
+    rngs: nnx.Rngs | None = None,
   ) -> Self:
     """The same layer as an `nnx.Einsum`, whose variables it shares; as `QQLinear.from_linear`."""
     dot_general = DotGeneral(
-      mode, backward, global_scale, implementation, quantize_input, cls.__name__
+      mode, backward, global_scale, implementation, quantize_input, cls.__name__, recipe
     )
-    return cls._from("from_einsum", einsum, dot_general)
+    return cls._from("from_einsum", einsum, dot_general, rngs)
 
   @classmethod
   def _placeholder(cls, dot_general: DotGeneral, **options: Any) -> Self:

@@ -22,10 +22,13 @@ from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
+from jaxqq._qqmm import DEFAULT_MODE
+from jaxqq._recipe import Recipe
 from jaxqq._weight import BEFORE_FLATTEN, LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum
 
 Predicate = Callable[[str, linen.Module], bool]
+STREAM = "recipe"  # of random keys, for layers whose recipe has something random
 
 
 class QQDense(linen.Module):
@@ -45,6 +48,8 @@ class QQDense(linen.Module):
     implementation: what computes the product, as for `qqmm`.
     quantize_input: False multiplies inputs as they are, as `quantized_matmul` does. None is as a
       `QuantizedWeight` says, and True otherwise.
+    recipe: a `jaxqq.Recipe` for training, or the name of one, in place of mode and backward. What
+      is random in it comes from the stream "recipe": apply(..., rngs={"recipe": key}).
     use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for
       `nn.Dense`.
 
@@ -61,11 +66,12 @@ class QQDense(linen.Module):
   """
 
   features: int
-  mode: Mode = "nvfp4"
+  mode: Mode = DEFAULT_MODE
   backward: Backward = "straight_through"
   global_scale: GlobalScale = DEFAULT
   implementation: str | None = None
   quantize_input: bool | None = None
+  recipe: Recipe | str | None = None
   use_bias: bool = True
   dtype: DTypeLike | None = None
   param_dtype: DTypeLike = jnp.float32
@@ -87,7 +93,7 @@ class QQDense(linen.Module):
     if self.use_bias:
       bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
     options = self.backward, self.global_scale, self.implementation, self.quantize_input
-    dot_general = DotGeneral(self.mode, *options, "QQDense")
+    dot_general = DotGeneral(self.mode, *options, "QQDense", self.recipe)
     return contraction(self, inputs).apply(dot_general, self, inputs, kernel, bias)
 
 
@@ -115,7 +121,8 @@ class Contraction:
       out = dot_general.packed(inputs, weight, self.contracting, self.batch, features, *options)
     else:
       numbers = ((self.contracting, self.kernel.contracting), (self.batch, self.kernel.batch))
-      out = dot_general(inputs, kernel, numbers, *options)
+      key = layer.make_rng(STREAM) if dot_general.needs_key else None
+      out = dot_general(inputs, kernel, numbers, *options, key=key)
     if self.order is not None:
       out = jnp.transpose(out, self.order)
     return out if bias is None else out + bias.reshape(self.bias_shape)
@@ -180,6 +187,7 @@ def quantized_apply(
   global_scale: GlobalScale = DEFAULT,
   implementation: str | None = None,
   quantize_input: bool | None = None,
+  recipe: Recipe | str | None = None,
 ) -> Callable[..., Any]:
   """`model.apply`, in which the layers of any Linen model multiply by `qqmm`.
 
@@ -199,6 +207,8 @@ def quantized_apply(
     implementation: what computes the products, as for `qqmm`.
     quantize_input: False multiplies inputs as they are, as for `QQDense`; None is as a packed
       kernel says, and True otherwise.
+    recipe: a `jaxqq.Recipe`, or the name of one, by which kernels that are not packed are
+      multiplied, in place of mode and backward; as for `QQDense`.
 
   Returns:
     A function with the arguments of `model.apply`.
@@ -218,7 +228,9 @@ def quantized_apply(
   function = "quantized_apply"
   options = backward, global_scale, implementation, quantize_input, function
   packed = DotGeneral("nvfp4", *options)
-  on_the_fly = None if mode is None else DotGeneral(mode, *options)
+  on_the_fly = None
+  if mode is not None or recipe is not None:
+    on_the_fly = DotGeneral(DEFAULT_MODE if mode is None else mode, *options, recipe)
 
   def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
     layer = context.module
