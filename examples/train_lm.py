@@ -2,6 +2,7 @@
 
   pip install 'jaxqq[examples]'    # from a checkout: pip install '.[examples]'
   python examples/train_lm.py      # two to three minutes on two CPU cores
+  python examples/train_lm.py --recipe nvfp4 mxfp8    # and two that train by a recipe
 
 Same seed, same batches, same optimizer; only `linear`, the product in the blocks' linear layers,
 differs. The text is the reference manual that every Python carries as `pydoc_data.topics`.
@@ -37,6 +38,8 @@ Result = dict[str, Any]
 
 UNQUANTIZED = "unquantized"
 MODES = (UNQUANTIZED, "mxfp8", "nvfp4")
+RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8")
+BY_RECIPE = "recipe "  # begins the mode of a model that trains by one
 BACKWARDS = ("straight_through", "quantized")
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 LINEARS = ("qkv", "out", "gate_up", "down")
@@ -92,6 +95,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training):
+  recipe: tuple[str, ...] = flag((), "models to train by a recipe", nargs="+", choices=RECIPES)
   seeds: int = flag(1, "how many seeds to average over, --seed and those after it")
   temperature: float = flag(0.7, "of the sampled text")
   sample_bytes: int = flag(128, "length of the sampled text with its prompt")
@@ -109,17 +113,32 @@ class Config(Training):
     return super().mistake()
 
 
-def linear(x: jax.Array, w: Any, mode: str, backward: str) -> jax.Array:
+def linear(
+  x: jax.Array, w: Any, mode: str, backward: str, key: jax.Array | None = None
+) -> jax.Array:
   """x (..., k) times w (n, k) transposed; quantized, unless the mode says otherwise.
 
   For serving, w is what `pack` made of it: arguments of `qqmm`.
   """
   if mode == UNQUANTIZED:
     return x @ w.astype(x.dtype).T
+  if mode.startswith(BY_RECIPE) and not isinstance(w, dict):
+    recipe = jaxqq.Recipe.named(mode.removeprefix(BY_RECIPE))
+    key = key if recipe.needs_key else None
+    return jaxqq.qqmm(x, w.astype(x.dtype), recipe=recipe, key=key)
+  mode = served_mode(mode)
   if not isinstance(w, dict):
     w = w.astype(x.dtype)
     w = {"w": w, **global_scale("w", w, mode)}
   return jaxqq.qqmm(x, mode=mode, backward=backward, **w, **global_scale("x", x, mode))
+
+
+def served_mode(mode: str) -> str:
+  """The mode of a model's packed weights: of a recipe, that of its forward product."""
+  if not mode.startswith(BY_RECIPE):
+    return mode
+  quantizer = jaxqq.Recipe.named(mode.removeprefix(BY_RECIPE)).forward_w
+  return UNQUANTIZED if quantizer is None else quantizer.mode
 
 
 def global_scale(name: str, a: jax.Array, mode: str) -> dict[str, jax.Array]:
@@ -131,6 +150,7 @@ def global_scale(name: str, a: jax.Array, mode: str) -> dict[str, jax.Array]:
 
 def pack(params: Params, mode: str, dtype: Any) -> Params:
   """The model as it is served: every linear layer quantized."""
+  mode = served_mode(mode)
 
   def pack_one(w: jax.Array) -> dict[str, jax.Array]:
     w = w.astype(dtype)  # as in `linear`, so that the codes are those the training saw
@@ -202,19 +222,34 @@ def block(x: jax.Array, layer: Params, heads: int, product: Callable[..., Any]) 
   return x + product(jax.nn.silu(gate) * up, layer["down"])
 
 
-def logits_of(params: Params, tokens: jax.Array, cfg: Training, mode: str) -> jax.Array:
-  """Tokens (batch, seq) to float32 logits (batch, seq, 256)."""
+def logits_of(
+  params: Params, tokens: jax.Array, cfg: Training, mode: str, key: jax.Array | None = None
+) -> jax.Array:
+  """Tokens (batch, seq) to float32 logits (batch, seq, 256); a recipe rounds by a key."""
   dtype = DTYPES[cfg.dtype]
-  product = functools.partial(linear, mode=mode, backward=cfg.backward)
   x = params["embed"].astype(dtype)[tokens]
-  x, _ = lax.scan(lambda x, layer: (block(x, layer, cfg.heads, product), None), x, params["blocks"])
+
+  def of_layer(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
+    weights, keys = layer
+    each = iter(LINEARS if keys is None else keys)  # one for each linear layer
+
+    def product(x: jax.Array, w: Any) -> jax.Array:
+      own = next(each)
+      return linear(x, w, mode, cfg.backward, None if keys is None else own)
+
+    return block(x, weights, cfg.heads, product), None
+
+  keys = None if key is None else jax.random.split(key, (cfg.layers, len(LINEARS)))
+  x, _ = lax.scan(of_layer, x, (params["blocks"], keys))
   return (rms_norm(x, params["norm"]) @ params["head"].astype(dtype).T).astype(jnp.float32)
 
 
-def loss_of(params: Params, windows: jax.Array, cfg: Training, mode: str) -> jax.Array:
+def loss_of(
+  params: Params, windows: jax.Array, cfg: Training, mode: str, key: jax.Array | None = None
+) -> jax.Array:
   """Mean nats per byte of windows, uint8 (batch, seq + 1)."""
   windows = windows.astype(jnp.int32)
-  logits = logits_of(params, windows[:, :-1], cfg, mode)
+  logits = logits_of(params, windows[:, :-1], cfg, mode, key)
   return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
@@ -253,10 +288,18 @@ def make_state(cfg: Training, optimizer: Any) -> tuple[Params, Any, dict[str, An
   return params, optimizer.init(params), {}
 
 
+def key_of(cfg: Training, mode: str, state: Any) -> jax.Array | None:
+  """Another key in every step, where a recipe needs one: by the optimizer's count of steps."""
+  if not mode.startswith(BY_RECIPE):
+    return None
+  count = optax.tree_utils.tree_get_all_with_path(state, "count")[0][1]
+  return jax.random.fold_in(jax.random.key(cfg.seed), count)
+
+
 def make_step(cfg: Training, mode: str, optimizer: Any, **options: Any) -> Any:
   @functools.partial(jax.jit, donate_argnums=(0, 1), **options)
   def step(params: Params, state: Any, windows: jax.Array) -> tuple[Params, Any, jax.Array]:
-    loss, grads = jax.value_and_grad(loss_of)(params, windows, cfg, mode)
+    loss, grads = jax.value_and_grad(loss_of)(params, windows, cfg, mode, key_of(cfg, mode, state))
     # optax raises floats to an integer count, which fails where a caller made promotion strict.
     with jax.numpy_dtype_promotion("standard"):
       updates, state = optimizer.update(grads, state, params)
@@ -428,7 +471,8 @@ def parse_config(argv: Sequence[str] | None, config: Any = Config, about: str = 
   cfg = config(**vars(parser.parse_args(argv)))
   if mistake := cfg.mistake():
     parser.error(mistake)
-  return dataclasses.replace(cfg, modes=tuple(dict.fromkeys(cfg.modes)))
+  by_recipe = (BY_RECIPE + name for name in getattr(cfg, "recipe", ()))
+  return dataclasses.replace(cfg, modes=tuple(dict.fromkeys([*cfg.modes, *by_recipe])))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:

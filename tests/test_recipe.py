@@ -17,6 +17,7 @@ import jaxqq
 from jaxqq import Quantizer, Recipe, _recipe_product
 from jaxqq._reference import Operands
 from tests.support import oracle, recipes
+from tests.support.examples import load_example
 from tests.support.messages import check_sentence
 from tests.support.recipes import Spec
 from tests.support.sharding import QUICK, explicit_mesh, place
@@ -466,6 +467,25 @@ def test_explain():
   words = ["XLA computes this recipe", "Recipe.of_mode"]
   call = functools.partial(jaxqq.explain, x, x, recipe="nvfp4", key=KEY, device="cpu")
   refused(NotImplementedError, "explain", words, call)
+
+
+def test_train_lm_by_a_recipe():
+  """One step of each model, by a key that another step does not have."""
+  example = load_example("train_lm")
+  sizes = ["--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "16", "--batch", "2"]
+  cfg = example.parse_config([*sizes, "--modes", "mxfp8", "--recipe", "nvfp4", "mxfp8"])
+  assert cfg.modes == ("mxfp8", "recipe nvfp4", "recipe mxfp8")
+  windows = np.arange(34, dtype=np.uint8).reshape(2, 17) + 60
+  optimizer, mode = example.make_optimizer(cfg), "recipe nvfp4"
+  step = example.make_step(cfg, mode, optimizer)
+  params, state, _ = example.make_state(cfg, optimizer)
+  keys = [example.key_of(cfg, mode, state)]
+  params, state, loss = step(params, state, windows)
+  keys.append(example.key_of(cfg, mode, state))
+  assert 5 < float(loss) < 6.5 and keys[0] != keys[1]
+  assert example.key_of(cfg, "mxfp8", state) is None
+  packed = example.pack(params, mode, jnp.bfloat16)
+  assert packed["blocks"]["qkv"]["w"].dtype == jnp.uint32 and example.served_mode(mode) == "nvfp4"
 
 
 @pytest.mark.parametrize("documented", [Recipe, Recipe.named, Recipe.of_mode])
