@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from tests.support import bounds, oracle
+from tests.support import bounds, oracle, recipes
 from tests.support.operands import Product, operands
 
 pytestmark = pytest.mark.gpu
@@ -247,3 +247,8 @@ def test_quantize_and_dequantize_on_every_gpu(case, how):
   back = run(dequantize, got, [P("data")] * 2)
   exact = oracle.round_trip(a, mode, *scale)
   assert oracle.relative_error(np.asarray(back), exact) <= (1e-6 if scale else 0)
+
+
+@pytest.mark.parametrize("quantizer", recipes.QUANTIZERS, ids=str)
+def test_quantizers_have_the_oracles_bits(quantizer):
+  recipes.check_bits(quantizer, jax.random.key(3))

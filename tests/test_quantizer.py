@@ -18,38 +18,16 @@ from jaxqq import _hadamard, _random_bits
 from jaxqq._quantizer import Quantizer
 from tests.support import oracle, recipes
 from tests.support.messages import check_sentence
-from tests.support.recipes import Spec
+from tests.support.recipes import QUANTIZERS, Spec, numbers, words_of
 from tests.support.sharding import QUICK, place
 
 KEY = jax.random.key(3)
 KEYS = 4096
 STOCHASTIC = Quantizer(rounding="stochastic")
-QUANTIZERS = (
-  Quantizer(square=True),
-  STOCHASTIC,
-  Quantizer(scale="four_over_six"),
-  Quantizer(square=True, scale="four_over_six", rotation=16),
-  Quantizer(rounding="stochastic", rotation=64),
-  Quantizer("mxfp8", square=True, rounding="stochastic", rotation=32),
-  Quantizer("mxfp4", rounding="stochastic"),
-)
-
-
-def words_of(key):
-  return np.asarray(jax.random.key_data(key))
 
 
 def key_for(quantizer):
   return KEY if quantizer.needs_key else None
-
-
-def numbers(shape, seed=0):
-  """Magnitudes over some binades, and all of a group small; short enough to be summed exactly."""
-  rng = np.random.default_rng(seed)
-  a = rng.standard_normal(shape) * 2.0 ** rng.integers(-4, 3, shape)
-  a[1:3, :32] *= 2.0**-9
-  a[3] = 0
-  return np.round(a * 2**12).astype(np.float32) / 2**12
 
 
 # Random bits
@@ -101,17 +79,12 @@ def test_bits_are_uniform():
 @pytest.mark.optimized
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 def test_bits_are_the_oracles(quantizer):
-  a = numbers((40, 128))
-  want_codes, want_scales, want_global = recipes.quantized(a, Spec.of(quantizer), words_of(KEY))
-  packed, scales, global_scale = quantizer.quantize(a, key_for(quantizer))
-  np.testing.assert_array_equal(scales, want_scales)
-  np.testing.assert_array_equal(oracle.unpack(np.asarray(packed), quantizer.mode), want_codes)
-  assert (global_scale is None) == (want_global is None)
-  assert global_scale is None or float(global_scale) == want_global
-  left = jaxqq.dequantize(
-    packed, scales, mode=quantizer.mode, global_scale=global_scale, dtype=jnp.float32
-  )
-  want = recipes.value_of(want_codes, want_scales, quantizer.mode, want_global)
+  packed, scales, global_scale = recipes.check_bits(quantizer, KEY)
+  mode = quantizer.mode
+  left = jaxqq.dequantize(packed, scales, mode=mode, global_scale=global_scale, dtype=jnp.float32)
+  codes = oracle.unpack(np.asarray(packed), mode)
+  of_all = None if global_scale is None else float(global_scale)
+  want = recipes.value_of(codes, np.asarray(scales), mode, of_all)
   np.testing.assert_allclose(left, want, rtol=2**-22)
 
 

@@ -145,6 +145,27 @@ def test_what_qqmm_has_without_one_are_recipes(mode, backward, operands):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
+def test_on_matrix_units(precision, operands):
+  """Off a CPU, operands that 16 bits hold exactly are multiplied in them for 16-bit results."""
+  x, w = (a.astype(oracle.DTYPES["bfloat16"]) for a in operands[:2])
+  recipe = Recipe.named("nvfp4-4over6")
+  params = _recipe_product.Params(recipe, np.dtype(oracle.DTYPES["bfloat16"]), precision)
+
+  def multiply(x, w):
+    ops = Operands(x, w, key=jnp.zeros(4, jnp.uint32))
+    return _recipe_product._product(ops, params, platform="tpu")
+
+  dtype = np.dtype(np.float32 if precision else oracle.DTYPES["bfloat16"])
+  equations = jax.make_jaxpr(multiply)(x, w).eqns
+  (dot,) = (own for own in equations if own.primitive.name == "dot_general")
+  assert [operand.aval.dtype for operand in dot.invars] == 2 * [dtype]
+  specs = specs_of("nvfp4-4over6")[:2]
+  hats = [recipes.left_of(a, spec, None, (0, 0)) for a, spec in zip((x, w), specs, strict=True)]
+  out = np.asarray(jax.jit(multiply)(x, w))
+  oracle.assert_within_bound(out, *oracle.product(*hats), highest=precision is not None)
+
+
 def test_small_cotangents_are_kept(operands):
   """g has its own amax: gradients of 2**-30 of these are theirs times 2**-30."""
   x, w, g = operands

@@ -1,7 +1,7 @@
 """What `jaxqq.Quantizer` and `jaxqq.Recipe` should compute, by other means: numpy and ml_dtypes.
 
-No code of the library: Philox with 64 bit integers, neighbours found in tables of every value of a
-type, rotations by a matrix in float64.
+None of its numbers are the library's: Philox with 64 bit integers, neighbours found in tables of
+every value of a type, rotations by a matrix in float64.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
+from jaxqq import Quantizer
 from tests.support import oracle
 from tests.support.oracle import F32, MODES
 
@@ -31,6 +33,43 @@ class Spec:
   @classmethod
   def of(cls, quantizer: Any) -> Spec:
     return cls(**{field.name: getattr(quantizer, field.name) for field in dataclasses.fields(cls)})
+
+
+# Every part of a quantizer, alone or with others.
+QUANTIZERS = (
+  Quantizer(square=True),
+  Quantizer(rounding="stochastic"),
+  Quantizer(scale="four_over_six"),
+  Quantizer(square=True, scale="four_over_six", rotation=16),
+  Quantizer(rounding="stochastic", rotation=64),
+  Quantizer("mxfp8", square=True, rounding="stochastic", rotation=32),
+  Quantizer("mxfp4", rounding="stochastic"),
+)
+
+
+def numbers(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+  """Magnitudes over some binades, and all of a group small; short enough to be summed exactly."""
+  rng = np.random.default_rng(seed)
+  a = rng.standard_normal(shape) * 2.0 ** rng.integers(-4, 3, shape)
+  a[1:3, :32] *= 2.0**-9
+  a[3] = 0
+  return np.round(a * 2**12).astype(np.float32) / 2**12
+
+
+def words_of(key: jax.Array) -> np.ndarray:
+  return np.asarray(jax.random.key_data(key))
+
+
+def check_bits(quantizer: Quantizer, key: jax.Array) -> tuple[Any, Any, Any]:
+  """What a quantizer makes of some numbers has the bits that are computed here."""
+  a = numbers((40, 128))
+  want_codes, want_scales, want_global = quantized(a, Spec.of(quantizer), words_of(key))
+  packed, scales, global_scale = quantizer.quantize(a, key if quantizer.needs_key else None)
+  np.testing.assert_array_equal(scales, want_scales)
+  np.testing.assert_array_equal(oracle.unpack(np.asarray(packed), quantizer.mode), want_codes)
+  assert (global_scale is None) == (want_global is None)
+  assert global_scale is None or float(global_scale) == want_global
+  return packed, scales, global_scale
 
 
 # Random bits
