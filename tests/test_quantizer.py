@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from jaxqq import _hadamard, _random_bits
+from jaxqq import _hadamard, _quantizer, _random_bits
 from jaxqq._quantizer import Quantizer
 from tests.support import oracle, recipes
 from tests.support.messages import check_sentence
@@ -284,6 +284,22 @@ def test_four_over_six_never_has_a_larger_error(square):
   assert 0.1 < takes_four.mean() < 0.9
   assert float(global_scale) == float(np.float32(1.75) * np.abs(a).max())
   assert np.asarray(scales).view(ml_dtypes.float8_e4m3fn).astype(float).max() <= 384
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_sums_of_squared_errors_are_exact(square):
+  """To the last bit, so that no order of adding them up decides; errors of 8 and more are cut."""
+  errors = np.random.default_rng(2).uniform(0, 6, (32, 4, 16)).astype(np.float32)
+  errors[0, 0] = 9
+  over_block = functools.partial(_quantizer._over_squares, size=16)
+  high, low = _quantizer._squared_error(
+    jnp.asarray(errors), over_block if square else _quantizer._over_groups
+  )
+  sums = (np.minimum(errors * 8192, 65535).astype(np.int64) ** 2).sum(axis=-1)
+  want = recipes.over_squares(sums, 16, np.sum) if square else sums
+  total = np.asarray(high, np.int64).squeeze(-1) * 65536 + np.asarray(low).squeeze(-1)
+  np.testing.assert_array_equal(total, want)
+  assert int(low.min()) >= 0 and int(low.max()) < 65536
 
 
 def test_four_over_six_at_the_ends_of_the_range():
