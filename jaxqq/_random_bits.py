@@ -12,6 +12,7 @@ in some of its configurations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,10 +46,21 @@ def key_words(function: str, name: str, key: Any) -> jax.Array:
   return jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, missing)])
 
 
+def streams(words: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
+  """Keys of streams of their own, each uint32 (..., 2), of `key_words` (..., 4)."""
+  if not indices:
+    return []
+  index = np.asarray(indices, np.uint32)
+  counter = (words[..., 2, None], words[..., 3, None], index, np.uint32(_OF_STREAMS))
+  first, second, *_ = philox(counter, (words[..., 0, None], words[..., 1, None]))
+  pairs = jnp.stack([first, second], axis=-1)
+  return [pairs[..., i, :] for i in range(len(indices))]
+
+
 def stream(words: jax.Array, index: int) -> jax.Array:
-  """The key of a stream of its own, uint32 (..., 2), of `key_words` (..., 4)."""
-  counter = (words[..., 2], words[..., 3], np.uint32(index), np.uint32(_OF_STREAMS))
-  return jnp.stack(philox(counter, (words[..., 0], words[..., 1]))[:2], axis=-1)
+  """That of one."""
+  (key,) = streams(words, [index])
+  return key
 
 
 def key_of_each(words: jax.Array, count: int) -> jax.Array:
@@ -90,6 +102,7 @@ def signs(key: jax.Array, size: int) -> jax.Array:
   return 1 - 2 * bits.astype(jnp.float32)
 
 
+@functools.partial(jax.jit, inline=True)  # else 200 operations run one by one for a key alone
 def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[jax.Array, ...]:
   """Philox 4x32: four words of four of a counter and two of a key, uint32, which broadcast."""
   shape = jnp.broadcast_shapes(*(jnp.shape(a) for a in (*counter, *key)))

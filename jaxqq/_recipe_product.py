@@ -108,13 +108,9 @@ def _product(ops: Operands, params: Params, platform: str) -> jax.Array:
   first, second = params.quantizers
   x, w = _whole_groups(ops.x, ops.w, first, second)
   arithmetic = arithmetic_of(platform)
-  # Two streams for the roundings, and one for the signs.
-  streams: list[jax.Array | None] = [None] * 3
-  if ops.key is not None:
-    index = 3 * PRODUCTS.index(params.product)
-    streams = [_random_bits.stream(ops.key, index + i) for i in range(3)]
-  x_hat, of_x = _left_of(x, first, streams[0], streams[2], arithmetic)
-  w_hat, of_w = _left_of(w, second, streams[1], streams[2], arithmetic)
+  of_x_bits, of_w_bits, of_signs = _streams(ops, params)
+  x_hat, of_x = _left_of(x, first, of_x_bits, of_signs, arithmetic)
+  w_hat, of_w = _left_of(w, second, of_w_bits, of_signs, arithmetic)
   exact_in_16_bits = first is not None and second is not None
   if platform != "cpu" and exact_in_16_bits and _takes_16_bits(params):
     x_hat, w_hat = x_hat.astype(jnp.bfloat16), w_hat.astype(jnp.bfloat16)
@@ -122,6 +118,21 @@ def _product(ops: Operands, params: Params, platform: str) -> jax.Array:
   return _finished(
     times_alpha(out, of_x, of_w, FORMATS["nvfp4"], arithmetic=arithmetic), ops, params
   )
+
+
+def _streams(ops: Operands, params: Params) -> list[jax.Array | None]:
+  """Those of the roundings of both operands and of the signs, where there are such."""
+  first, second = params.quantizers
+  needed = [
+    first is not None and first.is_stochastic,
+    second is not None and second.is_stochastic,
+    first is not None and first.rotation is not None,  # as the second
+  ]
+  if ops.key is None or not any(needed):
+    return [None] * len(needed)
+  begin = len(needed) * PRODUCTS.index(params.product)
+  keys = iter(_random_bits.streams(ops.key, [begin + i for i, n in enumerate(needed) if n]))
+  return [next(keys) if is_needed else None for is_needed in needed]
 
 
 def _takes_16_bits(params: Params) -> bool:
@@ -157,10 +168,12 @@ def _left_of(
   """What is left of an operand, in float32 without its global scale, and that, of each matrix."""
   if quantizer is None:
     return a, None
-  if quantizer.needs_key and key is not None:  # each key makes a matrix of its own
-    batch = lax.broadcast_shapes(a.shape[:-2], key.shape[:-1])
+  keys = [own for own in (key, rotation_key) if own is not None]
+  if keys and quantizer.needs_key:  # each makes a matrix of its own
+    batch = lax.broadcast_shapes(a.shape[:-2], *(own.shape[:-1] for own in keys))
     a = jnp.broadcast_to(with_ndim(a, len(batch) + 2), batch + a.shape[-2:])
-    key = key.reshape((1,) * (len(batch) + 1 - key.ndim) + key.shape)
+  if key is not None:
+    key = key.reshape((1,) * (a.ndim - 1 - key.ndim) + key.shape)
   a = rotated(quantizer, a, rotation_key)
   global_scale = global_scale_of(quantizer, a, axes=(-2, -1))
   random = random_of(quantizer, key, a.shape)
