@@ -20,7 +20,7 @@ from tests.support import oracle, recipes
 from tests.support.examples import load_example
 from tests.support.messages import check_sentence
 from tests.support.recipes import Spec
-from tests.support.sharding import QUICK, explicit_mesh, place
+from tests.support.sharding import QUICK, collectives, explicit_mesh, place
 
 pytestmark = QUICK
 
@@ -357,15 +357,18 @@ def test_keys_of_dot_general(recipe, key, words):
 # Devices
 
 
-def test_on_many_devices(operands):
-  """The amax is the whole tensor's and the bits are those of its places."""
-  x, w, g = operands
-  of_x, of_w = P("data", "tensor"), P(("data", "tensor"))
+def test_on_many_devices():
+  """The amax is the whole tensor's and the bits are those of its places. No operand moves."""
   recipe = Recipe.named("nvfp4")
-  want = all_three(recipe, x, w, g, KEY)
-  outs = all_three(recipe, place(x, of_x), place(w, of_w), place(g, P(of_x[0])), KEY)
-  for out, right in zip(outs, want, strict=True):
+  operands = [numbers(shape, i) for i, shape in enumerate(((128, 32), (64, 32), (128, 64)))]
+  want = all_three(recipe, *operands, KEY)
+  specs = P("data"), P("tensor"), P("data", "tensor")
+  placed = [place(a, spec) for a, spec in zip(operands, specs, strict=True)]
+  compiled = all_three.lower(recipe, *placed, KEY).compile()
+  for out, right in zip(compiled(*placed, KEY), want, strict=True):
     np.testing.assert_allclose(out, right, rtol=1e-5, atol=1e-4)
+  kinds = {kind for kind, _ in collectives(compiled)}
+  assert kinds == {"all-reduce"}  # of amaxes, and of sums over rows
 
 
 def test_on_explicit_axes(operands):
