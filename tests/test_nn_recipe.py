@@ -175,3 +175,20 @@ def test_a_layer_without_a_stream():
   with pytest.raises(ValueError) as caught:
     jaxqq.nn.QQLinear.from_linear(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), recipe="nvfp4")
   check_sentence(str(caught.value), "QQLinear.from_linear", ["rngs needs a stream 'recipe'"])
+
+
+def test_experts_take_the_recipes_of_modes():
+  """Others would be lost without a word."""
+
+  def layer():
+    return jaxqq.nn.ExpertLinear(2, 64, 32, rngs=nnx.Rngs(0))
+
+  model = nnx.Dict(experts=layer())
+  report = jaxqq.nn.quantize_model(model, recipe="nvfp4", rngs=nnx.Rngs(recipe=0))
+  assert not report["experts"].converted and "no recipe but those" in report["experts"].reason
+  model = nnx.Dict(experts=layer())
+  assert jaxqq.nn.quantize_model(model, recipe="mxfp8")["experts"].converted
+  x, sizes = jax.random.normal(jax.random.key(0), (6, 64)), jnp.array([4, 2])
+  same = jaxqq.nn.QQExpertLinear.from_linear(layer(), mode="mxfp8", backward="quantized")
+  grads = [jax.grad(lambda x: jnp.sum(of(x, sizes) ** 2))(x) for of in (model["experts"], same)]  # noqa: B023
+  np.testing.assert_array_equal(*grads)

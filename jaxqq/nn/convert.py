@@ -316,8 +316,16 @@ class _Conversion(Replacement):
   def dot_general_in(self, mode: Mode, kind: type) -> DotGeneral:
     scale = self.global_scale if FORMATS[mode].has_global_scale else None
     recipe = self.dot_general.recipe if mode == self.dot_general.mode else None
+    backward = self.dot_general.backward
+    if kind is QQExpertLinear and isinstance(recipe, Recipe):  # then it is that of a mode
+      (_, backward), recipe = recipe.as_mode() or (mode, backward), None
     return dataclasses.replace(
-      self.dot_general, mode=mode, global_scale=scale, function=kind.__name__, recipe=recipe
+      self.dot_general,
+      mode=mode,
+      backward=backward,
+      global_scale=scale,
+      function=kind.__name__,
+      recipe=recipe,
     )
 
   def layer(self, path: str, node: nnx.Module) -> nnx.Module:
@@ -368,6 +376,9 @@ class _Conversion(Replacement):
       return None, "predicate leaves it out"
     if kind is QQExpertLinear and self.dot_general.implementation is not None:
       return None, "products of rows in groups take no implementation by name"
+    recipe = self.dot_general.recipe
+    if kind is QQExpertLinear and isinstance(recipe, Recipe) and recipe.as_mode() is None:
+      return None, "products of rows in groups take no recipe but those of Recipe.of_mode"
     reason = why_not(kind, node, mode)
     return (mode, None) if reason is None else (None, reason)
 
