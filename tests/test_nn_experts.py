@@ -228,14 +228,9 @@ def test_trains_packs_and_is_trained_further():
   x, numbers, weights = routed()
   target = jnp.sin(2 * x)
 
-  def train(layer):
-    graph, params, rest = nnx.split(layer, nnx.Param, ...)
-    loss = lambda params: jnp.mean(  # noqa: E731
-      (nnx.merge(graph, params, rest)(x, numbers, weights) - target) ** 2
-    )
-    falls(loss, params)
-
-  train(layer)
+  graph, params, rest = nnx.split(layer, nnx.Param, ...)
+  of_params = lambda params: nnx.merge(graph, params, rest)(x, numbers, weights)  # noqa: E731
+  falls(lambda params: jnp.mean((of_params(params) - target) ** 2), params)
   before = run(layer, x, numbers, weights)
   jaxqq.nn.pack(layer)
   np.testing.assert_array_equal(run(layer, x, numbers, weights), before)
@@ -316,19 +311,20 @@ def test_a_layer_of_weights_that_exist():
   bias, x, sizes = random((E, N)), random((M, K)), np.int32([4, 0, 7, 1, 2])
   layer = jaxqq.nn.QQExpertLinear.from_weight(weight, bias)
   buffers = random((E, 3, K))
-  want = jaxqq.qqmm(buffers, weight) + bias[:, None]
-  np.testing.assert_array_equal(layer.buffers(buffers), want)
+  of_buffers = jax.jit(lambda layer, x: layer.buffers(x))(layer, buffers)
+  np.testing.assert_array_equal(of_buffers, jax.jit(jaxqq.qqmm)(buffers, weight) + bias[:, None])
   without = jaxqq.nn.QQExpertLinear.from_weight(weight, quantize_input=False)
   of_row = ragged.groups_of(sizes, M)
   rows = np.where((of_row < 0)[:, None], 0, bias[of_row])
-  np.testing.assert_array_equal(layer(x, sizes), jaxqq.ragged_qqmm(x, weight, sizes) + rows)
-  want = jaxqq.ragged_quantized_matmul(x, weight, sizes)
-  np.testing.assert_array_equal(without(x, sizes), want)
+  multiplied = jax.jit(jaxqq.ragged_qqmm)(x, weight, sizes)
+  np.testing.assert_array_equal(run(layer, x, sizes), multiplied + rows)
+  want = jax.jit(jaxqq.ragged_quantized_matmul)(x, weight, sizes)
+  np.testing.assert_array_equal(run(without, x, sizes), want)
   static = np.arange(1, E + 1, dtype=np.float32)
   layer.set_weight(dataclasses.replace(weight, input_global_scale=static))
   layer.bias = nnx.data(None)
-  want = jaxqq.ragged_qqmm(x, weight, sizes, global_scale_x=static)
-  np.testing.assert_array_equal(layer(x, sizes), want)
+  scaled = jax.jit(lambda *args: jaxqq.ragged_qqmm(*args, global_scale_x=static))
+  np.testing.assert_array_equal(run(layer, x, sizes), scaled(x, weight, sizes))
 
 
 def test_experts_begin_as_dense_layers_do():
@@ -340,18 +336,18 @@ def test_experts_begin_as_dense_layers_do():
   )
 
 
-@pytest.mark.parametrize("offset", [-2, 0, 2, 3, 7])
-def test_plain_experts_of_one_device(offset):
-  """Groups before and behind those that are here, or none of them at all."""
+@pytest.mark.usefixtures("quick_compiles")
+def test_plain_experts_of_one_device():
+  """Groups before and behind those that are here, or none of them at all: one program."""
   layer = jaxqq.nn.ExpertLinear(2, K, N, use_bias=True, bias_init=NORMAL, rngs=nnx.Rngs(0))
   x, sizes = random((M, K)), np.int32([4, 0, 7, 1, 2])
-  of_row = ragged.groups_of(sizes, M, offset, 2)
-  of_row = np.where(of_row + offset < 0, -1, of_row)
   w = np.asarray(layer.kernel[...]).swapaxes(1, 2)
-  exact, _ = ragged.product(np.float64(x), np.float64(w), of_row)
-  bias = np.where((of_row < 0)[:, None], 0, np.float64(layer.bias[...])[of_row])
-  got = layer(x, sizes, group_offset=offset)
-  np.testing.assert_allclose(got, exact + bias, rtol=1e-5, atol=1e-5)
+  for offset in (-2, 0, 2, 3, 4, 7):
+    of_row = ragged.groups_of(sizes, M, offset, 2)
+    exact, _ = ragged.product(np.float64(x), np.float64(w), of_row)
+    bias = np.where((of_row < 0)[:, None], 0, np.float64(layer.bias[...])[of_row])
+    got = run(layer, x, sizes, np.int32(offset))
+    np.testing.assert_allclose(got, exact + bias, rtol=1e-5, atol=1e-5)
 
 
 DOCUMENTED = [
