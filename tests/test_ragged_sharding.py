@@ -71,6 +71,20 @@ def test_forward_and_what_moves(split, packed):
   assert sorted(set(collectives(program))) == sorted(moved)
 
 
+@QUICK
+def test_gspmd_is_told_the_same():
+  x, w, want = case(False)
+  of_x, of_w, _, _ = SPLITS["rows and experts"]
+  args = place(x, of_x), place(w, of_w)
+  jax.config.update("jax_use_shardy_partitioner", False)
+  try:
+    program = jax.jit(product).lower(*args).compile()
+  finally:
+    jax.config.update("jax_use_shardy_partitioner", True)
+  np.testing.assert_allclose(program(*args), want, **CLOSE)
+  assert sorted(set(collectives(program))) == REDUCED
+
+
 GRADIENTS = {
   "rows and experts": [("all-reduce", "f32")],
   "sums": [("all-reduce", "f32")],
