@@ -73,7 +73,7 @@ def test_rows_in_groups_on_a_gpu(seeds):
   assert_right(seeds, run_seed=ragged_products.run_seed)
 
 
-@pytest.mark.parametrize("seeds", seeds(SEED, 20, 10), ids=str)
+@pytest.mark.parametrize("seeds", seeds(SEED, 10, 10), ids=str)
 def test_rows_in_groups_by_xla(seeds):
   assert_right(seeds, small=True, run_seed=ragged_products.run_seed)
 
