@@ -297,6 +297,21 @@ def test_gradients(contracted, dtype):
     assert not out[77:].any()
 
 
+@pytest.mark.parametrize("contracted", ["n", "m"])
+def test_gradients_lower_for_cuda(contracted):
+  operands, _ = gradient_operands(contracted, np.random.default_rng(0), np.dtype(jnp.bfloat16))
+  params = Params(
+    "nvfp4", np.dtype(jnp.bfloat16), None, contracted=contracted, quantize=False, groups=4
+  )
+  plan = _kernels.plan(problem_of_operands(operands, params), HOPPER, INTERPRETED)
+
+  def gradient(*arrays):
+    return plan.run(RaggedOperands(**dict(zip(operands.names, arrays, strict=True))))
+
+  lowered = jax.jit(gradient).trace(*operands.flatten()).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("@mosaic_gpu") == 1
+
+
 SEEDS = (0, 4)
 
 
