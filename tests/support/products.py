@@ -158,15 +158,28 @@ def run(
     wrong = f"{int((first != second).sum())} elements differ when the product runs again"
   if not wrong and bits:
     wrong = wrong_bits(arrays)
+  function = "qqmm" if case.program.quantize_input else "quantized_matmul"
+  return told(case, case.program, function, program, verdict, wrong)
+
+
+def told(
+  case: Any,
+  program: Program,
+  function: str,
+  compiled: Compiled,
+  verdict: bounds.Verdict,
+  wrong: str,
+) -> dict[str, Any]:
+  """What came of a product."""
   return {
     "case": repr(case),
-    "mode": case.program.mode,
-    "packed": case.program.packed,
-    "dtype": case.program.x_dtype,
-    "highest": case.program.highest,
-    "function": "qqmm" if case.program.quantize_input else "quantized_matmul",
-    "implementation": program.implementation,
-    "kernels": program.kernels,
+    "mode": program.mode,
+    "packed": program.packed,
+    "dtype": program.x_dtype,
+    "highest": program.highest,
+    "function": function,
+    "implementation": compiled.implementation,
+    "kernels": compiled.kernels,
     "worst": verdict.worst,
     "plain": verdict.plain,
     "norm": verdict.norm,

@@ -254,20 +254,8 @@ def run(case: RaggedCase, program: Any = None, *, twice: bool = True) -> dict[st
   wrong = verdict.wrong
   if not wrong and not products.same_bits(first, second):
     wrong = f"{int((first != second).sum())} elements differ when the product runs again"
-  return {
-    "case": repr(case),
-    "mode": p.mode,
-    "packed": p.packed,
-    "dtype": p.x_dtype,
-    "highest": p.highest,
-    "function": function_of(case.program).__name__,
-    "implementation": program.implementation,
-    "kernels": program.kernels,
-    "worst": verdict.worst,
-    "plain": verdict.plain,
-    "norm": verdict.norm,
-    "wrong": wrong,
-  }
+  function = function_of(case.program).__name__
+  return products.told(case, p, function, program, verdict, wrong)
 
 
 def run_seed(
