@@ -80,8 +80,10 @@ def _bind(primitive: Primitive, operands: RaggedOperands, params: Params) -> jax
 # Abstract evaluation
 
 
-def problem_of(ops: RaggedOperands, params: Params) -> RaggedProblem:
-  """Of operands, or their shapes and dtypes."""
+def problem_of(
+  ops: RaggedOperands, params: Params, result_dtype: np.dtype | None = None
+) -> RaggedProblem:
+  """Of operands, or their shapes and dtypes; `result_dtype` as of `Problem.of`."""
   is_packed = ops.scales is not None
   if ops.y is not None:
     groups, n, k = params.groups, ops.x.shape[-1], ops.y.shape[-1]
@@ -108,6 +110,7 @@ def problem_of(ops: RaggedOperands, params: Params) -> RaggedProblem:
     params.precision,
     params.function,
     math.prod(ops.batch_shape),
+    result_dtype=result_dtype or params.out_dtype,
     has_global_scales=bool(global_scales),
     scales_by_group=_differs(ops.global_scale_x),
     scales_of_matrices=_differs(ops.global_scale_w),
@@ -153,7 +156,7 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], params: Params) -
   def product(ops: RaggedOperands, groups: int, out_dtype: np.dtype) -> jax.Array:
     own = dataclasses.replace(params, out_dtype=out_dtype)
     own = dataclasses.replace(own, groups=groups if ops.y is not None else 0)
-    return _kernels.plan(problem_of(ops, own), device, RAGGED).run(ops)
+    return _kernels.plan(problem_of(ops, own, params.out_dtype), device, RAGGED).run(ops)
 
   def whole(*values: jax.Array) -> jax.Array:
     return product(unflatten(operands, values), problem.groups, params.out_dtype)

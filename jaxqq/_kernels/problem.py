@@ -147,6 +147,7 @@ class RaggedProblem:
   precision: jax.lax.Precision | None
   function: str  # whose product it is, for errors
   batch: int = 1  # products, with rows and groups of their own each
+  result_dtype: np.dtype | None = None  # of the sum of all devices' parts, where this is one
   has_global_scales: bool = False
   scales_by_group: bool = False  # whether one of x differs from group to group
   scales_of_matrices: bool = False  # whether one of w differs from matrix to matrix

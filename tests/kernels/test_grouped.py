@@ -151,6 +151,17 @@ def test_plans(mode, tokens, top, shape, kernel, mainloop, block_m):
     assert not own.quantizes_x and own.padded_k("w") == problem.k
 
 
+def test_a_part_of_a_sum_has_the_kernel_of_its_result():
+  """float32, of which the devices' are added up before they are rounded."""
+  operands, problem = problem_of("mxfp8", 512, 8, *QWEN3)
+  params = Params("mxfp8", np.dtype(np.float32), None)
+  part = problem_of_operands(operands, params, np.dtype(jnp.bfloat16))
+  names = [_kernels.plan(each, HOPPER, INTERPRETED).name for each in (problem, part)]
+  assert names == ["hopper_fp8"] * 2
+  alone = problem_of_operands(operands, params)
+  assert _kernels.plan(alone, HOPPER, INTERPRETED).name == "hopper_exact"
+
+
 @pytest.mark.parametrize(
   ("how", "reason"),
   [

@@ -21,6 +21,7 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 
 from jaxqq._kernels.hopper import plan as of_one_matrix
 from jaxqq._kernels.hopper.costs import GEMM
@@ -103,7 +104,7 @@ def problem_of_group(problem: RaggedProblem) -> Problem:
     transposed=(),
     has_global_scales=problem.has_global_scales,
     out_dtype=problem.out_dtype,
-    wants_exact_sums=high or problem.out_dtype == jax.numpy.float32,
+    wants_exact_sums=high or (problem.result_dtype or problem.out_dtype) == np.float32,
     obstacle=problem.obstacle,
     x_dtype=problem.x_dtype,
     quantize_input=problem.quantize,
