@@ -126,7 +126,7 @@ class _Gemm:
     if self.has_groups:  # a tile begins at any row, and the last step goes past the end of k
       self.transforms = self.out_transforms = row_transforms()
       self.w_transforms = self.w_transforms if w_transposed else self.transforms
-    # Rows of float32 are two rows of 128 bytes, which a store of some rows does not go to.
+    # A row of a piece is 256 bytes in float32: in groups, threads store those themselves.
     self.is_staged = not self.has_groups or self.out_dtype.itemsize == 2
 
   def scratch(self) -> Scratch:

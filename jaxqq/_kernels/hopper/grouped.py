@@ -19,12 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxqq._kernels.hopper.pipeline import GroupTiles
+from jaxqq._kernels.hopper.tiles import num_group_tiles
 from jaxqq._ragged_reference import Groups
-
-
-def num_tiles(rows: int, segments: int, block_m: int) -> int:
-  """How many tiles there can be: each segment of rows, one group or none, ends within one."""
-  return rows // block_m + min(segments, rows)
 
 
 def group_tiles(groups: Groups, batch: int, rows: int, block_m: int) -> GroupTiles:
@@ -40,7 +36,7 @@ def group_tiles(groups: Groups, batch: int, rows: int, block_m: int) -> GroupTil
   segment = jnp.arange(sizes.shape[0], dtype=jnp.int32)
   tiles_to = _sum(segment[None, :] <= segment[:, None], tiles)
 
-  tile = jnp.arange(num_tiles(batch * rows, sizes.shape[0], block_m), dtype=jnp.int32)
+  tile = jnp.arange(num_group_tiles(batch * rows, sizes.shape[0], block_m), dtype=jnp.int32)
   own = jnp.sum(tiles_to[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)
   is_own = segment[None, :] == own[:, None]
   done = (tile - _sum(is_own, tiles_to - tiles)) * np.int32(block_m)

@@ -26,12 +26,26 @@ import numpy as np
 from jaxqq._kernels.hopper import plan as of_one_matrix
 from jaxqq._kernels.hopper.costs import GEMM
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan
-from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles, cdiv, power_of_two_from
+from jaxqq._kernels.hopper.tiles import (
+  ROWS,
+  Grid,
+  WideTiles,
+  cdiv,
+  num_group_tiles,
+  power_of_two_from,
+)
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, RaggedProblem, tiles_of_a_group
 from jaxqq._ragged_reference import RaggedOperands
 
-MAX_SKINNY_ROWS = 32  # of a tile: with more, larger tiles of w are no slower
+MAX_TILE_ROWS = 32  # of a tile: with more, larger tiles of w are no slower
+
+
+def _grid(problem: RaggedProblem, n: int, block_m: int, block_n: int, device: Device) -> Grid:
+  """Of results with n columns, with as many tiles as there can be."""
+  segments = problem.batch * (problem.groups + 2)  # rows before and behind all groups are two
+  tiles = num_group_tiles(problem.batch * problem.m, segments, block_m)
+  return Grid(1, block_m * tiles, n, block_m, block_n, device.num_sms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +71,10 @@ class RaggedPlan:
   @property
   def grid(self) -> Grid:
     """With as many tiles as there can be."""
-    problem, is_skinny = self.problem, isinstance(self.of_group, SkinnyPlan)
+    is_skinny = isinstance(self.of_group, SkinnyPlan)
     block_n = ROWS if isinstance(self.of_group, SkinnyPlan) else self.of_group.tiles.block_n
-    segments = problem.batch * (problem.groups + 2)  # rows before and behind all groups are two
-    rows = problem.batch * problem.m
-    return Grid(
-      batch=1,
-      m=self.block_m * (rows // self.block_m + min(segments, rows)),
-      n=problem.n,
-      block_m=self.block_m,
-      block_n=block_n,
-      num_sms=self.device.num_sms,
-      group_width=1 if is_skinny else 8,
-    )
+    grid = _grid(self.problem, self.problem.n, self.block_m, block_n, self.device)
+    return dataclasses.replace(grid, group_width=1) if is_skinny else grid
 
   @property
   def details(self) -> str:
@@ -131,9 +136,9 @@ def _skinny(problem: RaggedProblem, device: Device) -> RaggedPlan:
   if not problem.is_packed:
     raise Unsupported("w is not packed")
   rows = math.ceil(1.25 * own.m)
-  if power_of_two_from(rows) > MAX_SKINNY_ROWS:
+  if power_of_two_from(rows) > MAX_TILE_ROWS:
     raise Unsupported(
-      f"groups have {own.m} rows on average, and it is for tiles of up to {MAX_SKINNY_ROWS}"
+      f"groups have {own.m} rows on average, and it is for tiles of up to {MAX_TILE_ROWS}"
     )
   plan = of_one_matrix.skinny_plan(own, device)
   if plan.padded_k("w") > problem.k:
@@ -169,10 +174,8 @@ class GradientPlan:
   def grid(self) -> Grid:
     """Of dx, with as many tiles as there can be."""
     assert self.tiles is not None
-    block_m, problem = self.tiles.block_m, self.problem
-    rows = problem.batch * problem.m
-    tiles = rows // block_m + min(problem.batch * (problem.groups + 2), rows)
-    return Grid(1, block_m * tiles, problem.k, block_m, self.tiles.block_n, self.device.num_sms)
+    tiles = self.tiles
+    return _grid(self.problem, self.problem.k, tiles.block_m, tiles.block_n, self.device)
 
   @property
   def details(self) -> str:
