@@ -445,22 +445,21 @@ class _Cta:
     """Those rows of a piece that the group has: all of them by the TMA, some thread by thread."""
     kernel, size = self.kernel, piece.shape[1]
     row, rows = tile.first + first, tile.rows - first
-    by_tma = rows >= size if kernel.can_stage_transpose else rows < 0
 
     @pl.when(rows > 0)
     def _scale_and_store() -> None:
       out = self.scaled(piece, w_scales, tile, row)
 
-      @pl.when(by_tma)
-      def _whole() -> None:
-        if kernel.can_stage_transpose:
-          self.store_piece(out, 0, row, column, stage)
+      def whole() -> None:
+        self.store_piece(out, 0, row, column, stage)
 
-      @pl.when(jnp.logical_not(by_tma))
-      def _part() -> None:
-        where = row, rows, column
+      def some() -> None:
         to = out.astype(kernel.out_dtype), plgpu.Layout.WGMMA, self.out.at[0]
-        stores.store_some(*to, *where, transposed=True)
+        stores.store_some(*to, row, rows, column, transposed=True)
+
+      epilogue.store_whole_or_some(
+        rows >= size, whole if kernel.can_stage_transpose else None, some
+      )
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
     """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""

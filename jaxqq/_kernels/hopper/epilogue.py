@@ -58,7 +58,18 @@ def factors_of_product(a: Any, b: Any) -> tuple[Any, Any]:
   return jnp.where(fits, both, larger), jnp.where(fits, np.float32(1), smaller)
 
 
-# Rows that have no group
+# Rows in groups
+
+
+def store_whole_or_some(
+  is_whole: Any, whole: Callable[[], None] | None, some: Callable[[], None]
+) -> None:
+  """`whole` of a piece whose rows are all the group's, where the TMA can store it; else `some`."""
+  if whole is None:
+    some()
+    return
+  pl.when(is_whole)(whole)
+  pl.when(jnp.logical_not(is_whole))(some)
 
 
 def store_zeros(walk: Walk, out_ref: Any, block_m: int, column_of: Callable[[Any], Any]) -> None:

@@ -314,7 +314,6 @@ class _Cta:
     """Those of 64 rows that the group has: all of them by the TMA, some thread by thread."""
     kernel, rows = self.kernel, tile.rows - first
     row = tile.first + first
-    by_tma = rows >= STORE if kernel.is_staged else rows < 0
 
     @pl.when(rows > 0)
     def _scale_and_store() -> None:
@@ -323,15 +322,14 @@ class _Cta:
         here = pl.ds(row, STORE), pl.ds(column, STORE)
         piece = self.scaled(part[:, j : j + STORE], tile, *here)
 
-        @pl.when(by_tma)
-        def _whole(piece: Any = piece, index: int = index, here: Any = here) -> None:
-          if kernel.is_staged:
-            self.store_piece(piece, index % self.tiles.store_stages, 0, *here)
+        def whole(piece: Any = piece, index: int = index, here: Any = here) -> None:
+          self.store_piece(piece, index % self.tiles.store_stages, 0, *here)
 
-        @pl.when(jnp.logical_not(by_tma))
-        def _part(piece: Any = piece, column: Any = column) -> None:
+        def some(piece: Any = piece, column: Any = column) -> None:
           to = piece.astype(kernel.out_dtype), plgpu.Layout.WGMMA, self.out.at[0]
           stores.store_some(*to, row, rows, column)
+
+        epilogue.store_whole_or_some(rows >= STORE, whole if kernel.is_staged else None, some)
 
   def scaled(self, piece: Any, tile: Tile, rows: Any, columns: Any) -> Any:
     of_x, of_w, b = self.gmem.x_scales, self.gmem.w_scales, tile.batch

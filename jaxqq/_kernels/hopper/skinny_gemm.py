@@ -174,23 +174,22 @@ class _SkinnyGemm:
         # The TMA writes to multiples of 128 bytes.
         self.x_scales_shape = rows, max(size, 32 // rows)
     # In groups a tile begins at any row, and no w is padded: its last loads go past its end.
-    self.in_rows = self.has_groups
     self.x_transforms = self.w_transforms = row_transforms()
-    if not self.in_rows:
+    if not self.has_groups:
       self.x_transforms = tile_transforms(self.x_columns, self.x_dtype)
       self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
     self.mainloop = MAINLOOPS[plan.mainloop]
 
   def stored_shape(self, rows: int, columns: int, dtype: Any) -> tuple[int, ...]:
     """Of an operand in a stage."""
-    if not self.in_rows:
+    if not self.has_groups:
       return rows, columns
     of_row = ROW_BYTES // jnp.dtype(dtype).itemsize
     return columns // of_row, rows, of_row
 
   def num_loads(self, shape: tuple[int, ...]) -> int:
     """How many the TMA takes for it: one a row of 128 bytes."""
-    return shape[0] if self.in_rows else 1
+    return shape[0] if self.has_groups else 1
 
   def padded(self, operands: Operands) -> Operands:
     """With w in whole rows of eight, and x as its quantizer takes it."""
@@ -333,14 +332,14 @@ class _Cta:
     return self._row(self.smem.w, stage, step)
 
   def _row(self, ref: Any, stage: Any, step: int) -> Any:
-    if self.kernel.in_rows:
+    if self.kernel.has_groups:
       return ref.at[stage, step]
     size = ROW_BYTES // ref.dtype.itemsize
     return ref.at[stage, :, pl.ds(step * size, size)]
 
   def w_pieces(self, stage: Any) -> list[Any]:
     """w as it is stored: (64, columns), or rows of 128 bytes one after the other."""
-    if self.kernel.in_rows:
+    if self.kernel.has_groups:
       return [self.smem.w.at[stage, i] for i in range(self.smem.w.shape[1])]
     return [self.smem.w.at[stage]]
 
