@@ -68,6 +68,7 @@ def _plan(problem: RaggedProblem, device: Device) -> Any:
 
 
 RAGGED: tuple[Implementation, ...] = (
+  *ragged_plan.IMPLEMENTATIONS,
   Implementation(
     name="xla",
     summary=(
@@ -80,6 +81,3 @@ RAGGED: tuple[Implementation, ...] = (
     takes_row_scales=True,
   ),
 )
-
-# With kernels that have run in Mosaic GPU's interpreter alone, for the tests.
-INTERPRETED: tuple[Implementation, ...] = (*ragged_plan.IMPLEMENTATIONS, *RAGGED)

@@ -13,7 +13,7 @@ import pytest
 import jaxqq
 from jaxqq import _kernels
 from jaxqq._formats import FORMATS
-from jaxqq._kernels.ragged import INTERPRETED
+from jaxqq._kernels.ragged import RAGGED
 from jaxqq._ragged import checked_ragged
 from jaxqq._ragged_primitive import Params
 from jaxqq._ragged_primitive import problem_of as problem_of_operands
@@ -21,6 +21,7 @@ from jaxqq._ragged_reference import Groups, RaggedOperands, folded
 from tests.support import oracle, ragged_products
 from tests.support.cases import Program
 from tests.support.interpreter import interpreted
+from tests.support.products import same_bits
 from tests.support.ragged_products import RaggedCase, RaggedProgram
 
 pytestmark = [
@@ -143,7 +144,7 @@ ON_THE_FLY = [
 )
 def test_plans(mode, tokens, top, shape, kernel, mainloop, block_m):
   _, problem = problem_of(mode, tokens, top, *shape, packed=mainloop != "ready")
-  plan = _kernels.plan(problem, HOPPER, INTERPRETED).kernel
+  plan = _kernels.plan(problem, HOPPER, RAGGED).kernel
   own = plan.of_group
   assert (own.kernel, own.mainloop, plan.block_m) == (kernel, mainloop, block_m)
   assert own.tiles.cluster == 1
@@ -156,10 +157,10 @@ def test_a_part_of_a_sum_has_the_kernel_of_its_result():
   operands, problem = problem_of("mxfp8", 512, 8, *QWEN3)
   params = Params("mxfp8", np.dtype(np.float32), None)
   part = problem_of_operands(operands, params, np.dtype(jnp.bfloat16))
-  names = [_kernels.plan(each, HOPPER, INTERPRETED).name for each in (problem, part)]
+  names = [_kernels.plan(each, HOPPER, RAGGED).name for each in (problem, part)]
   assert names == ["hopper_fp8"] * 2
   alone = problem_of_operands(operands, params)
-  assert _kernels.plan(alone, HOPPER, INTERPRETED).name == "hopper_exact"
+  assert _kernels.plan(alone, HOPPER, RAGGED).name == "hopper_exact"
 
 
 @pytest.mark.parametrize(
@@ -175,14 +176,14 @@ def test_a_part_of_a_sum_has_the_kernel_of_its_result():
 def test_what_xla_multiplies(how, reason):
   sizes = {"mode": "nvfp4", "tokens": 8, "top": 2, "groups": 4, "n": 64, "k": 512}
   _, problem = problem_of(**{**sizes, **how})
-  plan = _kernels.plan(problem, HOPPER, INTERPRETED)
+  plan = _kernels.plan(problem, HOPPER, RAGGED)
   assert plan.name == "xla" and any(reason in refusal for refusal in plan.refusals)
 
 
 @pytest.mark.parametrize(("tokens", "kernel"), [(8, "skinny_gemm"), (512, "dequant_gemm")])
 def test_one_launch_for_all_groups(tokens, kernel):
   operands, problem = problem_of("nvfp4", tokens, 4, *GPT_OSS)
-  plan = _kernels.plan(problem, HOPPER, INTERPRETED)
+  plan = _kernels.plan(problem, HOPPER, RAGGED)
 
   def product(*arrays):
     return plan.run(RaggedOperands(**dict(zip(operands.names, arrays, strict=True))))
@@ -291,7 +292,7 @@ def test_gradients(contracted, dtype):
     "nvfp4", dtype, None, contracted=contracted, quantize=False, groups=4, function="ragged_qqmm"
   )
   device = _kernels.Device("cuda", "9.0", 3, max_cluster=1)
-  plan = _kernels.plan(problem_of_operands(operands, params), device, INTERPRETED)
+  plan = _kernels.plan(problem_of_operands(operands, params), device, RAGGED)
   assert plan.name == "hopper_gradient"
   with interpreted(sms=3):
     out = np.asarray(plan.run(operands))
@@ -308,13 +309,45 @@ def test_gradients(contracted, dtype):
     assert not out[77:].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(12))
+def test_gradients_on_a_gpu(seed):
+  """Straight through, of random sizes: of the rows of each group, and the same bits twice."""
+  rng = np.random.default_rng([seed, 11])
+  groups, m = int(rng.choice([1, 3, 8, 33])), int(rng.choice([5, 64, 300, 1500]))
+  n, k = 8 * int(rng.integers(1, 60)), 64 * int(rng.integers(1, 20))
+  sizes = rng.multinomial(int(m * rng.choice([1, 0.7])), np.ones(groups) / groups)
+  if rng.random() < 0.3:  # one has all
+    sizes = np.roll(np.eye(1, groups, dtype=int)[0] * m, rng.integers(groups))
+  dtype = np.dtype(rng.choice([jnp.bfloat16, np.float16]))
+  x, w, g = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (groups, n, k), (m, n)))
+
+  @jax.jit
+  def pulled_back(x, w, sizes, g):
+    return jax.vjp(lambda x, w: jaxqq.ragged_qqmm(x, w, sizes, mode="mxfp8"), x, w)[1](g)
+
+  arguments = x, w, np.int32(sizes), g
+  text = pulled_back.lower(*arguments).as_text()
+  assert "jaxqq_row_sums" in text and "jaxqq_gemm" in text
+  dx, dw = map(np.asarray, pulled_back(*arguments))
+  assert all(map(same_bits, (dx, dw), map(np.asarray, pulled_back(*arguments))))
+  x, w, g = (a.astype(np.float64) for a in (x, w, g))
+  ends = np.cumsum(sizes)
+  assert not dx[ends[-1] :].any()
+  for group, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+    rows, of_w = slice(end - size, end), w[group]
+    products = (dx[rows], g[rows], of_w), (dw[group], g[rows].T, x[rows])
+    for got, left, right in products:
+      oracle.assert_within_bound(got, left @ right, np.abs(left) @ np.abs(right))
+
+
 @pytest.mark.parametrize("contracted", ["n", "m"])
 def test_gradients_lower_for_cuda(contracted):
   operands, _ = gradient_operands(contracted, np.random.default_rng(0), np.dtype(jnp.bfloat16))
   params = Params(
     "nvfp4", np.dtype(jnp.bfloat16), None, contracted=contracted, quantize=False, groups=4
   )
-  plan = _kernels.plan(problem_of_operands(operands, params), HOPPER, INTERPRETED)
+  plan = _kernels.plan(problem_of_operands(operands, params), HOPPER, RAGGED)
 
   def gradient(*arrays):
     return plan.run(RaggedOperands(**dict(zip(operands.names, arrays, strict=True))))

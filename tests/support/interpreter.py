@@ -29,7 +29,7 @@ def _ragged_as_on_a_gpu(operands, params):
   """`ragged_qqmm` likewise."""
   problem = _ragged_primitive.problem_of(operands, params)
   device = _kernels.device_of("cuda")
-  return _kernels.plan(problem, device, ragged_kernels.INTERPRETED).run(operands)
+  return _kernels.plan(problem, device, ragged_kernels.RAGGED).run(operands)
 
 
 @contextlib.contextmanager
@@ -47,7 +47,6 @@ def interpreted(*, sms: int = 2) -> Iterator[None]:
     for module, name, value in (
       (_primitive, "qqmm", _as_on_a_gpu),
       (_ragged, "bind", _ragged_as_on_a_gpu),
-      (_explain, "RAGGED", ragged_kernels.INTERPRETED),
       (_explain, "_platform", lambda x, device: "cuda"),
       (_kernels, "device_of", device_of),
     ):

@@ -90,7 +90,7 @@ class Operands:
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
   alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)
-  x_scales: Any = None  # float32 (b or 1, m), of rebased codes
+  x_scales: Any = None  # float32 (b or 1, m), of rebased codes; in the kernel as of `shifted`
   w_scales: Any = None  # float32 (b or 1, n)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
 
@@ -142,6 +142,15 @@ def stored_size(size: int, piece: int, block: int, multiple: int) -> int:
   room for two, unless no piece can be past its end.
   """
   return max(rounded_up(size, multiple), piece if block == piece else 2 * piece)
+
+
+def shifted(x_scales: jax.Array) -> jax.Array:
+  """(2, ..) of (1, m): from column 0 on, and from column 1, with room for a piece behind.
+
+  Threads load two at a time, from even columns on. A group's piece begins at any row.
+  """
+  padded = jnp.pad(x_scales[0], (0, DEQUANT_STORE + 1 + x_scales.shape[1] % 2))
+  return jnp.stack([padded[:-1], padded[1:]])
 
 
 class _DequantGemm:
@@ -226,9 +235,7 @@ class _DequantGemm:
     missing = -scales.shape[2] % TMA_BYTES
     scales = jnp.pad(scales, ((0, 0), (0, 0), (0, missing))) if missing else scales
     if of_x is not None:
-      # A group's last piece begins at any row.
-      rows = self.m + self.store_m if self.has_groups else rounded_up(self.m, self.store_m)
-      of_x = pad_rows(of_x, rows)
+      of_x = shifted(of_x) if self.has_groups else pad_rows(of_x, rounded_up(self.m, self.store_m))
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
     return dataclasses.replace(operands, x=x, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
 
@@ -421,8 +428,12 @@ class _Cta:
     if not self.kernel.has_row_scales:
       return epilogue.times_alpha(piece, gmem.alpha, group_of(gmem.alpha, tile))
     of_x, size = gmem.x_scales, piece.shape[1]
+    b = batch_of(of_x, tile.batch)
+    if isinstance(tile, GroupTile):
+      b = row & 1
+      row = row - b
     here = pl.ds(jnp.minimum(row, of_x.shape[1] - size), size)
-    x_scales = epilogue.load_row_scales(of_x.at[batch_of(of_x, tile.batch), here], of_rows=False)
+    x_scales = epilogue.load_row_scales(of_x.at[b, here], of_rows=False)
     return epilogue.times_row_scales(piece, w_scales, x_scales)
 
   def store_piece(self, piece: Any, b: Any, row: Any, column: Any, stage: int) -> None:

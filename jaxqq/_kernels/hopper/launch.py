@@ -28,13 +28,13 @@ from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, packed_operand
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
-from jaxqq._kernels.hopper.quantize.code_words import code_words
+from jaxqq._kernels.hopper.quantize.code_words import SHIFTS, code_words
 from jaxqq._kernels.hopper.quantize.exact import exact_operand
 from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_packed
 from jaxqq._kernels.hopper.quantize.groups import TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from jaxqq._kernels.hopper.ragged_plan import GradientPlan, RaggedPlan
-from jaxqq._kernels.hopper.tiles import TMA_BYTES, Grid
+from jaxqq._kernels.hopper.tiles import Grid
 from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._quantize import alpha_factors
 from jaxqq._ragged_reference import RaggedOperands
@@ -201,7 +201,7 @@ def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
 
 
 def _skinny_x(
-  plan: SkinnyPlan, folded: Operands, padded_m: int
+  plan: SkinnyPlan, folded: Operands, padded_m: int, *, in_groups: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
   """x as the kernel takes it, quantized by one of its own, and its scales."""
   fmt, block = plan.problem.fmt, plan.block
@@ -216,7 +216,9 @@ def _skinny_x(
   x = folded.x if batch == 1 else pad_rows(folded.x, padded_m)
   x, rows = x.reshape(-1, k), batch * padded_m
   if plan.mainloop == "group_sums":
-    x, x_scales = code_words(x, fmt, rows)
+    x, x_scales = code_words(x, fmt, rows, shifted=in_groups)
+    if in_groups:
+      return x[None], x_scales.reshape(SHIFTS, k // block.k, -1, x_scales.shape[-1])
     x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, padded_m), 0, 1)
     return x.reshape(batch, padded_m, -1), x_scales.reshape(batch, k // block.k, -1, padded_m)
   out = exact_operand(
@@ -269,7 +271,7 @@ def _ragged_skinny(
   operands = _pad_skinny(own, operands)
   if of_rows is None:
     # A row of the scales of all rows is a multiple of what the TMA loads.
-    x, x_scales = _skinny_x(own, operands, rounded_up(m, TMA_BYTES // 4))
+    x, x_scales = _skinny_x(own, operands, rounded_up(m, SHIFTS), in_groups=True)
   else:
     x, x_scales = _quantized_by_rows(plan, operands.x, of_rows), None
   ready = _ready_for_skinny(operands, x, x_scales, tiles)
@@ -282,7 +284,7 @@ def _ragged_wide(
   own = cast(WidePlan, plan.of_group)
   dtype = operand_dtype(own.problem)
   if own.fp8:  # loads go past the end of k
-    ready = _rebased(own, operands)
+    ready = _rebased(own, _with_even_scales(operands))
   else:
     if own.problem.is_packed:
       operands = pad_k(operands, gemm.step_k(dtype), own.problem.fmt)
@@ -290,6 +292,15 @@ def _ragged_wide(
     ready = _exact(own, operands, x)
   ready = dataclasses.replace(ready, groups=tiles)
   return (_run_dequant_gemm if own.problem.is_packed else _run_gemm)(own, ready, plan.grid)
+
+
+def _with_even_scales(operands: Operands) -> Operands:
+  """Zeros behind an odd number of scales, of which `rescale_rows` takes two or four at a time."""
+  scales = operands.scales
+  if scales is None or (scales.shape[2] % 2 == 0 and scales.shape[2] > 2):
+    return operands
+  missing = -scales.shape[2] % 4
+  return dataclasses.replace(operands, scales=jnp.pad(scales, ((0, 0), (0, 0), (0, missing))))
 
 
 def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> jax.Array:

@@ -56,6 +56,7 @@ from jaxqq._kernels.hopper.ptx.layouts import (
   tile_transforms,
 )
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
+from jaxqq._kernels.hopper.quantize.code_words import first_of_factors
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
@@ -86,7 +87,8 @@ class Operands:
   scales: Any  # uint8 (b or 1, n, k / group_size); or None
   global_scale_x: Any  # float32 (1,), the amax of x; or None
   global_scale_w: Any
-  x_scales: Any = None  # of e4m3 numbers: float32 (b or 1, k / block.k, .., ..)
+  # Of e4m3 numbers: float32 (b or 1, k / block.k, .., ..); beside `groups`, shifted (`code_words`).
+  x_scales: Any = None
   # Of x (1, m, k) in groups, and w (matrices, n, k), with global scales of shape (1,) or (groups,).
   groups: GroupTiles | None = None
 
@@ -316,7 +318,9 @@ class _Cta:
     if kernel.quantizer is None:
       copy(gmem.x, x_rows, kernel.x_columns, smem.x)
     if gmem.x_scales is not None and isinstance(tile, GroupTile):
-      plgpu.copy_gmem_to_smem(gmem.x_scales.at[0, ki, :, x_rows], smem.x_scales.at[stage], full)
+      copy_index, first = first_of_factors(tile.first)
+      source = gmem.x_scales.at[copy_index, ki, :, pl.ds(first, self.plan.padded_m)]
+      plgpu.copy_gmem_to_smem(source, smem.x_scales.at[stage], full)
     elif gmem.x_scales is not None:
       source = gmem.x_scales.at[batch_of(gmem.x_scales, tile.batch), ki]
       size = pl.ds(0, gmem.x_scales.shape[3])

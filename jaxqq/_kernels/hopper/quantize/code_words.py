@@ -21,32 +21,45 @@ from jaxqq._kernels.hopper.quantize.groups import (
   store_gmem,
 )
 from jaxqq._kernels.hopper.quantize.rebased import check_rebasable
+from jaxqq._kernels.hopper.tiles import TMA_BYTES
+
+# The TMA loads float32 from columns on that are multiples of four. There are four copies, each a
+# column further to the left, so that one of them has a given row at such a column.
+SHIFTS = TMA_BYTES // 4
 
 
-def code_words(a: jax.Array, fmt: Format, rows: int) -> tuple[jax.Array, jax.Array]:
+def code_words(
+  a: jax.Array, fmt: Format, rows: int, *, shifted: bool = False
+) -> tuple[jax.Array, jax.Array]:
   """Packed codes of `a`, and what they are to be multiplied by.
 
   Args:
     a: float32, float16 or bfloat16, (m, k), k a multiple of 512.
     fmt: a format of e4m3 elements and power of two scales.
     rows: how many rows the results have, m or more: further ones are not written.
+    shifted: whether factors are to be loaded from any row on.
 
   Returns:
     words: uint32 (rows, k / 4).
     factors: float32 (k / group_size, rows): the groups' scales, NaN for groups with a NaN or an
-      infinity.
+      infinity. If shifted, (SHIFTS, k / group_size, SHIFTS + rows): row r at SHIFTS + r - i of
+      copy i.
   """
   check_rebasable(fmt)
   m, k = a.shape
   groups = k // fmt.group_size
   view = View(fmt.group_size // fmt.codes_per_word, fmt.codes_per_word)
   run = make_kernel(
-    functools.partial(_kernel, fmt=fmt, view=view, steps=groups // view.tile),
+    functools.partial(
+      _kernel, fmt=fmt, view=view, steps=groups // view.tile, shifts=SHIFTS if shifted else 0
+    ),
     "code_words",
     grid=(m * (groups // view.tile),),
     out_type=(
       jax.ShapeDtypeStruct((rows, groups, *view.minor[:-1]), jnp.uint32),
-      jax.ShapeDtypeStruct((groups, rows), jnp.float32),
+      jax.ShapeDtypeStruct(
+        (SHIFTS, groups, SHIFTS + rows) if shifted else (groups, rows), jnp.float32
+      ),
     ),
   )
   words, factors = run(a.reshape(m, groups, *view.minor))
@@ -54,7 +67,14 @@ def code_words(a: jax.Array, fmt: Format, rows: int) -> tuple[jax.Array, jax.Arr
 
 
 def _kernel(
-  a_ref: Any, words_ref: Any, factors_ref: Any, *, fmt: Format, view: View, steps: int
+  a_ref: Any,
+  words_ref: Any,
+  factors_ref: Any,
+  *,
+  fmt: Format,
+  view: View,
+  steps: int,
+  shifts: int,
 ) -> None:
   step = lax.axis_index("step")
   row = lax.div(step, jnp.int32(steps))
@@ -65,4 +85,13 @@ def _kernel(
   words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   words = jnp.where(per_group(scales.blank, words), 0, words)
   words_ref.at[row][here] = lax.bitcast_convert_type(words, jnp.uint32)
-  store_gmem(factors_ref.at[here, row], scales.scale)
+  if not shifts:
+    store_gmem(factors_ref.at[here, row], scales.scale)
+  for i in range(shifts):
+    store_gmem(factors_ref.at[i, here, shifts + row - i], scales.scale)
+
+
+def first_of_factors(row: Any) -> tuple[Any, Any]:
+  """Of shifted factors: the copy, and its column, from which a row's is the first."""
+  copy = lax.rem(row, jnp.int32(SHIFTS))
+  return copy, row + SHIFTS - copy
