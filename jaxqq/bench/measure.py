@@ -122,7 +122,7 @@ def _cupti_seconds(f: Run, args: tuple[Any, ...], calls: int) -> list[float]:
 
 
 @functools.cache
-def chained(run: Run, *, graphs: bool = False) -> Run:
+def chained(run: Run, *, graphs: bool = False) -> Any:
   """A program that calls `run` on each set of operands, one after the other.
 
   A barrier on the last result keeps XLA from merging or overlapping the calls, and every result

@@ -247,7 +247,7 @@ def ragged(plan: RaggedPlan, operands: RaggedOperands) -> jax.Array:
   """out (..., m, n), the rows of each group multiplied with its matrix."""
   problem = plan.problem
   groups, own = _ragged_reference.folded(operands, problem.groups)
-  tiles = grouped.group_tiles(groups, problem.batch, problem.m, plan.block_m)
+  tiles = grouped.group_tiles(operands, problem.groups, plan.block_m)
   scale = operands.global_scale_x
   of_all = Operands(
     own.x[None],
@@ -320,7 +320,7 @@ def ragged_gradient(plan: GradientPlan, operands: RaggedOperands) -> jax.Array:
     ready = row_sums.Operands(own.x, own.y, groups.starts, groups.sizes)
     sums = row_sums.row_sums(ready, problem.out_dtype, plan.device.num_sms)
     return sums.reshape(*shape, problem.groups, problem.n, problem.k)
-  tiles = grouped.group_tiles(groups, problem.batch, problem.m, plan.tiles.block_m)
+  tiles = grouped.group_tiles(operands, problem.groups, plan.tiles.block_m)
   of_gemm = gemm.Operands(own.x[None], own.w, alpha_operand(), groups=tiles)
   out = gemm.gemm(of_gemm, problem.out_dtype, plan.tiles, plan.grid, w_transposed=True)
   return out.reshape(*shape, problem.m, problem.k)

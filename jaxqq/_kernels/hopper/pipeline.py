@@ -62,14 +62,16 @@ class Tile:
 class GroupTiles:
   """Rows in groups, each of which is multiplied with a matrix of its own (`grouped.py`).
 
-  Tiles of the groups come first, then those of rows that have none, whose results are zeros.
+  Tiles of rows that have no matrix are apart: their results are zeros.
   """
 
   group: Any  # int32 (tiles,): of global scales
   matrix: Any  # of w
   first: Any  # row of x
   rows: Any
-  counts: Any  # int32 (2,): tiles of groups, and all of them
+  first_zeros: Any
+  rows_of_zeros: Any
+  counts: Any  # int32 (2,): how many tiles there are of either kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,38 +98,40 @@ class Walk:
 def walk(grid: Grid, groups: GroupTiles | None = None) -> Walk:
   workers, worker = grid.num_workers, lax.axis_index(WORKER)
   if groups is not None:
-    return _walk_of_groups(grid, groups, 0, groups.counts[0])
+    return _walk_of_tiles(grid, groups)
   own_tiles = lax.div(grid.num_tiles - worker + workers - 1, jnp.int32(workers))
   return Walk(own_tiles, lambda t: tile_of(grid, t, worker + t * workers))
 
 
 def walk_of_zeros(grid: Grid, groups: GroupTiles) -> Walk:
-  """Over the tiles whose rows have no group."""
-  return _walk_of_groups(grid, groups, groups.counts[0], groups.counts[1])
+  """Over the tiles whose rows have no matrix."""
+
+  def tile(index: Any, mi: Any, ni: Any) -> GroupTile:
+    return GroupTile(index, 0, mi, ni, 0, groups.first_zeros[mi], groups.rows_of_zeros[mi])
+
+  return _walk_in_bands(grid, groups.counts[1], tile)
 
 
-def _walk_of_groups(grid: Grid, groups: GroupTiles, first: Any, end: Any) -> Walk:
-  """Over the tiles of m from `first` to `end`, in bands of them, with all of n."""
+def _walk_of_tiles(grid: Grid, groups: GroupTiles) -> Walk:
+  def tile(index: Any, mi: Any, ni: Any) -> GroupTile:
+    where = groups.group[mi], groups.first[mi], groups.rows[mi]
+    return GroupTile(index, groups.matrix[mi], mi, ni, *where)
+
+  return _walk_in_bands(grid, groups.counts[0], tile)
+
+
+def _walk_in_bands(grid: Grid, m_tiles: Any, of_place: Callable[[Any, Any, Any], Tile]) -> Walk:
+  """Over `m_tiles` tiles along m, in bands of them, with all of n."""
   workers, worker = grid.num_workers, lax.axis_index(WORKER)
   n_tiles, width = jnp.int32(grid.tiles[1]), jnp.int32(grid.group_width)
-  m_tiles = end - first
 
-  def tile(t: Any) -> GroupTile:
+  def tile(t: Any) -> Tile:
     index = worker + t * workers
     band = lax.div(index, n_tiles * width)
     within = index - band * n_tiles * width
     band_width = jnp.minimum(width, m_tiles - band * width)
     ni = lax.div(within, band_width)
-    mi = first + band * width + within - ni * band_width
-    return GroupTile(
-      index=t,
-      batch=groups.matrix[mi],
-      m=mi,
-      n=ni,
-      group=groups.group[mi],
-      first=groups.first[mi],
-      rows=groups.rows[mi],
-    )
+    return of_place(t, band * width + within - ni * band_width, ni)
 
   return Walk(lax.div(m_tiles * n_tiles - worker + workers - 1, jnp.int32(workers)), tile)
 
