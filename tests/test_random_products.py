@@ -273,9 +273,17 @@ CLUSTERS = [
   )
 ]
 
+# Threads load the scales of rows that are no multiple of 16 bytes apart.
+SCALES_BY_THREADS = [
+  Case(Program(mode, m, n, k, packed=True, quantize_input=quantize_input), seed=(m, n, k))
+  for mode in ("nvfp4", "mxfp8", "mxfp4")
+  for quantize_input in (True, False)
+  for m, n, k in ((1, 2880, 2880), (5, 263, 1120), (17, 64, 2912), (30, 100, 1056))
+]
+
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ONE_STEP + BEYOND + CLUSTERS, ids=repr)
+@pytest.mark.parametrize("case", ONE_STEP + BEYOND + CLUSTERS + SCALES_BY_THREADS, ids=repr)
 def test_found_on_a_gpu(case):
   assert_case_is_right(case)
 

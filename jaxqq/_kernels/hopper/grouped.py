@@ -49,7 +49,7 @@ def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> GroupTil
   offsets = jnp.broadcast_to(offsets, batch).reshape(-1)
   batches = offsets.shape[0]
   tiles, zeros = (
-    num_group_tiles(batches * rows, batches * segments, block_m) for segments in (groups, count + 1)
+    num_group_tiles(batches * rows, batches * segments, block_m) for segments in (groups, 2)
   )
   steps = cdiv(max(tiles, zeros), _TILES)
   shares_w = math.prod(operands.batch_of("w", "scales", "row_scales")) == 1
@@ -78,26 +78,36 @@ class _Tables:
     tile = positions((_TILES,), ONE_EACH) + step * _TILES
     nothing = plgpu.layout_cast(jnp.zeros((_TILES,), jnp.int32), ONE_EACH)
     empty = _Column(jnp.int32(0), nothing, nothing, nothing)
+    loads = sizes_ref.shape[1] // _LOADS
 
-    def of_batch(b: Any, columns: Any) -> Any:
-      offset = offsets_ref[b]
+    def of_batch(b: Any, columns: tuple[_Column, _Column]) -> tuple[_Column, _Column]:
+      tiles, zeros = columns
+      offset, first_row = offsets_ref[b], b * self.rows
+
+      def load(i: Any) -> tuple[Any, ...]:
+        return tuple(sizes_ref[b, i * _LOADS + j] for j in range(_LOADS))
 
       def some(i: Any, state: Any) -> Any:
-        end, tiles, zeros = state
-        sizes = [sizes_ref[b, i * _LOADS + j] for j in range(_LOADS)]
+        sizes, end, before, last, tiles = state
+        following = load(jnp.minimum(i + 1, loads - 1))  # arrives meanwhile
         for j, size in enumerate(sizes):
           start, end = end, jnp.minimum(end + jnp.clip(size, 0, self.rows), self.rows)
           own = i * _LOADS + j - offset
-          is_own = (own >= 0) & (own < self.groups)
-          here = b * self.rows + start, end - start, b * self.groups + own, tile
-          tiles = tiles.with_rows(is_own, *here, self.block_m)
-          zeros = zeros.with_rows(jnp.logical_not(is_own), *here, self.block_m)
-        return end, tiles, zeros
+          before, last = (
+            jnp.where(own < bound, end, so_far)
+            for bound, so_far in ((0, before), (self.groups, last))
+          )
+          size = jnp.where((own >= 0) & (own < self.groups), end - start, 0)
+          group = b * self.groups + own
+          tiles = tiles.with_rows(tile, first_row + start, size, group, self.block_m)
+        return following, end, before, last, tiles
 
-      loads = sizes_ref.shape[1] // _LOADS
-      end, tiles, zeros = lax.fori_loop(0, loads, some, (jnp.int32(0), *columns))
-      behind = b * self.rows + end, self.rows - end, jnp.int32(0), tile
-      return tiles, zeros.with_rows(True, *behind, self.block_m)
+      none = jnp.int32(0)
+      state = load(0), none, none, none, tiles
+      _, _, before, last, tiles = lax.fori_loop(0, loads, some, state)
+      for start, end in ((none, before), (last, jnp.int32(self.rows))):
+        zeros = zeros.with_rows(tile, first_row + start, end - start, none, self.block_m)
+      return tiles, zeros
 
     tiles, zeros = lax.fori_loop(0, sizes_ref.shape[0], of_batch, (empty, empty))
     here = pl.ds(step * _TILES, _TILES)
@@ -127,15 +137,13 @@ class _Column:
   base: Any  # the first row of the group, if the table began with it
   end: Any  # of the rows of the group
 
-  def with_rows(
-    self, are_here: Any, first: Any, size: Any, group: Any, tile: Any, block_m: int
-  ) -> _Column:
-    """With the tiles of `size` rows from `first` on, if they belong to this table."""
-    tiles = jnp.where(are_here, lax.div(size + (block_m - 1), jnp.int32(block_m)), 0)
-    index = tile - self.count
-    is_own = (index >= 0) & (index < tiles)
+  def with_rows(self, tile: Any, first: Any, size: Any, group: Any, block_m: int) -> _Column:
+    """With the tiles of `size` rows from `first` on."""
+    rounded = (size + (block_m - 1)).astype(jnp.uint32)
+    tiles = lax.div(rounded, jnp.uint32(block_m))
+    is_own = (tile - self.count).astype(jnp.uint32) < tiles
     return _Column(
-      self.count + tiles,
+      self.count + tiles.astype(jnp.int32),
       jnp.where(is_own, group, self.group),
       jnp.where(is_own, first - self.count * block_m, self.base),
       jnp.where(is_own, first + size, self.end),

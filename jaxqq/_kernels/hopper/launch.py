@@ -211,7 +211,7 @@ def _skinny_x(
     x, x_scales = blockdiag_operand(folded.x[0], fmt, global_scale, plan.blockdiag)
     return x[None], x_scales.reshape(1, k // block.k, block.k // 256, -1)  # at most 256 in a row
   if not plan.problem.quantize_input:
-    return pad_rows(folded.x, padded_m), None
+    return folded.x if plan.x_in_rows else pad_rows(folded.x, padded_m), None
   # The rows of one matrix need no zeros behind them, those of several do.
   x = folded.x if batch == 1 else pad_rows(folded.x, padded_m)
   x, rows = x.reshape(-1, k), batch * padded_m

@@ -171,16 +171,33 @@ class SkinnyPlan:
     x is quantized in whole blocks. Rows of the others are to be as far apart as loads need.
     """
     k, block = self.problem.k, self.block
-    in_rows = self.problem.in_groups
     if name == "x":
       unit = block.k
-      if in_rows and self.mainloop != "group_sums":
+      if self.x_in_rows and self.mainloop in ("expanded", "in_order"):
         unit = 8 if self.mainloop == "in_order" else 64  # that are interleaved
-      return cdiv(k, unit) * unit
-    of_scales = TMA_BYTES * (block.group_size or 1)
-    of_words = 8 * (TMA_BYTES if in_rows else SWIZZLED_BYTES) // block.bits
-    unit = of_words if name == "w" else of_scales
+    elif name == "w":
+      unit = 8 * (TMA_BYTES if self.in_rows else SWIZZLED_BYTES) // block.bits
+    else:
+      unit = 1 if self.threads_load_scales else TMA_BYTES * (block.group_size or 1)
     return cdiv(k, unit) * unit
+
+  @property
+  def in_rows(self) -> bool:
+    """Whether shared memory has w and x in rows of 128 bytes, whose loads may go past the end."""
+    return _in_rows(self.problem, self.block)
+
+  @property
+  def x_in_rows(self) -> bool:
+    """The same of x alone: as it is, it may have fewer rows than a tile of shared memory."""
+    return self.in_rows or (
+      not self.problem.quantize_input and self.problem.rows % self.padded_m != 0
+    )
+
+  @property
+  def threads_load_scales(self) -> bool:
+    """Whether they do and not the TMA, whose rows have to be multiples of 16 bytes apart."""
+    group_size = self.block.group_size
+    return group_size is not None and self.in_rows and self.problem.k // group_size % TMA_BYTES != 0
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -420,7 +437,7 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
     blockdiag = BlockDiagonal(power_of_two_from(rows))
     padded_m = blockdiag.columns
   most = {"blockdiag": MAX_BLOCKDIAG_ROWS_QUANTIZED, "group_sums": MAX_ROWS_QUANTIZED}
-  few = rows <= most.get(mainloop, 0) and not problem.in_groups
+  few = rows <= most.get(mainloop, 0) and not _in_rows(problem, block)
   quantizes_x = few and block.k == SKINNY_BLOCK_K
   tiles = _skinny_tiles(problem, device, block, padded_m, _x_bytes(mainloop, block, padded_m, rows))
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
@@ -432,6 +449,14 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
         f"it would take about {own:.0f} us on an H200, and larger tiles {other:.0f}"
       )
   return plan
+
+
+def _in_rows(problem: Problem, block: KBlock) -> bool:
+  """As of `SkinnyPlan`: in groups, or where tiles would take padded w or padded scales."""
+  if not problem.is_packed:
+    return False
+  of_tile = 8 * SWIZZLED_BYTES // block.bits, TMA_BYTES * problem.fmt.group_size
+  return problem.in_groups or any(problem.k % size for size in of_tile)
 
 
 def _skinny_rows(problem: Problem) -> int:

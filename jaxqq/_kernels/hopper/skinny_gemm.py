@@ -55,7 +55,7 @@ from jaxqq._kernels.hopper.ptx.layouts import (
   row_transforms,
   tile_transforms,
 )
-from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
+from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum, load_scale_bytes, load_scale_words
 from jaxqq._kernels.hopper.quantize.code_words import first_of_factors
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
@@ -74,8 +74,16 @@ class Mainloop(Protocol):
   """How a warpgroup adds one block of k to its sums."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any) -> Any:
-    """sums + the product of the block in a stage; cta is the kernel's `_Cta`."""
+  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
+    """sums + the product of the block in a stage; cta is the kernel's `_Cta`.
+
+    Args:
+      cta: the kernel's `_Cta`.
+      sums: (64, padded_m).
+      stage: of both operands.
+      scales: words of `load_scale_words`, to "expanded" `load_scale_bytes`; None if they are in
+        shared memory.
+    """
 
 
 @pipeline.arrays
@@ -175,23 +183,12 @@ class _SkinnyGemm:
         size = plan.padded_m if self.has_groups else size
         # The TMA writes to multiples of 128 bytes.
         self.x_scales_shape = rows, max(size, 32 // rows)
-    # In groups a tile begins at any row, and no w is padded: its last loads go past its end.
     self.x_transforms = self.w_transforms = row_transforms()
-    if not self.has_groups:
+    if not plan.x_in_rows:
       self.x_transforms = tile_transforms(self.x_columns, self.x_dtype)
+    if not plan.in_rows:
       self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
     self.mainloop = MAINLOOPS[plan.mainloop]
-
-  def stored_shape(self, rows: int, columns: int, dtype: Any) -> tuple[int, ...]:
-    """Of an operand in a stage."""
-    if not self.has_groups:
-      return rows, columns
-    of_row = ROW_BYTES // jnp.dtype(dtype).itemsize
-    return columns // of_row, rows, of_row
-
-  def num_loads(self, shape: tuple[int, ...]) -> int:
-    """How many the TMA takes for it: one a row of 128 bytes."""
-    return shape[0] if self.has_groups else 1
 
   def padded(self, operands: Operands) -> Operands:
     """With w in whole rows of eight, and x as its quantizer takes it."""
@@ -209,11 +206,12 @@ class _SkinnyGemm:
     plan, tiles = self.plan, self.plan.tiles
     stages, workers, padded_m = tiles.num_stages, tiles.compute_warpgroups, plan.padded_m
     sums_transforms = tile_transforms(padded_m, jnp.float32)
-    x_shape = self.stored_shape(padded_m, self.x_columns, self.x_dtype)
-    w_shape = self.stored_shape(ROWS, self.w_columns, self.w_dtype)
-    loads = self.num_loads(w_shape) + self.is_packed
+    x_shape = _stored_shape(padded_m, self.x_columns, self.x_dtype, in_rows=plan.x_in_rows)
+    w_shape = _stored_shape(ROWS, self.w_columns, self.w_dtype, in_rows=plan.in_rows)
+    has_scales = self.is_packed and not plan.threads_load_scales
+    loads = _num_loads(w_shape) + has_scales
     if self.quantizer is None:
-      loads += self.num_loads(x_shape) + (self.x_scales_shape is not None)
+      loads += _num_loads(x_shape) + (self.x_scales_shape is not None)
 
     def smem(shape: tuple[int, ...], dtype: Any, transforms: Any = ()) -> Any:
       return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -222,7 +220,7 @@ class _SkinnyGemm:
       x=smem((stages, *x_shape), self.x_dtype, self.x_transforms),
       w=smem((stages, *w_shape), self.w_dtype, self.w_transforms),
       sums=smem((workers - 1, ROWS, padded_m), jnp.float32, sums_transforms),
-      scales=smem((stages, ROWS, plan.block.scales), jnp.uint8) if self.is_packed else None,
+      scales=smem((stages, ROWS, plan.block.scales), jnp.uint8) if has_scales else None,
       x_scales=smem((stages, *self.x_scales_shape), jnp.float32) if self.x_scales_shape else None,
       cta_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
       full=plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
@@ -233,6 +231,19 @@ class _SkinnyGemm:
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
+
+
+def _stored_shape(rows: int, columns: int, dtype: Any, *, in_rows: bool) -> tuple[int, ...]:
+  """Of an operand in a stage."""
+  if not in_rows:
+    return rows, columns
+  of_row = ROW_BYTES // jnp.dtype(dtype).itemsize
+  return columns // of_row, rows, of_row
+
+
+def _num_loads(shape: tuple[int, ...]) -> int:
+  """How many the TMA takes for it: in rows, one for each 128 bytes of them."""
+  return shape[0] if len(shape) == 3 else 1
 
 
 class _Cta:
@@ -312,7 +323,7 @@ class _Cta:
         plgpu.copy_gmem_to_smem(a.at[b, rows, here], to.at[stage, i], full)
 
     copy(gmem.w, rows, kernel.w_columns, smem.w)
-    if gmem.scales is not None:
+    if smem.scales is not None:
       copy(gmem.scales, rows, self.plan.block.scales, smem.scales)
     x_rows = pl.ds(tile.first if isinstance(tile, GroupTile) else 0, self.plan.padded_m)
     if kernel.quantizer is None:
@@ -336,16 +347,24 @@ class _Cta:
     return self._row(self.smem.w, stage, step)
 
   def _row(self, ref: Any, stage: Any, step: int) -> Any:
-    if self.kernel.has_groups:
+    if ref.ndim == 4:  # in rows
       return ref.at[stage, step]
     size = ROW_BYTES // ref.dtype.itemsize
     return ref.at[stage, :, pl.ds(step * size, size)]
 
   def w_pieces(self, stage: Any) -> list[Any]:
     """w as it is stored: (64, columns), or rows of 128 bytes one after the other."""
-    if self.kernel.has_groups:
+    if self.plan.in_rows:
       return [self.smem.w.at[stage, i] for i in range(self.smem.w.shape[1])]
     return [self.smem.w.at[stage]]
+
+  def load_scales(self, tile: Tile, ki: Any) -> Any:
+    """Of a tile's block of k, by threads."""
+    scales, count = self.gmem.scales, self.plan.block.scales
+    first = (ki + self.cluster_index * self.kernel.k_steps) * count
+    of_w = scales.at[batch_of(scales, tile.batch)]
+    load = load_scale_bytes if self.plan.mainloop == "expanded" else load_scale_words
+    return load(of_w, tile.n * ROWS, first, count)
 
   # A warpgroup's sums, (64, padded_m)
 
@@ -356,7 +375,8 @@ class _Cta:
     warpgroups, always belongs to the same one, which sees all its barrier's phases.
     """
     smem, k_steps, workers = self.smem, self.kernel.k_steps, self.tiles.compute_warpgroups
-    stages = self.tiles.num_stages
+    stages, by_threads = self.tiles.num_stages, self.plan.threads_load_scales
+    tile = self.walk.tile(t) if by_threads else None
     first = t * k_steps
     own_first = lax.rem(
       self.warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
@@ -368,8 +388,10 @@ class _Cta:
       ki = own_first + i * workers
       if self.kernel.quantizer is not None:
         self.quantize_x(self.kernel.quantizer, stage, ki, t)
+      # By threads, they arrive while this waits for w.
+      scales = None if tile is None else self.load_scales(tile, ki)
       plgpu.barrier_wait(smem.full.at[stage])
-      sums = self.kernel.mainloop.add(self, sums, stage)
+      sums = self.kernel.mainloop.add(self, sums, stage, scales)
       finish_loads()
       plgpu.barrier_arrive(smem.empty.at[stage])
       return pipeline.stage_after(stage, stages, workers), sums

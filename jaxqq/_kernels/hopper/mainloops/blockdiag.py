@@ -37,11 +37,11 @@ class BlockDiagonalX:
   """Steps of 128 of k, four blocks of 32."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
     """sums + the product of one block of k."""
     blockdiag = cta.plan.blockdiag
     rows, k_blocks = blockdiag.rows, blockdiag.k_blocks_per_acc
-    words_of_scales = scale_words(cta.smem.scales.at[stage])
+    words_of_scales = scale_words(cta.smem.scales.at[stage]) if scales is None else scales
     parts = GROUPS // k_blocks
     for step in range(cta.plan.block.words // _WORDS):
       of_row, within = divmod(step * _WORDS, ROW_BYTES // 4)

@@ -23,9 +23,9 @@ class GroupSums:
   """Steps of 128 of k, four groups."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
     """sums + the product of one block of k."""
-    row_words = scale_words(cta.smem.scales.at[stage])
+    row_words = scale_words(cta.smem.scales.at[stage]) if scales is None else scales
     for step, words_of_step in enumerate(row_words):
       a, b = cta.w_step(stage, step), cta.x_step(stage, step)
       products = wgmma.finish(

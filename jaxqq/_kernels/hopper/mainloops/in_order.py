@@ -13,6 +13,7 @@ from jaxqq._kernels.hopper.ptx import expand_in_order as expand
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.layouts import whole_rows
 from jaxqq._kernels.hopper.ptx.loads import load_words_of_rows
+from jaxqq._kernels.hopper.ptx.scales import bytes_of_words
 
 
 class _Operand:
@@ -85,17 +86,21 @@ class InOrder:
   """Steps of 64 of k, of `skinny_gemm`: the next operand is made while one is multiplied."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
     """sums + the product of one block of k."""
     packed, kernel = OPERANDS[packed_operand(cta.plan.problem)], cta.kernel
-    pieces, scales, promote = cta.w_pieces(stage), cta.smem.scales, cta.tiles.promote
+    pieces, promote = cta.w_pieces(stage), cta.tiles.promote
+    all_scales = None if scales is None else bytes_of_words(scales, whole_rows(packed.groups))
     count = cta.plan.block.words // packed.words
 
     def operand(step: int) -> Any:
       piece, column = divmod(step * packed.words, pieces[0].shape[1])
       words = load_words_of_rows(pieces[piece], kernel.w_transforms, column, packed.words)
-      groups = pl.ds(step * packed.groups, packed.groups)
-      return packed.expand(words, packed.load_scales(scales.at[stage, :, groups]))
+      if all_scales is None:
+        groups = pl.ds(step * packed.groups, packed.groups)
+        return packed.expand(words, packed.load_scales(cta.smem.scales.at[stage, :, groups]))
+      first = step * packed.groups
+      return packed.expand(words, all_scales[:, first : first + packed.groups])
 
     a = operand(0)
     for step in range(count):

@@ -39,8 +39,9 @@ class Quantized:
   """Steps of 64 of k."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
     """sums + the product of one block of k."""
+    del scales  # w has none
     global_scale = None if cta.gmem.global_scale_w is None else cta.gmem.global_scale_w[0]
     for step in range(cta.plan.block.k // STEP_K):
       numbers = cta.smem.w.at[stage, :, pl.ds(step * STEP_K, STEP_K)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -14,8 +16,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, whole_rows
-from jaxqq._kernels.hopper.ptx.registers import constant, packed_array
+from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, WARP, WARPS, whole_rows
+from jaxqq._kernels.hopper.ptx.registers import array, constant, packed_array
 
 
 def scale_words(ref: Any) -> list[Any]:
@@ -41,6 +43,140 @@ def scale_words(ref: Any) -> list[Any]:
     ]
 
   return as_words(scales)
+
+
+def load_scale_words(ref: Any, first_row: Any, first: Any, count: int) -> list[Any]:
+  """Scales (64, count) from there on as words, as `scale_words` has them, from global memory.
+
+  For rows that the TMA cannot load, since they are no multiple of 16 bytes apart. Zeros past the
+  end of rows and of columns. The loads are begun in the order of the program.
+
+  Args:
+    ref: uint8 (n, groups).
+    first_row, first: int32; the first column is a multiple of 4.
+    count: a multiple of 4.
+  """
+  if interpreting():
+    scales = _interpreted(ref, first_row, first, count).astype(jnp.uint32)
+    return [sum(scales[:, i + j] << np.uint32(8 * j) for j in range(4)) for i in range(0, count, 4)]
+  unit = math.gcd(ref.shape[1], 4)  # bytes that can be loaded at once
+  word_type = plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=ROW)
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_SPLATS), return_type=[word_type] * (count // 4))
+  def load(ctx: Any, ref: Any, *place: Any) -> Any:
+    del ctx
+    rows = _rows_of_thread(ref, *place)
+    words = []
+    for i in range(0, count, 4):
+      halves = [_load_bytes(row, range(i, i + 4, unit), unit) for row in rows]
+      words.append(packed_array([_as_vector(word) for word in halves], (ROWS,), ROW))
+    return words
+
+  return load(ref, first_row, first)
+
+
+def load_scale_bytes(ref: Any, first_row: Any, first: Any, count: int) -> Any:
+  """The same as bytes, uint8 (64, count) in the layout ONE_OF_FOUR."""
+  if interpreting():
+    return _interpreted(ref, first_row, first, count)
+  bytes_type = plgpu.ShapeDtypeStruct((ROWS, count), np.dtype(np.uint8), layout=ONE_OF_FOUR)
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_SPLATS), return_type=bytes_type)
+  def load(ctx: Any, ref: Any, first_row: Any, first: Any) -> Any:
+    del ctx
+    lane = arith.andi(mgpu.utils.thread_idx(), constant(3))
+    rows = _rows_of_thread(ref, first_row, first, lane)
+    i8 = ir.IntegerType.get_signless(8)
+    registers = [
+      _as_vector(arith.trunci(i8, _load_bytes(row, (i,), 1)))
+      for i in range(0, count, 4)
+      for row in rows
+    ]
+    return array(registers, (ROWS, count), ONE_OF_FOUR, signed=False)
+
+  return load(ref, first_row, first)
+
+
+_SPLATS = (plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+
+
+def _interpreted(ref: Any, first_row: Any, first: Any, count: int) -> Any:
+  padded = jnp.pad(ref[...], ((0, ROWS), (0, count)))
+  return lax.dynamic_slice(padded, (first_row, first), (ROWS, count))
+
+
+def _rows_of_thread(ref: Any, first_row: Any, first: Any, lane: Any = None) -> list[Any]:
+  """Of the two rows of 64 that a thread has: the address, and how many bytes are left there."""
+  i64 = ir.IntegerType.get_signless(64)
+  n, groups = ir.MemRefType(ref.type).shape
+  base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+  thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
+  row = arith.addi(arith.muli(arith.shrui(thread, constant(5)), constant(16)), _first(first_row))
+  row = arith.addi(row, arith.andi(arith.shrui(thread, constant(2)), constant(7)))
+  column = _first(first) if lane is None else arith.addi(_first(first), lane)
+  left, none = arith.subi(constant(groups), column), constant(0)
+  rows = []
+  for half in range(2):
+    own = arith.addi(row, constant(8 * half))
+    place = arith.addi(arith.muli(own, constant(groups)), column)
+    is_there = arith.cmpi(arith.CmpIPredicate.slt, own, constant(n))
+    own_left = left if n % ROWS == 0 else arith.select(is_there, left, none)
+    rows.append((arith.addi(base, arith.extsi(i64, place)), own_left))
+  return rows
+
+
+def _first(splat: Any) -> Any:
+  return splat.registers.flat[0]
+
+
+def _load_bytes(row: tuple[Any, Any], offsets: Iterable[int], unit: int) -> Any:
+  """`unit` bytes from each offset on, one after the other in a word; zeros where none are left."""
+  kind, lines = {1: "u8", 2: "u16", 4: "b32"}[unit], []
+  for i, offset in enumerate(offsets):
+    lines.append(f"""
+      setp.gt.s32 inside, $2, {offset};
+      mov.b32 part, 0;
+      @inside ld.global.nc.{kind} part, [$1 + {offset}];""")
+    if i:
+      lines.append(f"shl.b32 part, part, {8 * unit * i}; or.b32 word, word, part;")
+    else:
+      lines.append("mov.b32 word, part;")
+  text = f"{{ .reg .pred inside; .reg .b32 part, word;{''.join(lines)} mov.b32 $0, word; }}"
+  word = ir.IntegerType.get_signless(32)
+  return llvm.inline_asm(word, list(row), text, "=r,l,r", has_side_effects=True)
+
+
+def _as_vector(a: Any) -> Any:
+  return vector.broadcast(ir.VectorType.get((1,), a.type), a)
+
+
+def bytes_of_words(words: list[Any], layout: Any) -> Any:
+  """uint8 (64, 4 * words) of `scale_words`, in a layout `whole_rows` of 2 or 4."""
+  columns = 4 * len(words)
+  if interpreting():
+    shifts = lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8)
+    scales = [(word[:, None] >> shifts) & np.uint32(0xFF) for word in words]
+    return jnp.concatenate(scales, axis=1).astype(jnp.uint8)
+  bytes_type = plgpu.ShapeDtypeStruct((ROWS, columns), np.dtype(np.uint8), layout=layout)
+
+  @plgpu.inline_mgpu(arg_types=(ROW,) * len(words), return_type=bytes_type)
+  def as_bytes(ctx: Any, *words: Any) -> Any:
+    del ctx
+    i8 = ir.IntegerType.get_signless(8)
+    by_row = [[vector.extract(v, [], [0]) for v in word.registers.flat] for word in words]
+    registers = []
+    for halves in by_row:
+      length = layout.to_mgpu().vector_length
+      part = ir.IntegerType.get_signless(8 * length)
+      for i in range(0, 4, length):
+        for word in halves:
+          bits = arith.shrui(word, constant(8 * i)) if i else word
+          bits = arith.trunci(part, bits) if length < 4 else bits
+          of_bits = vector.broadcast(ir.VectorType.get((1,), part), bits)
+          registers.append(vector.bitcast(ir.VectorType.get((length,), i8), of_bits))
+    return array(registers, (ROWS, columns), layout, signed=False)
+
+  return as_bytes(*words)
 
 
 # Beside block-diagonal x: two columns of the sums are the two groups of one block of 32
