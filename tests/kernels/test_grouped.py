@@ -126,7 +126,7 @@ PLANS = [  # mode, tokens, experts of each, shape; kernel, mainloop, rows of a t
   ("mxfp8", 64, 8, QWEN3, "skinny_gemm", "group_sums", 8),
   ("mxfp4", 8, 8, QWEN3, "skinny_gemm", "in_order", 8),
   ("nvfp4", 512, 8, QWEN3, "dequant_gemm", "packed_e2m1", 64),
-  ("mxfp8", 4096, 8, QWEN3, "dequant_gemm", "rebased_e4m3", 192),
+  ("mxfp8", 4096, 8, QWEN3, "dequant_gemm", "rebased_e4m3", 256),
   ("nvfp4", 64, 4, GPT_OSS, "skinny_gemm", "expanded", 16),
   ("mxfp8", 512, 4, GPT_OSS, "dequant_gemm", "rebased_e4m3", 96),
   ("mxfp8", 64, 2, MIXTRAL, "skinny_gemm", "group_sums", 32),
