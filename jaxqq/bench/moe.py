@@ -93,6 +93,11 @@ class Row:
   note: str = ""
   path: str = ""  # what `jaxqq.explain` says of it
 
+  @classmethod
+  def of(cls, kept: dict[str, Any]) -> Row:
+    """As a file has it."""
+    return cls(**{**kept, "layer": tuple(kept["layer"])})
+
   @property
   def cell(self) -> tuple[Any, ...]:
     return tuple(self.layer), self.tokens, self.form, self.implementation
@@ -427,8 +432,7 @@ def _cell(row: Row | None) -> str:
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
   content = json.loads(path.read_text())
-  rows = [Row(**{**row, "layer": tuple(row["layer"])}) for row in content["layers"]]
-  return content["header"], rows
+  return content["header"], [Row.of(row) for row in content["layers"]]
 
 
 def write(path: pathlib.Path, header: dict[str, Any], rows: Sequence[Row]) -> None:

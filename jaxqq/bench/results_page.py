@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxqq.bench import accuracy, decode_tables, mesh, report
+from jaxqq.bench import accuracy, decode_tables, mesh, moe, report
 from jaxqq.bench.cases import FORMS, GOAL_SHAPE, MODES
 from jaxqq.bench.kept import Header, read
 from jaxqq.bench.markdown import TIMES
@@ -130,6 +130,20 @@ were up to 12% apart.""",
     "python -m jaxqq.bench --suite chain --peers cublas",
   ),
   Section(
+    "Layers of experts on an H200",
+    ("h200_moe.json",),
+    """\
+`ragged_qqmm`: each token's rows go to some experts, drawn at random. A layer is (N, K) of Qwen3
+30B-A3B, gpt-oss 20B, Mixtral 8x7B and DeepSeek V3, with (experts, experts a token); T is the number
+of tokens. In brackets: how many times as fast as the fastest bfloat16 product of the same run, of
+`jax.lax.ragged_dot`, JAX's Pallas kernel in four configurations and torch's `_grouped_mm`.
+"Training" is the product with w on the fly, and both straight-through gradients.
+
+With few rows an expert a product is bound by reading the experts in use, up to about 8 rows of
+each. With more, nvfp4 is bound by expanding codes. Short K has tiles begin and end often.""",
+    "python -m jaxqq.bench --suite moe --backward",
+  ),
+  Section(
     "The MLP of Llama 3 70B on one device and on two",
     ("h200_mesh.json",),
     """\
@@ -212,6 +226,9 @@ def _tables(contents: Sequence[dict[str, Any]]) -> str:
   first = contents[0]
   if "mlp" in first:
     return mesh.markdown([mesh.Result(**result) for result in first["mlp"]])
+  if "layers" in first:
+    layers = [layer for content in contents for layer in content["layers"]]
+    return moe.markdown([moe.Row.of(layer) for layer in layers]).strip()
   if "models" in first:
     return decode_tables.tables(first["models"])
   rows = [row for content in contents for row in content["rows"]]
