@@ -31,6 +31,8 @@ from jaxqq._ragged_primitive import Params, problem_of
 from jaxqq._ragged_reference import RaggedOperands
 from jaxqq._reference import Operands, matrix_ndim
 from jaxqq._split import described, named_sharding
+from jaxqq._stacked_layer import checked_layer
+from jaxqq._weight import StackedLayer
 
 # Platforms as JAX names them; "gpu" is one of the two, whichever is here.
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
@@ -110,6 +112,9 @@ def _explain_qqmm(
   device: Any, out_sharding: Any, recipe: Any, key: Any, **arguments: Any
 ) -> Explanation:
   checked_out_sharding("explain", out_sharding)
+  if isinstance(arguments["w"], StackedLayer):
+    placed = {"out_sharding": out_sharding, "recipe": recipe, "key": key}
+    return _explain_layer("qqmm", device, arguments | placed)
   if recipe is None and key is None:
     return _explain_product("qqmm", device, *checked("explain", **arguments))
   by_recipe = checked_qqmm_by_recipe("explain", recipe, key, **arguments)
@@ -123,6 +128,9 @@ def _explain_qqmm(
 
 def _explain_quantized_matmul(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:
   checked_out_sharding("explain", out_sharding)
+  if isinstance(arguments["w"], StackedLayer):
+    renamed = {"global_scale_w": arguments["global_scale"], "out_sharding": out_sharding}
+    return _explain_layer("quantized_matmul", device, arguments | renamed)
   return _explain_product("quantized_matmul", device, *checked_weights("explain", **arguments))
 
 
@@ -156,6 +164,11 @@ def _explain_ragged_quantized_matmul(
   of_w = {"global_scale_w": global_scale, "global_scale_x": None, "backward": BACKWARDS[0]}
   checked_arguments = checked_ragged("explain", **arguments, **of_w, quantize_input=False)
   return _explain_ragged("ragged_quantized_matmul", device, *checked_arguments)
+
+
+def _explain_layer(function: str, device: Any, arguments: dict[str, Any]) -> Explanation:
+  x, layer = arguments["x"], arguments["w"]
+  return _explain_ragged(function, device, *checked_layer(function, x, layer, arguments))
 
 
 def _explain_ragged(

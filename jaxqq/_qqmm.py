@@ -39,7 +39,7 @@ from jaxqq._recipe_product import Params as RecipeParams
 from jaxqq._recipe_product import product_of_rows
 from jaxqq._reference import Operands, unflatten
 from jaxqq._sharding import vary_alike
-from jaxqq._weight import QuantizedWeight
+from jaxqq._weight import STACKED_LAYER, QuantizedWeight, StackedLayer
 
 # By this name policies of `jax.checkpoint` save a product. It lowers to nothing.
 NAME = "qqmm"
@@ -58,7 +58,7 @@ def is_default_mode(mode: Any) -> bool:
 
 def qqmm(
   x: ArrayLike,
-  w: ArrayLike | QuantizedWeight,
+  w: ArrayLike | QuantizedWeight | StackedLayer,
   scales: ArrayLike | None = None,
   group_size: int | None = None,
   bits: int | None = None,
@@ -86,7 +86,8 @@ def qqmm(
     w: (N, K), float32, float16 or bfloat16, not necessarily x's: quantized on the fly, and
       receives gradients. Or uint32, (N, K * bits / 32), as `quantize` packs it. Leading batch
       axes, (..., N, K) against x of (..., M, K), broadcast as in `jnp.matmul`. Or a
-      `QuantizedWeight`, which brings scales, mode and global_scale_w.
+      `QuantizedWeight`, which brings scales, mode and global_scale_w; or, against all of x, a
+      matrix of a stack of them, stack.layer(i).
     scales: for packed w only, (..., N, K / group_size), uint8 or the same bytes as
       float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp8, mxfp4).
     group_size: the mode's own, or None.
@@ -143,6 +144,23 @@ def qqmm(
 
   Source: `mlx.core.qqmm`.
   """
+  if isinstance(w, StackedLayer):
+    given = {
+      "scales": scales,
+      "group_size": group_size,
+      "bits": bits,
+      "mode": mode,
+      "global_scale_x": global_scale_x,
+      "global_scale_w": global_scale_w,
+      "backward": backward,
+      "precision": precision,
+      "preferred_element_type": preferred_element_type,
+      "out_sharding": out_sharding,
+      "implementation": implementation,
+      "recipe": recipe,
+      "key": key,
+    }
+    return STACKED_LAYER["product"]("qqmm", x, w, given)
   if recipe is not None or key is not None:
     operands, params, by_recipe = checked_qqmm_by_recipe(
       "qqmm",

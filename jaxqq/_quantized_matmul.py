@@ -16,12 +16,12 @@ from jaxqq._gradient import BACKWARDS
 from jaxqq._out_sharding import OutSharding
 from jaxqq._qqmm import DEFAULT_MODE, checked, placed_product, product, qqmm
 from jaxqq._reference import Operands
-from jaxqq._weight import MATMUL, QuantizedWeight
+from jaxqq._weight import MATMUL, STACKED_LAYER, QuantizedWeight, StackedLayer
 
 
 def quantized_matmul(
   x: ArrayLike,
-  w: ArrayLike | QuantizedWeight,
+  w: ArrayLike | QuantizedWeight | StackedLayer,
   scales: ArrayLike | None = None,
   group_size: int | None = None,
   bits: int | None = None,
@@ -49,7 +49,8 @@ def quantized_matmul(
       receives gradients. Or uint32, (N, K * bits / 32), as `quantize` packs it. Leading batch
       axes, (..., N, K) against x of (..., M, K), broadcast as in `jnp.matmul`. Or a
       `QuantizedWeight`, which brings scales, mode and global_scale; its quantize_input and
-      input_global_scale are for products that are not told.
+      input_global_scale are for products that are not told. Or, against all of x, a matrix of a
+      stack of them, stack.layer(i).
     scales: for packed w only, (..., N, K / group_size), uint8 or the same bytes as
       float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp8, mxfp4).
     group_size: the mode's own, or None.
@@ -86,6 +87,19 @@ def quantized_matmul(
   Source: `mlx.core.quantized_matmul` with transpose=True. It has no global scale, takes packed w
   only, and its biases, its transpose=False and its mode "affine" are not here.
   """
+  if isinstance(w, StackedLayer):
+    given = {
+      "scales": scales,
+      "group_size": group_size,
+      "bits": bits,
+      "mode": mode,
+      "global_scale_w": global_scale,
+      "precision": precision,
+      "preferred_element_type": preferred_element_type,
+      "out_sharding": out_sharding,
+      "implementation": implementation,
+    }
+    return STACKED_LAYER["product"]("quantized_matmul", x, w, given)
   function = "quantized_matmul"
   operands, params = checked_weights(
     function,

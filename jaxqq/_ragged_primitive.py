@@ -114,6 +114,7 @@ def problem_of(
     has_global_scales=bool(global_scales),
     scales_by_group=_differs(ops.global_scale_x),
     scales_of_matrices=_differs(ops.global_scale_w),
+    all_groups=ops.group_sizes.shape[-1],
     obstacle=(
       obstacle(ops.flatten(), ())
       if ops.row_scales is None

@@ -209,7 +209,7 @@ def rows_times_matrices(
   """out[..., i, :] = multiply(x[..., i, :], w[..., group of i, :, :]); 0 for rows of no group."""
   groups, own = folded(ops, ops.w.shape[-3])
   rows = own.x.shape[0]
-  size = block_size(rows, ops.w.shape[-3])
+  size = block_size(rows, ops.group_sizes.shape[-1])
   x = _with_rows(own.x, size)
 
   def step(block: Block, out: jax.Array) -> jax.Array:

@@ -42,6 +42,9 @@ from jaxqq._reference import Operands
 # What `w @ x` is, put here by `_quantized_matmul.py`: a weight itself knows no product.
 MATMUL: dict[str, Callable[..., jax.Array]] = {}
 
+# The product with a `StackedLayer`, put here by `_stacked_layer.py`.
+STACKED_LAYER: dict[str, Callable[..., jax.Array]] = {}
+
 # Asked before a weight is taken apart into its arrays, and may refuse: `jaxqq.nn` puts here what a
 # layer of Flax would take for an array.
 BEFORE_FLATTEN: list[Callable[[QuantizedWeight], None]] = []
@@ -223,6 +226,50 @@ class QuantizedWeight:
     static = self.mode, of_w, self.dtype, of_input, self.quantize_input
     return QuantizedWeight(packed, scales, *static)
 
+  def layer(self, index: ArrayLike) -> StackedLayer:
+    """A matrix of a stack, (L, N, K), for `qqmm` and `quantized_matmul` to read where it is.
+
+    `stack[i]` is a copy of the matrix where i is known on the device alone, as in `lax.scan` over
+    layers: a kernel has to have its operand whole. The product with `stack.layer(i)` makes none.
+
+    Args:
+      index: an integer, also a traced one, below L; below 0 it counts from the end. Of one that is
+        out of range, which cannot be told under jit, the product is zeros.
+
+    Raises:
+      TypeError: index is no integer.
+      ValueError: the weight has not three dimensions, or index not (); or it is out of range.
+
+    Example:
+      >>> stack = jaxqq.quantize_weight(jnp.ones((3, 64, 64)))
+      >>> def body(x, i):
+      ...   return jaxqq.qqmm(x, stack.layer(i)) / 64, None
+      >>> jax.lax.scan(body, jnp.ones((2, 64)), jnp.arange(3))[0].shape
+      (2, 64)
+    """
+    function = "QuantizedWeight.layer"
+    if self.ndim != 3:
+      raise ValueError(
+        f"{function}: the weight must be a stack of matrices, (L, N, K), got shape {self.shape}; "
+        "index other leading axes first."
+      )
+    layers = self.shape[0]
+    is_number = isinstance(index, (int, float)) and not isinstance(index, bool)
+    given = as_array(function, "index", np.asarray(index) if is_number else index)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+      raise TypeError(f"{function}: index must be an integer, got {describe(given)}.")
+    if given.shape:
+      raise ValueError(f"{function}: index must be one integer, got {describe(given)}.")
+    if isinstance(index, (int, np.integer)):
+      if not -layers <= index < layers:
+        raise ValueError(
+          f"{function}: index is {index}, and the weight has {layers} matrices; pass one from "
+          f"{-layers} to {layers - 1}."
+        )
+      return StackedLayer(self, jnp.int32(int(index) % layers))
+    place = jnp.asarray(given).astype(jnp.int32)
+    return StackedLayer(self, jnp.where(place < 0, place + layers, place))
+
   def __matmul__(self, x: ArrayLike) -> jax.Array:
     """w @ x, (..., N, K) times (K,) or (..., K, M), as layers that multiply so need it.
 
@@ -316,6 +363,23 @@ class QuantizedWeight:
 
   def _words_of_input(self) -> str:
     return "" if self.quantize_input else ", quantize_input=False"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "index"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class StackedLayer:
+  """A matrix of a stack: `QuantizedWeight.layer`."""
+
+  stack: QuantizedWeight  # (L, N, K)
+  index: jax.Array  # int32, ()
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(N, K)."""
+    return self.stack.shape[1:]
+
+  def __repr__(self) -> str:
+    return f"a layer of {self.stack!r}"
 
 
 def quantize_weight(

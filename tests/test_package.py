@@ -159,6 +159,7 @@ def test_a_file_imports_only_from_files_above_it():
       "_ragged_split",
       "_ragged_primitive",
       "_ragged",
+      "_stacked_layer",
       "_gather",
       "_explain",
       "checkpoint_policies",

@@ -147,6 +147,7 @@ class RaggedProblem:
   precision: jax.lax.Precision | None
   function: str  # whose product it is, for errors
   batch: int = 1  # products, with rows and groups of their own each
+  all_groups: int | None = None  # that have the rows, of all devices; None: as many as matrices
   result_dtype: np.dtype | None = None  # of the sum of all devices' parts, where this is one
   has_global_scales: bool = False
   scales_by_group: bool = False  # whether one of x differs from group to group

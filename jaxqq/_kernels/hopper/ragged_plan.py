@@ -95,11 +95,14 @@ class RaggedPlan:
 def problem_of_group(problem: RaggedProblem) -> Problem:
   """The product of a group of as many rows as they have on average."""
   rows = problem.batch * problem.m
-  groups = min(problem.batch * problem.groups, rows)  # that have rows, at most
+  all_groups = problem.groups if problem.all_groups is None else problem.all_groups
+  # That have rows, at most; and those of them that have a matrix.
+  with_rows = min(problem.batch * all_groups, rows)
+  groups = min(problem.batch * problem.groups, with_rows)
   high = problem.precision in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST)
   return Problem(
     fmt=problem.fmt,
-    m=math.ceil(rows / groups),
+    m=math.ceil(rows / with_rows),
     n=problem.n,
     k=problem.k,
     x_batch=(groups,),

@@ -1,0 +1,160 @@
+"""A layer of stacked weights, chosen by an index on the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqq
+from tests.support import oracle
+from tests.support.products import same_bits
+
+L, N, K = 3, 40, 64
+PRODUCTS = {"qqmm": jaxqq.qqmm, "quantized_matmul": jaxqq.quantized_matmul}
+
+
+def stack_of(mode, **how):
+  w = np.random.default_rng(1).standard_normal((L, N, K)).astype(np.float32)
+  w *= np.float32([1, 30, 0.1])[:, None, None]
+  return jaxqq.quantize_weight(w, mode, **how)
+
+
+def x_of(*shape, dtype=np.float32):
+  return np.random.default_rng(2).standard_normal((*shape, K)).astype(dtype)
+
+
+def check(out, x, stack, i, quantize_input, highest=False):
+  """Against float64, each element; `stack` without global scales."""
+  w_hat = np.asarray(stack[i].dequantize(jnp.float32), np.float64)
+  x_hat = oracle.round_trip(x, stack.mode) if quantize_input else x
+  x_hat = np.asarray(x_hat, np.float64)
+  mag = np.abs(x_hat) @ np.abs(w_hat).T
+  oracle.assert_within_bound(np.asarray(out), x_hat @ w_hat.T, mag, highest=highest)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8", "mxfp4"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_is_the_product_with_the_matrix(name, mode):
+  """Of any leading axes, known and traced indices, below 0 too."""
+  stack = stack_of(mode, global_scale=None)
+  multiply = PRODUCTS[name]
+  product = jax.jit(lambda x, i: multiply(x, stack.layer(i)))
+  for i, x in enumerate((x_of(5), x_of(), x_of(2, 3))):
+    out = product(x, i)
+    assert out.shape == (*x.shape[:-1], N)
+    check(out, x, stack, i, name == "qqmm")
+    assert same_bits(np.asarray(product(x, i - L)), np.asarray(out))
+  check(multiply(x, stack.layer(-1)), x, stack, 2, name == "qqmm")
+  assert not np.asarray(product(x, L)).any()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_each_layer_has_its_global_scales(name):
+  stack = stack_of("nvfp4", global_scale="amax")
+  x = x_of(4)
+  how = {"global_scale_x": "amax"} if name == "qqmm" else {}
+  for i in range(L):
+    out = PRODUCTS[name](x, stack.layer(i), **how)
+    want = PRODUCTS[name](x, stack[i], **how)
+    np.testing.assert_allclose(out, want, rtol=2e-6, atol=1e-6 * np.abs(want).max())
+  if name == "qqmm":
+    by_row = jaxqq.qqmm(x, stack.layer(1), global_scale_x="row")
+    want = jaxqq.qqmm(x, stack[1], global_scale_x="row")
+    np.testing.assert_allclose(by_row, want, rtol=2e-6, atol=1e-6 * np.abs(want).max())
+
+
+def test_other_arguments():
+  stack, x = stack_of("mxfp8"), x_of(4, dtype=jnp.bfloat16)
+  out = jaxqq.qqmm(x, stack.layer(0), precision="highest", preferred_element_type=jnp.float32)
+  assert out.dtype == jnp.float32
+  check(out, np.asarray(x, np.float32), stack, 0, True, highest=True)
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "quantized"])
+def test_gradient_in_a_scan_over_layers(backward):
+  """Of x, as of a loop over the matrices."""
+  rng = np.random.default_rng(3)
+  stack = jaxqq.quantize_weight(rng.standard_normal((L, K, K)).astype(np.float32) / 8, "mxfp8")
+
+  def scanned(x):
+    def body(x, i):
+      return jnp.tanh(jaxqq.qqmm(x, stack.layer(i), backward=backward)), None
+
+    return jax.lax.scan(body, x, jnp.arange(L))[0].sum()
+
+  def unrolled(x):
+    for i in range(L):
+      x = jnp.tanh(jaxqq.qqmm(x, stack[i], backward=backward))
+    return x.sum()
+
+  x = x_of(6)
+  got, want = (jax.jit(jax.value_and_grad(f))(x) for f in (scanned, unrolled))
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+  np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_indices():
+  stack, x = stack_of("mxfp8"), x_of(2)
+  out = jax.vmap(lambda i: jaxqq.qqmm(x, stack.layer(i)))(jnp.int32([2, 0]))
+  for each, i in zip(out, (2, 0), strict=True):
+    check(each, x, stack, i, True)
+
+
+def scan_over_layers(x, stack):
+  def body(x, i):
+    return jaxqq.qqmm(x, stack.layer(i)), None
+
+  return jax.lax.scan(body, x, jnp.arange(8))[0]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_no_copy_of_w_for_a_kernel_in_a_scan(mode, monkeypatch):
+  """The kernel has the whole stack as its operand, and no slice of it is taken."""
+  from jaxqq import _kernels
+
+  hopper = _kernels.Device("cuda", "9.0", 132)
+  monkeypatch.setattr(_kernels, "device_of", lambda platform: hopper)
+  k = 1024
+  w = jax.ShapeDtypeStruct((8, k, k), jnp.float32)
+  stack = jax.eval_shape(lambda w: jaxqq.quantize_weight(w, mode), w)
+  x = jax.ShapeDtypeStruct((2, k), jnp.bfloat16)
+  traced = jax.jit(scan_over_layers).trace(x, stack)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("jaxqq_skinny_gemm") >= 1
+  words = stack.packed.shape[-1]
+  assert f"tensor<8x{k}x{words}xui32>" in text
+  for slice_of_w in (f"tensor<1x{k}x{words}xui32>", f"tensor<{k}x{words}xui32>"):
+    assert slice_of_w not in text
+
+
+def test_explain():
+  stack = stack_of("mxfp8")
+  text = jaxqq.explain(jaxqq.qqmm, x_of(2, 3), stack.layer(1), device="cpu")
+  assert text.startswith("qqmm mxfp8, x float32 (6, 64), w ") and text.plan.name == "xla"
+  text = jaxqq.explain(jaxqq.quantized_matmul, x_of(4), stack.layer(1), device="cpu")
+  assert text.startswith("quantized_matmul mxfp8")
+
+
+ERRORS = [
+  (lambda s: s[0].layer(0), ValueError, "must be a stack of matrices"),
+  (lambda s: s.layer(3), ValueError, "index is 3, and the weight has 3 matrices; pass one from -3"),
+  (lambda s: s.layer(1.0), TypeError, "index must be an integer"),
+  (lambda s: s.layer(jnp.arange(2)), ValueError, "index must be one integer"),
+  (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), implementation="xla"), ValueError, "leave implement"),
+  (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), recipe="mxfp8"), ValueError, "leave recipe out"),
+  (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), s.scales[0]), ValueError, "leave scales out"),
+  (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), mode="nvfp4"), ValueError, "mode"),
+  (lambda s: jaxqq.qqmm(x_of(2)[:, :32], s.layer(0)), ValueError, "K|contract|last"),
+  (lambda s: jaxqq.qqmm(np.float32(1), s.layer(0)), ValueError, "at least one dimension"),
+]
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=[case[2][:24] for case in ERRORS])
+def test_errors(case):
+  wrong, error, words = case
+  with pytest.raises(error, match=words) as info:
+    wrong(stack_of("mxfp8"))
+  assert "\n" not in str(info.value)
