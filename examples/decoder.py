@@ -100,8 +100,8 @@ def keys_of(cfg: Config, seed: int) -> list[jax.Array]:
 def make_params(cfg: Config, seed: int, made: Callable[[], Any] = lambda: None) -> Params:
   """The model, each layer in arrays of its own; calls `made` after each layer.
 
-  Stacked along an axis of layers, as for `lax.scan`, a layer's weights would have to be cut out,
-  and so copied, for every token: a kernel reads whole arrays.
+  `lax.scan` over stacked layers would cut out, and so copy, a layer's weights for every token: a
+  kernel reads whole arrays. (`QuantizedWeight.layer` has it read one of a stack instead.)
   """
 
   def make(key: jax.Array, n: int, k: int, std: float) -> Params:

@@ -53,9 +53,8 @@ def tiles_of(operands, matrices, block_m):
 
 
 @pytest.mark.parametrize(
-  ("batch", "groups", "matrices"), [(1, 5, 5), (3, 5, 3), (1, 1, 1), (1, 19, 4)]
+  ("batch", "groups", "matrices", "block_m"), [(3, 5, 3, 8), (1, 1, 3, 64), (1, 19, 4, 8)]
 )
-@pytest.mark.parametrize("block_m", [8, 64])
 def test_tiles_cover_every_row_once(batch, groups, matrices, block_m):
   rng, rows = np.random.default_rng(batch), 50
   draws = [rng.multinomial(rng.choice([0, 20, rows, 2 * rows]), [1 / groups] * groups, batch)]
@@ -249,6 +248,23 @@ def test_many_rows(name):
   sizes = [of_groups[-program.groups :] for of_groups in sizes]
   cases = [RaggedCase(program, of_groups, x="outliers") for of_groups in sizes]
   check(program, cases, "hopper_fp8" if is_fp8 else "hopper_exact")
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_a_layer_of_stacked_weights(mode):
+  """One group has all rows, and its place says which matrix it meets."""
+  rng = np.random.default_rng(0)
+  stack = jaxqq.quantize_weight(jnp.asarray(rng.standard_normal((4, 72, 544)), jnp.bfloat16), mode)
+  x = jnp.asarray(rng.standard_normal((9, 544)), jnp.bfloat16)
+  x_hat = oracle.round_trip(np.asarray(x), mode).astype(np.float64)
+  how = {"global_scale_x": 2688.0} if mode == "nvfp4" else {}
+  for index in (0, 3):
+    with interpreted():
+      plan = jaxqq.explain(jaxqq.qqmm, x, stack.layer(index), **how).plan
+      out = np.asarray(jaxqq.qqmm(x, stack.layer(index), **how))
+    assert plan.name == "hopper_skinny" and plan.kernel.block_m == 16
+    w_hat = np.asarray(stack[index].dequantize(jnp.float32), np.float64)
+    oracle.assert_within_bound(out, x_hat @ w_hat.T, np.abs(x_hat) @ np.abs(w_hat).T)
 
 
 def test_a_wrong_tile_is_noticed(monkeypatch):
