@@ -40,6 +40,11 @@ UNQUANTIZED = "unquantized"
 MODES = (UNQUANTIZED, "mxfp8", "nvfp4")
 RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8")
 BY_RECIPE = "recipe "  # begins the mode of a model that trains by one
+PARTS: dict[str, dict[str, Any]] = {  # of a recipe, and what an operand has without it
+  "stochastic rounding": {"rounding": "nearest"},
+  "rotations": {"rotation": None},
+  "squares": {"square": False},
+}
 BACKWARDS = ("straight_through", "quantized")
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 LINEARS = ("qkv", "out", "gate_up", "down")
@@ -123,7 +128,7 @@ def linear(
   if mode == UNQUANTIZED:
     return x @ w.astype(x.dtype).T
   if mode.startswith(BY_RECIPE) and not isinstance(w, dict):
-    recipe = jaxqq.Recipe.named(mode.removeprefix(BY_RECIPE))
+    recipe = recipe_of(mode)
     key = key if recipe.needs_key else None
     return jaxqq.qqmm(x, w.astype(x.dtype), recipe=recipe, key=key)
   mode = served_mode(mode)
@@ -133,11 +138,21 @@ def linear(
   return jaxqq.qqmm(x, mode=mode, backward=backward, **w, **global_scale("x", x, mode))
 
 
+def recipe_of(mode: str) -> jaxqq.Recipe:
+  """That of a mode, all of it or without one of its parts: "recipe nvfp4 without rotations"."""
+  name, _, part = mode.removeprefix(BY_RECIPE).partition(" without ")
+  recipe = jaxqq.Recipe.named(name)
+  change = PARTS[part] if part else {}
+  quantizers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+  changed = {name: q and dataclasses.replace(q, **change) for name, q in quantizers.items()}
+  return dataclasses.replace(recipe, **changed)
+
+
 def served_mode(mode: str) -> str:
   """The mode of a model's packed weights: of a recipe, that of its forward product."""
   if not mode.startswith(BY_RECIPE):
     return mode
-  quantizer = jaxqq.Recipe.named(mode.removeprefix(BY_RECIPE)).forward_w
+  quantizer = recipe_of(mode).forward_w
   return UNQUANTIZED if quantizer is None else quantizer.mode
 
 
