@@ -255,6 +255,8 @@ class QuantizedWeight:
       )
     layers = self.shape[0]
     is_number = isinstance(index, (int, float)) and not isinstance(index, bool)
+    if not (is_number or hasattr(index, "dtype") or hasattr(index, "__jax_array__")):
+      raise TypeError(f"{function}: index must be an integer, got {type(index).__name__}.")
     given = as_array(function, "index", np.asarray(index) if is_number else index)
     if not jnp.issubdtype(given.dtype, jnp.integer):
       raise TypeError(f"{function}: index must be an integer, got {describe(given)}.")
@@ -377,6 +379,12 @@ class StackedLayer:
   def shape(self) -> tuple[int, ...]:
     """(N, K)."""
     return self.stack.shape[1:]
+
+  def __array__(self, *_: Any, **__: Any) -> Any:
+    raise TypeError(
+      "StackedLayer is no array, but a matrix in w's place of qqmm and quantized_matmul; take "
+      "stack[i].dequantize() for one."
+    )
 
   def __repr__(self) -> str:
     return f"a layer of {self.stack!r}"
