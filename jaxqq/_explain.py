@@ -167,8 +167,11 @@ def _explain_ragged_quantized_matmul(
 
 
 def _explain_layer(function: str, device: Any, arguments: dict[str, Any]) -> Explanation:
-  x, layer = arguments["x"], arguments["w"]
-  return _explain_ragged(function, device, *checked_layer(function, x, layer, arguments))
+  quantizes = function == "qqmm"
+  checked_arguments = checked_layer(
+    "explain", arguments["x"], arguments["w"], arguments, quantize_input=quantizes
+  )
+  return _explain_ragged(function, device, *checked_arguments)
 
 
 def _explain_ragged(

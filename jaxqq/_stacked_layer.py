@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxqq._checks import as_array, describe
 from jaxqq._qqmm import checked, is_by_rows
@@ -30,13 +29,20 @@ def product(function: str, x: Any, layer: StackedLayer, given: Mapping[str, Any]
     layer: in w's place.
     given: the other arguments of the function, by their names.
   """
-  operands, params = checked_layer(function, x, layer, given)
+  x = as_array(function, "x", x)
+  quantizes = function == "qqmm"
+  operands, params = checked_layer(function, x, layer, given, quantize_input=quantizes)
   out = ragged_product(operands, params, by_rows=is_by_rows(given.get("global_scale_x")))
-  return out.reshape(*np.shape(x)[:-1], out.shape[-1])
+  return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def checked_layer(
-  function: str, x: Any, layer: StackedLayer, given: Mapping[str, Any]
+  function: str,
+  x: Any,
+  layer: StackedLayer,
+  given: Mapping[str, Any],
+  *,
+  quantize_input: bool,
 ) -> tuple[RaggedOperands, Params]:
   """As `checked_ragged`: one group, whose place among the matrices is the layer's index."""
   for name in _NOT_TAKEN:
@@ -51,8 +57,8 @@ def checked_layer(
       f"{function}: x must have at least one dimension, (..., K), got {describe(x)}."
     )
   shape = math.prod(x.shape[:-1]), x.shape[-1]
-  is_array = isinstance(x, (jax.Array, np.ndarray))
-  rows = x.reshape(shape) if is_array else jax.ShapeDtypeStruct(shape, x.dtype)
+  is_shape = isinstance(x, jax.ShapeDtypeStruct)
+  rows = jax.ShapeDtypeStruct(shape, x.dtype) if is_shape else jnp.asarray(x).reshape(shape)
   operands, params = checked(
     function,
     rows,
@@ -67,7 +73,7 @@ def checked_layer(
     given["precision"],
     given["preferred_element_type"],
     None,
-    function == "qqmm" and layer.stack.quantize_input,
+    quantize_input,
   )
   sizes = jnp.full((1,), shape[0], jnp.int32)
   return as_ragged(function, operands, params, sizes, -jnp.int32(layer.index))

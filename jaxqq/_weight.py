@@ -230,15 +230,18 @@ class QuantizedWeight:
     """A matrix of a stack, (L, N, K), for `qqmm` and `quantized_matmul` to read where it is.
 
     `stack[i]` is a copy of the matrix where i is known on the device alone, as in `lax.scan` over
-    layers: a kernel has to have its operand whole. The product with `stack.layer(i)` makes none.
+    layers: a kernel has to have its operand whole. With up to 25 rows of x, N a multiple of 8 and K
+    of 32, the product with `stack.layer(i)` makes none. Beyond that a kernel may prepare all of the
+    stack (mxfp8 rebases its scales, odd sizes are padded), and `stack[i]` be faster.
 
     Args:
-      index: an integer, also a traced one, below L; below 0 it counts from the end. Of one that is
-        out of range, which cannot be told under jit, the product is zeros.
+      index: an integer, also an array of one, below L; below 0 it counts from the end. Of an int32
+        array that is out of range the product is zeros.
 
     Raises:
       TypeError: index is no integer.
-      ValueError: the weight has not three dimensions, or index not (); or it is out of range.
+      ValueError: the weight has not three dimensions, or index not (); or it is a number, of Python
+        or numpy, that is out of range.
 
     Example:
       >>> stack = jaxqq.quantize_weight(jnp.ones((3, 64, 64)))
@@ -382,8 +385,8 @@ class StackedLayer:
 
   def __array__(self, *_: Any, **__: Any) -> Any:
     raise TypeError(
-      "StackedLayer is no array, but a matrix in w's place of qqmm and quantized_matmul; take "
-      "stack[i].dequantize() for one."
+      "StackedLayer is no array: it stands in w's place in qqmm and quantized_matmul; for an array "
+      "take stack[i].dequantize()."
     )
 
   def __repr__(self) -> str:
@@ -595,4 +598,10 @@ jax.export.register_pytree_node_serialization(
   serialized_name="jaxqq.QuantizedWeight",
   serialize_auxdata=_serialized,
   deserialize_auxdata=_deserialized,
+)
+jax.export.register_pytree_node_serialization(
+  StackedLayer,
+  serialized_name="jaxqq.StackedLayer",
+  serialize_auxdata=lambda _: b"",
+  deserialize_auxdata=lambda _: (),
 )

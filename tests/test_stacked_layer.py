@@ -134,8 +134,23 @@ def test_explain():
   stack = stack_of("mxfp8")
   text = jaxqq.explain(jaxqq.qqmm, x_of(2, 3), stack.layer(1), device="cpu")
   assert text.startswith("qqmm mxfp8, x float32 (6, 64), w ") and text.plan.name == "xla"
+  shape = jax.ShapeDtypeStruct((2, 3, K), np.float32)
+  assert jaxqq.explain(jaxqq.qqmm, shape, stack.layer(1), device="cpu") == text
   text = jaxqq.explain(jaxqq.quantized_matmul, x_of(4), stack.layer(1), device="cpu")
   assert text.startswith("quantized_matmul mxfp8")
+
+
+def test_what_wraps_an_array_and_export():
+  class Wrapped:
+    def __jax_array__(self):
+      return jnp.asarray(x_of(2, 3))
+
+  stack = stack_of("mxfp8")
+  out = jaxqq.qqmm(x_of(2, 3), stack.layer(1))
+  assert same_bits(np.asarray(jaxqq.qqmm(Wrapped(), stack.layer(1))), np.asarray(out))
+  exported = jax.export.export(jax.jit(jaxqq.qqmm))(x_of(2, 3), stack.layer(0))
+  again = jax.export.deserialize(exported.serialize())
+  assert same_bits(np.asarray(again.call(x_of(2, 3), stack.layer(1))), np.asarray(out))
 
 
 ERRORS = [
