@@ -84,9 +84,8 @@ class PackedOperand(Protocol):
 
 @pipeline.arrays
 class Operands:
-  x: (
-    Any  # (b or 1, m, k) of mainloop.dtype, k a multiple of mainloop.step_k; beside `groups`, of 16
-  )
+  # (b or 1, m, k) of mainloop.dtype, k a multiple of mainloop.step_k; beside `groups`, of 16.
+  x: Any
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
   alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)

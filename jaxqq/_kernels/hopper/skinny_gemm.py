@@ -75,7 +75,7 @@ class Mainloop(Protocol):
 
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
-    """sums + the product of the block in a stage; cta is the kernel's `_Cta`.
+    """sums + the product of the block in a stage.
 
     Args:
       cta: the kernel's `_Cta`.
