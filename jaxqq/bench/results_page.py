@@ -139,8 +139,8 @@ of tokens. In brackets: how many times as fast as the fastest bfloat16 product o
 `jax.lax.ragged_dot`, JAX's Pallas kernel in four configurations and torch's `_grouped_mm`.
 "Training" is the product with w on the fly, and both straight-through gradients.
 
-With few rows an expert a product is bound by reading the experts in use, up to about 8 rows of
-each. With more, nvfp4 is bound by expanding codes. Short K has tiles begin and end often.""",
+At 8 rows an expert (gpt-oss, T = 64) mxfp8 takes 1.1 times as long as its bytes would at 4.2 TB/s,
+and nvfp4, whose codes are expanded in registers, 1.8 times.""",
     "python -m jaxqq.bench --suite moe --backward",
   ),
   Section(
