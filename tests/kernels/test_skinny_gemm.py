@@ -26,6 +26,7 @@ from tests.support.kernels import (
   F16,
   F32,
   FP8_SUMS,
+  SMS,
   assert_product,
   compiled,
   e2m1_operand,
@@ -45,6 +46,7 @@ CASES = {
   # mode, out, (b of x, b of w), m, n, k, config
   "nvfp4": ("nvfp4", BF16, (1, 1), 1, 133, 1024, T(4)),
   "nvfp4, a warpgroup without a block": ("nvfp4", F32, (1, 1), 5, 70, 512, T(4, promote=True)),
+  "nvfp4, three eights of rows": ("nvfp4", BF16, (1, 1), 20, 330, 768, T(4)),
   "nvfp4, w shared": ("nvfp4", F16, (3, 1), 9, 64, 1280, T(4, 2)),
   "nvfp4, as many rows as there may be": ("nvfp4", F32, (1, 2), 64, 65, 768, T(2, 2)),
   "blockdiag, 1 row": ("blockdiag", BF16, (1, 1), 1, 133, 1024, T(4)),
@@ -61,6 +63,7 @@ CASES = {
   "mxfp8": ("mxfp8", BF16, (1, 1), 1, 133, 2560, T(4)),
   "mxfp8, x shared": ("mxfp8", BF16, (1, 3), 8, 66, 1024, T(2, 2)),
   "mxfp8, more tiles than stages": ("mxfp8", BF16, (2, 2), 17, 200, 1536, T(2, 2)),
+  "mxfp8, three eights of rows": ("mxfp8", BF16, (1, 2), 24, 136, 1536, T(4)),
   "mxfp8, as many rows as there may be": ("mxfp8", BF16, (1, 1), 64, 40, 2048, T(2, 2)),
 }
 
@@ -154,6 +157,27 @@ def check_skinny(run, name):
 @pytest.mark.parametrize("name", CASES)
 def test_skinny_gemm(name, no_races):
   check_skinny(interpreted, name)
+
+
+@pytest.mark.parametrize("tiles", [T(2, 2), T(4)], ids=str)
+def test_any_warpgroup_adds_up_to_the_same_bits(tiles):
+  """Each has some of a CTA's tiles; here all tiles are of the same rows of w."""
+  m, k, tile = 9, 1024, 64
+  rng = np.random.default_rng(0)
+  codes, scales = e2m1_operand(rng, 1, tile, k)
+  times = 5 * SMS
+  words, scales = (np.tile(a, (1, times, 1)) for a in (oracle.pack(codes, "nvfp4"), scales))
+  x = nothing_beyond(interleaved(rng.standard_normal((1, m, k)).astype(F16)), m, np.nan)
+  plan = skinny_plan("nvfp4", m, times * tile, k, KBlock(256, 4, 16), tiles)
+  assert plan.grid.num_tiles == 5 * plan.grid.num_workers
+
+  def f(*operands):
+    return skinny_gemm(Operands(*operands, None, None), m, plan, 1.0, F32)
+
+  out = interpreted(f, x, words, scales)
+  of_tiles = out.reshape(m, times, tile)
+  assert np.nanmax(out) > 1  # one row of w is NaN
+  np.testing.assert_array_equal(of_tiles, of_tiles[:, :1].repeat(times, axis=1))
 
 
 @pytest.mark.parametrize(

@@ -432,7 +432,7 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
     check_fp8(problem, device)
     if rows > MAX_GROUP_SUMS_ROWS:
       raise Unsupported(f"{rows} rows of x, and of mxfp8 it is for at most {MAX_GROUP_SUMS_ROWS}")
-  blockdiag, padded_m = None, max(8, power_of_two_from(rows))  # the TMA moves 8 rows at a time
+  blockdiag, padded_m = None, 8 * cdiv(rows, 8)  # the TMA moves 8 rows at a time
   if mainloop == "blockdiag":
     blockdiag = BlockDiagonal(power_of_two_from(rows))
     padded_m = blockdiag.columns

@@ -32,7 +32,6 @@ from jaxqq._kernels.hopper.tiles import (
   WideTiles,
   cdiv,
   num_group_tiles,
-  power_of_two_from,
 )
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, RaggedProblem, tiles_of_a_group
@@ -139,7 +138,7 @@ def _skinny(problem: RaggedProblem, device: Device) -> RaggedPlan:
   if not problem.is_packed:
     raise Unsupported("w is not packed")
   rows = math.ceil(1.25 * own.m)
-  if power_of_two_from(rows) > MAX_TILE_ROWS:
+  if rows > MAX_TILE_ROWS:
     raise Unsupported(
       f"groups have {own.m} rows on average, and it is for tiles of up to {MAX_TILE_ROWS}"
     )

@@ -14,7 +14,9 @@ A CTA has 64 rows of w at a time and all of k, in blocks that go round its compu
 - A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, 64 rows of w by all of x. The
   mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums`, `in_order`,
   `quantized`.
-- Warpgroup 0 adds the sums of the others to its own, always in the same order, and stores them.
+- One warpgroup adds the sums of the others to its own and stores them: of a CTA's first tile
+  warpgroup 0, of its second one warpgroup 1, and so on. So all have the same work. Sums are added
+  in pairs that are the same whoever adds them, and so are the bits.
 - Where w has so few rows that half of the SMs or more would idle, a cluster of CTAs has 64 rows
   together, each a part of k, and adds up its sums (`ptx/cluster.py`).
 """
@@ -105,13 +107,13 @@ class Operands:
 class Scratch:
   x: Any  # (stages, padded_m, columns), or in rows (stages, .., padded_m, 128 bytes)
   w: Any  # (stages, 64, words or numbers), or in rows (stages, .., 64, 128 bytes)
-  sums: Any  # of all warpgroups but the first
+  sums: Any  # that warpgroups hand over, a slot each
   scales: Any
   x_scales: Any
   cta_sums: Any  # that the first CTA of a cluster reads
   full: Any
   empty: Any
-  sums_full: Any
+  sums_full: Any  # one for each warpgroup that adds up
   sums_empty: Any
 
 
@@ -225,7 +227,7 @@ class _SkinnyGemm:
       cta_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
       full=plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
       empty=plgpu.Barrier(num_barriers=stages),
-      sums_full=plgpu.Barrier(num_arrivals=workers - 1),
+      sums_full=plgpu.Barrier(num_barriers=workers, num_arrivals=workers - 1),
       sums_empty=plgpu.Barrier(),
     )
 
@@ -276,16 +278,12 @@ class _Cta:
         with jax.named_scope("mainloop"):
           sums = self.own_sums(t)
         with jax.named_scope("epilogue"):
-          lax.cond(warpgroup == 0, self.add_up, self.hand_over, sums, t)
+          pl.when(t > 0)(self.wait_for_slots)
+          adder = self.adder(t)
+          lax.cond(warpgroup == adder, self.add_up, self.hand_over, sums, t, adder)
 
-      # No mbarrier is mid-phase at exit. Without groups, every CTA has a tile.
-      handed_over = warpgroup > 0
-      if kernel.has_groups:
-        handed_over &= self.walk.num_tiles > 0
-
-      @pl.when(handed_over)
-      def _drain() -> None:
-        plgpu.barrier_wait(self.smem.sums_empty)
+      # No mbarrier is mid-phase at exit.
+      pl.when(self.walk.num_tiles > 0)(self.wait_for_slots)
 
       groups = self.gmem.groups
       if groups is not None:
@@ -425,18 +423,30 @@ class _Cta:
 
   # The epilogue
 
-  def hand_over(self, sums: Any, t: Any) -> None:
-    @pl.when(t > 0)
-    def _wait() -> None:
-      plgpu.barrier_wait(self.smem.sums_empty)
+  def adder(self, t: Any) -> Any:
+    """The warpgroup that adds up the sums of this CTA's t-th tile."""
+    return lax.rem(t, jnp.int32(self.tiles.compute_warpgroups))
 
-    self.smem.sums[self.warpgroup - 1] = sums
-    plgpu.barrier_arrive(self.smem.sums_full)
+  def wait_for_slots(self) -> None:
+    """Until the sums of the tile before are read: all do, and so see all the barrier's phases."""
+    plgpu.barrier_wait(self.smem.sums_empty)
 
-  def add_up(self, sums: Any, t: Any) -> None:
-    plgpu.barrier_wait(self.smem.sums_full)
-    for i in range(self.tiles.compute_warpgroups - 1):
-      sums += plgpu.load(self.smem.sums.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
+  def hand_over(self, sums: Any, t: Any, adder: Any) -> None:
+    del t
+    self.smem.sums[(self.warpgroup ^ adder) - 1] = sums
+    plgpu.barrier_arrive(self.smem.sums_full.at[adder])
+
+  def add_up(self, sums: Any, t: Any, adder: Any) -> None:
+    plgpu.barrier_wait(self.smem.sums_full.at[adder])
+
+    def of_other(distance: int) -> Any:
+      """The sums of warpgroup `adder ^ distance`."""
+      ref = self.smem.sums.at[distance - 1]
+      return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+
+    sums = sums + of_other(1)
+    if self.tiles.compute_warpgroups == 4:
+      sums = sums + (of_other(2) + of_other(3))
     plgpu.barrier_arrive(self.smem.sums_empty)
     if self.tiles.cluster > 1:
       self.smem.cta_sums[...] = sums
