@@ -12,8 +12,9 @@ import jax
 import pytest
 
 from jaxqq.bench import __main__ as bench
-from jaxqq.bench import compile_ahead, kept, measure, report, results_page
+from jaxqq.bench import kept, measure, report, results_page
 from jaxqq.bench.cases import LLAMA, MODELS, SUITES, Case, covering, is_survey, select
+from jaxqq.bench.compile_ahead import CompileAhead
 from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.peers import CUBLAS, implementations
 from jaxqq.bench.summary import group, summary
@@ -39,7 +40,7 @@ def measured(monkeypatch):
     return measure._with_ratios([dataclasses.replace(row, gbps=1.0) for row in rows])
 
   monkeypatch.setattr(bench, "run_case", run_case)
-  monkeypatch.setattr(bench, "compile_ahead", lambda *_: None)
+  monkeypatch.setattr(CompileAhead, "begin", lambda *_: None)
   return cases
 
 
@@ -64,6 +65,12 @@ def test_every_shape_comes_early():
   assert covering([]) == [] and covering(cases[:1]) == cases[:1]
 
 
+def compile_ahead(compared, *settings, **more):
+  with CompileAhead(*settings, **more) as ahead:
+    ahead.begin(compared)
+    ahead.finish()
+
+
 @pytest.fixture
 def compilations_are_logged():
   """In every thread, which `jax.log_compiles` is not."""
@@ -77,7 +84,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again(compilations_are_logged, c
   compared = implementations(case, ["cublas"])
   timer = dataclasses.replace(CPU, rotate_bytes=5 * 48 * 96 * 2)
   with caplog.at_level(logging.WARNING):
-    compile_ahead.compile_ahead({case: compared}, timer)
+    compile_ahead({case: compared}, timer)
     ahead = re.findall("Finished XLA compilation of (.*?) in", caplog.text)
     caplog.clear()
     rows = measure.run_case(case, compared, timer, measure.Settings(seconds=0.01, rounds=2))
@@ -93,10 +100,10 @@ def test_what_cannot_be_compiled_ahead_is_left_to_the_measurement():
   case = Case("packed", "nvfp4", 40, 48, 64)
   mine = implementations(case, ["none"])[0]
   broken = [dataclasses.replace(mine, run=fail), dataclasses.replace(mine, prepare=fail)]
-  compile_ahead.compile_ahead({case: broken}, CPU)
+  compile_ahead({case: broken}, CPU)
   begun = []
   late = dataclasses.replace(mine, run=lambda *operands: begun.append(operands))
-  compile_ahead.compile_ahead({case: [late]}, CPU, deadline=time.monotonic())
+  compile_ahead({case: [late]}, CPU, deadline=time.monotonic())
   assert not begun
 
 

@@ -15,7 +15,7 @@ from jaxqq._formats import FORMATS
 from jaxqq.bench import kept, moe, report
 from jaxqq.bench.cases import FORMS, MODES, SUITES, Case, covering, is_survey, select
 from jaxqq.bench.chain import with_chains
-from jaxqq.bench.compile_ahead import compile_ahead
+from jaxqq.bench.compile_ahead import CompileAhead
 from jaxqq.bench.measure import Row, Settings, Timer, make_timer, run_case
 from jaxqq.bench.peers import PEERS, Implementation, implementations
 from jaxqq.bench.summary import summary
@@ -131,14 +131,21 @@ def _in_time(
   together: int,
 ) -> Iterator[Case]:
   """The cases until the deadline; their programs are compiled before, if several `together`."""
-  for first in range(0, len(cases), together):
-    batch = cases[first : first + together]
-    if together > 1:
-      compile_ahead({case: compared[case] for case in batch}, timer, deadline)
-    for case in batch:
-      if time.monotonic() >= deadline:
-        return
-      yield case
+  batches = [cases[first : first + together] for first in range(0, len(cases), together)]
+  with CompileAhead(timer, deadline) as ahead:
+
+    def begin(batch: Sequence[Case]) -> None:
+      if together > 1:
+        ahead.begin({case: compared[case] for case in batch})
+
+    begin(cases[:together])
+    for i, batch in enumerate(batches, 1):
+      ahead.finish()
+      begin(cases[i * together : (i + 1) * together])
+      for case in batch:
+        if time.monotonic() >= deadline:
+          return
+        yield case
 
 
 def _what_is_left(

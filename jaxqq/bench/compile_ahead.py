@@ -1,8 +1,11 @@
 """Compiles the programs of several cases side by side, before they are measured.
 
+    threads   | compile jaxqq's of cases 1 to 16 | ... of 17 to 32 | ... of 33 to 48 |
+    measuring |                  compile peers'  | measure 1 to 16 | peers' | measure 17 to 32 | ...
+
 XLA compiles without Python's lock. A program that was compiled for shapes is what a call with
-arrays of these shapes then finds in JAX's cache. Nothing is measured meanwhile: where XLA tries
-several algorithms for a product, it runs them on the device.
+arrays of these shapes then finds in JAX's cache. Nothing is measured while a peer's program is
+compiled: where XLA tries several algorithms for a product, it runs them on the device.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import functools
 import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -27,44 +30,63 @@ MAX_THREADS = 16
 _Lower = Callable[[], Any]
 
 
-def compile_ahead(
-  compared: Mapping[Case, Sequence[Implementation]], timer: Timer, deadline: float = float("inf")
-) -> None:
-  """Compiles what `run_case` runs.
+class CompileAhead:
+  """Compiles what `run_case` runs, on threads that end with its context.
 
   Args:
-    compared: the cases, and what is measured of each.
-    timer: that they are measured with.
+    timer: that the cases are measured with.
     deadline: of `time.monotonic`, after which no compilation is begun.
   """
 
-  def compile_one(lower: _Lower) -> None:
-    if time.monotonic() >= deadline:
+  def __init__(self, timer: Timer, deadline: float = float("inf")):
+    self._timer, self._deadline = timer, deadline
+    self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    self._begun: list[Future[None]] = []
+    self._in_turn: list[_Lower] = []
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._pool.shutdown(cancel_futures=True)
+
+  def begin(self, compared: Mapping[Case, Sequence[Implementation]]) -> None:
+    """Has the threads compile programs of cases, whatever is measured meanwhile.
+
+    Args:
+      compared: the cases, and what is measured of each.
+    """
+    together: dict[Hashable, _Lower] = {}
+    in_turn: dict[Hashable, _Lower] = {}  # what XLA may try out on the device
+    for case, implementations in compared.items():
+      together |= _operands_and_checks(case)
+      for implementation in implementations:
+        try:
+          specs, number = prepared(case, implementation, self._timer, len(implementations))
+        except Exception:
+          continue  # as in _compile
+        if isinstance(implementation.prepare, PackLast):
+          together |= _program(implementation.prepare.pack, operand_specs(case)[-1])
+        programs = together if implementation.name.startswith("jaxqq") else in_turn
+        programs |= _program(chained(implementation.run), [specs] * number)
+    self._in_turn += in_turn.values()
+    self._begun += [self._pool.submit(self._compile, lower) for lower in together.values()]
+
+  def finish(self) -> None:
+    """Compiles the others, one after the other, and waits for the threads."""
+    for lower in self._in_turn:
+      self._compile(lower)
+    for each in self._begun:
+      each.result()
+    self._in_turn, self._begun = [], []
+
+  def _compile(self, lower: _Lower) -> None:
+    if time.monotonic() >= self._deadline:
       return
     try:
       lower().compile()
     except Exception:
       return  # the case meets the error again, and makes a row of it
-
-  together: dict[Hashable, _Lower] = {}
-  in_turn: dict[Hashable, _Lower] = {}  # what XLA may try out on the device
-  for case, implementations in compared.items():
-    together |= _operands_and_checks(case)
-    for implementation in implementations:
-      try:
-        specs, number = prepared(case, implementation, timer, len(implementations))
-      except Exception:
-        continue  # as in compile_one
-      if isinstance(implementation.prepare, PackLast):
-        together |= _program(implementation.prepare.pack, operand_specs(case)[-1])
-      programs = together if implementation.name.startswith("jaxqq") else in_turn
-      programs |= _program(chained(implementation.run), [specs] * number)
-  threads = min(MAX_THREADS, os.cpu_count() or 1)
-  with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as single:
-    done = [single.submit(compile_one, lower) for lower in in_turn.values()]
-    done += [pool.submit(compile_one, lower) for lower in together.values()]
-  for each in done:
-    each.result()
 
 
 def _operands_and_checks(case: Case) -> dict[Hashable, _Lower]:
