@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -134,6 +136,34 @@ def test_the_term_of_one_pair_by_hand():
   # x in other units.
   np.testing.assert_allclose(fp8.term(codes, scales + 10, *ones), 1024 * term)
   assert codes.view(ml_dtypes.float8_e4m3fn)[0, 32] == 1.125
+
+
+@pytest.mark.parametrize("kind", ["groups far apart", "outliers"])
+def test_the_terms_of_whole_matrices(kind, monkeypatch):
+  """Are those of all pairs; and a verdict by them, of many elements, says the same."""
+  case = Case(Program("mxfp8", 20, 30, 512), kind, "heavy tails")
+  out, arrays, rules = right_product(case)
+  x, w = (
+    bounds.Quantized(codes, scales, "mxfp8")
+    for codes, scales in ((arrays.x_codes, arrays.x_scales), (arrays.w_codes, arrays.w_scales))
+  )
+  at = np.argwhere(np.ones(out.shape, bool))
+  pairs = bounds.fp8_terms(x, w, at, np.dtype(np.float32), sums=False).reshape(out.shape)
+  np.testing.assert_allclose(fp8.rebasing_terms(x, w), pairs, rtol=1e-9)
+  assert (pairs > 0).any()
+
+  rules = dataclasses.replace(rules, fp8=True)
+  comparison = bounds.compare(out, x, w, arrays.alpha, rules)
+  beyond = (comparison.exact + 1.5 * comparison.bound).astype(out.dtype)
+  far = (comparison.exact + 4 * (comparison.bound + pairs)).astype(out.dtype)
+  for got in (out, beyond, far):
+    verdict = products.verdict_on(got, arrays, rules)
+    with monkeypatch.context() as patched:
+      patched.setattr(bounds, "_MANY", 0)
+      by_matrices = products.verdict_on(got, arrays, rules)
+    assert by_matrices.wrong == verdict.wrong
+    assert by_matrices.worst >= verdict.worst
+  assert verdict.wrong
 
 
 # What is drawn

@@ -13,6 +13,8 @@ without one difference (`test_kernels_fp8.py` has a GPU do it again).
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -85,6 +87,15 @@ def rebasing_term(x: tuple[np.ndarray, np.ndarray], w: tuple[np.ndarray, np.ndar
   return (dx * np.abs(w[0]) + np.abs(x[0]) * dw + dx * dw).sum(axis=-1)
 
 
+def rebasing_terms(x: Any, w: Any) -> np.ndarray:
+  """The same of whole matrices (..., m, K) and (..., n, K), each with its codes and scales."""
+  (x_exact, x_code), (w_exact, w_code) = (rebased(a.codes, a.scales) for a in (x, w))
+  dx, dw = np.abs(x_exact - x_code), np.abs(w_exact - w_code).swapaxes(-1, -2)
+  lost = dx @ np.abs(w_exact).swapaxes(-1, -2) + (np.abs(x_exact) + dx) @ dw
+  exponents = row_exponent(x.scales)[..., :, None] + row_exponent(w.scales)[..., None, :]
+  return np.ldexp(lost, exponents)
+
+
 def term(
   x_codes: np.ndarray,
   x_scales: np.ndarray,
@@ -100,5 +111,10 @@ def term(
   x, w = rebased(x_codes, x_scales), rebased(w_codes, w_scales)
   lost = rebasing_term(x, w)
   if sums:
-    lost = lost + chains(x[1], w[1])[1].sum(axis=-1)
+    lost = lost + lost_by_sums(x[1], w[1])
   return np.ldexp(lost, row_exponent(x_scales) + row_exponent(w_scales))
+
+
+def lost_by_sums(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+  """At most, of P pairs of rows of rebased codes."""
+  return chains(x, w)[1].sum(axis=-1)
