@@ -6,7 +6,6 @@ import functools
 import math
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
 from jaxqq._kernels.hopper.tiles import Grid
 from jaxqq._kernels.hopper.tiles import WideTiles as T
 from tests.support import oracle
+from tests.support.interpreter import interpreted_kernels
 from tests.support.kernels import (
   BF16,
   E4M3,
@@ -432,7 +432,7 @@ def interpreted_operand(words, scales, mainloop):
   def split(a):
     return a.reshape(n // 64, 64, steps, -1).swapaxes(1, 2)
 
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+  with interpreted_kernels():
     out = jax.jit(jax.vmap(jax.vmap(a_tile)))(split(words), split(scales))
   return np.asarray(out.swapaxes(1, 2).reshape(n, -1).astype(F32)).astype(np.float64)
 

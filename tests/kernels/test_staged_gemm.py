@@ -17,13 +17,13 @@ from tests.support import oracle
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from jaxqq._kernels.hopper import staged_gemm
 from jaxqq._kernels.hopper.dequant_gemm import Operands
 from jaxqq._kernels.hopper.quantize.groups import Window
 from jaxqq._kernels.hopper.tiles import STAGED_BLOCK_N, Grid
 from jaxqq._kernels.hopper.tiles import WideTiles as T
+from tests.support.interpreter import interpreted_kernels
 from tests.support.kernels import (
   BF16,
   E4M3,
@@ -51,8 +51,7 @@ CASES = {
 
 
 def interpreted(f, *args):
-  params = plgpu.InterpretGPUParams()
-  with plgpu.force_gpu_interpret_mode(params):
+  with interpreted_kernels():
     return np.asarray(jax.jit(f)(*jax.tree.map(jnp.asarray, args)))
 
 

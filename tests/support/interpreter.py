@@ -8,15 +8,41 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import jax
+import numpy as np
+from jax._src import callback as callbacks
 
 from jaxqq import _explain, _kernels, _primitive, _ragged, _ragged_primitive
 from jaxqq._kernels import ragged as ragged_kernels
 
 if jax.__version_info__ >= (0, 11):
   import jax.experimental.pallas.mosaic_gpu as plgpu
+  from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+
+def _callback(*args: Any, callback: Any, **_: Any) -> Any:
+  """`io_callback_impl` for arrays of numpy. JAX's puts each on a device, the longer part of it."""
+  return jax.tree.map(np.asarray, callback(*(np.asarray(a)[()] for a in args)))
+
+
+@contextlib.contextmanager
+def interpreted_kernels(*, detect_races: bool = False) -> Iterator[None]:
+  """Within it Mosaic GPU's kernels are interpreted."""
+  to_int = getattr(shared_memory, "_to_int", int)  # of arrays of JAX
+
+  def number(a: Any) -> Any:
+    return a.item() if isinstance(a, np.generic) else to_int(a)
+
+  params = plgpu.InterpretGPUParams(detect_races=detect_races)
+  with (
+    mock.patch.object(callbacks, "io_callback_impl", _callback),
+    mock.patch.object(shared_memory, "_to_int", number, create=True),
+    plgpu.force_gpu_interpret_mode(params),
+  ):
+    yield
 
 
 def _as_on_a_gpu(operands, *, mode, out_dtype, backward, **how):
@@ -51,5 +77,5 @@ def interpreted(*, sms: int = 2) -> Iterator[None]:
       (_kernels, "device_of", device_of),
     ):
       stack.enter_context(mock.patch.object(module, name, value))
-    stack.enter_context(plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()))
+    stack.enter_context(interpreted_kernels())
     yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,6 +15,7 @@ from jaxqq._kernels import Device, Problem
 from jaxqq._kernels.hopper.plan import SkinnyPlan
 from jaxqq._reference import Operands
 from tests.support import oracle
+from tests.support.interpreter import interpreted_kernels
 
 needs_kernels = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
@@ -34,7 +34,7 @@ SMS = 2  # of the device that kernels are run for: each CTA walks over several t
 
 
 def interpreted(f, *args):
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+  with interpreted_kernels(detect_races=True):
     return jax.tree.map(np.asarray, f(*jax.tree.map(jnp.asarray, args)))
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import ml_dtypes
 import numpy as np
 
 from jaxqq._formats import FORMATS
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from tests.support import oracle
+from tests.support.interpreter import interpreted_kernels
 
 MX = FORMATS["mxfp8"]
 
 
 def interpreted(f, *args):
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+  with interpreted_kernels():
     return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
 
