@@ -110,6 +110,14 @@ their time.""",
     "python -m jaxqq.bench --suite models",
   ),
   Section(
+    "Weights alone at the layers of many models on an H200",
+    ("h200_weights.json",),
+    """\
+`quantized_matmul`: packed w, x in bfloat16 as it is. Tables as above. Of 16 rows few shapes are
+measured yet.""",
+    "python -m jaxqq.bench --suite weights --modes nvfp4 mxfp4 mxfp8",
+  ),
+  Section(
     "Gradients on an H200",
     ("h200_backward.json",),
     """\
