@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 import jaxqq
 from jaxqq import _sharding
 from jaxqq._formats import FORMATS
+from jaxqq.bench.cases import LLAMA, MODELS
 from tests.support import oracle
 
 if jax.__version_info__ < (0, 11):
@@ -20,6 +22,7 @@ if jax.__version_info__ < (0, 11):
 
 from jaxqq._kernels.hopper import staged_gemm
 from jaxqq._kernels.hopper.dequant_gemm import Operands
+from jaxqq._kernels.hopper.plan import PANEL_BYTES, STAGED_WAVE, panel_rows
 from jaxqq._kernels.hopper.quantize.groups import Window
 from jaxqq._kernels.hopper.tiles import STAGED_BLOCK_N, Grid
 from jaxqq._kernels.hopper.tiles import WideTiles as T
@@ -59,10 +62,8 @@ def compiled(f, *args):
   return np.asarray(jax.jit(f)(*jax.tree.map(jnp.asarray, args)))
 
 
-def check(run, name, monkeypatch):
+def check(run, name):
   dtype, out_dtype, m, n, k, rows, tiles = CASES[name]
-  monkeypatch.setattr(staged_gemm, "PANEL_BYTES", rows * k * np.dtype(dtype).itemsize)
-  assert staged_gemm.panel_rows(n, k, dtype) == rows
   rng = np.random.default_rng([m, n, k])
   x = rng.standard_normal((1, m, k)).astype(dtype)
   factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
@@ -81,7 +82,8 @@ def check(run, name, monkeypatch):
   grid = Grid(1, m, n, tiles.block_m, tiles.block_n, SMS)
 
   def f(*args):
-    return staged_gemm.staged_gemm(Operands(*args), FORMATS["mxfp8"], out_dtype, tiles, grid)
+    fmt = FORMATS["mxfp8"]
+    return staged_gemm.staged_gemm(Operands(*args), fmt, out_dtype, tiles, grid, rows)
 
   out = run(f, x, oracle.pack(codes, "mxfp8"), scales, factors, *row_scales)
   assert out.shape == (1, m, n)
@@ -90,13 +92,13 @@ def check(run, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_staged_gemm(name, monkeypatch):
-  check(interpreted, name, monkeypatch)
+def test_staged_gemm(name):
+  check(interpreted, name)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in CASES])
-def test_staged_gemm_on_a_gpu(name, monkeypatch):
-  check(compiled, name, monkeypatch)
+def test_staged_gemm_on_a_gpu(name):
+  check(compiled, name)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +138,35 @@ def test_every_code_is_rebased_on_a_gpu(check):
   check(compiled)
 
 
-def test_panels_are_whole_tiles_that_fit():
-  for n, k, dtype in ((8192, 8192, E4M3), (8192, 8192, F16), (57344, 8192, F16), (128, 32, F16)):
-    rows = staged_gemm.panel_rows(n, k, dtype)
-    assert rows % STAGED_BLOCK_N == 0 and rows <= n
-    assert rows * k * np.dtype(dtype).itemsize <= staged_gemm.PANEL_BYTES
-  assert staged_gemm.panel_rows(8192, 8192, E4M3) == 4096
-  assert staged_gemm.panel_rows(1024, 1 << 20, F16) == STAGED_BLOCK_N
+def waves(grid, rows):
+  return -(-grid.n // rows) * -(-dataclasses.replace(grid, n=rows).num_tiles // grid.num_sms)
+
+
+@pytest.mark.parametrize(("n", "k"), [*MODELS, *LLAMA])
+@pytest.mark.parametrize("m", [3072, 4096, 8192])
+@pytest.mark.parametrize("function", [jaxqq.qqmm, jaxqq.quantized_matmul])
+def test_panels_are_whole_tiles_that_fit(n, k, m, function):
+  """And leave few SMs idle: in 16 panels of half a wave each a product takes twice the time."""
+  x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((n, k // 4), np.uint32), jax.ShapeDtypeStruct((n, k // 32), np.uint8)
+  plan = jaxqq.explain(function, x, *w, mode="mxfp8", device="cuda").plan.kernel
+  if plan.kernel != "staged_gemm":
+    assert n % STAGED_BLOCK_N or (function, k) == (jaxqq.quantized_matmul, 28672)
+    return
+  rows, itemsize = plan.panel_rows, 1 if plan.fp8 else 2
+  assert rows % STAGED_BLOCK_N == 0 and STAGED_BLOCK_N <= rows <= n
+  assert rows * k * itemsize <= 2 * PANEL_BYTES
+  assert STAGED_WAVE * waves(plan.grid, rows) <= waves(plan.grid, n)
+
+
+def test_panels_of_some_products():
+  def rows_of(m, n, row_bytes):
+    return panel_rows(Grid(1, m, n, 256, STAGED_BLOCK_N, num_sms=132), row_bytes)
+
+  assert rows_of(4096, 8192, 8192) == 4096  # half of it stays in the cache
+  assert rows_of(4096, 5120, 25600) == 1024  # not 1280, of 160 tiles: of two waves, one full
+  assert rows_of(4096, 8192, 2 * 28672) == 1024  # not 512, of 64 tiles
+  assert rows_of(4096, 1024, 1 << 21) == STAGED_BLOCK_N  # not even one fits
 
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])

@@ -137,7 +137,8 @@ def _run_dequant_gemm(
 
 def _run_staged_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
   problem = plan.problem
-  return staged_gemm.staged_gemm(ready, problem.fmt, problem.out_dtype, plan.tiles, plan.grid)
+  how = plan.tiles, plan.grid, plan.panel_rows
+  return staged_gemm.staged_gemm(ready, problem.fmt, problem.out_dtype, *how)
 
 
 _KERNELS = {

@@ -100,8 +100,15 @@ class WidePlan:
     return _wide_grid(self.problem, self.tiles, self.device)
 
   @property
+  def panel_rows(self) -> int:
+    """Of w, that `staged_gemm` expands at a time."""
+    return panel_rows(self.grid, self.problem.k * (1 if self.fp8 else 2))
+
+  @property
   def details(self) -> str:
-    staged = ", packed w expanded a panel at a time" if self.kernel == "staged_gemm" else ""
+    staged = ""
+    if self.kernel == "staged_gemm":
+      staged = f", packed w expanded a panel at a time, of {self.panel_rows} rows"
     step = 128 if self.fp8 else 64
     k, group_size = self.problem.k, self.problem.fmt.group_size
     past_end = self.fp8 and self.problem.in_groups  # zeros are loaded
@@ -269,10 +276,41 @@ def check_fp8(problem: Problem, device: Device) -> None:
 # From how many rows of x on packed w of 8 bit codes is expanded a panel at a time: two kernels then
 # expand each number once. Codes of 4 bits are faster in registers at any number of rows.
 STAGED_MIN_ROWS = 3072
+# A wave of CTAs, as a share of one of `dequant_gemm`, the expansion of its panel included.
+STAGED_WAVE = 0.92
+
+
+PANEL_BYTES = 32 << 20  # of expanded w, that stay in an H200's 50 MB of L2 cache
+_PANEL_US = 5.0  # of two launches, before and after their steps
+_MEMORY_BYTES_PER_US = 4e6
+
+
+def panel_rows(grid: Grid, row_bytes: int) -> int:
+  """Rows of w, whole tiles, that `staged_gemm` expands at a time to take least time.
+
+  The last wave of a panel's CTAs may leave most SMs idle. Then a panel of twice what the L2 cache
+  holds is better, though it is written to memory and read again.
+
+  Args:
+    grid: of the whole product.
+    row_bytes: of expanded w.
+  """
+  timed = next(t for t in GEMM if (t.block_m, t.block_n) == (grid.block_m, grid.block_n))
+  blocks = cdiv(grid.n, STAGED_BLOCK_N)
+
+  def time_us(count: int) -> float:
+    panel = dataclasses.replace(grid, n=count * STAGED_BLOCK_N)
+    moved = 2 * panel.n * row_bytes if panel.n * row_bytes > PANEL_BYTES else 0
+    one = timed.time(panel, cdiv(row_bytes, SWIZZLED_BYTES)) + _PANEL_US
+    return cdiv(blocks, count) * (one + moved / _MEMORY_BYTES_PER_US)
+
+  most = 2 * PANEL_BYTES // (row_bytes * STAGED_BLOCK_N)
+  counts = range(max(min(most, blocks), 1), 0, -1)  # of equal times, the first: the fewest panels
+  return STAGED_BLOCK_N * min(counts, key=time_us)
 
 
 def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
-  kernel, mainloop = _wide_kernel(problem, fp8)
+  kernel, mainloop = _wide_kernel(problem, device, fp8)
   candidates, step_k = {  # of k, that costs count
     "ready": (GEMM, 128),
     "packed_e2m1": (DEQUANT_E2M1, 64),
@@ -364,14 +402,24 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
   return None
 
 
-def _wide_kernel(problem: Problem, fp8: bool) -> tuple[Any, Any]:
+def _wide_kernel(problem: Problem, device: Device, fp8: bool) -> tuple[Any, Any]:
   """The fields `kernel` and `mainloop` of a plan."""
   if not problem.is_packed:
     return "gemm", "ready"
   many_rows = problem.batch == 1 and problem.rows >= STAGED_MIN_ROWS
-  if problem.fmt.bits == 8 and many_rows and problem.n % STAGED_BLOCK_N == 0:
+  whole_tiles = problem.n % STAGED_BLOCK_N == 0
+  if problem.fmt.bits == 8 and many_rows and whole_tiles and _staging_pays(problem, device, fp8):
     return "staged_gemm", "ready"
   return "dequant_gemm", "rebased_e4m3" if fp8 else packed_operand(problem)
+
+
+def _staging_pays(problem: Problem, device: Device, fp8: bool) -> bool:
+  """Whether panels leave so few SMs idle that what they save is more."""
+  whole = Grid(1, problem.rows, problem.n, 256, STAGED_BLOCK_N, device.num_sms)
+  rows = panel_rows(whole, problem.k * (1 if fp8 else 2))
+  panel = dataclasses.replace(whole, n=rows)
+  waves = cdiv(problem.n, rows) * cdiv(panel.num_tiles, device.num_sms)
+  return STAGED_WAVE * waves <= cdiv(whole.num_tiles, device.num_sms)
 
 
 def packed_operand(problem: Problem) -> Any:

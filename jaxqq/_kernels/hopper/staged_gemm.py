@@ -5,8 +5,9 @@ kernels run in turn, and each number of w is expanded once (staged dequantizatio
 
     expand w[0:4096]  |  gemm -> out[:, 0:4096]  |  expand w[4096:8192]  |  gemm -> ...
 
-- A panel is written to memory and read again, but is small enough to stay in the L2 cache, and the
-  next one takes its place: there is never more of expanded w than `PANEL_BYTES`.
+- A panel is written to memory and read again, but most are small enough to stay in the L2 cache,
+  and the next one takes its place: there is never more of expanded w. `plan.panel_rows` says how
+  many rows.
 - Expanded, e4m3 codes are rebased to one scale a row; those that must stay exact become 16 bit
   floats (`packed.dequantize`).
 - All panels have the same size, so that the kernels are compiled once: the last one starts early
@@ -37,9 +38,7 @@ from jaxqq._kernels.hopper.quantize.groups import (
   per_group,
 )
 from jaxqq._kernels.hopper.quantize.packed import dequantize
-from jaxqq._kernels.hopper.tiles import STAGED_BLOCK_N, Grid, WideTiles, cdiv
-
-PANEL_BYTES = 32 << 20  # of an H200's 50 MB of L2 cache
+from jaxqq._kernels.hopper.tiles import Grid, WideTiles
 
 _WORDS = View(2, 4)  # of a group: 8 words of four codes
 _CODES = View(2, 16)
@@ -51,11 +50,13 @@ def staged_gemm(
   out_dtype: Any,
   tiles: WideTiles,
   grid: Grid,
+  rows: int,
 ) -> jax.Array:
-  """(1, m, n), as `gemm` has it of expanded w; n is a multiple of STAGED_BLOCK_N."""
-  x, words = operands.x, operands.w
-  m, n, k = x.shape[1], words.shape[1], x.shape[2]
-  rows = panel_rows(n, k, x.dtype)
+  """(1, m, n), as `gemm` has it of expanded w, `rows` at a time.
+
+  n and rows are multiples of STAGED_BLOCK_N.
+  """
+  m, n = operands.x.shape[1], operands.w.shape[1]
   out = jax.freeze(jax.empty_ref(gemm.out_type(1, m, n, out_dtype, tiles)))
   for start in range(0, n, rows):
     first = min(start, n - rows)
@@ -88,13 +89,6 @@ def _with_panel(
   panel = gemm.Operands(x, w[None], operands.alpha, *row_scales, panel=window.first, out=ref)
   gemm.gemm(panel, out.dtype, tiles, dataclasses.replace(grid, n=window.rows))
   return jax.freeze(ref)
-
-
-def panel_rows(n: int, k: int, dtype: Any) -> int:
-  """How many rows of w are expanded at a time, in panels of about the same size."""
-  block_n = STAGED_BLOCK_N
-  most = max(PANEL_BYTES // (k * jnp.dtype(dtype).itemsize) // block_n, 1)
-  return cdiv(n, cdiv(n, most * block_n) * block_n) * block_n
 
 
 def rebased_panel(
