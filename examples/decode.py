@@ -4,6 +4,7 @@
   python examples/decode.py           # the shapes of Llama 3 8B: bfloat16 takes 16 GB of a GPU
   python examples/decode.py --nnx     # the same of layers of Flax, packed by quantize_model
   python examples/decode.py --weights-only --modes bf16 mxfp4 nvfp4     # x stays bfloat16
+  python examples/decode.py --scan    # layers in stacks, under lax.scan: compiles in less time
   python examples/decode.py --tiny    # on a CPU
 
 The decoder is in decoder.py, written by hand, and in decoder_nnx.py as a model of Flax NNX.
@@ -123,10 +124,10 @@ def run(cfg: Config, options: argparse.Namespace) -> tuple[Result, np.ndarray]:
   return result, timed[batches.index(max(batches))][1]
 
 
-def maker(nnx: bool) -> tuple[Callable[..., Any], str]:
+def maker(nnx: bool, scan: bool) -> tuple[Callable[..., Any], str]:
   """What makes the model, and what tables add to its name."""
   if not nnx:
-    return decoder.make_params, ""
+    return decoder.make_params, ", scan" if scan else ""
   try:
     from decoder_nnx import make_model
   except ImportError:
@@ -173,6 +174,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add("--tiny", action="store_true", help="a small model, for a CPU")
   add("--nnx", action="store_true", help="the decoder as a model of Flax NNX")
+  add("--scan", action="store_true", help="layers in stacks, under lax.scan (not with --nnx)")
   add("--layers", type=int, help="that many, instead of the shape's")
   add("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
   add("--modes", nargs="+", default=list(MODES), choices=CHOICES, help="which models")
@@ -198,7 +200,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if not path.is_file():
       parser.error(f"--show must be a file that --json wrote, got {str(path)!r}.")
   cfg = decoder.TINY if given.tiny else Config()
-  given.cfg = dataclasses.replace(cfg, layers=given.layers or cfg.layers)
+  if given.scan and given.nnx:
+    parser.error("--scan must be without --nnx, whose layers are modules of their own.")
+  given.cfg = dataclasses.replace(cfg, layers=given.layers or cfg.layers, scan=given.scan)
   given.modes = [mode for mode in CHOICES if mode in given.modes]  # bf16, the reference, is first
   given.batches = list(dict.fromkeys(given.batches))
   return given
@@ -213,10 +217,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
     return content
   if tqdm is None:
     sys.exit(f"decode needs tqdm: {INSTALL}")
-  options.make, options.suffix = maker(options.nnx)
+  options.make, options.suffix = maker(options.nnx, options.cfg.scan)
   settings = {name: getattr(options, name) for name in ("tokens", "prompt", "repeats", "seed")}
   sizes = dataclasses.asdict(options.cfg)
-  del sizes["mode"], sizes["quantize_input"]
+  for name in ("mode", "quantize_input", "scan"):
+    del sizes[name]
   header = make_header("wall clock, until results are ready", model=sizes, **settings)
   print(" ".join(f"{name}={value}" for name, value in header.items()), flush=True)
   content, reference = {"header": header, "models": []}, None

@@ -49,6 +49,7 @@ class Config:
   dtype: str = "bfloat16"
   mode: str = UNQUANTIZED
   quantize_input: bool = True  # else linear layers multiply x as it is
+  scan: bool = False  # layers are in stacks, and `lax.scan` goes over them
 
   def linears(self) -> dict[str, tuple[int, int, float]]:
     """N, K and the standard deviation of each linear layer in a block."""
@@ -98,11 +99,7 @@ def keys_of(cfg: Config, seed: int) -> list[jax.Array]:
 
 
 def make_params(cfg: Config, seed: int, made: Callable[[], Any] = lambda: None) -> Params:
-  """The model, each layer in arrays of its own; calls `made` after each layer.
-
-  `lax.scan` over stacked layers would cut out, and so copy, a layer's weights for every token: a
-  kernel reads whole arrays. (`QuantizedWeight.layer` has it read one of a stack instead.)
-  """
+  """The model, each layer in arrays of its own, or all in stacks; calls `made` after each layer."""
 
   def make(key: jax.Array, n: int, k: int, std: float) -> Params:
     w = random_matrix(key, n, k, std, cfg.dtype)
@@ -116,12 +113,45 @@ def make_params(cfg: Config, seed: int, made: Callable[[], Any] = lambda: None) 
     return layer
 
   *layer_keys, embed_key, head_key = keys_of(cfg, seed)
+  layers: Any = [make_layer(key) for key in layer_keys]
   return {
     "embed": random_matrix(embed_key, cfg.vocab, cfg.hidden, 1.0, cfg.dtype),
-    "layers": [make_layer(key) for key in layer_keys],
+    "layers": stacked(layers, cfg) if cfg.scan else layers,
     "norm": jnp.ones((cfg.hidden,), cfg.dtype),
     "head": make(head_key, cfg.vocab, cfg.hidden, cfg.hidden**-0.5),
   }
+
+
+def stacked(layers: list[Params], cfg: Config) -> Params:
+  """All layers in one: the arrays of each name in a stack. Empties the list."""
+  names = list(layers[0])
+  of_names = {name: [layer.pop(name) for layer in layers] for name in names}
+  layers.clear()
+  stack = {}
+  for name in names:
+    own = jax.tree.map(lambda *arrays: jnp.stack(arrays), *of_names.pop(name))
+    if isinstance(own, dict) and "scales" in own:
+      own = jaxqq.QuantizedWeight(
+        own["w"], own["scales"], cfg.mode, own.get("global_scale_w"), cfg.dtype
+      )
+    stack[name] = jax.block_until_ready(own)
+  return stack
+
+
+def layer_of(stack: Params, index: jax.Array, cfg: Config) -> Params:
+  """A layer of `stacked`, as `block` takes it.
+
+  `weight[index]` would copy a packed matrix for every token, since a kernel reads whole arrays.
+  `weight.layer(index)` has it read one of the stack where that is.
+  """
+
+  def own(weight: Any) -> Any:
+    if not isinstance(weight, jaxqq.QuantizedWeight):
+      return jax.tree.map(lambda a: a[index], weight)
+    scale = {"global_scale_x": jnp.float32(ACTIVATION_AMAX)} if cfg.mode == "nvfp4" else {}
+    return {"w": weight.layer(index), **scale}
+
+  return {name: own(weight) for name, weight in stack.items()}
 
 
 def num_bytes(tree: Any) -> int:
@@ -144,8 +174,8 @@ def linear(x: jax.Array, w: Params, cfg: Config) -> jax.Array:
     return out.astype(x.dtype)
   if cfg.quantize_input:
     return jaxqq.qqmm(x, mode=cfg.mode, **w)
-  scale = w.get("global_scale_w")
-  return jaxqq.quantized_matmul(x, w["w"], w["scales"], mode=cfg.mode, global_scale=scale)
+  scales, scale = w.get("scales"), w.get("global_scale_w")
+  return jaxqq.quantized_matmul(x, w["w"], scales, mode=cfg.mode, global_scale=scale)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -215,7 +245,10 @@ def block(
 
 def empty_cache(cfg: Config, batch: int, length: int) -> Cache:
   """Keys and values of each layer, (batch, kv_heads, length, head_size), and how many are there."""
-  sizes = (batch, cfg.kv_heads, length, cfg.head_size)
+  sizes: tuple[int, ...] = (batch, cfg.kv_heads, length, cfg.head_size)
+  if cfg.scan:
+    stack = tuple(jnp.zeros((cfg.layers, *sizes), cfg.dtype) for _ in "kv")
+    return {"layers": stack, "length": jnp.int32(0)}
   layers = [tuple(jnp.zeros(sizes, cfg.dtype) for _ in "kv") for _ in range(cfg.layers)]
   return {"layers": layers, "length": jnp.int32(0)}
 
@@ -227,6 +260,14 @@ def forward(
   """Appends tokens (batch, seq) to what the cache holds; the hidden states (batch, seq, hidden)."""
   positions = cache["length"] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
   x = params["embed"][tokens]
+  if cfg.scan:
+
+    def body(x: jax.Array, of_layer: tuple[jax.Array, KeysValues]) -> Any:
+      layer = layer_of(params["layers"], of_layer[0], cfg)
+      return block(layer, of_layer[1], x, positions, cfg)[::-1]
+
+    x, layers = lax.scan(body, x, (jnp.arange(cfg.layers), cache["layers"]))
+    return {"layers": layers, "length": cache["length"] + tokens.shape[1]}, x
   layers = []
   for layer, keys_values in zip(params["layers"], cache["layers"], strict=True):
     keys_values, x = block(layer, keys_values, x, positions, cfg)

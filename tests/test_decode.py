@@ -179,6 +179,44 @@ def test_the_model_of_flax_is_the_same(mode, quantize_input):
   assert all(type(layer) is (QQLinear if mode in PACKED else nnx.Linear) for layer in linears)
 
 
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize(
+  ("mode", "quantize_input"), [*((mode, True) for mode in MODES), ("mxfp4", False)]
+)
+def test_layers_in_stacks_are_the_same(mode, quantize_input):
+  """Tokens, bytes, and logits but for the order of sums."""
+  own = dataclasses.replace(config(mode), quantize_input=quantize_input)
+  results = []
+  for cfg in (own, dataclasses.replace(own, scan=True)):
+    params = decoder.make_params(cfg, 3)
+    cache, logits = decoder.prefill(params, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
+    _, tokens = decoder.decode(params, cache, decoder.greedy(logits), STEPS, cfg)
+    results.append((logits, tokens, decoder.linear_bytes(params)))
+  (logits, tokens, size), (of_stack, tokens_of_stack, size_of_stack) = results
+  assert oracle.relative_error(of_stack, logits) < (1e-5 if mode == "bf16" else TOLERANCE["mxfp8"])
+  np.testing.assert_array_equal(tokens_of_stack, tokens)
+  scales_of_x = 4 * 4 * own.layers if mode == "nvfp4" else 0  # float32, beside each linear layer
+  assert size_of_stack == size - scales_of_x
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
+@pytest.mark.parametrize("mode", PACKED)
+def test_no_layer_of_a_stack_is_copied(mode):
+  """On a GPU: a kernel reads one of the packed matrices where they are."""
+  cfg = dataclasses.replace(decoder.Config(), layers=3, vocab=128, mode=mode, scan=True)
+  params = jax.eval_shape(lambda: decoder.make_params(cfg, 3))
+  cache = jax.eval_shape(lambda: decoder.empty_cache(cfg, BATCH, 8))
+  token = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+  traced = decoder.decode.trace(params, cache, token, STEPS, cfg)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "jaxqq_skinny_gemm" in text
+  for name, (n, *_) in cfg.linears().items():
+    words = params["layers"][name].packed.shape[-1]
+    assert f"tensor<3x{n}x{words}xui32>" in text
+    for one in (f"tensor<1x{n}x{words}xui32>", f"tensor<{n}x{words}xui32>"):
+      assert one not in text
+
+
 def test_the_cache_is_updated_in_place():
   cfg = config("bf16")
   params = make_params(cfg)
@@ -308,6 +346,16 @@ def test_main_with_weights_only(capsys):
 
 
 @pytest.mark.usefixtures("quick_compiles")
+def test_main_with_layers_in_stacks(capsys):
+  flags = [*SMALL, "--modes", "mxfp8", "--batches", "2"]
+  (one_by_one,), (in_stacks,) = (
+    example.main([*flags, *more])["models"] for more in ([], ["--scan"])
+  )
+  assert ("mxfp8, scan", "2") in [row[:2] for row in rows_of(capsys.readouterr().out)]
+  assert in_stacks["runs"][0]["first_tokens"] == one_by_one["runs"][0]["first_tokens"]
+
+
+@pytest.mark.usefixtures("quick_compiles")
 def test_main_at_some_batches(capsys):
   content = example.main([*SMALL, "--modes", "bf16", "--batches", "2", "1", "2"])
   (model,) = content["models"]
@@ -341,6 +389,7 @@ def test_says_what_computes_the_products(mode, words):
   [
     *(["--layers", "0"], ["--batches", "8", "0"], ["--tokens", "0"], ["--prompt", "-1"]),
     *(["--repeats", "0"], ["--seed", "-1"], ["--json", "/no/such/x.json"], ["--show", "/no.json"]),
+    ["--scan", "--nnx"],
   ],
 )
 def test_refuses_what_cannot_be(flags, capsys):
