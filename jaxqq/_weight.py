@@ -230,9 +230,9 @@ class QuantizedWeight:
     """A matrix of a stack, (L, N, K), for `qqmm` and `quantized_matmul` to read where it is.
 
     `stack[i]` is a copy of the matrix where i is known on the device alone, as in `lax.scan` over
-    layers: a kernel has to have its operand whole. With up to 25 rows of x, N a multiple of 8 and K
-    of 32, the product with `stack.layer(i)` makes none. Beyond that a kernel may prepare all of the
-    stack (mxfp8 rebases its scales, odd sizes are padded), and `stack[i]` be faster.
+    layers: a kernel has to have its operand whole. The product with `stack.layer(i)` makes none
+    where N is a multiple of 8 and K of 64. Else it pads the one matrix. From 26 rows of x on, mxfp8
+    rebases the scales of the one matrix, 1/32 of its bytes.
 
     Args:
       index: an integer, also an array of one, below L; below 0 it counts from the end. Of an int32

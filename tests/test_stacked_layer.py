@@ -110,8 +110,16 @@ def scan_over_layers(x, stack):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
-@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
-def test_no_copy_of_w_for_a_kernel_in_a_scan(mode, monkeypatch):
+@pytest.mark.parametrize(
+  ("mode", "rows", "kernel"),
+  [
+    ("nvfp4", 2, "skinny_gemm"),
+    ("nvfp4", 100, "dequant_gemm"),
+    ("mxfp8", 2, "skinny_gemm"),
+    ("mxfp8", 100, "dequant_gemm"),
+  ],
+)
+def test_no_copy_of_w_for_a_kernel_in_a_scan(mode, rows, kernel, monkeypatch):
   """The kernel has the whole stack as its operand, and no slice of it is taken."""
   from jaxqq import _kernels
 
@@ -120,10 +128,12 @@ def test_no_copy_of_w_for_a_kernel_in_a_scan(mode, monkeypatch):
   k = 1024
   w = jax.ShapeDtypeStruct((8, k, k), jnp.float32)
   stack = jax.eval_shape(lambda w: jaxqq.quantize_weight(w, mode), w)
-  x = jax.ShapeDtypeStruct((2, k), jnp.bfloat16)
+  x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
   traced = jax.jit(scan_over_layers).trace(x, stack)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("jaxqq_skinny_gemm") >= 1
+  assert text.count(f"jaxqq_{kernel}") >= 1
+  rebased = f"tensor<1x{k}x{stack.scales.shape[-1]}xui8>"  # of one layer, not of all
+  assert (rebased in text) == (mode == "mxfp8" and rows > 25)
   words = stack.packed.shape[-1]
   assert f"tensor<8x{k}x{words}xui32>" in text
   for slice_of_w in (f"tensor<1x{k}x{words}xui32>", f"tensor<{k}x{words}xui32>"):

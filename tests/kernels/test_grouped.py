@@ -250,19 +250,28 @@ def test_many_rows(name):
   check(program, cases, "hopper_fp8" if is_fp8 else "hopper_exact")
 
 
-@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
-def test_a_layer_of_stacked_weights(mode):
+@pytest.mark.parametrize(
+  ("mode", "rows", "n", "k", "kernel"),
+  [
+    ("nvfp4", 9, 72, 544, "hopper_skinny"),
+    ("nvfp4", 9, 69, 544, "hopper_skinny"),  # all rows of eight: w is padded
+    ("nvfp4", 70, 72, 144, "hopper_exact"),  # whole steps of k: w is padded
+    ("mxfp8", 9, 72, 544, "hopper_skinny"),
+    ("mxfp8", 40, 72, 192, "hopper_fp8"),  # scales are rebased
+  ],
+)
+def test_a_layer_of_stacked_weights(mode, rows, n, k, kernel):
   """One group has all rows, and its place says which matrix it meets."""
   rng = np.random.default_rng(0)
-  stack = jaxqq.quantize_weight(jnp.asarray(rng.standard_normal((4, 72, 544)), jnp.bfloat16), mode)
-  x = jnp.asarray(rng.standard_normal((9, 544)), jnp.bfloat16)
+  stack = jaxqq.quantize_weight(jnp.asarray(rng.standard_normal((4, n, k)), jnp.bfloat16), mode)
+  x = jnp.asarray(rng.standard_normal((rows, k)), jnp.bfloat16)
   x_hat = oracle.round_trip(np.asarray(x), mode).astype(np.float64)
   how = {"global_scale_x": 2688.0} if mode == "nvfp4" else {}
   for index in (0, 3):
     with interpreted():
       plan = jaxqq.explain(jaxqq.qqmm, x, stack.layer(index), **how).plan
       out = np.asarray(jaxqq.qqmm(x, stack.layer(index), **how))
-    assert plan.name == "hopper_skinny" and plan.kernel.block_m == 16
+    assert plan.name == kernel
     w_hat = np.asarray(stack[index].dequantize(jnp.float32), np.float64)
     oracle.assert_within_bound(out, x_hat @ w_hat.T, np.abs(x_hat) @ np.abs(w_hat).T)
 

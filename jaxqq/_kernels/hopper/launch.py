@@ -34,7 +34,7 @@ from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_pac
 from jaxqq._kernels.hopper.quantize.groups import TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from jaxqq._kernels.hopper.ragged_plan import GradientPlan, RaggedPlan
-from jaxqq._kernels.hopper.tiles import Grid
+from jaxqq._kernels.hopper.tiles import TMA_BYTES, Grid
 from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._quantize import alpha_factors
 from jaxqq._ragged_reference import RaggedOperands
@@ -257,12 +257,39 @@ def ragged(plan: RaggedPlan, operands: RaggedOperands) -> jax.Array:
     scale if scale is not None and scale.size == 1 else own.global_scale_x,
     own.global_scale_w,
   )
+  if problem.all_groups == 1 and problem.batch == 1 and problem.groups > 1:
+    of_all = _without_other_matrices(plan, of_all, -operands.group_offset.reshape(()))
   of_rows = None
   if problem.quantize and problem.scales_by_group:
     of_rows = grouped.scales_of_rows(groups, own.global_scale_x, own.x.shape[0])
   run = _ragged_skinny if isinstance(plan.of_group, SkinnyPlan) else _ragged_wide
   out = run(plan, of_all, of_rows, tiles)
   return out.reshape(*operands.batch_shape, problem.m, problem.n)
+
+
+def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) -> Operands:
+  """Where all rows meet one matrix, that one alone of what is padded or rebased first.
+
+  Kernels take an operand of one matrix as all groups'. Of an index out of range, rows have no
+  tiles.
+  """
+  own, k = plan.of_group, plan.problem.k
+  if operands.scales is None:
+    return operands
+  odd = plan.problem.n % 8 != 0
+  prepares_w, prepares_scales = odd, odd
+  if isinstance(own, WidePlan):
+    prepares_w |= not own.fp8 and k % gemm.step_k(operand_dtype(own.problem)) != 0
+    prepares_scales |= prepares_w or own.fp8 or operands.scales.shape[-1] % TMA_BYTES != 0
+
+  def one(a: Any) -> Any:
+    return lax.dynamic_slice_in_dim(a, index, 1)
+
+  return dataclasses.replace(
+    operands,
+    w=one(operands.w) if prepares_w else operands.w,
+    scales=one(operands.scales) if prepares_scales else operands.scales,
+  )
 
 
 def _ragged_skinny(
