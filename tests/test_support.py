@@ -148,9 +148,12 @@ def test_the_terms_of_whole_matrices(kind, monkeypatch):
     for codes, scales in ((arrays.x_codes, arrays.x_scales), (arrays.w_codes, arrays.w_scales))
   )
   at = np.argwhere(np.ones(out.shape, bool))
-  pairs = bounds.fp8_terms(x, w, at, np.dtype(np.float32), sums=False).reshape(out.shape)
+  rows = x.codes[at[:, 0]], x.scales[at[:, 0]], w.codes[at[:, 1]], w.scales[at[:, 1]]
+  pairs, with_sums = (fp8.term(*rows, sums=sums).reshape(out.shape) for sums in (False, True))
   np.testing.assert_allclose(fp8.rebasing_terms(x, w), pairs, rtol=1e-9)
-  assert (pairs > 0).any()
+  terms = bounds.fp8_terms(x, w, at, np.dtype(np.float32)).reshape(out.shape)
+  np.testing.assert_allclose(terms, with_sums, rtol=1e-9)
+  assert (pairs > 0).any() and (with_sums > pairs).any()
 
   rules = dataclasses.replace(rules, fp8=True)
   comparison = bounds.compare(out, x, w, arrays.alpha, rules)

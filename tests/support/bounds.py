@@ -76,7 +76,8 @@ class Rules:
 class Verdict:
   """How near a product came to its bounds, and what is wrong with it."""
 
-  worst: float  # the largest error / bound; of many with an fp8 term, at least that
+  # The largest error / bound. If many elements need the fp8 term, some bounds are without its sums.
+  worst: float
   plain: float  # the same, the fp8 term left out of the bound
   norm: float  # ||error|| / ||exact||, 0 where nothing bounds it
   wrong: str  # or ''
