@@ -131,7 +131,6 @@ def _in_time(
   together: int,
 ) -> Iterator[Case]:
   """The cases until the deadline; their programs are compiled before, if several `together`."""
-  batches = [cases[first : first + together] for first in range(0, len(cases), together)]
   with CompileAhead(timer, deadline) as ahead:
 
     def begin(batch: Sequence[Case]) -> None:
@@ -139,10 +138,11 @@ def _in_time(
         ahead.begin({case: compared[case] for case in batch})
 
     begin(cases[:together])
-    for i, batch in enumerate(batches, 1):
+    for first in range(0, len(cases), together):
+      following = first + together
       ahead.finish()
-      begin(cases[i * together : (i + 1) * together])
-      for case in batch:
+      begin(cases[following : following + together])
+      for case in cases[first:following]:
         if time.monotonic() >= deadline:
           return
         yield case
