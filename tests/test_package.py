@@ -191,13 +191,14 @@ KERNELS = (
     "__init__",
   ),
   *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
-  *("ptx.rounding", "ptx.reshape", "ptx.scales", "ptx.expand", "ptx.expand_in_order"),
-  *("ptx.loads", "ptx.stores", "ptx.wgmma"),
+  *("ptx.rounding", "ptx.reshape", "ptx.loads", "ptx.scales", "ptx.expand", "ptx.expand_in_order"),
+  *("ptx.expand_sixteens", "ptx.stores", "ptx.wgmma", "ptx.mma"),
   *("pipeline", "epilogue", "quantize.groups", "grouped"),
   *("quantize.codes", "quantize.packed", "quantize.exact", "quantize.rebased"),
   *("quantize.group_rescale", "quantize.columns", "quantize.code_words", "quantize.blockdiag"),
   *("quantize.in_kernel", "mainloops.packed_e2m1", "mainloops.packed_e4m3", "mainloops.expanded"),
   *("mainloops.in_order", "mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
+  "mainloops.sixteens",
   *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "row_sums", "launch", "conversions"),
 )
 

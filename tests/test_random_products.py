@@ -184,7 +184,7 @@ def test_every_kernel_is_among_them():
     assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name
   assert {kernel.tiles.compute_warpgroups for kernel in skinny} == {2, 4}
   assert {kernel.quantizes_x for kernel in skinny} == {True, False}
-  assert len({kernel.mainloop for kernel in skinny}) == 4
+  assert len({kernel.mainloop for kernel in skinny}) == 5
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -59,6 +60,18 @@ CASES = {
   "x as it is, nvfp4, many tiles": ("nvfp4 bf16", F32, (2, 1), 33, 330, 768, T(2, 2, True)),
   "x as it is, nvfp4, float16": ("nvfp4 f16", F16, (1, 2), 17, 70, 768, T(4)),
   "x as it is, mxfp4": ("mxfp4 bf16", BF16, (1, 1), 5, 133, 1536, T(4)),
+  "sixteens, nvfp4": ("nvfp4 bf16", BF16, (1, 1), 1, 133, 1024, T(4)),
+  "sixteens, nvfp4, 128 rows of w": ("nvfp4 bf16", F32, (2, 1), 17, 200, 768, T(4, block_n=128)),
+  "sixteens, nvfp4, float16": ("nvfp4 f16", F32, (1, 2), 16, 330, 768, T(4, 2, True)),
+  "sixteens, mxfp4, 128 rows of w": (
+    "mxfp4 bf16",
+    BF16,
+    (2, 1),
+    5,
+    133,
+    1536,
+    T(4, 2, block_n=128),
+  ),
   "x as it is, mxfp8": ("mxfp8 bf16", BF16, (2, 2), 9, 70, 1024, T(2, 2)),
   "mxfp8": ("mxfp8", BF16, (1, 1), 1, 133, 2560, T(4)),
   "mxfp8, x shared": ("mxfp8", BF16, (1, 3), 8, 66, 1024, T(2, 2)),
@@ -143,6 +156,8 @@ def check_skinny(run, name):
   plan = skinny_plan(
     mode, m, n, k, block, tiles, batch=(bx, bw), blockdiag=blockdiag, x_as_is=x_as_is
   )
+  if name.startswith("sixteens"):
+    plan = dataclasses.replace(plan, mainloop="sixteens")
 
   def f(x, *args):
     return skinny_gemm(Operands(x, *args), m, plan, unit, out_dtype)

@@ -25,6 +25,7 @@ One CTA an SM, with a producer and two to four compute warpgroups (`pipeline.py`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -56,6 +57,7 @@ from jaxqq._kernels.hopper.tiles import (
   scale_slots,
 )
 
+FEW_ROWS = 128  # of x, for which a tile of a group takes less time than with all
 PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
 
 
@@ -173,6 +175,8 @@ class _DequantGemm:
     self.k_steps = cdiv(x.shape[2], mainloop.step_k)  # of all CTAs that share a tile
     sizes = range(8, DEQUANT_STORE + 1, 8)  # rows of x that a CTA stores at a time
     self.store_m = max(s for s in sizes if tiles.own_m % s == 0 and tiles.block_m % s == 0)
+    # Tiles of a group's last rows, of which fewer are loaded and multiplied.
+    self.has_few_rows = self.has_groups and tiles.block_m > FEW_ROWS
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
     self.has_row_scales = operands.x_scales is not None
     self.steps_a_block = SCALES // mainloop.groups  # of scales
@@ -220,7 +224,7 @@ class _DequantGemm:
       if is_staged
       else None,
       cluster.dsmem_buffer(tiles.own_m, others, warpgroups) if others else None,
-      plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=3 + self.has_few_rows),
       plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
     )
 
@@ -283,14 +287,12 @@ class _Cta:
 
       @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:
-        tile = self.walk.tile(t)
-        with jax.named_scope("mainloop"):
-          sums, w_scales = self.sums(tile)
-        with jax.named_scope("epilogue"):
-          if self.tiles.cluster > 1:
-            self.exchange_and_store(sums, w_scales, tile)
-          else:
-            self.store(sums, w_scales, tile, 0)
+        tile, block_m = self.walk.tile(t), self.tiles.block_m
+        if kernel.has_few_rows and isinstance(tile, GroupTile):
+          rows = (functools.partial(self.multiply, tile, count) for count in (FEW_ROWS, block_m))
+          lax.cond(tile.rows <= FEW_ROWS, *rows)
+        else:
+          self.multiply(tile, block_m)
 
       if kernel.ping_pong:  # no barrier mid-phase at exit
         pl.when(warpgroup == 0)(lambda: named_barriers.wait(warpgroup))
@@ -300,6 +302,16 @@ class _Cta:
         with jax.named_scope("zeros"):
           zeros = pipeline.walk_of_zeros(kernel.grid, self.gmem.groups)
           epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.first_row)
+
+  def multiply(self, tile: Tile, rows: int) -> None:
+    """A tile of up to so many rows of x."""
+    with jax.named_scope("mainloop"):
+      sums, w_scales = self.sums(tile, rows)
+    with jax.named_scope("epilogue"):
+      if self.tiles.cluster > 1:
+        self.exchange_and_store(sums, w_scales, tile)
+      else:
+        self.store(sums, w_scales, tile, 0)
 
   # Loads
 
@@ -311,10 +323,20 @@ class _Cta:
     words = pl.ds(ki * mainloop.words, mainloop.words)
     w = gmem.w.at[batch_of(gmem.w, tile.batch), w_rows, words]
     plgpu.copy_gmem_to_smem(w, self.smem.w.at[stage], full)
-    rows = pl.ds(tile.row(self.tiles.block_m), self.tiles.block_m)
+    of_matrix = gmem.x.at[batch_of(gmem.x, tile.batch)]
     ks = pl.ds(ki * mainloop.step_k, mainloop.step_k)
-    x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
-    plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage], full)
+
+    def load_x(first: int, rows: int) -> None:
+      x = of_matrix.at[pl.ds(tile.row(self.tiles.block_m) + first, rows), ks]
+      plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage, pl.ds(first, rows)], full)
+
+    if self.kernel.has_few_rows and isinstance(tile, GroupTile):
+      load_x(0, FEW_ROWS)
+      more = functools.partial(load_x, FEW_ROWS, self.tiles.block_m - FEW_ROWS)
+      pl.when(tile.rows > FEW_ROWS)(more)
+      pl.when(tile.rows <= FEW_ROWS)(lambda: plgpu.barrier_arrive(full))
+    else:
+      load_x(0, self.tiles.block_m)
 
     @pl.when(is_first)
     def _scales() -> None:
@@ -376,7 +398,8 @@ class _Cta:
   def step(self, place: Place, a: Any, total: Any, following: Any) -> tuple[Any, Any]:
     """total + a x_hat^T; meanwhile `following` expands the next step's a."""
     kernel, dtype = self.kernel, self.mainloop.dtype
-    b, empty = self.smem.x.at[place.stage], self.smem.empty.at[place.stage]
+    b = self.smem.x.at[place.stage, pl.ds(0, total.shape[1])]
+    empty = self.smem.empty.at[place.stage]
     if kernel.ping_pong:
       total = wgmma.add_promoted(total, a, b, self.warpgroup, kernel.x_transforms, dtype)
       plgpu.barrier_arrive(empty)
@@ -388,8 +411,8 @@ class _Cta:
     plgpu.barrier_arrive(empty)
     return total + sums if promote else sums, next_a
 
-  def sums(self, tile: Tile) -> tuple[Any, Any]:
-    """Over all steps, (64, block_m), and the scales of the own rows of w."""
+  def sums(self, tile: Tile, rows: int) -> tuple[Any, Any]:
+    """Over all steps, (64, rows), and the scales of the own rows of w."""
 
     def body(_: Any, state: Any) -> Any:
       place, a, total = state
@@ -398,7 +421,7 @@ class _Cta:
       return after, a, total
 
     place = self.first_place(tile)
-    state = place, self.expanded(place), wgmma.zeros(self.tiles.block_m)
+    state = place, self.expanded(place), wgmma.zeros(rows)
     place, a, total = lax.fori_loop(0, self.k_steps - 1, body, state)
     w_scales = None
     if self.kernel.has_row_scales:  # here, so that they arrive while the last step is multiplied

@@ -26,6 +26,7 @@ from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
 from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, packed_operand
+from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import SHIFTS, code_words
@@ -180,6 +181,8 @@ def _unit(plan: SkinnyPlan) -> float:
   unit = math.prod([1 / problem.fmt.largest_value] * count)
   if plan.mainloop == "blockdiag":
     return unit * blockdiag.UNIT
+  if plan.mainloop == "sixteens":
+    return unit * 2.0 ** (0 if problem.fmt.scale_is_power_of_two else E2M1_UNIT)
   if plan.mainloop in ("expanded", "in_order"):
     return unit * 2.0 ** MAINLOOPS[packed_operand(problem)].unit_exponent
   return unit
@@ -227,7 +230,7 @@ def _skinny_x(
     fmt,
     global_scale,
     dtype=operand_dtype(plan.problem),
-    interleave=plan.mainloop != "in_order",
+    interleave=plan.mainloop in ("expanded", "quantized"),
     rows=rows,
     config=TuningConfig(tiles_per_step=1),
   )
@@ -335,7 +338,8 @@ def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> ja
   """x_hat (1, m, k) for the mainloop, by XLA: of rows with global scales of their own, (m,)."""
   problem = plan.of_group.problem
   x_hat = round_trip(x[0][:, None], problem.fmt, of_rows)[:, 0].astype(operand_dtype(problem))
-  if problem.is_packed and packed_operand(problem) == "packed_e2m1":  # interleaved
+  own = plan.of_group
+  if own.mainloop in ("expanded", "packed_e2m1"):  # interleaved
     x_hat = jnp.swapaxes(x_hat.reshape(x_hat.shape[0], -1, 8, 8), -1, -2)
   return x_hat.reshape(1, *x.shape[1:])
 

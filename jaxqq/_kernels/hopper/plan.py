@@ -139,7 +139,7 @@ class SkinnyPlan:
     tiles, problem, device: as of `WidePlan`.
   """
 
-  mainloop: Literal["blockdiag", "expanded", "group_sums", "in_order", "quantized"]
+  mainloop: Literal["blockdiag", "expanded", "group_sums", "in_order", "quantized", "sixteens"]
   block: KBlock
   padded_m: int
   blockdiag: BlockDiagonal | None
@@ -157,7 +157,7 @@ class SkinnyPlan:
       m=problem.rows,
       n=problem.n,
       block_m=MAX_SKINNY_ROWS,
-      block_n=ROWS,
+      block_n=self.tiles.block_n,
       num_sms=self.device.num_sms,
       cluster=self.tiles.cluster,
       group_width=1,
@@ -180,8 +180,8 @@ class SkinnyPlan:
     k, block = self.problem.k, self.block
     if name == "x":
       unit = block.k
-      if self.x_in_rows and self.mainloop in ("expanded", "in_order"):
-        unit = 8 if self.mainloop == "in_order" else 64  # that are interleaved
+      if self.x_in_rows and self.mainloop in ("expanded", "in_order", "sixteens"):
+        unit = 64 if self.mainloop == "expanded" else 8  # 64 that are interleaved
     elif name == "w":
       unit = 8 * (TMA_BYTES if self.in_rows else SWIZZLED_BYTES) // block.bits
     else:
@@ -449,8 +449,10 @@ MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling ev
 SWIZZLED_BYTES = 128  # as TMA_BYTES, for Mosaic GPU of what is swizzled on its way
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
-# With 16 rows block-diagonal x has too many sums for the registers.
-MAX_BLOCKDIAG_ROWS = 8
+MAX_BLOCKDIAG_ROWS = 4  # with more, scaling the sums of every group takes longer than expanding w
+# Of "sixteens", an instruction of a warp; with more rows these, of a warpgroup, are faster.
+MAX_ROWS_OF_SIXTEENS = {"expanded": 8, "in_order": 24}
+MAX_ROWS_OF_SIXTEENS_IN_GROUPS = 24
 BLOCKDIAG_MIN_K = 1024  # what its quantizer takes at once
 # With more rows, w waits for x to be quantized in the kernel.
 MAX_ROWS_QUANTIZED = 8
@@ -487,7 +489,7 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   most = {"blockdiag": MAX_BLOCKDIAG_ROWS_QUANTIZED, "group_sums": MAX_ROWS_QUANTIZED}
   few = rows <= most.get(mainloop, 0) and not _in_rows(problem, block)
   quantizes_x = few and block.k == SKINNY_BLOCK_K
-  tiles = _skinny_tiles(problem, device, block, padded_m, _x_bytes(mainloop, block, padded_m, rows))
+  tiles = _skinny_tiles(problem, device, mainloop, block, padded_m)
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
   if mainloop in ("expanded", "in_order") and rows > MAX_SKINNY_ROWS // 2:
     own = SKINNY_E2M1.time(plan.grid, cdiv(problem.k, ROWS))
@@ -518,12 +520,17 @@ def _skinny_mainloop(problem: Problem) -> Any:
     return "quantized"
   if problem.fmt.scale_is_power_of_two and problem.fmt.bits == 8 and problem.quantize_input:
     return "group_sums"
-  if packed_operand(problem) != "packed_e2m1":  # w in the order of an x that is not interleaved
-    return "in_order"
   one_matrix = problem.shares_w or math.prod(problem.x_batch) == 1
   one_matrix = one_matrix and not problem.in_groups
+  is_interleaved = packed_operand(problem) == "packed_e2m1"  # and not in the order of memory
   few = problem.rows <= MAX_BLOCKDIAG_ROWS and problem.k >= BLOCKDIAG_MIN_K
-  return "blockdiag" if one_matrix and few else "expanded"
+  if one_matrix and few and is_interleaved:
+    return "blockdiag"
+  mainloop = "expanded" if is_interleaved else "in_order"
+  most = MAX_ROWS_OF_SIXTEENS[mainloop]
+  if problem.in_groups:
+    most = MAX_ROWS_OF_SIXTEENS_IN_GROUPS
+  return "sixteens" if problem.fmt.bits == 4 and _skinny_rows(problem) <= most else mainloop
 
 
 def _k_block(problem: Problem, mainloop: str) -> KBlock:
@@ -532,6 +539,8 @@ def _k_block(problem: Problem, mainloop: str) -> KBlock:
     return KBlock(128, 8 * problem.w_dtype.itemsize, None)
   as_many_zeros = 2 * cdiv(problem.k, k) == cdiv(problem.k, k // 2)
   is_large = as_many_zeros and problem.rows <= MAX_ROWS_OF_LARGE_BLOCKS
+  if problem.in_groups and mainloop == "sixteens":
+    is_large = False  # twice as many rows of w
   few_scales = k // 2 // fmt.group_size < TMA_BYTES
   if mainloop == "group_sums" or is_large or few_scales:
     return KBlock(k, fmt.bits, fmt.group_size)
@@ -548,29 +557,35 @@ def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
 
 
 def _skinny_tiles(
-  problem: Problem, device: Device, block: KBlock, padded_m: int, x_bytes: int
+  problem: Problem, device: Device, mainloop: str, block: KBlock, padded_m: int
 ) -> SkinnyTiles:
-  """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room."""
-  stage = ROWS * (4 * block.words + block.scales) + x_bytes
-  tiles = problem.batch * cdiv(problem.n, ROWS)
+  """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room.
+
+  In groups, "sixteens" has tiles of twice as many rows of w: x is loaded again for each.
+  """
   k_steps = cdiv(problem.k, block.k)
+  x_bytes = _x_bytes(mainloop, block, padded_m, _skinny_rows(problem))
 
-  def stages(workers: int, cluster: int) -> int:
-    sums = (workers - (cluster == 1)) * ROWS * padded_m * 4
-    return (_SHARED_MEMORY - sums) // stage // workers * workers
+  def tiles_of(block_n: int, workers: int, cluster: int) -> SkinnyTiles | None:
+    """None where they do not fit."""
+    stage = block_n * (4 * block.words + block.scales) + x_bytes
+    sums = (workers - (cluster == 1)) * block_n * padded_m * 4
+    stages = (_SHARED_MEMORY - sums) // stage // workers * workers
+    if stages == 0:
+      return None
+    if cluster > 1:
+      tiles = problem.batch * cdiv(problem.n, block_n)
+      shared = tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
+      # Every warpgroup of every CTA gets a block of k.
+      if problem.in_groups or not shared or k_steps < cluster * workers:
+        return None
+    promote = problem.wants_exact_sums
+    return SkinnyTiles(stages, workers, promote, cluster, block_n)
 
-  def is_possible(workers: int, cluster: int) -> bool:
-    if cluster == 1:
-      return stages(workers, 1) > 0
-    if problem.in_groups:
-      return False
-    # Every warpgroup of every CTA gets a block of k.
-    shared = tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
-    return shared and k_steps >= cluster * workers and stages(workers, cluster) > 0
-
-  cluster, workers = next((c, w) for c in (4, 2, 1) for w in (4, 2) if is_possible(w, c))
-  promote = problem.wants_exact_sums
-  return SkinnyTiles(stages(workers, cluster), workers, promote, cluster)
+  choices = [(ROWS, workers, cluster) for cluster in (4, 2, 1) for workers in (4, 2)]
+  if problem.in_groups and mainloop == "sixteens" and problem.n > ROWS:
+    choices.insert(0, (2 * ROWS, 4, 1))
+  return next(tiles for choice in choices if (tiles := tiles_of(*choice)) is not None)
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -578,7 +593,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     name="hopper_skinny",
     summary=(
       "a kernel that streams w through the tensor cores: packed codes in fp8 (mxfp8, and nvfp4 of "
-      "up to 8 rows), where each group's sum is scaled in float32, or expanded to float16 in "
+      "up to 4 rows), where each group's sum is scaled in float32, or expanded to float16 in "
       "registers; unquantized numbers quantized in registers. x that is not to be quantized it "
       "takes as it is, beside codes expanded to its dtype. Beside packed w it quantizes x "
       "itself (a row of nvfp4, eight of mxfp8), else another kernel does"

@@ -27,7 +27,6 @@ from jaxqq._kernels.hopper import plan as of_one_matrix
 from jaxqq._kernels.hopper.costs import GEMM
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan
 from jaxqq._kernels.hopper.tiles import (
-  ROWS,
   Grid,
   WideTiles,
   cdiv,
@@ -71,7 +70,7 @@ class RaggedPlan:
   def grid(self) -> Grid:
     """With as many tiles as there can be."""
     is_skinny = isinstance(self.of_group, SkinnyPlan)
-    block_n = ROWS if isinstance(self.of_group, SkinnyPlan) else self.of_group.tiles.block_n
+    block_n = self.of_group.tiles.block_n
     grid = _grid(self.problem, self.problem.n, self.block_m, block_n, self.device)
     return dataclasses.replace(grid, group_width=1) if is_skinny else grid
 

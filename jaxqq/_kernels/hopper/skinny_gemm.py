@@ -13,7 +13,8 @@ A CTA has 64 rows of w at a time and all of k, in blocks that go round its compu
   its block of w (`quantize/in_kernel.py`).
 - A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, 64 rows of w by all of x. The
   mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums`, `in_order`,
-  `quantized`.
+  `quantized`,
+  `sixteens`.
 - One warpgroup adds the sums of the others to its own and stores them: of a CTA's first tile
   warpgroup 0, of its second one warpgroup 1, and so on. So all have the same work. Sums are added
   in pairs that are the same whoever adds them, and so are the bits.
@@ -24,6 +25,7 @@ A CTA has 64 rows of w at a time and all of k, in blocks that go round its compu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -39,6 +41,7 @@ from jaxqq._kernels.hopper.mainloops.expanded import Expanded
 from jaxqq._kernels.hopper.mainloops.group_sums import GroupSums
 from jaxqq._kernels.hopper.mainloops.in_order import InOrder
 from jaxqq._kernels.hopper.mainloops.quantized import Quantized
+from jaxqq._kernels.hopper.mainloops.sixteens import Sixteens
 from jaxqq._kernels.hopper.pipeline import (
   GroupTile,
   GroupTiles,
@@ -49,7 +52,7 @@ from jaxqq._kernels.hopper.pipeline import (
   rounded_up,
 )
 from jaxqq._kernels.hopper.plan import SkinnyPlan
-from jaxqq._kernels.hopper.ptx import cluster, stores
+from jaxqq._kernels.hopper.ptx import cluster, mma, stores
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads
 from jaxqq._kernels.hopper.ptx.layouts import (
   ONE_OF_FOUR,
@@ -69,6 +72,7 @@ MAINLOOPS: dict[str, type[Mainloop]] = {
   "group_sums": GroupSums,
   "in_order": InOrder,
   "quantized": Quantized,
+  "sixteens": Sixteens,
 }
 
 
@@ -76,15 +80,16 @@ class Mainloop(Protocol):
   """How a warpgroup adds one block of k to its sums."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
+  def add(cta: Any, sums: list[Any], stage: Any, scales: Any, rows: int) -> list[Any]:
     """sums + the product of the block in a stage.
 
     Args:
       cta: the kernel's `_Cta`.
-      sums: (64, padded_m).
+      sums: (64, padded_m), for each 64 rows of w.
       stage: of both operands.
-      scales: words of `load_scale_words`, to "expanded" `load_scale_bytes`; None if they are in
-        shared memory.
+      scales: for each 64 rows of w words of `load_scale_words`, to "expanded" `load_scale_bytes`;
+        None if they are in shared memory.
+      rows: of x that count, or more.
     """
 
 
@@ -191,6 +196,7 @@ class _SkinnyGemm:
     if not plan.in_rows:
       self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
     self.mainloop = MAINLOOPS[plan.mainloop]
+    self.block_n = plan.tiles.block_n
 
   def padded(self, operands: Operands) -> Operands:
     """With w in whole rows of eight, and x as its quantizer takes it."""
@@ -201,7 +207,7 @@ class _SkinnyGemm:
     return dataclasses.replace(operands, x=x, w=w, scales=scales)
 
   def out_type(self) -> jax.ShapeDtypeStruct:
-    shape = stores.stored_shape(self.m, self.n, self.plan.padded_m, ROWS)
+    shape = stores.stored_shape(self.m, self.n, self.plan.padded_m, self.block_n)
     return jax.ShapeDtypeStruct((self.batch, *shape), self.out_dtype)
 
   def scratch(self) -> Scratch:
@@ -209,7 +215,7 @@ class _SkinnyGemm:
     stages, workers, padded_m = tiles.num_stages, tiles.compute_warpgroups, plan.padded_m
     sums_transforms = tile_transforms(padded_m, jnp.float32)
     x_shape = _stored_shape(padded_m, self.x_columns, self.x_dtype, in_rows=plan.x_in_rows)
-    w_shape = _stored_shape(ROWS, self.w_columns, self.w_dtype, in_rows=plan.in_rows)
+    w_shape = _stored_shape(self.block_n, self.w_columns, self.w_dtype, in_rows=plan.in_rows)
     has_scales = self.is_packed and not plan.threads_load_scales
     loads = _num_loads(w_shape) + has_scales
     if self.quantizer is None:
@@ -221,8 +227,8 @@ class _SkinnyGemm:
     return Scratch(
       x=smem((stages, *x_shape), self.x_dtype, self.x_transforms),
       w=smem((stages, *w_shape), self.w_dtype, self.w_transforms),
-      sums=smem((workers - 1, ROWS, padded_m), jnp.float32, sums_transforms),
-      scales=smem((stages, ROWS, plan.block.scales), jnp.uint8) if has_scales else None,
+      sums=smem((workers - 1, self.block_n, padded_m), jnp.float32, sums_transforms),
+      scales=smem((stages, self.block_n, plan.block.scales), jnp.uint8) if has_scales else None,
       x_scales=smem((stages, *self.x_scales_shape), jnp.float32) if self.x_scales_shape else None,
       cta_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
       full=plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
@@ -258,6 +264,14 @@ class _Cta:
     self.cluster_index = pipeline.cluster_index(kernel.grid)
     self.walk = pipeline.walk(kernel.grid, gmem.groups)
 
+  @property
+  def halves(self) -> range:
+    """64 rows of w each."""
+    return range(self.kernel.block_n // ROWS)
+
+  def first_column(self, tile: Tile, half: int) -> Any:
+    return tile.n * self.kernel.block_n + half * ROWS
+
   def run(self) -> None:
     kernel, warpgroup, workers = self.kernel, self.warpgroup, self.tiles.compute_warpgroups
 
@@ -280,7 +294,12 @@ class _Cta:
         with jax.named_scope("epilogue"):
           pl.when(t > 0)(self.wait_for_slots)
           adder = self.adder(t)
-          lax.cond(warpgroup == adder, self.add_up, self.hand_over, sums, t, adder)
+          lax.cond(
+            warpgroup == adder,
+            functools.partial(self.add_up, t, adder),
+            functools.partial(self.hand_over, adder),
+            sums,
+          )
 
       # No mbarrier is mid-phase at exit.
       pl.when(self.walk.num_tiles > 0)(self.wait_for_slots)
@@ -292,23 +311,29 @@ class _Cta:
         @jax.named_scope("zeros")
         def _zeros() -> None:
           zeros = pipeline.walk_of_zeros(kernel.grid, groups)
-          epilogue.store_zeros(zeros, self.out, self.plan.padded_m, lambda tile: tile.n * ROWS)
+          for half in self.halves:
+            column_of = functools.partial(self.first_column, half=half)
+            epilogue.store_zeros(zeros, self.out, self.plan.padded_m, column_of)
 
     if self.tiles.cluster > 1:  # and so a cluster has one tile
       cluster.cluster_sync()
 
       @pl.when((warpgroup == 0) & (self.cluster_index == 0))
       def _total() -> None:
-        self.store(cluster.cluster_sum(self.smem.cta_sums, self.tiles.cluster), 0)
+        self.store([cluster.cluster_sum(self.smem.cta_sums, self.tiles.cluster)], 0)
 
       cluster.cluster_sync()
 
   # Loads
 
+  def block(self, ki: Any) -> Any:
+    """Which of all blocks of k is this CTA's ki-th."""
+    return ki + self.cluster_index * self.kernel.k_steps
+
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     kernel, gmem, smem, full = self.kernel, self.gmem, self.smem, self.smem.full.at[stage]
-    ki = ki + self.cluster_index * kernel.k_steps
-    rows = pl.ds(tile.n * ROWS, ROWS)
+    ki = self.block(ki)
+    rows = pl.ds(tile.n * kernel.block_n, kernel.block_n)
 
     def copy(a: Any, rows: Any, columns: int, to: Any) -> None:
       b = batch_of(a, tile.batch)
@@ -337,37 +362,53 @@ class _Cta:
 
   # A stage's operands
 
-  def x_step(self, stage: Any, step: int) -> Any:
+  def x_step(self, stage: Any, step: int, rows: int | None = None) -> Any:
     """The bytes of x that an instruction for the tensor cores takes, (padded_m, 128 bytes)."""
-    return self._row(self.smem.x, stage, step)
+    return self._row(self.smem.x, stage, step, rows)
 
   def w_step(self, stage: Any, step: int) -> Any:
-    return self._row(self.smem.w, stage, step)
+    return self._row(self.smem.w, stage, step, None)
 
-  def _row(self, ref: Any, stage: Any, step: int) -> Any:
+  def _row(self, ref: Any, stage: Any, step: int, rows: int | None) -> Any:
+    of_rows = slice(None) if rows is None else pl.ds(0, rows)
     if ref.ndim == 4:  # in rows
-      return ref.at[stage, step]
+      return ref.at[stage, step, of_rows]
     size = ROW_BYTES // ref.dtype.itemsize
-    return ref.at[stage, :, pl.ds(step * size, size)]
+    return ref.at[stage, of_rows, pl.ds(step * size, size)]
 
-  def w_pieces(self, stage: Any) -> list[Any]:
-    """w as it is stored: (64, columns), or rows of 128 bytes one after the other."""
+  def w_pieces(self, stage: Any, half: int = 0) -> list[Any]:
+    """64 rows of w as it is stored: all columns, or 128 bytes of them one after the other."""
+    rows = pl.ds(half * ROWS, ROWS)
     if self.plan.in_rows:
-      return [self.smem.w.at[stage, i] for i in range(self.smem.w.shape[1])]
-    return [self.smem.w.at[stage]]
+      return [self.smem.w.at[stage, i, rows] for i in range(self.smem.w.shape[1])]
+    return [self.smem.w.at[stage, rows]]
 
   def load_scales(self, tile: Tile, ki: Any) -> Any:
-    """Of a tile's block of k, by threads."""
+    """Of a tile's block of k, for each 64 rows of w, by threads."""
     scales, count = self.gmem.scales, self.plan.block.scales
-    first = (ki + self.cluster_index * self.kernel.k_steps) * count
+    first = self.block(ki) * count
     of_w = scales.at[batch_of(scales, tile.batch)]
-    load = load_scale_bytes if self.plan.mainloop == "expanded" else load_scale_words
-    return load(of_w, tile.n * ROWS, first, count)
+    places = [(of_w, self.first_column(tile, half), first, count) for half in self.halves]
+    if self.plan.mainloop == "expanded":
+      return [load_scale_bytes(*place) for place in places]
+    even_first = self.plan.mainloop == "sixteens"
+    return [load_scale_words(*place, even_first=even_first) for place in places]
 
-  # A warpgroup's sums, (64, padded_m)
+  # A warpgroup's sums: for each 64 rows of w, (64, padded_m)
 
-  def own_sums(self, t: Any) -> Any:
+  def own_sums(self, t: Any) -> list[Any]:
     """What a warpgroup's blocks of a tile add up to.
+
+    By an instruction of a warp, tiles of fewer rows take less time.
+    """
+    eights, tile = self.plan.padded_m // 8, self.walk.tile(t)
+    if self.plan.mainloop != "sixteens" or not isinstance(tile, GroupTile) or eights == 1:
+      return self.own_sums_of(t, self.plan.padded_m)
+    branches = [functools.partial(self.own_sums_of, t, 8 * (i + 1)) for i in range(eights)]
+    return lax.switch(lax.div(tile.rows - 1, jnp.int32(8)), branches)
+
+  def own_sums_of(self, t: Any, rows: int) -> list[Any]:
+    """The same, of a tile with up to so many rows of x.
 
     Blocks go round without regard to tiles: a stage, of which there are a multiple of the
     warpgroups, always belongs to the same one, which sees all its barrier's phases.
@@ -381,7 +422,7 @@ class _Cta:
     )
     count = lax.div(k_steps - own_first + workers - 1, jnp.int32(workers))
 
-    def add_block(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+    def add_block(i: Any, state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
       stage, sums = state
       ki = own_first + i * workers
       if self.kernel.quantizer is not None:
@@ -389,7 +430,7 @@ class _Cta:
       # By threads, they arrive while this waits for w.
       scales = None if tile is None else self.load_scales(tile, ki)
       plgpu.barrier_wait(smem.full.at[stage])
-      sums = self.kernel.mainloop.add(self, sums, stage, scales)
+      sums = self.kernel.mainloop.add(self, sums, stage, scales, rows)
       finish_loads()
       plgpu.barrier_arrive(smem.empty.at[stage])
       return pipeline.stage_after(stage, stages, workers), sums
@@ -397,7 +438,7 @@ class _Cta:
     zeros = jnp.zeros((ROWS, self.plan.padded_m), jnp.float32)
     state = (
       pipeline.stage_of(first + own_first, stages),
-      plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
+      [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in self.halves],
     )
     return lax.fori_loop(0, count, add_block, state)[1]
 
@@ -405,7 +446,7 @@ class _Cta:
     b = self.walk.tile(t).batch if self.gmem.x.shape[0] > 1 else 0
     quantizer.write(
       self.gmem.x.at[b],
-      ki + self.cluster_index * self.kernel.k_steps,
+      self.block(ki),
       self.smem.x.at[stage],
       self.smem.x_scales.at[stage],
       None if self.gmem.global_scale_x is None else self.gmem.global_scale_x[0],
@@ -431,34 +472,47 @@ class _Cta:
     """Until the sums of the tile before are read: all do, and so see all the barrier's phases."""
     plgpu.barrier_wait(self.smem.sums_empty)
 
-  def hand_over(self, sums: Any, t: Any, adder: Any) -> None:
-    del t
-    self.smem.sums[(self.warpgroup ^ adder) - 1] = sums
+  def hand_over(self, adder: Any, sums: list[Any]) -> None:
+    slot = (self.warpgroup ^ adder) - 1
+    for half, own in enumerate(sums):
+      self.smem.sums[slot, pl.ds(half * ROWS, ROWS)] = own
     plgpu.barrier_arrive(self.smem.sums_full.at[adder])
 
-  def add_up(self, sums: Any, t: Any, adder: Any) -> None:
+  def add_up(self, t: Any, adder: Any, sums: list[Any]) -> None:
     plgpu.barrier_wait(self.smem.sums_full.at[adder])
 
-    def of_other(distance: int) -> Any:
-      """The sums of warpgroup `adder ^ distance`."""
-      ref = self.smem.sums.at[distance - 1]
-      return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+    def with_others(half: int, own: Any) -> Any:
+      def of_other(distance: int) -> Any:
+        """The sums of warpgroup `adder ^ distance`."""
+        ref = self.smem.sums.at[distance - 1, pl.ds(half * ROWS, ROWS)]
+        return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
-    sums = sums + of_other(1)
-    if self.tiles.compute_warpgroups == 4:
-      sums = sums + (of_other(2) + of_other(3))
+      own = own + of_other(1)
+      if self.tiles.compute_warpgroups == 4:
+        own = own + (of_other(2) + of_other(3))
+      return own
+
+    sums = [with_others(half, own) for half, own in enumerate(sums)]
     plgpu.barrier_arrive(self.smem.sums_empty)
     if self.tiles.cluster > 1:
-      self.smem.cta_sums[...] = sums
+      (self.smem.cta_sums[...],) = sums
     else:
       self.store(sums, t)
 
-  def store(self, sums: Any, t: Any) -> None:
+  def store(self, sums: list[Any], t: Any) -> None:
+    tile = self.walk.tile(t)
+    for half, own in enumerate(sums):
+      self.store_half(own, tile, self.first_column(tile, half))
+
+  def store_half(self, sums: Any, tile: Tile, first_column: Any) -> None:
+    """64 columns of the output."""
     kernel, blockdiag, gmem = self.kernel, self.plan.blockdiag, self.gmem
-    tile, layout = self.walk.tile(t), plgpu.Layout.WGMMA
+    layout = plgpu.Layout.WGMMA
     if blockdiag is not None:
       sums = blockdiag_sum(sums, blockdiag.rows, blockdiag.k_blocks_per_acc)
       layout = ONE_OF_FOUR
+    if self.plan.mainloop == "sixteens":
+      sums, layout = mma.relabel(sums), mma.SUMS
     out = sums * np.float32(kernel.unit)
     scales = [s for s in (gmem.global_scale_x, gmem.global_scale_w) if s is not None]
     amaxes = [amax_or_nan(scale[group_of(scale, tile)]) for scale in scales]
@@ -467,8 +521,8 @@ class _Cta:
     out = out.astype(kernel.out_dtype)
     if isinstance(tile, GroupTile):
       rows = self.out.at[0]
-      where = tile.first, tile.rows, tile.n * ROWS
+      where = tile.first, tile.rows, first_column
       stores.store_some(out, layout, rows, *where, transposed=True)
     else:
       rows = self.out.at[tile.batch]
-      stores.store_columns(out, layout, rows, tile.n * ROWS, kernel.m, kernel.n)
+      stores.store_columns(out, layout, rows, first_column, kernel.m, kernel.n)

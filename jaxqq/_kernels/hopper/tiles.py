@@ -86,12 +86,13 @@ def scale_slots(k_steps: int, steps_a_block: int, num_stages: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class SkinnyTiles:
-  """Of `skinny_gemm`: all rows of x against 64 rows of w."""
+  """Of `skinny_gemm`: all rows of x against `block_n` rows of w."""
 
   num_stages: int  # a multiple of the warpgroups
   compute_warpgroups: int = 4
   promote: bool = False  # 16 bit operands: add to float32 sums after every step
   cluster: int = 1  # CTAs that share a tile, each with a part of k
+  block_n: int = ROWS  # or, of the mainloop "sixteens", twice that
 
 
 @dataclasses.dataclass(frozen=True)

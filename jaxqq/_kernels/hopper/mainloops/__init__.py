@@ -5,6 +5,7 @@
 
 `skinny_gemm` takes one of those that add a block of k to its sums: `expanded` (packed codes, made
 float16), `in_order` (packed codes beside x as it is), `group_sums` (mxfp8, each group scaled after
-it is summed up), `blockdiag` (nvfp4, whose groups have columns of their own) and `quantized`
-(numbers, quantized in the registers).
+it is summed up), `blockdiag` (nvfp4, whose groups have columns of their own), `quantized` (numbers,
+quantized in the registers) and, with an instruction of a warp instead of a warpgroup, `sixteens`
+(packed e2m1 codes, a thread 16 neighbours of a row, beside x in the order of memory).
 """

@@ -37,11 +37,13 @@ class BlockDiagonalX:
   """Steps of 128 of k, four blocks of 32."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
     """sums + the product of one block of k."""
+    del rows
+    (sums,) = sums
     blockdiag = cta.plan.blockdiag
     rows, k_blocks = blockdiag.rows, blockdiag.k_blocks_per_acc
-    words_of_scales = scale_words(cta.smem.scales.at[stage]) if scales is None else scales
+    words_of_scales = scale_words(cta.smem.scales.at[stage]) if scales is None else scales[0]
     parts = GROUPS // k_blocks
     for step in range(cta.plan.block.words // _WORDS):
       of_row, within = divmod(step * _WORDS, ROW_BYTES // 4)
@@ -56,4 +58,4 @@ class BlockDiagonalX:
         first = (step % 2 * parts + part) * cta.plan.padded_m
         product = product * cta.x_scales(stage, step // 2, first)
         sums += product * blockdiag_scales(its, part, rows, k_blocks)
-    return sums
+    return [sums]

@@ -23,15 +23,17 @@ class Expanded:
   """Steps of 64 of k."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
     """sums + the product of one block of k."""
+    del rows
+    (sums,) = sums
     packed = PackedE2M1
     pieces = [packed.load_words(ref) for ref in cta.w_pieces(stage)]
-    all_scales = packed.load_scales(cta.smem.scales.at[stage]) if scales is None else scales
+    all_scales = packed.load_scales(cta.smem.scales.at[stage]) if scales is None else scales[0]
     for step in range(cta.plan.block.words // packed.words):
       groups = slice(step * packed.groups, (step + 1) * packed.groups)
       its = all_scales[:, groups]
       piece, column = divmod(step * packed.words, pieces[0].shape[1])
       words = pieces[piece][:, column : column + packed.words]
       sums = add_step(cta, sums, packed.expand(words, its), stage, step)
-    return sums
+    return [sums]

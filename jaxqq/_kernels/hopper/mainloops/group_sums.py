@@ -23,9 +23,11 @@ class GroupSums:
   """Steps of 128 of k, four groups."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
     """sums + the product of one block of k."""
-    row_words = scale_words(cta.smem.scales.at[stage]) if scales is None else scales
+    del rows
+    (sums,) = sums
+    row_words = scale_words(cta.smem.scales.at[stage]) if scales is None else scales[0]
     for step, words_of_step in enumerate(row_words):
       a, b = cta.w_step(stage, step), cta.x_step(stage, step)
       products = wgmma.finish(
@@ -43,4 +45,4 @@ class GroupSums:
         first, second = (lax.broadcast_in_dim(f[i], product.shape, (0,)) for f in of_rows)
         product = product * first * cta.x_scales(stage, step * GROUPS + i, 0)
         sums += product * second
-    return sums
+    return [sums]

@@ -86,11 +86,13 @@ class InOrder:
   """Steps of 64 of k, of `skinny_gemm`: the next operand is made while one is multiplied."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
     """sums + the product of one block of k."""
+    del rows
+    (sums,) = sums
     packed, kernel = OPERANDS[packed_operand(cta.plan.problem)], cta.kernel
     pieces, promote = cta.w_pieces(stage), cta.tiles.promote
-    all_scales = None if scales is None else bytes_of_words(scales, whole_rows(packed.groups))
+    all_scales = None if scales is None else bytes_of_words(scales[0], whole_rows(packed.groups))
     count = cta.plan.block.words // packed.words
 
     def operand(step: int) -> Any:
@@ -110,4 +112,4 @@ class InOrder:
       following = operand(step + 1) if step + 1 < count else None
       (done,) = wgmma.finish(begun, a, following)
       sums, a = sums + done if promote else done, following
-    return sums
+    return [sums]

@@ -39,15 +39,16 @@ class Quantized:
   """Steps of 64 of k."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
     """sums + the product of one block of k."""
-    del scales  # w has none
+    del scales, rows  # w has none
+    (sums,) = sums
     global_scale = None if cta.gmem.global_scale_w is None else cta.gmem.global_scale_w[0]
     for step in range(cta.plan.block.k // STEP_K):
       numbers = cta.smem.w.at[stage, :, pl.ds(step * STEP_K, STEP_K)]
       a = quantized_tile(numbers, cta.plan.problem.fmt, global_scale)
       sums = add_step(cta, sums, a, stage, step)
-    return sums
+    return [sums]
 
 
 def quantized_tile(ref: Any, fmt: Format, global_scale: Any) -> Any:

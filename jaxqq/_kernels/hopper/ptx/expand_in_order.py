@@ -50,7 +50,7 @@ def e2m1_in_order(words: Any, scales: Any, dtype: Any) -> Any:
   is_power = scales.shape[1] == 2
   if interpreting():
     values = e2m1_as_e4m3(codes_of_words(words, 4)).astype(jnp.float32) * 2.0**6
-    return _times_scales(values if is_power else values * 2.0**-E2M1_UNIT, scales, dtype)
+    return times_scales(values if is_power else values * 2.0**-E2M1_UNIT, scales, dtype)
   body = functools.partial(_e2m1_in_order, is_power=is_power, dtype=jnp.dtype(dtype))
   return left_operand(body, (words, scales), (WORDS, whole_rows(scales.shape[1])), dtype)
 
@@ -59,7 +59,7 @@ def e4m3_in_order(words: Any, scales: Any) -> Any:
   """Words (64, 16), WORDS, times powers of two, bytes (64, 2), `whole_rows`: bfloat16 (64, 64)."""
   if interpreting():
     values = lax.bitcast_convert_type(codes_of_words(words, 8).astype(jnp.uint8), E4M3)
-    return _times_scales(values.astype(jnp.float32), scales, jnp.bfloat16)
+    return times_scales(values.astype(jnp.float32), scales, jnp.bfloat16)
   layouts = WORDS, whole_rows(2)
   return left_operand(_e4m3_in_order, (words, scales), layouts, jnp.bfloat16)
 
@@ -80,7 +80,7 @@ def _e2m1_in_order(words: Any, scales: Any, *, is_power: bool, dtype: Any) -> li
     "bfloat16": ("bf16x2", 2, 0x81C081C0),
     "float16": ("f16x2", 5, 0x8E008E00),
   }[dtype.name]
-  to_value = _times_constant("both", "bf16x2", _BFLOAT16_PAIR[126]) if is_power else ""
+  to_value = times_constant("both", "bf16x2", BFLOAT16_PAIR[126]) if is_power else ""
   text = f"""
     .reg .b32 both, constant;
     shl.b32 both, $1, 4;
@@ -93,7 +93,7 @@ def _e2m1_in_order(words: Any, scales: Any, *, is_power: bool, dtype: Any) -> li
   def pair(row: list[Any], i: int, factor: Factor) -> Any:
     return word_asm(factor.used_by(text, "$3"), row[i], selector, factor.pair)
 
-  factors = _powers if is_power else functools.partial(_e4m3_factors, dtype=dtype)
+  factors = powers_of_two if is_power else functools.partial(e4m3_factors, dtype=dtype)
   return _registers(words, scales, factors, pair)
 
 
@@ -117,7 +117,7 @@ def _e4m3_in_order(words: Any, scales: Any) -> list[Any]:
     operands = row[2 * i], row[2 * i + 1], selector, factor.pair
     return word_asm(factor.used_by(text, "$4"), *operands)
 
-  return _registers(words, scales, _powers, pair)
+  return _registers(words, scales, powers_of_two, pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +167,14 @@ def _registers(
   return [halves[half][i] for i in range(8) for half in range(2)]
 
 
-_BFLOAT16_PAIR = {e: (e + 127) << 7 | (e + 127) << 23 for e in (119, 126)}  # of 2**e
+BFLOAT16_PAIR = {e: (e + 127) << 7 | (e + 127) << 23 for e in (119, 126)}  # of 2**e
 
 
-def _times_constant(register: str, kind: str, pair: int) -> str:
+def times_constant(register: str, kind: str, pair: int) -> str:
   return f"mov.b32 constant, {hex(pair)}; mul.rn.{kind} {register}, {register}, constant;"
 
 
-def _powers(two: Any) -> Any:
+def powers_of_two(two: Any) -> Any:
   """Bytes s as 2**(s - 127) in bfloat16; of 0xFF, which is infinite at first, NaN."""
   text = """{
     .reg .b32 pair, constant;
@@ -188,17 +188,17 @@ def _powers(two: Any) -> Any:
   return word_asm(text, two)
 
 
-def _e4m3_factors(two: Any, *, dtype: Any) -> Any:
+def e4m3_factors(two: Any, *, dtype: Any) -> Any:
   """e4m3 scales as floats, times what the codes lack but for 2**E2M1_UNIT."""
   if dtype == jnp.float16:  # 2**7 of 2**14
-    convert = _times_constant("pair", "f16x2", 0x58005800)
+    convert = times_constant("pair", "f16x2", 0x58005800)
   else:  # 2**119 of 2**126
     convert = f"""
       mov.b32 {{a, b}}, pair;
       cvt.f32.f16 fa, a;
       cvt.f32.f16 fb, b;
       cvt.rn.bf16x2.f32 pair, fb, fa;
-      {_times_constant("pair", "bf16x2", _BFLOAT16_PAIR[119])}"""
+      {times_constant("pair", "bf16x2", BFLOAT16_PAIR[119])}"""
   text = f"""{{
     .reg .b16 codes, a, b;
     .reg .b32 pair, constant;
@@ -219,7 +219,7 @@ def _lane() -> Any:
 # For the interpreter
 
 
-def _times_scales(values: Any, scales: Any, dtype: Any) -> Any:
+def times_scales(values: Any, scales: Any, dtype: Any) -> Any:
   """Values (64, 64), in order, times the scales of their groups."""
   if scales.shape[1] == 2:
     s = scales.astype(jnp.int32)

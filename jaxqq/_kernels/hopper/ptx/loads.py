@@ -53,13 +53,14 @@ def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count:
       address = arith.xori(start, constant(16 * swizzled))
       for half in range(2):
         offset = 4 * (column * of_columns + half * of_rows)
-        registers.append(_load_vector(arith.addi(address, constant(offset))))
+        registers.append(load_words(arith.addi(address, constant(offset)), _VECTOR))
     return array(registers, (ROWS, count), layout, signed=False)
 
   return load(ref)
 
 
-def _load_vector(address: Any) -> Any:
+def load_words(address: Any, count: int) -> Any:
+  """A vector of so many words, from an address in shared memory that is a multiple of its bytes."""
   pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
-  vector = ir.VectorType.get((_VECTOR,), ir.IntegerType.get_signless(32))
-  return llvm.load(vector, pointer, alignment=4 * _VECTOR)
+  vector = ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
+  return llvm.load(vector, pointer, alignment=4 * count)

@@ -77,15 +77,14 @@ def operand_array(words: list[Any], columns: int, dtype: Any, layout: Any) -> An
   return packed_array(registers, (ROWS, columns), layout)
 
 
-def as_arrays(sums: list[Any], n: int) -> list[Any]:
-  """The floats of one or more (64, n) in the layout WGMMA, one after the other."""
+def as_arrays(sums: list[Any], n: int, layout: Any = plgpu.Layout.WGMMA) -> list[Any]:
+  """The floats of one or more (64, n) in such a layout, one after the other."""
   pair = ir.VectorType.get((2,), ir.F32Type.get())
   pairs = zip(sums[::2], sums[1::2], strict=True)
   registers = [vector.from_elements(pair, list(each)) for each in pairs]
   each = n // 4
   return [
-    packed_array(registers[i : i + each], (ROWS, n), plgpu.Layout.WGMMA)
-    for i in range(0, len(registers), each)
+    packed_array(registers[i : i + each], (ROWS, n), layout) for i in range(0, len(registers), each)
   ]
 
 

@@ -17,7 +17,8 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, WARP, WARPS, whole_rows
-from jaxqq._kernels.hopper.ptx.registers import array, constant, packed_array
+from jaxqq._kernels.hopper.ptx.loads import load_words
+from jaxqq._kernels.hopper.ptx.registers import array, constant, packed_array, smem_address
 
 
 def scale_words(ref: Any) -> list[Any]:
@@ -45,7 +46,41 @@ def scale_words(ref: Any) -> list[Any]:
   return as_words(scales)
 
 
-def load_scale_words(ref: Any, first_row: Any, first: Any, count: int) -> list[Any]:
+def scale_words_of_even_rows(ref: Any) -> list[Any]:
+  """The same of 16 scales or more a row, in the order of `layouts.even_rows_first`.
+
+  The arrays are labelled as if rows were in order.
+  """
+  if interpreting():
+    return scale_words(ref)
+  count = ref.shape[1] // 4
+  word_type = plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=ROW)
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[word_type] * count)
+  def load(ctx: Any, ref: Any) -> Any:
+    del ctx
+    (of_row, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    start = arith.addi(
+      smem_address(ref), arith.muli(_row_of_thread(even_first=True), constant(of_row))
+    )
+    halves = []
+    for half in range(2):
+      words = []
+      for vector_bytes in range(0, 4 * count, 16):
+        address = arith.addi(start, constant(8 * half * of_row + vector_bytes))
+        loaded = load_words(address, 4)
+        words += [vector.extract(loaded, [], [i]) for i in range(4)]
+      halves.append(words)
+    return [
+      packed_array([_as_vector(words[i]) for words in halves], (ROWS,), ROW) for i in range(count)
+    ]
+
+  return load(ref)
+
+
+def load_scale_words(
+  ref: Any, first_row: Any, first: Any, count: int, *, even_first: bool = False
+) -> list[Any]:
   """Scales (64, count) from there on as words, as `scale_words` has them, from global memory.
 
   For rows that the TMA cannot load, since they are no multiple of 16 bytes apart. Zeros past the
@@ -55,6 +90,7 @@ def load_scale_words(ref: Any, first_row: Any, first: Any, count: int) -> list[A
     ref: uint8 (n, groups).
     first_row, first: int32; the first column is a multiple of 4.
     count: a multiple of 4.
+    even_first: rows are in the order of `layouts.even_rows_first`, labelled as if they were not.
   """
   if interpreting():
     scales = _interpreted(ref, first_row, first, count).astype(jnp.uint32)
@@ -65,7 +101,7 @@ def load_scale_words(ref: Any, first_row: Any, first: Any, count: int) -> list[A
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_SPLATS), return_type=[word_type] * (count // 4))
   def load(ctx: Any, ref: Any, *place: Any) -> Any:
     del ctx
-    rows = _rows_of_thread(ref, *place)
+    rows = _rows_of_thread(ref, *place, even_first=even_first)
     words = []
     for i in range(0, count, 4):
       halves = [_load_bytes(row, range(i, i + 4, unit), unit) for row in rows]
@@ -105,14 +141,25 @@ def _interpreted(ref: Any, first_row: Any, first: Any, count: int) -> Any:
   return lax.dynamic_slice(padded, (first_row, first), (ROWS, count))
 
 
-def _rows_of_thread(ref: Any, first_row: Any, first: Any, lane: Any = None) -> list[Any]:
+def _row_of_thread(*, even_first: bool) -> Any:
+  """The first of the two rows of 64 that a thread has."""
+  thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
+  row = arith.andi(arith.shrui(thread, constant(2)), constant(7))
+  if even_first:
+    row = arith.ori(
+      arith.shli(arith.andi(row, constant(3)), constant(1)), arith.shrui(row, constant(2))
+    )
+  return arith.addi(arith.muli(arith.shrui(thread, constant(5)), constant(16)), row)
+
+
+def _rows_of_thread(
+  ref: Any, first_row: Any, first: Any, lane: Any = None, *, even_first: bool = False
+) -> list[Any]:
   """Of the two rows of 64 that a thread has: the address, and how many bytes are left there."""
   i64 = ir.IntegerType.get_signless(64)
   n, groups = ir.MemRefType(ref.type).shape
   base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-  thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
-  row = arith.addi(arith.muli(arith.shrui(thread, constant(5)), constant(16)), _first(first_row))
-  row = arith.addi(row, arith.andi(arith.shrui(thread, constant(2)), constant(7)))
+  row = arith.addi(_row_of_thread(even_first=even_first), _first(first_row))
   column = _first(first) if lane is None else arith.addi(_first(first), lane)
   left, none = arith.subi(constant(groups), column), constant(0)
   rows = []

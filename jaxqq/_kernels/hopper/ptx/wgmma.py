@@ -161,7 +161,7 @@ def add_promoted(
   def add(ctx: Any, totals: Any, a: Any, b: Any, warpgroup: Any) -> Any:
     del ctx
     operands = [*registers.words(a), _descriptor(b), *own_and_other(warpgroup)]
-    part_bytes = PROMOTED_ROWS // TILE_ROWS * _tile_bytes(b)
+    part_bytes = PROMOTED_ROWS // TILE_ROWS * tile_bytes(b)
     sums = _add_promoted(registers.floats(totals), operands, part_bytes, dtype)
     return registers.as_arrays(sums, totals.shape[1])[0]
 
@@ -322,11 +322,11 @@ def _descriptor(ref: Any) -> Any:
   Or of rows that are 128 bytes apart, in no tiles (`layouts.row_transforms`).
   """
   return mma_utils.encode_descriptor(
-    ref, leading_byte_offset=0, stride_byte_offset=_tile_bytes(ref), swizzle=STEP_BYTES
+    ref, leading_byte_offset=0, stride_byte_offset=tile_bytes(ref), swizzle=STEP_BYTES
   )
 
 
-def _tile_bytes(ref: Any) -> int:
+def tile_bytes(ref: Any) -> int:
   """From 8 rows to the next 8."""
   kind = ir.MemRefType(ref.type)
   strides, _ = kind.get_strides_and_offset()
