@@ -36,6 +36,9 @@ from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, RaggedProblem, tiles_of_a_group
 from jaxqq._ragged_reference import RaggedOperands
 
+# Tiles side by side in a band. With 8, which has divisors in common with 132 SMs, a CTA may have
+# only first tiles of groups, or only last ones, which take less time.
+GROUP_WIDTH = 5
 MAX_TILE_ROWS = 32  # of a tile: with more, larger tiles of w are no slower
 
 
@@ -43,7 +46,8 @@ def _grid(problem: RaggedProblem, n: int, block_m: int, block_n: int, device: De
   """Of results with n columns, with as many tiles as there can be."""
   segments = problem.batch * (problem.groups + 2)  # rows before and behind all groups are two
   tiles = num_group_tiles(problem.batch * problem.m, segments, block_m)
-  return Grid(1, block_m * tiles, n, block_m, block_n, device.num_sms)
+  grid = Grid(1, block_m * tiles, n, block_m, block_n, device.num_sms)
+  return dataclasses.replace(grid, group_width=GROUP_WIDTH)
 
 
 @dataclasses.dataclass(frozen=True)
