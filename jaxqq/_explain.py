@@ -179,7 +179,8 @@ def _explain_ragged(
 ) -> Explanation:
   """As the operands are on one device, which a caller splits over several."""
   target = _kernels.device_of(_platform(operands.x, device))
-  plan = _kernels.plan(problem_of(operands, params), target, RAGGED)
+  problem = problem_of(operands, dataclasses.replace(params, function=function))
+  plan = _kernels.plan(problem, target, RAGGED, chosen=params.implementation)
   w_words = _of("w", operands.w)
   w_words += " quantized on the fly" if operands.scales is None else " packed"
   heading = f"{function} {params.mode}, {_of('x', operands.x)}, {w_words}"

@@ -36,6 +36,7 @@ def gather_qqmm(
   backward: Backward = "straight_through",
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies matrices of x and w that indices name: `qqmm` of x[lhs_indices], w[rhs_indices].
 
@@ -68,15 +69,17 @@ def gather_qqmm(
     backward: as for `ragged_qqmm`, a group being all that is multiplied with one matrix of w.
     precision: as for `qqmm`.
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+    implementation: what computes it, as for `ragged_qqmm`.
 
   Returns:
     The shape of the indices, broadcast, + (M, N).
 
   Raises:
     TypeError: an argument has a dtype, or is of a type, that it may not be.
-    ValueError: mode, group_size, bits, backward or a shape is not as above; scales without
-      packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
-      brings, given once more.
+    ValueError: mode, group_size, bits, backward, implementation or a shape is not as above; scales
+      without packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
+      brings, given once more. Or, when lowered: `implementation` cannot compute it on that
+      platform.
 
   Example:
     >>> x = jnp.ones((5, 1, 64))  # five tokens
@@ -115,7 +118,8 @@ def gather_qqmm(
   of_x = _scale_of_x(function, global_scale_x, operands)
   operands = dataclasses.replace(operands, global_scale_x=of_x)
   lhs, rhs = _checked_indices(function, lhs_indices, rhs_indices, operands)
-  return _gathered(operands, params, lhs, rhs, is_sorted, is_by_rows(global_scale_x))
+  by_rows = is_by_rows(global_scale_x)
+  return _gathered(operands, params, lhs, rhs, is_sorted, by_rows, implementation)
 
 
 def _gathered(
@@ -125,6 +129,7 @@ def _gathered(
   rhs: jax.Array,
   is_sorted: bool,
   by_rows: bool,
+  implementation: Any,
 ) -> jax.Array:
   """Matrices of x in the order of those of w, multiplied in groups, and put back in their own."""
   flat = _flat(operands)
@@ -141,9 +146,8 @@ def _gathered(
     .get(mode="fill", fill_value=jnp.nan)
   )
   rows = dataclasses.replace(flat, x=x.reshape(lhs.shape[0] * m, k))
-  out = ragged_product(
-    *as_ragged("gather_qqmm", rows, params, counts * m, jnp.int32(0)), by_rows=by_rows
-  )
+  product = as_ragged("gather_qqmm", rows, params, counts * m, jnp.int32(0), implementation)
+  out = ragged_product(*product, by_rows=by_rows)
   out = out.reshape(lhs.shape[0], m, out.shape[-1])
   if order is not None:
     out = out.at[jnp.argsort(order)].get(mode="promise_in_bounds", unique_indices=True)

@@ -33,6 +33,7 @@ from jaxqq._formats import FORMATS, Format, Mode
 from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._kernels import IMPLEMENTATIONS
+from jaxqq._kernels.plan import Implementation
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
 from jaxqq._recipe import Recipe, checked_key, checked_recipe
 from jaxqq._recipe_product import Params as RecipeParams
@@ -423,8 +424,10 @@ def checked(
   }
 
 
-def check_implementation(function: str, implementation: Any) -> str | None:
-  names = [row.name for row in IMPLEMENTATIONS]
+def check_implementation(
+  function: str, implementation: Any, table: tuple[Implementation, ...] = IMPLEMENTATIONS
+) -> str | None:
+  names = [row.name for row in table]
   if implementation is None:
     return None
   is_one = isinstance(implementation, str) and implementation

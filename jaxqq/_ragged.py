@@ -15,7 +15,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxqq._checks import as_array, describe
 from jaxqq._formats import Mode
 from jaxqq._gradient import BACKWARDS, Backward
-from jaxqq._qqmm import DEFAULT_MODE, NAME, checked, is_by_rows, product_by_rows
+from jaxqq._kernels.ragged import RAGGED
+from jaxqq._qqmm import (
+  DEFAULT_MODE,
+  NAME,
+  check_implementation,
+  checked,
+  is_by_rows,
+  product_by_rows,
+)
 from jaxqq._ragged_primitive import Params
 from jaxqq._ragged_primitive import ragged_qqmm as bind
 from jaxqq._ragged_reference import RaggedOperands
@@ -38,6 +46,7 @@ def ragged_qqmm(
   backward: Backward = "straight_through",
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies rows of x in groups, each group by a matrix w of its own: `qqmm` for experts.
 
@@ -77,15 +86,20 @@ def ragged_qqmm(
       without rows has a gradient of 0, as has a row of no group.
     precision: as for `qqmm`.
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+    implementation: what computes the product, by its name in `explain` or the beginning of one:
+      "hopper", "hopper_skinny", "xla". Where it cannot, lowering fails and says why. "xla" computes
+      the gradients, too; those of the others are computed by the first that can. None takes the
+      first that can.
 
   Returns:
     (M, N).
 
   Raises:
     TypeError: an argument has a dtype, or is of a type, that it may not be.
-    ValueError: mode, group_size, bits, backward or a shape is not as above; scales without
-      packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
-      brings, given once more.
+    ValueError: mode, group_size, bits, backward, implementation or a shape is not as above; scales
+      without packed w or packed w without scales; one global scale of two; what a `QuantizedWeight`
+      brings, given once more. Or, when lowered: `implementation` cannot compute it on that
+      platform.
 
   Example:
     >>> x, w = jnp.full((6, 64), 3.0), jnp.ones((3, 8, 64)) * jnp.arange(3.0)[:, None, None]
@@ -113,6 +127,7 @@ def ragged_qqmm(
     backward,
     precision,
     preferred_element_type,
+    implementation=implementation,
   )
   return ragged_product(operands, params, by_rows=is_by_rows(global_scale_x))
 
@@ -130,6 +145,7 @@ def ragged_quantized_matmul(
   group_offset: ArrayLike | None = None,
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies rows of x, as they are, in groups, each by a block-quantized matrix of its own.
 
@@ -152,14 +168,16 @@ def ragged_quantized_matmul(
     group_offset: the group of w[0], as for `ragged_qqmm`.
     precision: as for `quantized_matmul`.
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+    implementation: what computes it, as for `ragged_qqmm`.
 
   Returns:
     (M, N).
 
   Raises:
     TypeError: an argument has a dtype, or is of a type, that it may not be.
-    ValueError: mode, group_size, bits or a shape is not as above; scales without packed w or packed
-      w without scales; what a `QuantizedWeight` brings, given once more.
+    ValueError: mode, group_size, bits, implementation or a shape is not as above; scales without
+      packed w or packed w without scales; what a `QuantizedWeight` brings, given once more. Or,
+      when lowered: `implementation` cannot compute it on that platform.
 
   Example:
     >>> x, experts = jnp.full((6, 64), 3.25), jaxqq.quantize_weight(jnp.ones((3, 8, 64)), "mxfp4")
@@ -185,6 +203,7 @@ def ragged_quantized_matmul(
     precision,
     preferred_element_type,
     quantize_input=False,
+    implementation=implementation,
   )
   return ragged_product(operands, params)
 
@@ -218,6 +237,7 @@ def checked_ragged(
   precision: Any,
   preferred_element_type: Any,
   quantize_input: bool = True,
+  implementation: Any = None,
 ) -> tuple[RaggedOperands, Params]:
   """The operands and the primitive's parameters, or the error that the caller should see."""
   x = as_array(function, "x", x)
@@ -250,7 +270,7 @@ def checked_ragged(
     None,
     quantize_input,
   )
-  return as_ragged(function, operands, params, group_sizes, group_offset)
+  return as_ragged(function, operands, params, group_sizes, group_offset, implementation)
 
 
 def as_ragged(
@@ -259,8 +279,9 @@ def as_ragged(
   params: dict[str, Any],
   group_sizes: jax.Array,
   group_offset: jax.Array,
+  implementation: Any,
 ) -> tuple[RaggedOperands, Params]:
-  """What `checked` returns, as the ragged product takes it."""
+  """What `checked` returns, as the ragged product takes it, with an implementation of its own."""
   own = RaggedOperands(
     group_sizes,
     group_offset,
@@ -279,6 +300,7 @@ def as_ragged(
     quantize=params["quantize_input"],
     quantize_w=not params["quantize_input"],
     function=function,
+    implementation=check_implementation(function, implementation, RAGGED),
   )
 
 

@@ -58,6 +58,13 @@ class Params:
   wrt: str | None = None  # of a tangent, the operand that it is the tangent of
   groups: int = 0  # of ragged_row_sums: how many matrices there are
   function: str = "ragged_qqmm"  # whose product it is, for errors
+  implementation: str | None = None  # that a caller asks for: the beginning of a name
+
+  @property
+  def implementation_of_gradients(self) -> str | None:
+    """XLA computes those of what it was asked to compute; others are computed by what can."""
+    is_xla = self.implementation is not None and "xla".startswith(self.implementation)
+    return self.implementation if is_xla else None
 
   @property
   def fmt(self) -> Format:
@@ -157,7 +164,8 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], params: Params) -
   def product(ops: RaggedOperands, groups: int, out_dtype: np.dtype) -> jax.Array:
     own = dataclasses.replace(params, out_dtype=out_dtype)
     own = dataclasses.replace(own, groups=groups if ops.y is not None else 0)
-    return _kernels.plan(problem_of(ops, own, params.out_dtype), device, RAGGED).run(ops)
+    problem = problem_of(ops, own, params.out_dtype)
+    return _kernels.plan(problem, device, RAGGED, chosen=params.implementation).run(ops)
 
   def whole(*values: jax.Array) -> jax.Array:
     return product(unflatten(operands, values), problem.groups, params.out_dtype)
@@ -181,6 +189,7 @@ def _label(params: Params) -> str:
   precision = params.precision.name if params.precision else "default"
   words = [f"sum_{params.contracted}", params.mode, params.out_dtype.name, precision]
   words += ["quantized"] * params.quantize + ["weights"] * params.quantize_w
+  words += [params.implementation] if params.implementation is not None else []
   return "_".join(("ragged", *words))
 
 
@@ -199,7 +208,13 @@ def _jvp(
     if is_zero(getattr(tangent, name)):
       continue
     keeps_w_hat = name == "x" and params.quantize_w
-    own = dataclasses.replace(params, quantize=False, quantize_w=keeps_w_hat, wrt=name)
+    own = dataclasses.replace(
+      params,
+      quantize=False,
+      quantize_w=keeps_w_hat,
+      wrt=name,
+      implementation=params.implementation_of_gradients,
+    )
     if params.wrt not in (None, name):
       own = dataclasses.replace(own, backward="straight_through")
     terms.append(ragged_qqmm(dataclasses.replace(at, **{name: getattr(tangent, name)}), own))

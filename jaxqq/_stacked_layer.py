@@ -17,7 +17,7 @@ from jaxqq._ragged_reference import RaggedOperands
 from jaxqq._weight import STACKED_LAYER, StackedLayer
 
 # What a product of one group of rows does not take.
-_NOT_TAKEN = ("scales", "global_scale_w", "out_sharding", "implementation", "recipe", "key")
+_NOT_TAKEN = ("scales", "global_scale_w", "out_sharding", "recipe", "key")
 
 
 def product(function: str, x: Any, layer: StackedLayer, given: Mapping[str, Any]) -> jax.Array:
@@ -76,7 +76,8 @@ def checked_layer(
     quantize_input,
   )
   sizes = jnp.full((1,), shape[0], jnp.int32)
-  return as_ragged(function, operands, params, sizes, -jnp.int32(layer.index))
+  offset = -jnp.int32(layer.index)
+  return as_ragged(function, operands, params, sizes, offset, given.get("implementation"))
 
 
 STACKED_LAYER["product"] = product

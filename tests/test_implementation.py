@@ -64,6 +64,56 @@ def test_the_result_is_right():
   oracle.assert_within_bound(np.asarray(jax.jit(run)(x, w)), exact, mag)
 
 
+# Rows in groups
+
+EXPERTS = jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16)
+SIZES = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+
+@needs_kernels
+def test_groups_have_implementations_of_their_own():
+  def explained(**how):
+    return jaxqq.explain(jaxqq.ragged_qqmm, X, EXPERTS, SIZES, mode="mxfp8", device="cuda", **how)
+
+  assert explained().plan.name == "hopper_fp8"
+  assert explained(implementation="hopper_exact").plan.name == "hopper_exact"
+  assert explained(implementation="x").plan.name == "xla"
+  with pytest.raises(
+    ValueError, match=r"^ragged_qqmm: implementation 'hopper_skinny' cannot .*not"
+  ):
+    explained(implementation="hopper_skinny")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("asked", "kernels"), [("xla", False), ("hopper_fp8", True)])
+def test_gradients_of_groups(asked, kernels):
+  """XLA computes its own; what multiplies forward alone leaves them to others."""
+
+  def loss(x, w, sizes):
+    out = jaxqq.ragged_qqmm(x, w, sizes, mode="mxfp8", implementation=asked)
+    return out.astype(jnp.float32).sum()
+
+  text = lowered_for_cuda(jax.grad(loss, argnums=(0, 1)), X, EXPERTS, SIZES)
+  assert ("mosaic_gpu" in text) == kernels
+
+
+def test_groups_by_what_is_asked_for():
+  rng = np.random.default_rng(0)
+  x, w = (oracle.random(rng, shape, "float32") for shape in ((6, 64), (3, 8, 64)))
+  sizes, how = np.int32([2, 0, 3]), {"mode": "mxfp8", "implementation": "xla"}
+  out = jaxqq.ragged_qqmm(x, w, sizes, **how)
+  own = {"lhs_indices": np.arange(5), "rhs_indices": np.int32([0, 0, 2, 2, 2])}
+  gathered = jaxqq.gather_qqmm(x[:5, None], w, None, **own, **how)
+  np.testing.assert_array_equal(gathered[:, 0], out[:5])
+  stack = jaxqq.quantize_weight(w, "mxfp8")
+  np.testing.assert_array_equal(jaxqq.qqmm(x[2:5], stack.layer(2), implementation="xla"), out[2:5])
+  for product in (jaxqq.ragged_qqmm, jaxqq.ragged_quantized_matmul):
+    with pytest.raises(
+      ValueError, match=rf"^{product.__name__}: unknown implementation 'block'; it"
+    ):
+      product(x, w, sizes, implementation="block")
+
+
 @pytest.mark.parametrize(
   ("platform", "how", "reason"),
   [

@@ -171,7 +171,11 @@ ERRORS = [
   (lambda s: s.layer(True), TypeError, "index must be an integer, got bool"),
   (lambda s: np.asarray(s.layer(0)), TypeError, "StackedLayer is no array"),
   (lambda s: s.layer(jnp.arange(2)), ValueError, "index must be one integer"),
-  (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), implementation="xla"), ValueError, "leave implement"),
+  (
+    lambda s: jaxqq.qqmm(x_of(2), s.layer(0), implementation="block_scaled_dot"),
+    ValueError,
+    "unknown implementation .*hopper_skinny",
+  ),
   (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), recipe="mxfp8"), ValueError, "leave recipe out"),
   (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), s.scales[0]), ValueError, "leave scales out"),
   (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), mode="nvfp4"), ValueError, "mode"),
