@@ -146,6 +146,8 @@ def test_plans(mode, tokens, top, shape, kernel, mainloop, block_m):
   own = plan.of_group
   assert (own.kernel, own.mainloop, plan.block_m) == (kernel, mainloop, block_m)
   assert own.tiles.cluster == 1
+  if own.mainloop == "sixteens":
+    assert own.tiles.block_n == 128
   if own.kernel == "skinny_gemm":
     assert not own.quantizes_x and own.padded_k("w") == problem.k
 
@@ -195,12 +197,11 @@ def test_one_launch_for_all_groups(tokens, kernel):
 # The kernels, interpreted
 
 M = 37
-SIZES = {"a part of m": (0, 9, 0, 20, 3), "one has all": (0, 0, M, 0, 0)}
 
 
 def rows_in_groups(mode, k=512, m=M, packed=True, **how):
   scales, groups = how.pop("scales", "none"), how.pop("groups", 5)
-  program = Program(mode, m, 72, k, w_dtype="float32", packed=packed, **how)
+  program = Program(mode, m, how.pop("n", 72), k, w_dtype="float32", packed=packed, **how)
   return RaggedProgram(program, groups, groups, scales)
 
 
@@ -218,7 +219,10 @@ def check(program, cases, implementation):
 FEW = {
   "nvfp4, scales, a last block": rows_in_groups("nvfp4", 544, scales="of groups"),
   "mxfp8, a last block": rows_in_groups("mxfp8", 544),
-  "nvfp4 alone": rows_in_groups("nvfp4", 256, scales="one", quantize_input=False),
+  # Tiles of up to 24 rows, with programs for 8, 16 and 24.
+  "nvfp4 alone": rows_in_groups("nvfp4", 256, m=80, scales="one", quantize_input=False),
+  "nvfp4, half of a last tile": rows_in_groups("nvfp4", 544, n=192, groups=2),
+  "nvfp4, half of a tile": rows_in_groups("nvfp4", 256, n=64, groups=2),
   "mxfp4": rows_in_groups("mxfp4"),
 }
 
@@ -226,7 +230,12 @@ FEW = {
 @pytest.mark.parametrize("name", FEW)
 def test_few_rows(name):
   program = FEW[name]
-  check(program, [RaggedCase(program, sizes) for sizes in SIZES.values()], "hopper_skinny")
+  m, groups = program.product.m, program.groups
+  a_part, one_has_all = (0, 9, 0, 20, 3), (0, 0, m, 0, 0)
+  if groups == 2:
+    a_part, one_has_all = (9, 20), (0, m)
+  cases = [RaggedCase(program, sizes) for sizes in (a_part, one_has_all)]
+  check(program, cases, "hopper_skinny")
 
 
 MANY = {
@@ -237,8 +246,9 @@ MANY = {
   "mxfp4 alone": rows_in_groups("mxfp4", 64, m=76, groups=2, quantize_input=False),
   "nvfp4 on the fly": rows_in_groups("nvfp4", 96, m=76, groups=2, packed=False),
   "mxfp8 on the fly": rows_in_groups("mxfp8", 160, m=76, groups=2, packed=False),
-  # Tiles of 192 rows, and the last one of 108, which takes less time.
+  # Tiles of more than 128 rows, and the last one of fewer, which takes less time.
   "mxfp8, large tiles": rows_in_groups("mxfp8", 160, m=300, groups=1),
+  "nvfp4, large tiles": rows_in_groups("nvfp4", 64, m=380, groups=1),
 }
 
 
@@ -248,6 +258,11 @@ def test_many_rows(name):
   is_fp8 = program.product.may_use_fp8_sums
   sizes = [(13, 42), (0, program.product.m)]
   sizes = [of_groups[-program.groups :] for of_groups in sizes]
+  if name.endswith("large tiles"):
+    k = program.product.k
+    _, problem = problem_of(program.product.mode, program.product.m, 1, 1, program.product.n, k)
+    plan = _kernels.plan(problem, _kernels.Device("cuda", "9.0", 3), RAGGED).kernel
+    assert plan.block_m > 128
   cases = [RaggedCase(program, of_groups, x="outliers") for of_groups in sizes]
   check(program, cases, "hopper_fp8" if is_fp8 else "hopper_exact")
 

@@ -34,7 +34,12 @@ SIZES = {
   "many tiles": (140, 270, 64),
 }
 # The last blocks of k of two are parts, whose scales threads load: four bytes at once, two or one.
-FEW_SIZES = {"one": (1, 64, 512), "two": (3, 70, 1088), "three": (17, 130, 1120)}
+FEW_SIZES = {
+  "one": (1, 64, 512),
+  "two": (3, 70, 1088),
+  "three": (17, 130, 1120),
+  "four": (7, 130, 1120),
+}
 KINDS = (("normal", "groups within reach"), ("outliers", "heavy tails"))
 
 

@@ -54,8 +54,7 @@ CASES = {
   "blockdiag, 1 row in small blocks": ("blockdiag", F32, (1, 1), 1, 64, 1280, T(4)),
   "blockdiag, 2 rows": ("blockdiag", F32, (1, 2), 2, 70, 1280, T(4, 2)),
   "blockdiag, 3 rows": ("blockdiag", F32, (1, 1), 3, 64, 512, T(4)),
-  "blockdiag, 7 rows": ("blockdiag", BF16, (1, 1), 7, 64, 768, T(2, 2)),
-  "blockdiag, 8 rows": ("blockdiag", F32, (1, 1), 8, 200, 1024, T(4)),
+  "blockdiag, 4 rows": ("blockdiag", BF16, (1, 1), 4, 200, 768, T(2, 2)),
   "x as it is, nvfp4": ("nvfp4 bf16", BF16, (1, 1), 1, 133, 1024, T(4)),
   "x as it is, nvfp4, many tiles": ("nvfp4 bf16", F32, (2, 1), 33, 330, 768, T(2, 2, True)),
   "x as it is, nvfp4, float16": ("nvfp4 f16", F16, (1, 2), 17, 70, 768, T(4)),
@@ -86,9 +85,10 @@ CLUSTER_CASES = {
   "nvfp4 in two": ("nvfp4", BF16, (1, 2), 17, 130, 2048, T(4, 4, cluster=2)),
   "nvfp4 in four, promoted": ("nvfp4", F32, (2, 1), 9, 61, 4096, T(8, 4, True, cluster=4)),
   "x as it is, nvfp4 in four": ("nvfp4 bf16", BF16, (1, 1), 9, 133, 4096, T(4, 4, cluster=4)),
+  "sixteens, nvfp4 in four": ("nvfp4 bf16", BF16, (1, 1), 5, 133, 4096, T(4, 4, cluster=4)),
   "x as it is, mxfp8 in two": ("mxfp8 bf16", BF16, (1, 2), 1, 200, 4096, T(4, 4, cluster=2)),
   "blockdiag in two": ("blockdiag", F32, (1, 1), 1, 133, 4096, T(8, 4, cluster=2)),
-  "blockdiag in four, many tiles": ("blockdiag", BF16, (1, 3), 5, 3000, 2048, T(4, 2, cluster=4)),
+  "blockdiag in four, many tiles": ("blockdiag", BF16, (1, 3), 3, 3000, 2048, T(4, 2, cluster=4)),
   "mxfp8 in two, many tiles": ("mxfp8", BF16, (2, 2), 3, 5000, 4096, T(4, 4, cluster=2)),
   "mxfp8 in four": ("mxfp8", F32, (1, 1), 60, 67, 8192, T(2, 2, cluster=4)),
 }
@@ -206,11 +206,31 @@ def test_plans_fit_and_give_every_warpgroup_its_stages(mode, m):
   assert tiles.num_stages % tiles.compute_warpgroups == 0
 
 
-def plan_of(mode, m, n, k):
+def plan_of(mode, m, n, k, *, alone=False):
   """The plan of packed w, for a Hopper GPU of 132 SMs."""
   spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
   w = spec((n, k * fmt.bits // 32), jnp.uint32), spec((n, k // fmt.group_size), jnp.uint8)
-  return jaxqq.explain(spec((m, k), jnp.bfloat16), *w, mode=mode, device="cuda").plan.kernel
+  product = jaxqq.quantized_matmul if alone else jaxqq.qqmm
+  return jaxqq.explain(
+    product, spec((m, k), jnp.bfloat16), *w, mode=mode, device="cuda"
+  ).plan.kernel
+
+
+@pytest.mark.parametrize(
+  ("mode", "alone", "m", "mainloop"),
+  [
+    ("nvfp4", False, 4, "blockdiag"),
+    ("nvfp4", False, 5, "sixteens"),
+    ("nvfp4", False, 8, "sixteens"),
+    ("nvfp4", False, 9, "expanded"),
+    ("nvfp4", True, 24, "sixteens"),
+    ("nvfp4", True, 25, "in_order"),
+    ("mxfp4", False, 24, "sixteens"),
+    ("mxfp8", True, 1, "in_order"),
+  ],
+)
+def test_mainloops(mode, alone, m, mainloop):
+  assert plan_of(mode, m, 8192, 8192, alone=alone).mainloop == mainloop
 
 
 def check_blockdiag_operand(run, m, k, dtype, global_scale):
@@ -251,7 +271,7 @@ OPERANDS = {
   "codes of a row": (check_code_words, 1, 512, BF16),
   "blockdiag, a row": (check_blockdiag_operand, 1, 1024, BF16, None),
   "blockdiag, two, the last step overlaps": (check_blockdiag_operand, 2, 1280, F32, 3.5),
-  "blockdiag, eight": (check_blockdiag_operand, 8, 1024, F16, None),
+  "blockdiag, four": (check_blockdiag_operand, 4, 1024, F16, None),
 }
 
 

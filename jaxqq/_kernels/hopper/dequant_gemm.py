@@ -18,6 +18,8 @@ One CTA an SM, with a producer and two to four compute warpgroups (`pipeline.py`
   multiplies.
 - In a cluster, up to 8 CTAs have a part of k each of one tile. In the end they exchange sums
   through shared memory (`ptx/cluster.py`), and each adds up and stores its share of the rows.
+- In groups, where a tile has more than 128 rows of x, a group's last one of up to 128 loads and
+  multiplies no more than these (`FEW_ROWS`).
 - The epilogue multiplies by alpha, or by the scales of both operands' rows, in float32, and writes
   tiles transposed.
 """
@@ -289,8 +291,8 @@ class _Cta:
       def _tile(t: Any) -> None:
         tile, block_m = self.walk.tile(t), self.tiles.block_m
         if kernel.has_few_rows and isinstance(tile, GroupTile):
-          rows = (functools.partial(self.multiply, tile, count) for count in (FEW_ROWS, block_m))
-          lax.cond(tile.rows <= FEW_ROWS, *rows)
+          few, most = (functools.partial(self.multiply, tile, rows) for rows in (FEW_ROWS, block_m))
+          lax.cond(tile.rows <= FEW_ROWS, few, most)
         else:
           self.multiply(tile, block_m)
 

@@ -336,9 +336,9 @@ def _with_even_scales(operands: Operands) -> Operands:
 
 def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> jax.Array:
   """x_hat (1, m, k) for the mainloop, by XLA: of rows with global scales of their own, (m,)."""
-  problem = plan.of_group.problem
-  x_hat = round_trip(x[0][:, None], problem.fmt, of_rows)[:, 0].astype(operand_dtype(problem))
   own = plan.of_group
+  problem = own.problem
+  x_hat = round_trip(x[0][:, None], problem.fmt, of_rows)[:, 0].astype(operand_dtype(problem))
   if own.mainloop in ("expanded", "packed_e2m1"):  # interleaved
     x_hat = jnp.swapaxes(x_hat.reshape(x_hat.shape[0], -1, 8, 8), -1, -2)
   return x_hat.reshape(1, *x.shape[1:])

@@ -452,7 +452,7 @@ MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 MAX_BLOCKDIAG_ROWS = 4  # with more, scaling the sums of every group takes longer than expanding w
 # Of "sixteens", an instruction of a warp; with more rows these, of a warpgroup, are faster.
 MAX_ROWS_OF_SIXTEENS = {"expanded": 8, "in_order": 24}
-MAX_ROWS_OF_SIXTEENS_IN_GROUPS = 24
+MAX_ROWS_OF_SIXTEENS_IN_GROUPS = 24  # of a tile, with a quarter more than a group has on average
 BLOCKDIAG_MIN_K = 1024  # what its quantizer takes at once
 # With more rows, w waits for x to be quantized in the kernel.
 MAX_ROWS_QUANTIZED = 8
@@ -522,7 +522,7 @@ def _skinny_mainloop(problem: Problem) -> Any:
     return "group_sums"
   one_matrix = problem.shares_w or math.prod(problem.x_batch) == 1
   one_matrix = one_matrix and not problem.in_groups
-  is_interleaved = packed_operand(problem) == "packed_e2m1"  # and not in the order of memory
+  is_interleaved = packed_operand(problem) == "packed_e2m1"  # as of `ptx/expand.py`
   few = problem.rows <= MAX_BLOCKDIAG_ROWS and problem.k >= BLOCKDIAG_MIN_K
   if one_matrix and few and is_interleaved:
     return "blockdiag"
@@ -561,7 +561,7 @@ def _skinny_tiles(
 ) -> SkinnyTiles:
   """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room.
 
-  In groups, "sixteens" has tiles of twice as many rows of w: x is loaded again for each.
+  In groups, "sixteens" has tiles of twice as many rows of w, since every tile loads x again.
   """
   k_steps = cdiv(problem.k, block.k)
   x_bytes = _x_bytes(mainloop, block, padded_m, _skinny_rows(problem))

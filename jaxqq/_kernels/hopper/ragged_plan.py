@@ -36,8 +36,8 @@ from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, RaggedProblem, tiles_of_a_group
 from jaxqq._ragged_reference import RaggedOperands
 
-# Tiles side by side in a band. With 8, which has divisors in common with 132 SMs, a CTA may have
-# only first tiles of groups, or only last ones, which take less time.
+# Tiles side by side in a band of `dequant_gemm`. With 8, which has divisors in common with 132 SMs,
+# a CTA may have only first tiles of groups, or only last ones, which take less time.
 GROUP_WIDTH = 5
 MAX_TILE_ROWS = 32  # of a tile: with more, larger tiles of w are no slower
 
@@ -46,8 +46,7 @@ def _grid(problem: RaggedProblem, n: int, block_m: int, block_n: int, device: De
   """Of results with n columns, with as many tiles as there can be."""
   segments = problem.batch * (problem.groups + 2)  # rows before and behind all groups are two
   tiles = num_group_tiles(problem.batch * problem.m, segments, block_m)
-  grid = Grid(1, block_m * tiles, n, block_m, block_n, device.num_sms)
-  return dataclasses.replace(grid, group_width=GROUP_WIDTH)
+  return Grid(1, block_m * tiles, n, block_m, block_n, device.num_sms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +72,10 @@ class RaggedPlan:
   @property
   def grid(self) -> Grid:
     """With as many tiles as there can be."""
-    is_skinny = isinstance(self.of_group, SkinnyPlan)
     block_n = self.of_group.tiles.block_n
     grid = _grid(self.problem, self.problem.n, self.block_m, block_n, self.device)
-    return dataclasses.replace(grid, group_width=1) if is_skinny else grid
+    widths = {"skinny_gemm": 1, "dequant_gemm": GROUP_WIDTH, "gemm": grid.group_width}
+    return dataclasses.replace(grid, group_width=widths[self.of_group.kernel])
 
   @property
   def details(self) -> str:

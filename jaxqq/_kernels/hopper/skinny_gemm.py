@@ -1,20 +1,20 @@
 """out = x_hat w_hat^T for up to 64 rows of x, from w that is read once.
 
-A CTA has 64 rows of w at a time and all of k, in blocks that go round its compute warpgroups:
+A CTA has 64 rows of w at a time (in groups `sixteens` has 128) and all of k, in blocks that go
+round its compute warpgroups:
 
     producer, warpgroup C | load block 8 | load block 9 | load block 10 | ...
-    warpgroup 0, compute  |  block 0  |  block 4  |  block 8  | ... | add up, store | next 64 rows
-    warpgroup 1, compute  |  block 1  |  block 5  |  block 9  | ... | hand over     | next 64 rows
+    warpgroup 0, compute  |  block 0  |  block 4  |  block 8  | ... | add up, store | next rows of w
+    warpgroup 1, compute  |  block 1  |  block 5  |  block 9  | ... | hand over     | next rows of w
     warpgroup 2, ...
 
 - The producer has the TMA keep all of shared memory full: packed words and scales of w, or its
   numbers, and of x what belongs to them, in one block of k. Where x meets packed w with so few rows
   that their quantization is little work, a compute warpgroup does that itself, while it waits for
   its block of w (`quantize/in_kernel.py`).
-- A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, 64 rows of w by all of x. The
-  mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums`, `in_order`,
-  `quantized`,
-  `sixteens`.
+- A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, the tile's rows of w by all of
+  x, 64 at a time. The mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums`,
+  `in_order`, `quantized`, `sixteens`.
 - One warpgroup adds the sums of the others to its own and stores them: of a CTA's first tile
   warpgroup 0, of its second one warpgroup 1, and so on. So all have the same work. Sums are added
   in pairs that are the same whoever adds them, and so are the bits.
@@ -89,7 +89,8 @@ class Mainloop(Protocol):
       stage: of both operands.
       scales: for each 64 rows of w words of `load_scale_words`, to "expanded" `load_scale_bytes`;
         None if they are in shared memory.
-      rows: of x that count, or more.
+      rows: of x that the tile has, rounded up to a multiple of 8. Only `sixteens` multiplies fewer
+        than padded_m; the other columns of its sums stay zero.
     """
 
 
@@ -111,7 +112,7 @@ class Operands:
 @pipeline.arrays
 class Scratch:
   x: Any  # (stages, padded_m, columns), or in rows (stages, .., padded_m, 128 bytes)
-  w: Any  # (stages, 64, words or numbers), or in rows (stages, .., 64, 128 bytes)
+  w: Any  # (stages, block_n, words or numbers), or in rows (stages, .., block_n, 128 bytes)
   sums: Any  # that warpgroups hand over, a slot each
   scales: Any
   x_scales: Any
@@ -266,7 +267,7 @@ class _Cta:
 
   @property
   def halves(self) -> range:
-    """64 rows of w each."""
+    """Which 64 rows of w of a tile's: one of them, or two."""
     return range(self.kernel.block_n // ROWS)
 
   def first_column(self, tile: Tile, half: int) -> Any:
@@ -363,7 +364,7 @@ class _Cta:
   # A stage's operands
 
   def x_step(self, stage: Any, step: int, rows: int | None = None) -> Any:
-    """The bytes of x that an instruction for the tensor cores takes, (padded_m, 128 bytes)."""
+    """The bytes of x that an instruction for the tensor cores takes, (padded_m or `rows`, 128)."""
     return self._row(self.smem.x, stage, step, rows)
 
   def w_step(self, stage: Any, step: int) -> Any:
@@ -391,15 +392,16 @@ class _Cta:
     places = [(of_w, self.first_column(tile, half), first, count) for half in self.halves]
     if self.plan.mainloop == "expanded":
       return [load_scale_bytes(*place) for place in places]
-    even_first = self.plan.mainloop == "sixteens"
-    return [load_scale_words(*place, even_first=even_first) for place in places]
+    even_first, tile_rows = self.plan.mainloop == "sixteens", self.kernel.block_n
+    return [load_scale_words(*p, tile_rows=tile_rows, even_first=even_first) for p in places]
 
   # A warpgroup's sums: for each 64 rows of w, (64, padded_m)
 
   def own_sums(self, t: Any) -> list[Any]:
     """What a warpgroup's blocks of a tile add up to.
 
-    By an instruction of a warp, tiles of fewer rows take less time.
+    In groups, `sixteens` has a program for every 8 rows up to padded_m: a tile of fewer rows takes
+    less time.
     """
     eights, tile = self.plan.padded_m // 8, self.walk.tile(t)
     if self.plan.mainloop != "sixteens" or not isinstance(tile, GroupTile) or eights == 1:
@@ -495,7 +497,8 @@ class _Cta:
     sums = [with_others(half, own) for half, own in enumerate(sums)]
     plgpu.barrier_arrive(self.smem.sums_empty)
     if self.tiles.cluster > 1:
-      (self.smem.cta_sums[...],) = sums
+      (own,) = sums  # a cluster's tile has 64 rows of w
+      self.smem.cta_sums[...] = own
     else:
       self.store(sums, t)
 

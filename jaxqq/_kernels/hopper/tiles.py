@@ -116,13 +116,13 @@ class KBlock:
 class BlockDiagonal:
   """x with a column for each group of a block of 32 elements (`mainloops/blockdiag.py`)."""
 
-  rows: int  # of x, rounded up to a power of two
+  rows: int  # of x, up to four, rounded up to a power of two
 
   @property
   def k_blocks_per_acc(self) -> int:
     """Blocks of 32 elements of k that an accumulator has side by side."""
-    return max(1, 4 // self.rows)
+    return 4 // self.rows
 
   @property
   def columns(self) -> int:
-    return 2 * self.rows * self.k_blocks_per_acc
+    return 8

@@ -5,12 +5,11 @@ add up to. What they must not do is add groups of different scales. An instructi
 of k are two groups: a row of x gets a column for each, with zeros where the other is, and every
 sum is multiplied by its two scales in float32. Nothing is rounded before that.
 
-Fewer rows than columns leave room for more groups in an accumulator. With R rows, rounded up to a
-power of two, n columns have `k_blocks_per_acc` blocks of 32 elements at a time:
+Fewer rows than columns leave room for more groups in an accumulator. With R rows, up to four and
+rounded up to a power of two, 8 columns have `k_blocks_per_acc` blocks of 32 elements at a time:
 
-    R                1   2   4   8
-    n                8   8   8   16
-    k_blocks_per_acc 4   2   1   1       column c = 2 R (block % k_blocks) + 2 row + group % 2
+    R                1   2   4
+    k_blocks_per_acc 4   2   1       column c = 2 R (block % k_blocks) + 2 row + group % 2
 
 A packed word is two registers of the tensor cores' left operand: the codes at odd places, and
 those at even ones (`expand.e2m1_to_e4m3`). x is stored in the same order: of a block, word 4 h + q
@@ -42,7 +41,7 @@ class BlockDiagonalX:
     del rows
     (sums,) = sums
     blockdiag = cta.plan.blockdiag
-    rows, k_blocks = blockdiag.rows, blockdiag.k_blocks_per_acc
+    k_blocks = blockdiag.k_blocks_per_acc
     words_of_scales = scale_words(cta.smem.scales.at[stage]) if scales is None else scales[0]
     parts = GROUPS // k_blocks
     for step in range(cta.plan.block.words // _WORDS):
@@ -57,5 +56,5 @@ class BlockDiagonalX:
         # Two steps are a row of their scales.
         first = (step % 2 * parts + part) * cta.plan.padded_m
         product = product * cta.x_scales(stage, step // 2, first)
-        sums += product * blockdiag_scales(its, part, rows, k_blocks)
+        sums += product * blockdiag_scales(its, part, blockdiag.rows, k_blocks)
     return [sums]

@@ -51,10 +51,11 @@ class Sixteens:
     halves = [operands(half) for half in range(len(sums))]
     for i in range(cta.plan.block.words // of_two):
       two_steps = [of_two_steps(i) for of_two_steps in halves]
-      for j, left in enumerate(zip(*two_steps, strict=True)):
-        b, before = cta.x_step(stage, expand.STEPS * i + j, rows), sums
+      for j, of_halves in enumerate(zip(*two_steps, strict=True)):
+        b = cta.x_step(stage, expand.STEPS * i + j, rows)
+        before = sums
         if promote:
           before = [plgpu.layout_cast(jnp.zeros_like(s), plgpu.Layout.WGMMA) for s in sums]
-        done = mma.add(before, list(left), b, transforms)
-        sums = [a + b for a, b in zip(sums, done, strict=True)] if promote else done
+        done = mma.add(before, list(of_halves), b, transforms)
+        sums = [total + s for total, s in zip(sums, done, strict=True)] if promote else done
     return sums

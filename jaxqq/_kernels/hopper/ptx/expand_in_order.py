@@ -21,18 +21,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from jaxqq._kernels.hopper.ptx.expand import E4M3, codes_of_words, e2m1_as_e4m3, left_operand
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS, whole_rows
-from jaxqq._kernels.hopper.ptx.registers import constant, word_asm
+from jaxqq._kernels.hopper.ptx.registers import constant, lane_of_row, word_asm
 
-E2M1_UNIT = 7  # `e2m1_in_order` under e4m3 scales leaves out 2**7
-
-
+E2M1_UNIT = 7  # `e2m1_in_order` and `e2m1_of_sixteens` leave out 2**7 under e4m3 scales
 WORDS = whole_rows(4)
 
 
@@ -49,8 +46,7 @@ def e2m1_in_order(words: Any, scales: Any, dtype: Any) -> Any:
   """
   is_power = scales.shape[1] == 2
   if interpreting():
-    values = e2m1_as_e4m3(codes_of_words(words, 4)).astype(jnp.float32) * 2.0**6
-    return times_scales(values if is_power else values * 2.0**-E2M1_UNIT, scales, dtype)
+    return times_scales(e2m1_values(words, is_power=is_power), scales, dtype)
   body = functools.partial(_e2m1_in_order, is_power=is_power, dtype=jnp.dtype(dtype))
   return left_operand(body, (words, scales), (WORDS, whole_rows(scales.shape[1])), dtype)
 
@@ -67,19 +63,39 @@ def e4m3_in_order(words: Any, scales: Any) -> Any:
 # On MLIR values
 
 
-def _e2m1_in_order(words: Any, scales: Any, *, is_power: bool, dtype: Any) -> list[Any]:
-  """Register (i, half): byte q of a row's word i, as two floats times the group's scale.
+@dataclasses.dataclass(frozen=True)
+class Factor:
+  """Of a group: one of two floats in a register."""
+
+  pair: Any
+  half: str  # low or high
+
+  def used_by(self, text: str, operand: str) -> str:
+    """Assembly in which `factor` is that float twice; an instruction that takes it can do so."""
+    return f"""{{
+    .reg .b16 low, high;
+    .reg .b32 factor;
+    mov.b32 {{low, high}}, {operand};
+    mov.b32 factor, {{{self.half}, {self.half}}};{text}
+  }}"""
+
+
+_PLACES = {  # of a code in a float: kind of a pair of them, shift and mask
+  "bfloat16": ("bf16x2", 2, 0x81C081C0),
+  "float16": ("f16x2", 5, 0x8E008E00),
+}
+# What takes byte 0, with 0x1111 more byte 1, and so on, of the word four bits further up and of the
+# word: the byte, which begins with a code, and above it eight times its sign.
+FIRST_BYTE = 0x80C4
+
+
+def e2m1_pair(word: Any, selector: Any, factor: Factor, dtype: Any, *, is_power: bool) -> Any:
+  """The two codes of a byte of a word as floats, times their group's scale.
 
   A code's exponent and mantissa become the lowest bits of a float's exponent and the highest of its
   mantissa: that is the code's value times the least exponent, subnormal or not.
   """
-  # Of the word four bits further up and of the word: the byte, which begins with a code, and above
-  # it eight times its sign.
-  selector = arith.addi(arith.muli(_lane(), constant(0x1111)), constant(0x80C4))
-  kind, shift, mask = {
-    "bfloat16": ("bf16x2", 2, 0x81C081C0),
-    "float16": ("f16x2", 5, 0x8E008E00),
-  }[dtype.name]
+  kind, shift, mask = _PLACES[dtype.name]
   to_value = times_constant("both", "bf16x2", BFLOAT16_PAIR[126]) if is_power else ""
   text = f"""
     .reg .b32 both, constant;
@@ -89,9 +105,15 @@ def _e2m1_in_order(words: Any, scales: Any, *, is_power: bool, dtype: Any) -> li
     and.b32 both, both, {hex(mask)};
     {to_value}
     mul.rn.{kind} $0, both, factor;"""
+  return word_asm(factor.used_by(text, "$3"), word, selector, factor.pair)
+
+
+def _e2m1_in_order(words: Any, scales: Any, *, is_power: bool, dtype: Any) -> list[Any]:
+  """Register (i, half): byte q of a row's word i, as two floats times the group's scale."""
+  selector = arith.addi(arith.muli(lane_of_row(), constant(0x1111)), constant(FIRST_BYTE))
 
   def pair(row: list[Any], i: int, factor: Factor) -> Any:
-    return word_asm(factor.used_by(text, "$3"), row[i], selector, factor.pair)
+    return e2m1_pair(row[i], selector, factor, dtype, is_power=is_power)
 
   factors = powers_of_two if is_power else functools.partial(e4m3_factors, dtype=dtype)
   return _registers(words, scales, factors, pair)
@@ -99,7 +121,7 @@ def _e2m1_in_order(words: Any, scales: Any, *, is_power: bool, dtype: Any) -> li
 
 def _e4m3_in_order(words: Any, scales: Any) -> list[Any]:
   """Register (i, half): two codes of a row's words 2i and 2i + 1, times the group's scale."""
-  selector = arith.addi(arith.muli(_lane(), constant(0x22)), constant(0x10))
+  selector = arith.addi(arith.muli(lane_of_row(), constant(0x22)), constant(0x10))
   text = """
     .reg .b16 codes, a, b;
     .reg .b32 both;
@@ -118,23 +140,6 @@ def _e4m3_in_order(words: Any, scales: Any) -> list[Any]:
     return word_asm(factor.used_by(text, "$4"), *operands)
 
   return _registers(words, scales, powers_of_two, pair)
-
-
-@dataclasses.dataclass(frozen=True)
-class Factor:
-  """Of a group: one of two floats in a register."""
-
-  pair: Any
-  half: str  # low or high
-
-  def used_by(self, text: str, operand: str) -> str:
-    """Assembly in which `factor` is that float twice; an instruction that takes it can do so."""
-    return f"""{{
-    .reg .b16 low, high;
-    .reg .b32 factor;
-    mov.b32 {{low, high}}, {operand};
-    mov.b32 factor, {{{self.half}, {self.half}}};{text}
-  }}"""
 
 
 def _registers(
@@ -211,12 +216,13 @@ def e4m3_factors(two: Any, *, dtype: Any) -> Any:
   return word_asm(text, two)
 
 
-def _lane() -> Any:
-  """Which of a row's four threads this is."""
-  return arith.andi(mgpu.utils.thread_idx(), constant(3))
-
-
 # For the interpreter
+
+
+def e2m1_values(words: Any, *, is_power: bool) -> Any:
+  """float32, in order; under e4m3 scales times 2**-E2M1_UNIT."""
+  values = e2m1_as_e4m3(codes_of_words(words, 4)).astype(jnp.float32) * 2.0**6
+  return values if is_power else values * 2.0**-E2M1_UNIT
 
 
 def times_scales(values: Any, scales: Any, dtype: Any) -> Any:

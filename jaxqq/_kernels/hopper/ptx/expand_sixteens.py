@@ -3,9 +3,7 @@
 Thread q = 0..3 of a row's four has k = 16 q to 16 q + 15 of each 64: it loads its own two words
 alone, and x in the order of memory likewise. Register i of a row is elements 2 i and 2 i + 1.
 
-A code's exponent and mantissa become the lowest bits of a float's exponent and the highest of its
-mantissa: that is its value times a power of two, subnormal or not. One `prmt` takes two neighbours
-out of a word, below copies of their signs. With a scale that is 2.5 instructions a code.
+With an e4m3 scale that is 2.5 instructions a code, with a power of two 3.
 """
 
 from __future__ import annotations
@@ -16,22 +14,20 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith, vector
 
-from jaxqq._kernels.hopper.ptx.expand import codes_of_words, e2m1_as_e4m3
 from jaxqq._kernels.hopper.ptx.expand_in_order import (
-  BFLOAT16_PAIR,
-  E2M1_UNIT,
+  FIRST_BYTE,
   Factor,
+  e2m1_pair,
+  e2m1_values,
   e4m3_factors,
   powers_of_two,
-  times_constant,
   times_scales,
 )
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROW, ROWS, even_rows_first
-from jaxqq._kernels.hopper.ptx.registers import constant, operand_array, word_asm
+from jaxqq._kernels.hopper.ptx.registers import constant, lane_of_row, operand_array, word_asm
 from jaxqq._kernels.hopper.ptx.scales import bytes_of_words
 
 STEP_K, STEP_WORDS = 64, 8
@@ -50,8 +46,7 @@ def e2m1_of_sixteens(words: jax.Array, scales: list[jax.Array], dtype: Any) -> l
   """
   if interpreting():
     is_power = len(scales) == 1
-    values = e2m1_as_e4m3(codes_of_words(words, 4)).astype(jnp.float32) * 2.0**6
-    values = values if is_power else values * 2.0**-E2M1_UNIT
+    values = e2m1_values(words, is_power=is_power)
     count = 4 * len(scales) // STEPS
     all_scales = bytes_of_words(scales, None)
     return [
@@ -75,9 +70,6 @@ def e2m1_of_sixteens(words: jax.Array, scales: list[jax.Array], dtype: Any) -> l
 # On MLIR values
 
 
-_PLACES = {"bfloat16": ("bf16x2", 2, 0x81C081C0), "float16": ("f16x2", 5, 0x8E008E00)}
-
-
 def _expand(words: Any, scales: Any, dtype: np.dtype) -> list[list[Any]]:
   """Of each step the registers (i, half): i of row r, then i of row r + 8."""
   vectors, is_power = words.registers.reshape(STEPS, 2), len(scales) == 1
@@ -87,36 +79,18 @@ def _expand(words: Any, scales: Any, dtype: np.dtype) -> list[list[Any]]:
     for step, place in enumerate(("low", "high")):
       row = [vector.extract(vectors[step, half], [], [j]) for j in range(2)]
       for i in range(8):
-        register = _pair(row[i // 4], i % 4, Factor(factors, place), dtype, is_power=is_power)
+        selector, factor = constant(FIRST_BYTE + 0x1111 * (i % 4)), Factor(factors, place)
+        register = e2m1_pair(row[i // 4], selector, factor, dtype, is_power=is_power)
         steps[step][2 * i + half] = register
   return steps
 
 
 def _factors(scales: list[Any], dtype: np.dtype) -> Any:
   """Of a row's 16 in both steps, two floats in a register."""
-  q = arith.andi(mgpu.utils.thread_idx(), constant(3))
+  q = lane_of_row()
   if len(scales) == 2:  # byte q of either
     selector = arith.addi(arith.muli(q, constant(0x11)), constant(0x40))
     return e4m3_factors(word_asm("prmt.b32 $0, $1, $2, $3;", *scales, selector), dtype=dtype)
   # One of the first two, and one of the others.
   selector = arith.addi(arith.muli(arith.shrui(q, constant(1)), constant(0x11)), constant(0x20))
   return powers_of_two(word_asm("prmt.b32 $0, $1, 0, $2;", *scales, selector))
-
-
-def _pair(word: Any, i: int, factor: Factor, dtype: np.dtype, *, is_power: bool) -> Any:
-  """Codes 2 i and 2 i + 1 of a word as floats, times their group's scale."""
-  kind, shift, mask = _PLACES[dtype.name]
-  # Of the word four bits further up and of the word, byte i begins with a code. A selector of 8
-  # more has its sign eight times.
-  first, second = 4 + i, i
-  selector = (8 + second) << 12 | second << 8 | (8 + first) << 4 | first
-  to_value = times_constant("both", "bf16x2", BFLOAT16_PAIR[126]) if is_power else ""
-  text = f"""
-    .reg .b32 both, constant;
-    shl.b32 both, $1, 4;
-    prmt.b32 both, $1, both, {hex(selector)};
-    shl.b32 both, both, {shift};
-    and.b32 both, both, {hex(mask)};
-    {to_value}
-    mul.rn.{kind} $0, both, factor;"""
-  return word_asm(factor.used_by(text, "$2"), word, factor.pair)

@@ -35,9 +35,10 @@ def whole_rows(length: int) -> Any:
 
 
 def even_rows_first(columns: int, length: int) -> Any:
-  """As `layout_of` of a row's four threads, of every 8 rows 0, 2, 4, 6, 1, 3, 5, 7.
+  """(64, columns * i) as of `layout_of`, but of every 8 rows a warp has 0, 2, 4, 6, 1, 3, 5, 7.
 
-  In swizzled shared memory, words that the threads of four such rows load are in different banks.
+  A row's four threads have vectors of `length`. In swizzled shared memory, words that the threads
+  of four such rows load are in different banks.
   """
   return plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, columns), (16, columns), (8, columns), (2, length))),

@@ -78,6 +78,7 @@ def add(
 
 
 def _mma(sums: list[Any], left: list[Any], right: list[Any], kind: str) -> list[Any]:
+  """One instruction. All threads of a warp run it: it may stand in no branch that divides them."""
   f32 = ir.F32Type.get()
   text = (
     f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "

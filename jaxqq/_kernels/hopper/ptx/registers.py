@@ -47,6 +47,11 @@ def constant(value: int) -> Any:
   return arith.ConstantOp(i32, attribute).result  # type: ignore[call-arg, arg-type]  # no stub
 
 
+def lane_of_row() -> Any:
+  """Which of the four threads that share a row of an operand this is."""
+  return arith.andi(mgpu.utils.thread_idx(), constant(3))
+
+
 def smem_address(ref: Any) -> Any:
   """The address of a reference to shared memory, 32 bits."""
   return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
@@ -78,7 +83,7 @@ def operand_array(words: list[Any], columns: int, dtype: Any, layout: Any) -> An
 
 
 def as_arrays(sums: list[Any], n: int, layout: Any = plgpu.Layout.WGMMA) -> list[Any]:
-  """The floats of one or more (64, n) in such a layout, one after the other."""
+  """The floats of one or more (64, n) in a layout with registers in the order of WGMMA's."""
   pair = ir.VectorType.get((2,), ir.F32Type.get())
   pairs = zip(sums[::2], sums[1::2], strict=True)
   registers = [vector.from_elements(pair, list(each)) for each in pairs]

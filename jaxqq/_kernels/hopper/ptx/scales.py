@@ -18,7 +18,13 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, WARP, WARPS, whole_rows
 from jaxqq._kernels.hopper.ptx.loads import load_words
-from jaxqq._kernels.hopper.ptx.registers import array, constant, packed_array, smem_address
+from jaxqq._kernels.hopper.ptx.registers import (
+  array,
+  constant,
+  lane_of_row,
+  packed_array,
+  smem_address,
+)
 
 
 def scale_words(ref: Any) -> list[Any]:
@@ -47,7 +53,7 @@ def scale_words(ref: Any) -> list[Any]:
 
 
 def scale_words_of_even_rows(ref: Any) -> list[Any]:
-  """The same of 16 scales or more a row, in the order of `layouts.even_rows_first`.
+  """The same of a multiple of 16 scales a row, in the order of `layouts.even_rows_first`.
 
   The arrays are labelled as if rows were in order.
   """
@@ -79,7 +85,13 @@ def scale_words_of_even_rows(ref: Any) -> list[Any]:
 
 
 def load_scale_words(
-  ref: Any, first_row: Any, first: Any, count: int, *, even_first: bool = False
+  ref: Any,
+  first_row: Any,
+  first: Any,
+  count: int,
+  *,
+  tile_rows: int = ROWS,
+  even_first: bool = False,
 ) -> list[Any]:
   """Scales (64, count) from there on as words, as `scale_words` has them, from global memory.
 
@@ -90,6 +102,7 @@ def load_scale_words(
     ref: uint8 (n, groups).
     first_row, first: int32; the first column is a multiple of 4.
     count: a multiple of 4.
+    tile_rows: of a tile, of which these 64 are some: only a last tile may go past the end of rows.
     even_first: rows are in the order of `layouts.even_rows_first`, labelled as if they were not.
   """
   if interpreting():
@@ -101,7 +114,7 @@ def load_scale_words(
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_SPLATS), return_type=[word_type] * (count // 4))
   def load(ctx: Any, ref: Any, *place: Any) -> Any:
     del ctx
-    rows = _rows_of_thread(ref, *place, even_first=even_first)
+    rows = _rows_of_thread(ref, *place, tile_rows=tile_rows, even_first=even_first)
     words = []
     for i in range(0, count, 4):
       halves = [_load_bytes(row, range(i, i + 4, unit), unit) for row in rows]
@@ -120,7 +133,7 @@ def load_scale_bytes(ref: Any, first_row: Any, first: Any, count: int) -> Any:
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_SPLATS), return_type=bytes_type)
   def load(ctx: Any, ref: Any, first_row: Any, first: Any) -> Any:
     del ctx
-    lane = arith.andi(mgpu.utils.thread_idx(), constant(3))
+    lane = lane_of_row()
     rows = _rows_of_thread(ref, first_row, first, lane)
     i8 = ir.IntegerType.get_signless(8)
     registers = [
@@ -153,7 +166,13 @@ def _row_of_thread(*, even_first: bool) -> Any:
 
 
 def _rows_of_thread(
-  ref: Any, first_row: Any, first: Any, lane: Any = None, *, even_first: bool = False
+  ref: Any,
+  first_row: Any,
+  first: Any,
+  lane: Any = None,
+  *,
+  tile_rows: int = ROWS,
+  even_first: bool = False,
 ) -> list[Any]:
   """Of the two rows of 64 that a thread has: the address, and how many bytes are left there."""
   i64 = ir.IntegerType.get_signless(64)
@@ -167,7 +186,7 @@ def _rows_of_thread(
     own = arith.addi(row, constant(8 * half))
     place = arith.addi(arith.muli(own, constant(groups)), column)
     is_there = arith.cmpi(arith.CmpIPredicate.slt, own, constant(n))
-    own_left = left if n % ROWS == 0 else arith.select(is_there, left, none)
+    own_left = left if n % tile_rows == 0 else arith.select(is_there, left, none)
     rows.append((arith.addi(base, arith.extsi(i64, place)), own_left))
   return rows
 
@@ -198,7 +217,10 @@ def _as_vector(a: Any) -> Any:
 
 
 def bytes_of_words(words: list[Any], layout: Any) -> Any:
-  """uint8 (64, 4 * words) of `scale_words`, in a layout `whole_rows` of 2 or 4."""
+  """uint8 (64, 4 * words) of `scale_words`, in a layout `whole_rows` of 2 or 4.
+
+  The layout may be None when interpreted.
+  """
   columns = 4 * len(words)
   if interpreting():
     shifts = lax.broadcasted_iota(jnp.uint32, (1, 4), 1) * np.uint32(8)
@@ -252,7 +274,7 @@ def blockdiag_scales(words: list[Any], part: int, rows: int, k_blocks: int) -> A
   )
   def convert(ctx: Any, *words: Any) -> Any:
     del ctx
-    lane = arith.andi(mgpu.utils.thread_idx(), constant(3))
+    lane = lane_of_row()
     pairs = []
     for half in range(2):  # rows r and r + 8
       first, second = (vector.extract(w.registers.flat[half], [], [0]) for w in words)
@@ -293,8 +315,8 @@ def _two_scales(pair: Any) -> Any:
 
 
 def blockdiag_sum(sums: Any, rows: int, k_blocks: int) -> Any:
-  """(64, max(4, rows)), ONE_OF_FOUR: the sums of a row's columns; from `rows` on, nothing."""
-  columns = max(4, rows)
+  """(64, 4), ONE_OF_FOUR: the sums of a row's columns; from `rows` on, nothing."""
+  columns = 4
   if interpreting():
     sums = sums.reshape(ROWS, k_blocks, rows, 2).sum((1, 3))
     return jnp.pad(sums, ((0, 0), (0, columns - rows)))

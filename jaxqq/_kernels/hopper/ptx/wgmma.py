@@ -327,7 +327,7 @@ def _descriptor(ref: Any) -> Any:
 
 
 def tile_bytes(ref: Any) -> int:
-  """From 8 rows to the next 8."""
+  """Bytes from 8 rows to the next 8."""
   kind = ir.MemRefType(ref.type)
   strides, _ = kind.get_strides_and_offset()
   rows = TILE_ROWS if kind.rank == 2 else 1  # a stride is from one row, or tile, to the next
