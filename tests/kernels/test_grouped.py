@@ -37,12 +37,10 @@ HOPPER = _kernels.Device("cuda", "9.0", 132)
 # The table of tiles
 
 
-def tiles_of(operands, matrices, block_m):
+def tiles_of(run, sizes, offset):
   """(group, matrix, first, rows) of each tile of a group, and (first, rows) of those of none."""
-  from jaxqq._kernels.hopper.grouped import group_tiles
-
   with interpreted():
-    table = jax.tree.map(np.asarray, group_tiles(operands, matrices, block_m))
+    table = jax.tree.map(np.asarray, run(sizes, offset))
   assert all(table.counts <= len(table.rows))
   columns = table.group, table.matrix, table.first, table.rows
   of_zeros = table.first_zeros, table.rows_of_zeros
@@ -56,17 +54,26 @@ def tiles_of(operands, matrices, block_m):
   ("batch", "groups", "matrices", "block_m"), [(3, 5, 3, 8), (1, 1, 3, 64), (1, 19, 4, 8)]
 )
 def test_tiles_cover_every_row_once(batch, groups, matrices, block_m):
+  from jaxqq._kernels.hopper.grouped import group_tiles
+
   rng, rows = np.random.default_rng(batch), 50
+  x, w = np.zeros((batch, rows, 1), np.float32), np.zeros((matrices, 1, 1), np.float32)
+  run = jax.jit(
+    lambda sizes, offset: group_tiles(RaggedOperands(sizes, offset, x, w), matrices, block_m)
+  )
+
+  @jax.jit
+  def own_groups(sizes, offset):
+    own = folded(RaggedOperands(sizes, offset, x, w), matrices)[0]
+    return own.starts, own.sizes
+
   draws = [rng.multinomial(rng.choice([0, 20, rows, 2 * rows]), [1 / groups] * groups, batch)]
   draws += [np.eye(batch, groups, dtype=int) * size for size in (1, rows)]
   draws += [rng.integers(-5, 20, (batch, groups)) for _ in range(2)]
   for sizes, offset in zip(draws, [0, groups - matrices, -1, 1, groups], strict=True):
-    operands = RaggedOperands(
-      jnp.asarray(sizes, jnp.int32), jnp.int32(offset), jnp.zeros((batch, rows, 1))
-    )
-    operands = dataclasses.replace(operands, w=jnp.zeros((matrices, 1, 1)))
-    own = folded(operands, matrices)[0]
-    tiles, zeros = tiles_of(operands, matrices, block_m)
+    sizes, offset = np.int32(sizes), np.int32(offset)
+    starts, of_groups = map(np.asarray, own_groups(sizes, offset))
+    tiles, zeros = tiles_of(run, sizes, offset)
     got = np.full(batch * rows, -2)
     for group, matrix, first, count in tiles:
       assert 0 < count <= block_m and matrix == group % matrices
@@ -75,12 +82,11 @@ def test_tiles_cover_every_row_once(batch, groups, matrices, block_m):
     for first, count in zeros:
       assert 0 < count <= block_m and (got[first : first + count] == -2).all()
       got[first : first + count] = -1
-    starts, ends = np.asarray(own.starts), np.asarray(own.starts + own.sizes)
     want = np.full(batch * rows, -1)
-    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
-      want[start:end] = group
+    for group, (start, size) in enumerate(zip(starts, of_groups, strict=True)):
+      want[start : start + size] = group
     np.testing.assert_array_equal(got, want)
-    assert len(tiles) == sum(-(-int(size) // block_m) for size in own.sizes)
+    assert len(tiles) == sum(-(-int(size) // block_m) for size in of_groups)
 
 
 def test_scales_of_rows():
@@ -284,12 +290,14 @@ def test_a_layer_of_stacked_weights(mode, rows, n, k, kernel):
   x = jnp.asarray(rng.standard_normal((rows, k)), jnp.bfloat16)
   x_hat = oracle.round_trip(np.asarray(x), mode).astype(np.float64)
   how = {"global_scale_x": 2688.0} if mode == "nvfp4" else {}
+  product = jax.jit(lambda x, layer: jaxqq.qqmm(x, layer, **how))
+  w_hats = np.asarray(stack.dequantize(jnp.float32), np.float64)
   for index in (0, 3):
     with interpreted():
       plan = jaxqq.explain(jaxqq.qqmm, x, stack.layer(index), **how).plan
-      out = np.asarray(jaxqq.qqmm(x, stack.layer(index), **how))
+      out = np.asarray(product(x, stack.layer(index)))
     assert plan.name == kernel
-    w_hat = np.asarray(stack[index].dequantize(jnp.float32), np.float64)
+    w_hat = w_hats[index]
     oracle.assert_within_bound(out, x_hat @ w_hat.T, np.abs(x_hat) @ np.abs(w_hat).T)
 
 
@@ -335,8 +343,12 @@ def test_gradients(contracted, dtype):
   device = _kernels.Device("cuda", "9.0", 3, max_cluster=1)
   plan = _kernels.plan(problem_of_operands(operands, params), device, RAGGED)
   assert plan.name == "hopper_gradient"
+
+  def product(*arrays):
+    return plan.run(RaggedOperands(**dict(zip(operands.names, arrays, strict=True))))
+
   with interpreted(sms=3):
-    out = np.asarray(plan.run(operands))
+    out = np.asarray(jax.jit(product)(*operands.flatten()))
   x = np.asarray(operands.x, np.float64)
   for group, of_group in enumerate(rows):
     if contracted == "n":

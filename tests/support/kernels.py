@@ -35,7 +35,7 @@ SMS = 2  # of the device that kernels are run for: each CTA walks over several t
 
 def interpreted(f, *args):
   with interpreted_kernels(detect_races=True):
-    return jax.tree.map(np.asarray, f(*jax.tree.map(jnp.asarray, args)))
+    return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
 
 def compiled(f, *args):
