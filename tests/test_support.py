@@ -8,8 +8,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax._src import compiler
 
-from tests.support import bounds, cases, climb, data, fp8, messages, oracle, products
+from tests.support import bounds, cases, climb, compiling, data, fp8, messages, oracle, products
 from tests.support.cases import Case, Program
 
 EXAMPLES = (
@@ -216,6 +217,18 @@ def test_climbing_climbs():
   climber.step()
   first = climber.best
   assert first < climber.run(25) <= 1
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_programs_for_users_have_the_newer_emitters(optimized):
+  """And the other options are the same, but for how much LLVM optimizes."""
+  compiling.optimize(optimized)
+  options = compiler.get_compile_options(1, 1)
+  assert (compiling.EMITTERS.encode() in options.SerializeAsString()) != optimized
+  assert (
+    options.executable_build_options.debug_options.xla_llvm_disable_expensive_passes != optimized
+  )
+  assert options.executable_build_options.use_shardy_partitioner
 
 
 @pytest.mark.parametrize("word", ["x", "8", "got 4"])
