@@ -60,7 +60,7 @@ def whole_numbers(xp: Any, shape: tuple[int, ...], salt: int) -> Any:
   return ((bits % np.uint32(5)).astype(np.float32) - np.float32(2)).reshape(shape)
 
 
-# Layouts in memory, as lists of (jnp function, arguments)
+# Layouts in memory, as lists of (the name of numpy's function, arguments)
 
 
 def storage(rng: Any, shape: tuple[int, ...]) -> tuple[list, list]:
@@ -83,18 +83,18 @@ def storage(rng: Any, shape: tuple[int, ...]) -> tuple[list, list]:
       order = list(range(len(shape)))
       order[i], order[j] = j, i
       shape = tuple(shape[axis] for axis in order)
-      there.append((jnp.transpose, order))
-      back.insert(0, (jnp.transpose, order))
+      there.append(("transpose", order))
+      back.insert(0, ("transpose", order))
       continue
     if shape != before:
-      there.append((jnp.reshape, shape))
-      back.insert(0, (jnp.reshape, before))
+      there.append(("reshape", shape))
+      back.insert(0, ("reshape", before))
   return there, back
 
 
-def apply(steps: list, a: Any) -> Any:
+def apply(steps: list, a: Any, xp: Any = jnp) -> Any:
   for function, argument in steps:
-    a = function(a, argument)
+    a = getattr(xp, function)(a, argument)
   return a
 
 
@@ -273,7 +273,7 @@ def draw(seed: int) -> Program:
     own, source = next(salt), choice(sources)
     value = whole_numbers(np, shape, own).astype(dtype) if value is None else np.asarray(value)
     there, back = ([], []) if explicit else storage(rng, shape)
-    stored = np.asarray(apply(there, value))
+    stored = apply(there, value, np)
     constraint = None
     # Constants have none: XLA folds a constraint, a transpose and quantizing to wrong numbers.
     if not explicit and source == "argument" and rng.random() < 0.25:
@@ -288,7 +288,7 @@ def draw(seed: int) -> Program:
   w_shape = (*w_batch, n, k)
   if packed == "given":
     scale = np.float32(2) if scaled else None
-    parts = jaxqq.quantize(whole_numbers(np, w_shape, next(salt)), mode=mode, global_scale=scale)
+    parts = oracle.quantize(whole_numbers(np, w_shape, next(salt)), mode, scale)
     w_sources = [source for source in w_sources if source != "made"]
     operands |= {
       name: operand(a.shape, w_sources, value=a) for name, a in zip("ps", parts, strict=True)
