@@ -41,10 +41,7 @@ def qqmm(x, w, *scales, transposed, mode="mxfp8", backward="straight_through"):
 
 
 def lay(transposed, x, w):
-  return tuple(
-    jnp.swapaxes(a, -1, -2) if name in transposed else jnp.asarray(a)
-    for name, a in (("x", x), ("w", w))
-  )
+  return tuple(a.swapaxes(-1, -2) if name in transposed else a for name, a in (("x", x), ("w", w)))
 
 
 def of_rows(transposed, **params):
@@ -57,7 +54,7 @@ def of_rows(transposed, **params):
 @pytest.mark.parametrize(("x_batch", "w_batch"), [((), ()), ((2, 3), (3,)), ((), (4,))], ids=str)
 def test_product(x_batch, w_batch, mode, transposed):
   x, w = data((*x_batch, 33, 96), (*w_batch, 40, 96))
-  out = np.asarray(of_rows(transposed, mode=mode)(x, w))
+  out = np.asarray(jax.jit(of_rows(transposed, mode=mode))(x, w))
   hats = (oracle.round_trip(np.asarray(a), mode) for a in (x, w))
   oracle.assert_within_bound(out, *oracle.product(*hats))
 
@@ -82,6 +79,15 @@ def test_gradients(mode, backward, transposed):
     assert oracle.relative_error(grad, want) <= 1e-6
 
 
+@functools.cache
+def gradients_of_batches(x_batch, w_batch, backward, transposed):
+  """With `transposed` None, qqmm's own."""
+  batch = np.broadcast_shapes(x_batch, w_batch)
+  x, w, g = data((*x_batch, 32, 96), (*w_batch, 64, 96), (*batch, 32, 64))
+  f = functools.partial(jaxqq.qqmm, mode="mxfp8", backward=backward)
+  return vjp(f if transposed is None else of_rows(transposed, backward=backward), x, w, g=g)
+
+
 @pytest.mark.usefixtures("quick_compiles")
 @EACH
 @pytest.mark.parametrize("backward", BACKWARDS)
@@ -89,23 +95,20 @@ def test_gradients(mode, backward, transposed):
   ("x_batch", "w_batch"), [((2, 3), ()), ((), (4,)), ((3,), (2, 1)), ((2, 3), (2, 3))], ids=str
 )
 def test_gradients_of_batches(x_batch, w_batch, backward, transposed):
-  batch = np.broadcast_shapes(x_batch, w_batch)
-  x, w, g = data((*x_batch, 32, 96), (*w_batch, 64, 96), (*batch, 32, 64))
-  got = vjp(of_rows(transposed, backward=backward), x, w, g=g)
-  want = vjp(functools.partial(jaxqq.qqmm, mode="mxfp8", backward=backward), x, w, g=g)
+  got, want = (gradients_of_batches(x_batch, w_batch, backward, t) for t in (transposed, None))
   for a, b in zip(got, want, strict=True):
     assert oracle.relative_error(a, b) <= 1e-6
 
 
-@pytest.mark.usefixtures("quick_compiles")
-@EACH
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_transforms(backward, transposed):
-  """vmap, forward mode, and second derivatives of each kind."""
-  x, w, dx, dw = data((16, 64), (32, 64), (16, 64), (32, 64))
-  xs, ws = data((3, 16, 64), (32, 64, 3))
+@functools.cache
+def transformed(backward, transposed):
+  """vmap, forward mode, and second derivatives of each kind; with `transposed` None, of qqmm."""
+  product = functools.partial(jaxqq.qqmm, mode="mxfp8", backward=backward)
+  if transposed is not None:
+    product = of_rows(transposed, backward=backward)
 
-  def results(product):
+  @jax.jit
+  def results(x, w, dx, dw, xs, ws):
     def loss(x, w):
       return jnp.sum(jnp.sin(product(x, w)))
 
@@ -113,17 +116,22 @@ def test_transforms(backward, transposed):
       gx, gw = jax.grad(loss, (0, 1))(x, w)
       return jnp.vdot(gx, dx) + jnp.vdot(gw, dw)
 
-    yield jax.vmap(product, (0, None))(xs, w)
-    yield jax.vmap(product, (0, 2), 1)(xs, ws)
-    yield jax.jvp(product, (x, w), (dx, dw))[1]
-    yield from jax.jvp(jax.grad(loss, (0, 1)), (x, w), (dx, dw))[1]
+    out = [jax.vmap(product, (0, None))(xs, w), jax.vmap(product, (0, 2), 1)(xs, ws)]
+    out.append(jax.jvp(product, (x, w), (dx, dw))[1])
+    out += jax.jvp(jax.grad(loss, (0, 1)), (x, w), (dx, dw))[1]
     if backward == BACKWARDS[0]:  # else the order of sums may turn a rounding
-      yield from jax.grad(dot, (0, 1))(x, w)
+      out += jax.grad(dot, (0, 1))(x, w)
+    return out
 
-  plain = functools.partial(jaxqq.qqmm, mode="mxfp8", backward=backward)
-  for got, want in zip(
-    results(of_rows(transposed, backward=backward)), results(plain), strict=True
-  ):
+  shapes = [(16, 64), (32, 64)] * 2
+  return results(*data(*shapes), *data((3, 16, 64), (32, 64, 3)))
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@EACH
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_transforms(backward, transposed):
+  for got, want in zip(transformed(backward, transposed), transformed(backward, None), strict=True):
     assert oracle.relative_error(got, want) <= 1e-6
 
 
@@ -159,19 +167,26 @@ def test_split_as_if_in_order(split, transposed):
   assert f"@{name}(" in program.as_text()
 
 
+@functools.cache
+def product_and_gradients(transposed, backward):
+  """Of x, w, g; compiled once for each way in which they are split."""
+
+  @jax.jit
+  def gradients(x, w, g):
+    f = functools.partial(qqmm, transposed=transposed, backward=backward)
+    out, pull = jax.vjp(f, x, w)
+    return out, *pull(g)
+
+  return gradients
+
+
 @QUICK
 @EACH
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_split_gradients(backward, kind, transposed):
   x, w, g = data((128, 256), (64, 256), (128, 64))
-
-  def gradients(x, w, g, transposed=transposed):
-    f = functools.partial(qqmm, transposed=transposed, backward=backward)
-    out, pull = jax.vjp(f, x, w)
-    return out, *pull(g)
-
-  want = gradients(x, w, g, transposed=())
+  want = [np.asarray(a) for a in product_and_gradients((), backward)(x, w, g)]
   want = want[0], *lay(transposed, *want[1:])
   on = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
   for x_spec, w_spec in ((P("data"), P("tensor")), (P("data", "tensor"), P())):
@@ -180,7 +195,7 @@ def test_split_gradients(backward, kind, transposed):
       placed(w, w_spec, "w" in transposed, on),
       placed(g, (x_spec[0], (*w_spec, None)[0]), False, on),
     )
-    for a, b in zip(jax.jit(gradients)(*args), want, strict=True):
+    for a, b in zip(product_and_gradients(transposed, backward)(*args), want, strict=True):
       np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
 
 
