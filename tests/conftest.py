@@ -34,6 +34,7 @@ _one_core_each()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_checks", True)
+compiling.optimize(False)  # what modules of tests compute when they are imported
 # Tracing makes many objects that live: by default a tenth of all time is a search for garbage.
 gc.set_threshold(50_000, 10, 10)
 
@@ -46,9 +47,12 @@ def _optimized_where_marked(request):
   """
   optimized = bool(os.environ.get("JAXQQ_OPTIMIZED"))
   optimized |= any(request.node.get_closest_marker(mark) for mark in ("optimized", "gpu"))
-  if optimized and not compiling.optimizes():
+  optimized &= "quick_compiles" not in request.fixturenames
+  quickly = not request.node.get_closest_marker("newer_emitters")
+  if (optimized and not compiling.optimizes()) or (compiling.emits_quickly() and not quickly):
     jax.clear_caches()
   compiling.optimize(optimized)
+  compiling.emit_quickly(quickly)
 
 
 @pytest.fixture(scope="module", autouse=True)

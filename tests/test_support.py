@@ -231,6 +231,14 @@ def test_programs_for_users_have_the_newer_emitters(optimized):
   assert options.executable_build_options.use_shardy_partitioner
 
 
+@pytest.mark.newer_emitters
+def test_a_test_may_ask_for_the_newer_emitters():
+  compiling.optimize(False)
+  options = compiler.get_compile_options(1, 1)
+  assert compiling.EMITTERS.encode() not in options.SerializeAsString()
+  assert options.executable_build_options.debug_options.xla_llvm_disable_expensive_passes
+
+
 @pytest.mark.parametrize("word", ["x", "8", "got 4"])
 def test_a_word_within_another_is_not_said(word):
   sentence = "mode must be one of 'nvfp4', 'mxfp8', got 48"

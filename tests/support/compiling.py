@@ -14,6 +14,7 @@ from jax._src.lib import xla_client
 
 OPTION = "jax_disable_most_optimizations"
 EMITTERS = "xla_cpu_disable_new_fusion_emitters"
+_emits = {"quickly": True}
 
 
 def optimizes() -> bool:
@@ -23,6 +24,15 @@ def optimizes() -> bool:
 def optimize(on: bool) -> None:
   """As for users from here on, or little. What is compiled already stays as it is."""
   jax.config.update(OPTION, not on)
+
+
+def emits_quickly() -> bool:
+  return _emits["quickly"]
+
+
+def emit_quickly(on: bool) -> None:
+  """By the older emitters from here on, unless LLVM optimizes as for users."""
+  _emits["quickly"] = on
 
 
 def _field(number: int, value: bytes) -> bytes:
@@ -40,7 +50,7 @@ _compile_options = compiler.get_compile_options
 
 def _get_compile_options(*args: Any, **how: Any) -> xla_client.CompileOptions:
   options = _compile_options(*args, **how)
-  if optimizes():
+  if optimizes() or not emits_quickly():
     return options
   return type(options).ParseFromString(options.SerializeAsString() + _OLDER_EMITTERS)
 
