@@ -254,8 +254,9 @@ def test_train_lm(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(
     example, "sample", lambda *args: [at_the_end.append(bars[-1].told), sample(*args)][1]
   )
+  monkeypatch.setattr(example, "NUM_EVALS", 2)
   plot = tmp_path / "loss.png"
-  sizes = ["--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "32", "--batch", "2"]
+  sizes = ["--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "32", "--batch", "8"]
   results = example.main([*sizes, "--steps", "4", "--sample-bytes", "12", "--plot", str(plot)])
   assert list(results) == ["unquantized", "mxfp8", "nvfp4"]
   for result in results.values():
