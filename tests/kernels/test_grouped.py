@@ -301,6 +301,19 @@ def test_a_layer_of_stacked_weights(mode, rows, n, k, kernel):
     oracle.assert_within_bound(out, x_hat @ w_hat.T, np.abs(x_hat) @ np.abs(w_hat).T)
 
 
+@pytest.mark.parametrize("mode", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("product", [jaxqq.qqmm, jaxqq.quantized_matmul])
+def test_a_layer_beside_thousands_of_rows(product, mode):
+  """One group of so many rows that a matrix alone would be expanded a panel at a time."""
+  stack = jax.eval_shape(
+    functools.partial(jaxqq.quantize_weight, mode=mode), jnp.zeros((2, 8192, 512), jnp.bfloat16)
+  )
+  x = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16)
+  traced = jax.jit(lambda x, stack: product(x, stack.layer(1))).trace(x, stack)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "jaxqq_dequant_gemm" in text and "staged" not in text
+
+
 def test_a_wrong_tile_is_noticed(monkeypatch):
   """One that meets the matrix of the next group."""
   from jaxqq._kernels.hopper import grouped

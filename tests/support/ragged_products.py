@@ -52,7 +52,7 @@ def program_of(seed: int, *, small: bool = False) -> RaggedProgram:
   mode = str(rng.choice(("nvfp4", "mxfp8", "mxfp4")))
   groups = int(rng.choice([1, 2, 3, 5, 8] if small else [1, 2, 3, 5, 8, 16, 32, 128]))
   m = int(
-    rng.choice([1, 7, 8, 20, 64, 100, 300] if small else [1, 8, 33, 64, 300, 512, 1000, 2100])
+    rng.choice([1, 7, 8, 20, 64, 100, 300] if small else [1, 8, 33, 64, 300, 512, 1000, 3100])
   )
   k, n = cases._k(rng, mode, small), cases._n(rng)
   quantize_input = bool(rng.random() < 0.7)

@@ -406,7 +406,8 @@ def _wide_kernel(problem: Problem, device: Device, fp8: bool) -> tuple[Any, Any]
   """The fields `kernel` and `mainloop` of a plan."""
   if not problem.is_packed:
     return "gemm", "ready"
-  many_rows = problem.batch == 1 and problem.rows >= STAGED_MIN_ROWS
+  one_matrix = problem.batch == 1 and not problem.in_groups
+  many_rows = one_matrix and problem.rows >= STAGED_MIN_ROWS
   whole_tiles = problem.n % STAGED_BLOCK_N == 0
   if problem.fmt.bits == 8 and many_rows and whole_tiles and _staging_pays(problem, device, fp8):
     return "staged_gemm", "ready"
