@@ -6,15 +6,14 @@ import dataclasses
 import json
 import logging
 import re
-import time
 
 import jax
 import pytest
 
 from jaxqq.bench import __main__ as bench
 from jaxqq.bench import kept, measure, report, results_page
-from jaxqq.bench.cases import LLAMA, MODELS, SUITES, Case, covering, is_survey, select
-from jaxqq.bench.compile_ahead import CompileAhead
+from jaxqq.bench.cases import LLAMA, MODELS, MODES, SUITES, Case, covering, is_survey, select
+from jaxqq.bench.compile_ahead import compile_ahead
 from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.peers import CUBLAS, implementations
 from jaxqq.bench.summary import group, summary
@@ -33,14 +32,14 @@ def measured(monkeypatch):
   """The cases that are measured from here on, each with made-up times."""
   cases = []
 
-  def run_case(case, compared, *_):
+  def run_cases(compared, *_):
+    ((case, implementations),) = compared.items()
     cases.append(case)
     row = measure.Row(case.name, **dataclasses.asdict(case), implementation="")
-    rows = [dataclasses.replace(row, implementation=each.name, us=10.0) for each in compared]
-    return measure._with_ratios([dataclasses.replace(row, gbps=1.0) for row in rows])
+    rows = [dataclasses.replace(row, implementation=each.name, us=10.0) for each in implementations]
+    return {case: measure._with_ratios([dataclasses.replace(row, gbps=1.0) for row in rows])}
 
-  monkeypatch.setattr(bench, "run_case", run_case)
-  monkeypatch.setattr(CompileAhead, "begin", lambda *_: None)
+  monkeypatch.setattr(bench, "run_cases", run_cases)
   return cases
 
 
@@ -65,32 +64,24 @@ def test_every_shape_comes_early():
   assert covering([]) == [] and covering(cases[:1]) == cases[:1]
 
 
-def compile_ahead(compared, *settings, **more):
-  with CompileAhead(*settings, **more) as ahead:
-    ahead.begin(compared)
-    ahead.finish()
-
-
 @pytest.fixture
 def compilations_are_logged():
-  """In every thread, which `jax.log_compiles` is not."""
-  jax.config.update("jax_log_compiles", True)
-  yield
-  jax.config.update("jax_log_compiles", False)
+  with jax.log_compiles():
+    yield
 
 
 def test_what_is_compiled_ahead_is_not_compiled_again(compilations_are_logged, caplog):
   case = Case("packed", "mxfp8", 24, 48, 96)
-  compared = implementations(case, ["cublas"])
+  compared = {case: implementations(case, ["none"])}
   timer = dataclasses.replace(CPU, rotate_bytes=5 * 48 * 96 * 2)
   with caplog.at_level(logging.WARNING):
-    compile_ahead({case: compared}, timer)
+    compile_ahead(compared, timer)
     ahead = re.findall("Finished XLA compilation of (.*?) in", caplog.text)
     caplog.clear()
-    rows = measure.run_case(case, compared, timer, measure.Settings(seconds=0.01, rounds=2))
+    (rows,) = measure.run_cases(compared, timer, measure.Settings(seconds=0.01, rounds=2)).values()
     again = re.findall("Finished XLA compilation of (.*?) in", caplog.text)
-  assert len(ahead) >= 8 and not again  # operands, packing, two products, rows for the check
-  assert all(row.us and row.error_share <= 1 for row in rows) and rows[0].copies == 5
+  assert len(ahead) >= 7 and not again  # operands, packing, the product, rows for the check
+  assert all(row.us and row.error_share <= 1 for row in rows) and rows[0].copies > 5
 
 
 def test_what_cannot_be_compiled_ahead_is_left_to_the_measurement():
@@ -101,10 +92,23 @@ def test_what_cannot_be_compiled_ahead_is_left_to_the_measurement():
   mine = implementations(case, ["none"])[0]
   broken = [dataclasses.replace(mine, run=fail), dataclasses.replace(mine, prepare=fail)]
   compile_ahead({case: broken}, CPU)
-  begun = []
-  late = dataclasses.replace(mine, run=lambda *operands: begun.append(operands))
-  compile_ahead({case: [late]}, CPU, deadline=time.monotonic())
-  assert not begun
+
+
+def test_what_cases_have_in_common_is_measured_once():
+  cases = [Case("packed", mode, 24, 48, 96) for mode in ("nvfp4", "mxfp8")]
+  compared = {case: implementations(case, ["cublas"]) for case in cases}
+  timed = []
+
+  def sample(f, args, calls):
+    timed.append(f)
+    return measure.wall_seconds(f, args, 1)
+
+  quick = measure.Settings(seconds=0.01, rounds=1)
+  found = measure.run_cases(compared, measure.Timer("", sample, 0), quick)
+  assert len(timed) == len(set(timed)) == 3
+  (dot, first), (same, second) = found.values()
+  assert dot.us == same.us and [first.mode, second.mode] == [dot.mode, same.mode] != [dot.mode] * 2
+  assert all(row.ratio == dot.us / row.us and row.error_share <= 1 for row in (first, second))
 
 
 # ---- runs that add up
@@ -137,6 +141,19 @@ def test_a_second_run_measures_what_is_missing(tmp_path, measured):
   assert rows == kept.read([path])[1] and len(rows) == 8
   assert len(survey(path)) == 8 and len(measured) == 4
   assert len(survey(path, "--no-resume", "--rows", "1")) == 4 and len(measured) == 6
+
+
+def test_several_processes_measure_what_one_does(tmp_path, monkeypatch):
+  for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+    monkeypatch.setenv(name, "")  # so that it is as it was, afterwards
+  path = tmp_path / "models.json"
+  together = ["--modes", "nvfp4", "mxfp8", "--shapes", "48x64", "--processes", "2"]
+  rows = survey(path, *together)
+  assert len(rows) == 8 and rows == kept.read([path])[1]
+  assert {(row.m, row.mode) for row in rows} == {(m, mode) for m in (1, 40) for mode in MODES}
+  assert all(row.us and row.error_share <= 1 and not row.note for row in rows)
+  late = [*together, "--no-resume", "--seconds-total", "0.001"]
+  assert survey(path, *late) == [] and len(kept.read([path])[1]) == 8
 
 
 def test_failures_are_measured_again_and_last(tmp_path, measured):
@@ -188,18 +205,18 @@ def test_no_case_is_begun_after_the_budget(tmp_path, measured, monkeypatch, caps
 
 def test_the_file_survives_an_interruption(tmp_path, measured, monkeypatch):
   path = tmp_path / "models.json"
-  run_case = bench.run_case
+  run_cases = bench.run_cases
 
-  def interrupted(case, *rest):
+  def interrupted(*arguments):
     if len(measured) == 2:
       raise KeyboardInterrupt
-    return run_case(case, *rest)
+    return run_cases(*arguments)
 
-  monkeypatch.setattr(bench, "run_case", interrupted)
+  monkeypatch.setattr(bench, "run_cases", interrupted)
   with pytest.raises(KeyboardInterrupt):
     survey(path)
   assert len(kept.read([path])[1]) == 4
-  monkeypatch.setattr(bench, "run_case", run_case)
+  monkeypatch.setattr(bench, "run_cases", run_cases)
   assert len(survey(path)) == 8 and len(measured) == 4
 
 
@@ -222,6 +239,7 @@ def test_the_file_is_whole_when_writing_stops(tmp_path, measured, monkeypatch):
   [
     (["--shapes", "48"], "'48' is not of the form 2880x4096"),
     (["--shapes", "0x64"], "'0x64' is not of the form"),
+    (["--processes", "0"], "--processes must be positive, got 0"),
     (["--seconds-total", "0"], "--seconds-total must be positive, got 0.0"),
   ],
 )

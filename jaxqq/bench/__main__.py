@@ -8,15 +8,14 @@ import importlib.util
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxqq._formats import FORMATS
-from jaxqq.bench import kept, moe, report
+from jaxqq.bench import kept, moe, processes, report
 from jaxqq.bench.cases import FORMS, MODES, SUITES, Case, covering, is_survey, select
 from jaxqq.bench.chain import with_chains
-from jaxqq.bench.compile_ahead import CompileAhead
-from jaxqq.bench.measure import Row, Settings, Timer, make_timer, run_case
+from jaxqq.bench.measure import Row, Settings, Timer, make_timer, run_cases
 from jaxqq.bench.peers import PEERS, Implementation, implementations
 from jaxqq.bench.summary import summary
 
@@ -31,7 +30,6 @@ _MOE_ABOUT = "layers of experts, by ragged_qqmm, beside JAX's and torch's; --row
 # What is so where the command line does not say it, and for a survey, which has many cases.
 _DEFAULTS = {"peers": tuple(PEERS), "seconds": 2.0, "rounds": 5, "chain": _CHAIN, "resume": False}
 _OF_SURVEYS = {"peers": ("cublas",), "seconds": 0.3, "rounds": 3, "chain": 0, "resume": True}
-_COMPILED_TOGETHER = 16  # cases of a survey: as many as take some seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Any]:
@@ -60,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Any]:
   if options.plot and importlib.util.find_spec("matplotlib") is None:
     raise SystemExit(report.install("matplotlib"))
 
+  if options.processes > 1:
+    processes.share_the_device()
   timer = make_timer()
   settings = Settings(options.seconds, options.rounds, options.seed, options.chain)
   header = kept.make_header(timer.method, suites=options.suite, **dataclasses.asdict(settings))
@@ -74,20 +74,23 @@ def main(arguments: Sequence[str] | None = None) -> list[Any]:
     case: implementations(case, options.peers) for case in (covering(cases) if survey else cases)
   }
   left = kept.missing(compared, rows, chain=chain)
+  work = processes.Work(options.peers, settings, begin + options.seconds_total)
   with tqdm(total=len(cases), initial=len(cases) - len(left), unit="case", disable=None) as bar:
     for text in ("", *report.header_lines(header), "", report.titles(chain)):
       tqdm.write(text)
-    together = _COMPILED_TOGETHER if survey else 1
-    for case in _in_time(left, compared, timer, begin + options.seconds_total, together):
-      found = run_case(case, compared[case], timer, settings, bar.set_postfix_str)
-      found = with_chains(case, compared[case], found, settings, bar.set_postfix_str)
-      rows = kept.replaced(rows, found)
-      for row in found:
-        tqdm.write(report.row_line(row, chain, header["platform"]))
+    if options.processes > 1:
+      measured = processes.measured(processes.groups_of(left), work, options.processes)
+    else:
+      measured = _measured(left, compared, timer, work, bar.set_postfix_str)
+    for found in measured:
+      for new in found.values():
+        rows = kept.replaced(rows, new)
+        for row in new:
+          tqdm.write(report.row_line(row, chain, header["platform"]))
       sys.stdout.flush()
       if options.json:  # after every case, so that a run cut short leaves what it has
         kept.write(options.json, header, rows)
-      bar.update()
+      bar.update(len(found))
   if survey:
     table = report.of_platform(summary(rows), header["platform"])
     print("", table, "", _what_is_left(compared, rows, chain), sep="\n")
@@ -123,29 +126,19 @@ def _experts(
   return rows
 
 
-def _in_time(
+def _measured(
   cases: Sequence[Case],
   compared: Mapping[Case, Sequence[Implementation]],
   timer: Timer,
-  deadline: float,
-  together: int,
-) -> Iterator[Case]:
-  """The cases until the deadline; their programs are compiled before, if several `together`."""
-  with CompileAhead(timer, deadline) as ahead:
-
-    def begin(batch: Sequence[Case]) -> None:
-      if together > 1:
-        ahead.begin({case: compared[case] for case in batch})
-
-    begin(cases[:together])
-    for first in range(0, len(cases), together):
-      following = first + together
-      ahead.finish()
-      begin(cases[following : following + together])
-      for case in cases[first:following]:
-        if time.monotonic() >= deadline:
-          return
-        yield case
+  work: processes.Work,
+  progress: Callable[[str], None],
+) -> Iterator[processes.Found]:
+  """The cases in this process, one after the other, until the deadline."""
+  for case in cases:
+    if time.monotonic() >= work.deadline:
+      return
+    (found,) = run_cases({case: compared[case]}, timer, work.settings, progress).values()
+    yield {case: with_chains(case, compared[case], found, work.settings, progress)}
 
 
 def _what_is_left(
@@ -209,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     f"({_CHAIN}; a survey none, {_CHAIN} for --chain alone)",
   )
   parser.add_argument(
+    "--processes",
+    type=int,
+    default=1,
+    metavar="P",
+    help="that compile side by side and measure in turn, for many cases; about one a core (1)",
+  )
+  parser.add_argument(
     "--seconds-total",
     type=float,
     default=float("inf"),
@@ -231,7 +231,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
   """What argparse cannot know, before anything is measured."""
   if any(m < 1 for m in options.rows):
     parser.error(f"--rows must be positive, got {' '.join(map(str, options.rows))}")
-  for name in ("seconds", "rounds", "seconds_total"):
+  for name in ("seconds", "rounds", "seconds_total", "processes"):
     if not getattr(options, name) > 0:
       parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
   for name in ("seed", "chain"):

@@ -75,6 +75,56 @@ def round_trip(a: np.ndarray, mode: str) -> np.ndarray:
   return values * np.repeat(scales.view(row.scale).astype(np.float64), row.group, axis=-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+  """The sampled rows of a case's operands and result, in the host's memory."""
+
+  case: Case
+  rows: tuple[np.ndarray, ...]  # of each operand, the contracted axis last
+  powers: tuple[int, ...]  # see _power_for
+  result: tuple[np.ndarray, ...]  # rows of it, or of its words and scales
+  columns: np.ndarray  # which columns of the result
+
+  def error_share(self, *, quantized: bool) -> tuple[float | None, str]:
+    """As the function of this name."""
+    form = FORMS[self.case.form]
+    if not form.is_product:
+      return _bits_share(self.case, self.rows[0], self.result)
+    rows = list(self.rows)
+    if quantized:
+      for i in range(0 if form.quantizes_x else 1, len(rows)):
+        scaled = np.ldexp(rows[i].astype(np.float32), -self.powers[i])
+        rows[i] = np.ldexp(round_trip(scaled, self.case.mode), self.powers[i])
+    lhs, rhs = (a.astype(np.float64) for a in rows)
+    result = self.result[0][:, self.columns]
+    return _product_share(result, lhs @ rhs.T, np.abs(lhs) @ np.abs(rhs).T)
+
+
+def take(case: Case, operands: tuple[jax.Array, ...], out: Any, *, seed: int = 0) -> Taken:
+  """What a check needs of the device; the check itself needs none.
+
+  Args:
+    case: what was computed.
+    operands: of the form's equation, unquantized.
+    out: the result, or for quantize the words and scales.
+    seed: of the sample.
+  """
+  form = FORMS[case.form]
+  rng = np.random.default_rng(seed)
+  samples = {dim: _sample(rng, getattr(case, dim)) for dim in form.out}
+  rows = (
+    _take(a, dims, form.contracted, samples) for a, dims in zip(operands, form.inputs, strict=True)
+  )
+  results = out if isinstance(out, tuple) else (out,)
+  return Taken(
+    case,
+    tuple(rows),
+    tuple(_power_for(a, case) for a in operands),
+    tuple(np.asarray(take_rows(a, samples[form.out[0]], axis=0)) for a in results),
+    samples[form.out[1]],
+  )
+
+
 def error_share(
   case: Case, operands: tuple[jax.Array, ...], out: Any, *, quantized: bool, seed: int = 0
 ) -> tuple[float | None, str]:
@@ -90,23 +140,7 @@ def error_share(
   Returns:
     The share, 0 for equal bits, None where there is no number for it; and what is wrong.
   """
-  form = FORMS[case.form]
-  rng = np.random.default_rng(seed)
-  samples = {dim: _sample(rng, getattr(case, dim)) for dim in form.out}
-  rows = [
-    _take(a, dims, form.contracted, samples) for a, dims in zip(operands, form.inputs, strict=True)
-  ]
-  if not form.is_product:
-    return _bits_share(case, rows[0], out, samples[form.out[0]])
-  if quantized:
-    first = 0 if form.quantizes_x else 1
-    for i in range(first, len(rows)):
-      power = _power_for(operands[i], case)
-      scaled = np.ldexp(rows[i].astype(np.float32), -power)
-      rows[i] = np.ldexp(round_trip(scaled, case.mode), power)
-  lhs, rhs = (a.astype(np.float64) for a in rows)
-  result = np.asarray(take_rows(out, samples[form.out[0]], axis=0))[:, samples[form.out[1]]]
-  return _product_share(result, lhs @ rhs.T, np.abs(lhs) @ np.abs(rhs).T)
+  return take(case, operands, out, seed=seed).error_share(quantized=quantized)
 
 
 def _power_for(a: jax.Array, case: Case) -> int:
@@ -137,16 +171,17 @@ def _product_share(
 
 
 def _bits_share(
-  case: Case, rows: np.ndarray, out: Any, sample: np.ndarray
+  case: Case, rows: np.ndarray, result: tuple[np.ndarray, ...]
 ) -> tuple[float | None, str]:
   """Quantizing and dequantizing are exact, so their results are compared as bits."""
+  found: np.ndarray
   if FORMS[case.form].packed == "out":
     codes, scales = quantize(rows, case.mode)
-    words, found_scales = (np.asarray(take_rows(a, sample, axis=0)) for a in out)
+    words, found_scales = result
     found = np.concatenate([words.view(np.uint8), found_scales], axis=-1)
     wanted = np.concatenate([_packed_bytes(codes, case.mode), scales], axis=-1)
   else:
-    found = np.asarray(take_rows(out, sample, axis=0))
+    (found,) = result
     wanted = round_trip(rows, case.mode).astype(found.dtype)
   wrong = int(np.sum(found != wanted))
   if wrong:

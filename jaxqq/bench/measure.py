@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxqq.bench.cases import FORMS, Case
-from jaxqq.bench.check import error_share
+from jaxqq.bench.check import Taken, take
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, Run
 
 # Of kernels that a CUDA graph launches under a condition, CUPTI gives no times.
@@ -180,10 +181,11 @@ class _Runner:
   copies: int
   calls: int  # in each round
   wall_seconds: float  # of a call
-  error_share: float | None
-  note: str
+  taken: Taken | None  # of the last copy, for the check
   path: str
   seconds: list[float] = dataclasses.field(default_factory=list)
+  error_share: float | None = None
+  note: str = ""
 
 
 def run_case(
@@ -194,43 +196,94 @@ def run_case(
   progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
   """Measures every implementation of a case; one that fails becomes a row that says so."""
-  operands = _Operands(case, settings.seed)
-  share = settings.seconds / settings.rounds / len(implementations)
-  runners: dict[str, _Runner] = {}
-  failures: dict[str, str] = {}
+  return run_cases({case: implementations}, timer, settings, progress)[case]
 
-  def attempt(name: str, work: Callable[[], None]) -> None:
+
+def run_cases(
+  compared: Mapping[Case, Sequence[Implementation]],
+  timer: Timer,
+  settings: Settings = Settings(),
+  progress: Callable[[str], None] = lambda text: None,
+  turn: contextlib.AbstractContextManager[Any] | None = None,
+) -> dict[Case, list[Row]]:
+  """Measures every implementation of some cases; one that fails becomes a row that says so.
+
+  Args:
+    compared: cases that differ in their mode alone, and what is measured of each. An implementation
+      of several cases, as cuBLAS is, is measured once for all.
+    timer: how a call is timed.
+    settings: how long and how often.
+    progress: is told what is being done.
+    turn: is entered for as long as the device is needed. The check is done after it.
+  """
+  owners: dict[Implementation, Case] = {}
+  for case, implementations in compared.items():
+    for each in implementations:
+      owners.setdefault(each, case)
+  share = settings.seconds * len(compared) / settings.rounds / len(owners)
+  runs = _Runs()
+  with turn or contextlib.nullcontext():
+    _time(owners, timer, settings, share, progress, runs)
+  for implementation, runner in list(runs.runners.items()):
+    runs.attempt(implementation, functools.partial(_check, implementation, runner))
+  return {
+    case: _with_ratios([runs.row(case, each) for each in implementations])
+    for case, implementations in compared.items()
+  }
+
+
+@dataclasses.dataclass
+class _Runs:
+  """What runs, and why the others do not."""
+
+  runners: dict[Implementation, _Runner] = dataclasses.field(default_factory=dict)
+  failures: dict[Implementation, str] = dataclasses.field(default_factory=dict)
+
+  def attempt(self, implementation: Implementation, work: Callable[[], Any]) -> Any:
     try:
-      work()
+      return work()
     except Exception as error:
-      failures[name] = reason(error)
-      runners.pop(name, None)
+      self.failures[implementation] = reason(error)
+      self.runners.pop(implementation, None)
+      return None
 
-  for implementation in implementations:
-    progress(f"{case.name}: {implementation.name}, compiling")
+  def row(self, case: Case, each: Implementation) -> Row:
+    return _row(case, each, self.runners.get(each), self.failures.get(each, ""))
 
-    def start(implementation: Implementation = implementation) -> None:
-      runners[implementation.name] = _start(
-        case, implementation, operands, timer, share, len(implementations)
-      )
 
-    attempt(implementation.name, start)
+def _time(
+  owners: Mapping[Implementation, Case],
+  timer: Timer,
+  settings: Settings,
+  share: float,
+  progress: Callable[[str], None],
+  runs: _Runs,
+) -> None:
+  """Starts each implementation, and times all in turn; `share` is of the seconds of a round."""
+  name = next(iter(owners.values())).name
+  operands = _Operands(next(iter(owners.values())), settings.seed)
+  for each, case in owners.items():
+    progress(f"{case.name}: {each.name}, compiling")
+    start = functools.partial(_start, case, each, operands, timer, share, len(owners))
+    if runner := runs.attempt(each, start):
+      runs.runners[each] = runner
   for i in range(settings.rounds):
-    progress(f"{case.name}: round {i + 1} of {settings.rounds}")
-    names = list(runners)
-    shift = i % max(1, len(names))  # nobody is always the one after the hottest
-    for name in names[shift:] + names[:shift]:
-      runner = runners[name]
+    progress(f"{name}: round {i + 1} of {settings.rounds}")
+    in_turn = list(runs.runners.items())
+    shift = i % max(1, len(in_turn))  # nobody is always the one after the hottest
+    for each, runner in in_turn[shift:] + in_turn[:shift]:
+      seconds = runs.attempt(
+        each, functools.partial(timer.sample, runner.call, runner.args, runner.calls)
+      )
+      runner.seconds += seconds or []
+  for runner in runs.runners.values():
+    runner.args = ()  # what lies in the device's memory
 
-      def sample(runner: _Runner = runner) -> None:
-        runner.seconds += timer.sample(runner.call, runner.args, runner.calls)
 
-      attempt(name, sample)
-  rows = [
-    _row(case, each, runners.get(each.name), failures.get(each.name, ""))
-    for each in implementations
-  ]
-  return _with_ratios(rows)
+def _check(implementation: Implementation, runner: _Runner) -> None:
+  if runner.taken is not None:
+    found = runner.taken.error_share(quantized=implementation.quantized)
+    runner.error_share, runner.note = found
 
 
 def prepared(
@@ -267,21 +320,19 @@ def _start(
   share: float,
   implementations: int,
 ) -> _Runner:
-  """Compiles and checks; `share` is the seconds that one round may take."""
+  """Compiles and runs once; `share` is the seconds that one round may take."""
   _, number = prepared(case, implementation, timer, implementations)
   copies = [implementation.prepare(*operands[i]) for i in range(number)]
   call, args = chained(implementation.run), (copies,)
 
   last = jax.block_until_ready(call(*args))[-1]
-  error: tuple[float | None, str] = (None, "")
-  if implementation.checked:
-    error = error_share(case, operands[number - 1], last, quantized=implementation.quantized)
+  taken = take(case, operands[number - 1], last) if implementation.checked else None
   del last
   seconds = min(wall_seconds(call, args, 2))
   most = max(1, MAX_OUTPUT_BYTES // (number * case.num_bytes()))
   calls = max(1, min(int(share / seconds), most, 50))
   path = implementation.explain(*copies[0]) if implementation.explain else ""
-  return _Runner(call, args, number, calls, seconds, *error, path)
+  return _Runner(call, args, number, calls, seconds, taken, path)
 
 
 def _row(case: Case, implementation: Implementation, runner: _Runner | None, failure: str) -> Row:
