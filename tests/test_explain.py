@@ -157,6 +157,13 @@ class TestChoice:
         assert told == bool(k % whole), (mode, k)
       assert "scales of w padded" not in of(100, 512, whole // 2, mode, False)
 
+  def test_padded_k_is_told(self):
+    """In fp8 loads go past the end of K; 16 bit operands are padded to whole steps."""
+    for packed, m in ((True, 100), (True, 4096), (False, 256)):
+      assert "K padded" not in of(m, 512, 2880, "mxfp8", packed)
+    exact = of(100, 512, 2880 + 32, "mxfp8", True, jnp.float32)
+    assert "K padded to a multiple of 64 by XLA" in exact
+
   def test_few_rows_go_where_they_are_faster(self):
     """33 to 64 rows: rebased codes in mxfp8, and in nvfp4 large tiles where w has many rows."""
     for m, n, mode, kernel in (

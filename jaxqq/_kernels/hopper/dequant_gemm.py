@@ -189,7 +189,8 @@ class _DequantGemm:
     self.writes_transpose = not self.can_stage_transpose and not self.has_groups
     self.x_transforms = tile_transforms(mainloop.step_k, mainloop.dtype)
     self.w_transforms = tile_transforms(mainloop.words, jnp.uint32)
-    if self.has_groups:  # a tile begins at any row, and the last step goes past the end of k
+    past_end = x.shape[2] % mainloop.step_k != 0  # the last step goes there, and loads zeros
+    if self.has_groups or past_end:  # in groups a tile begins at any row, too
       self.x_transforms = row_transforms()
       if 4 * mainloop.words == ROW_BYTES:
         self.w_transforms = row_transforms()

@@ -123,9 +123,12 @@ class _Gemm:
     self.transforms = tile_transforms(self.step_k, x.dtype)
     self.w_transforms = self.transforms  # those of a transposed one are the same: 64 columns
     self.out_transforms = tile_transforms(STORE, out_dtype)
-    if self.has_groups:  # a tile begins at any row, and the last step goes past the end of k
-      self.transforms = self.out_transforms = row_transforms()
+    past_end = x.shape[2] % self.step_k != 0  # the last step goes there, and loads zeros
+    if self.has_groups or past_end:  # in groups a tile begins at any row, too
+      self.transforms = row_transforms()
       self.w_transforms = self.w_transforms if w_transposed else self.transforms
+    if self.has_groups:
+      self.out_transforms = row_transforms()
     # A row of a piece is 256 bytes in float32: in groups, threads store those themselves.
     self.is_staged = not self.has_groups or self.out_dtype.itemsize == 2
 

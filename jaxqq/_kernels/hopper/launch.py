@@ -47,9 +47,11 @@ from jaxqq._reference import Operands, round_trip
 def wide(plan: WidePlan, operands: Operands) -> jax.Array:
   """out (..., m, n)."""
   fmt = plan.problem.fmt
-  dtype = jnp.dtype(jnp.float8_e4m3fn) if plan.fp8 else operand_dtype(plan.problem)
-  folded = pad_k(fold(operands), gemm.step_k(dtype), fmt)
-  ready = (_rebased if plan.fp8 else _exact)(plan, folded)
+  folded = fold(operands)
+  if plan.fp8:  # loads go past the end of k
+    ready = _rebased(plan, _with_even_scales(folded))
+  else:
+    ready = _exact(plan, pad_k(folded, gemm.step_k(operand_dtype(plan.problem)), fmt))
   out = _KERNELS[plan.kernel](plan, ready)
   return out.reshape(*operands.batch_shape, operands.m, operands.n)
 

@@ -111,8 +111,8 @@ class WidePlan:
       staged = f", packed w expanded a panel at a time, of {self.panel_rows} rows"
     step = 128 if self.fp8 else 64
     k, group_size = self.problem.k, self.problem.fmt.group_size
-    past_end = self.fp8 and self.problem.in_groups  # zeros are loaded
-    padded = f", K padded to a multiple of {step} by XLA" if k % step and not past_end else ""
+    is_padded = k % step and not self.fp8  # whose loads go past the end
+    padded = f", K padded to a multiple of {step} by XLA" if is_padded else ""
     time = ""
     if self.kernel == "dequant_gemm":  # else the time of what makes w ready is not known
       time = f", about {self.estimate_us:.0f} us on an H200"
