@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxqq
-from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, plan
+from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, pipeline, plan, stream_k
 from jaxqq._kernels.hopper.mainloops.in_order import InOrderMxfp8
 from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
 from jaxqq._kernels.hopper.tiles import Grid
@@ -59,7 +59,8 @@ LARGEST_SCALES = {"nvfp4": 0xFF, "mxfp4": 252, "mxfp8": 245}
 
 
 def grid_of(tiles, batch, m, n, **how):
-  return Grid(batch, m, n, tiles.block_m, tiles.block_n, SMS, tiles.cluster, **how)
+  how = {"num_sms": SMS, "stream_k": tiles.stream_k, **how}
+  return Grid(batch, m, n, tiles.block_m, tiles.block_n, cluster=tiles.cluster, **how)
 
 
 # gemm
@@ -180,6 +181,23 @@ PACKED = {
   "e4m3, 192 of m": ("e4m3", BF16, (1, 1), 200, 133, 384, T(192, 3, True), {}),
   "mxfp8, 160 of m": ("mxfp8", F32, (1, 1), 200, 133, 128, T(160, 2, False, 1), {}),
 }
+# Of stream-K the interpreter runs CTAs in their order, which its race detector does not know.
+STREAM_K = {
+  # Fewer tiles than CTAs, of which one has the middle of a tile; or waves of whole tiles before
+  "stream-K": ("e2m1", BF16, (1, 1), 70, 72, 1600, T(128, 5, stream_k=True), {}),
+  "stream-K, batches": ("e4m3", BF16, (3, 1), 33, 70, 1664, T(64, 4, True, stream_k=True), {}),
+  "stream-K, waves": ("e2m1", F32, (1, 1), 260, 330, 192, T(64, 9, stream_k=True), {}),
+  "stream-K, ping-pong": ("e4m3", F16, (1, 1), 150, 300, 640, T(192, 3, True, stream_k=True), {}),
+  "stream-K, 256 of n": (
+    *("nvfp4", BF16, (1, 1), 70, 600, 704),
+    *(T(96, 4, block_n=256, stream_k=True), {"num_sms": 8}),
+  ),
+  "stream-K, long": ("mxfp8", BF16, (1, 1), 200, 300, 1344, T(256, 2, True, 1, stream_k=True), {}),
+  "stream-K, a step each": (
+    *("mxfp4", BF16, (5, 1), 33, 100, 192),
+    *(T(64, 9, stream_k=True), {"num_sms": 13}),
+  ),
+}
 # The interpreter has no clusters.
 CLUSTERS = {
   "e2m1 cluster": ("e2m1", BF16, (1, 1), 201, 133, 384, T(256, 3, store_stages=1, cluster=2), {}),
@@ -225,7 +243,7 @@ def dequant_gemm_of(mainloop, out_dtype, tiles, **how):
 
 
 def check_packed(run, name):
-  which, out_dtype, batches, m, n, k, tiles, how = (PACKED | CLUSTERS)[name]
+  which, out_dtype, batches, m, n, k, tiles, how = (PACKED | STREAM_K | CLUSTERS)[name]
   mainloop, (bx, bw) = MAINLOOPS[which], batches
   batch = max(batches)
   rng = np.random.default_rng([m, n, k])
@@ -265,6 +283,53 @@ def check_packed(run, name):
 @pytest.mark.parametrize("name", PACKED)
 def test_dequant_gemm(name, no_races):
   check_packed(interpreted, name)
+
+
+@pytest.mark.parametrize("name", STREAM_K)
+def test_stream_k(name):
+  check_packed(interpreted, name)
+
+
+@pytest.mark.parametrize("sms", [2, 3, 7])
+@pytest.mark.parametrize("k_steps", [1, 5, 8, 19])
+@pytest.mark.parametrize("tiles", [1, 3, 10, 22])
+def test_the_pieces_of_stream_k(tiles, k_steps, sms):
+  """Every step of every tile is somebody's, and those who begin a tile are before who ends it."""
+  grid = Grid(1, 64, 128 * tiles, 64, 128, sms, stream_k=True)
+  if tiles % sms == 0 or grid.dealt_tiles * k_steps < sms:
+    return  # no stream-K
+  block_steps, most = 4, tiles + 3
+
+  def of_worker(_):
+    walk, steps = stream_k.walk(grid, k_steps, block_steps)
+    pieces = [walk.tile(jnp.int32(t)) for t in range(most)]
+    fields = [
+      (p.n, p.steps.first, p.steps.count, p.steps.before, p.steps.blocks_before, p.others, p.is_end)
+      for p in pieces
+    ]
+    return walk.num_tiles, steps, jnp.array(fields, jnp.int32)
+
+  with interpreted_kernels():
+    workers = jnp.arange(sms)
+    numbers, totals, fields = jax.vmap(of_worker, axis_name=pipeline.WORKER)(workers)
+  owners, begun, ended = {}, {}, {}
+  for worker in range(sms):
+    before = blocks = 0
+    for piece in np.asarray(fields[worker, : numbers[worker]]):
+      tile, first, count, steps_before, blocks_before, others, is_end = map(int, piece)
+      assert count > 0 and (steps_before, blocks_before) == (before, blocks)
+      before, blocks = (
+        before + count,
+        blocks - (-(first + count) // block_steps + first // block_steps),
+      )
+      for step in range(first, first + count):
+        assert owners.setdefault((tile, step), worker) == worker
+      assert is_end == (first + count == k_steps)
+      (ended if is_end else begun).setdefault(tile, []).append((worker, others))
+    assert before == totals[worker]
+  assert len(owners) == tiles * k_steps and len(ended) == tiles
+  for tile, ((worker, others),) in ended.items():
+    assert [w for w, _ in begun.get(tile, [])] == list(range(worker - others, worker))
 
 
 @pytest.mark.parametrize("out_dtype", [BF16, F32], ids=["bf16", "f32"])
@@ -476,7 +541,7 @@ class TestOnGpu:
   def test_gemm(self, name):
     check_gemm(compiled, name)
 
-  @pytest.mark.parametrize("name", PACKED | CLUSTERS)
+  @pytest.mark.parametrize("name", PACKED | STREAM_K | CLUSTERS)
   def test_dequant_gemm(self, name):
     check_packed(compiled, name)
 

@@ -3,7 +3,7 @@
 A line is a tile; `plan.py` tries each in clusters of several sizes, and takes what takes least
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
 n = k = 8192 (bench/results/h200.json), of packed w at six shapes of models with 64 to 1024 rows
-(../tuned/h200_tiles.json).
+(../tuned/h200_tiles.json), and with stream-K at twelve (../tuned/h200_stream_k.json).
 """
 
 from __future__ import annotations
@@ -22,17 +22,24 @@ class Timed:
   step_us: float
   tile_us: float
   cluster_us: float | None = None  # instead, where a cluster exchanges sums; None: it cannot
+  stream_k: tuple[float, float] | None = None  # a step and the rest, with stream-K; None: without
 
   def time(self, grid: Grid, k_steps: int) -> float:
     """A launch takes as many waves of CTAs as there are tiles for each SM."""
     if grid.cluster > 1:
       assert self.cluster_us is not None
       return cdiv(k_steps, grid.cluster) * self.step_us + self.cluster_us
+    if grid.stream_k:
+      assert self.stream_k is not None
+      step_us, rest_us = self.stream_k
+      return STREAM_K * (grid.most_steps(k_steps) * step_us + rest_us)
     waves = cdiv(grid.num_tiles, grid.num_sms)
     return waves * (k_steps * self.step_us + self.tile_us)
 
 
 CLUSTERS = (1, 2, 3, 4, 6, 8)  # CTAs that share a tile
+# What stream-K has to gain before it is taken: its times are the least certain.
+STREAM_K = 1.05
 
 GEMM = (
   Timed(256, 128, 0.78, 3.0),
@@ -44,24 +51,26 @@ SKINNY_E2M1 = Timed(64, 64, 0.145, 1.6, 3.8)
 
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
 # share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums.
+# With stream-K steps take longer, and more so of many rows of x: it seems that the L2 cache serves
+# what all CTAs load at the same time with less. In fp8 tiles of 192 rows of x and more spill then.
 DEQUANT_E2M1 = (
   Timed(64, 128, 0.312, 4.0, 8.6),
   Timed(64, 192, 0.438, 4.4, 7.3),
   Timed(64, 256, 0.560, 4.4, 7.5),
-  Timed(96, 128, 0.375, 4.0, 8.0),
-  Timed(96, 192, 0.514, 4.3, 7.9),
-  Timed(96, 256, 0.636, 7.0, 9.1),
-  Timed(128, 128, 0.417, 4.3, 9.5),
-  Timed(128, 192, 0.549, 4.2, 9.6),
-  Timed(192, 128, 0.510, 4.7, 10.7),
-  Timed(256, 128, 0.610, 5.2, 9.8),
+  Timed(96, 128, 0.375, 4.0, 8.0, (0.4, 11.0)),
+  Timed(96, 192, 0.514, 4.3, 7.9, (0.536, 12.7)),
+  Timed(96, 256, 0.636, 7.0, 9.1, (0.666, 17.2)),
+  Timed(128, 128, 0.417, 4.3, 9.5, (0.498, 10.1)),
+  Timed(128, 192, 0.549, 4.2, 9.6, (0.667, 12.9)),
+  Timed(192, 128, 0.510, 4.7, 10.7, (0.638, 12.1)),
+  Timed(256, 128, 0.610, 5.2, 9.8, (0.755, 17.7)),
 )
 DEQUANT_E4M3 = (
   Timed(64, 128, 0.534, 4.3, 7.6),
   Timed(64, 192, 0.679, 5.8, 7.2),
-  Timed(96, 128, 0.610, 4.6, 7.8),
-  Timed(96, 192, 0.785, 4.9, 8.8),
-  Timed(128, 128, 0.655, 5.8, 8.7),
+  Timed(96, 128, 0.610, 4.6, 7.8, (0.7, 13.0)),
+  Timed(96, 192, 0.785, 4.9, 8.8, (1.07, 9.5)),
+  Timed(128, 128, 0.655, 5.8, 8.7, (0.755, 11.0)),
   Timed(192, 128, 0.710, 5.6, 10.7),
   Timed(256, 128, 0.910, 6.2, 11.5),
 )

@@ -18,6 +18,7 @@ One CTA an SM, with a producer and two to four compute warpgroups (`pipeline.py`
   multiplies.
 - In a cluster, up to 8 CTAs have a part of k each of one tile. In the end they exchange sums
   through shared memory (`ptx/cluster.py`), and each adds up and stores its share of the rows.
+- With stream-K, CTAs have as many steps each, of one tile after the other (`stream_k.py`).
 - In groups, where a tile has more than 128 rows of x, a group's last one of up to 128 loads and
   multiplies no more than these (`FEW_ROWS`).
 - The epilogue multiplies by alpha, or by the scales of both operands' rows, in float32, and writes
@@ -36,17 +37,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper import epilogue, pipeline
+from jaxqq._kernels.hopper import epilogue, pipeline, stream_k
 from jaxqq._kernels.hopper.pipeline import (
   GroupTile,
   GroupTiles,
+  Steps,
   Tile,
   batch_of,
   group_of,
   pad_rows,
   rounded_up,
 )
-from jaxqq._kernels.hopper.ptx import cluster, named_barriers, stores, wgmma
+from jaxqq._kernels.hopper.ptx import cluster, handover, named_barriers, stores, wgmma
 from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, row_transforms, tile_transforms
 from jaxqq._kernels.hopper.tiles import (
   DEQUANT_STORE,
@@ -60,6 +62,7 @@ from jaxqq._kernels.hopper.tiles import (
 )
 
 FEW_ROWS = 128  # of x, for which a tile of a group takes less time than with all
+HANDED_OVER = 64  # rows of x whose sums of other CTAs are added at a time
 PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
 
 
@@ -96,6 +99,9 @@ class Operands:
   x_scales: Any = None  # float32 (b or 1, m), of rebased codes; in the kernel as of `shifted`
   w_scales: Any = None  # float32 (b or 1, n)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
+  # Of stream-K, references that are written to
+  flags: Any = None  # int32 (CTAs, warpgroups, `handover.FLAGS`), zeros at first
+  left: Any = None  # float32 (CTAs, warpgroups, 64, block_m): sums that a CTA leaves to the next
 
 
 @pipeline.arrays
@@ -123,6 +129,8 @@ def dequant_gemm(
 ) -> jax.Array:
   """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows."""
   kernel = _DequantGemm(operands, mainloop, out_dtype, tiles, grid)
+  if tiles.stream_k:
+    operands = kernel.with_handover(operands)
   out = pipeline.launch(
     kernel,
     kernel.padded(operands),
@@ -183,7 +191,9 @@ class _DequantGemm:
     self.has_row_scales = operands.x_scales is not None
     self.steps_a_block = SCALES // mainloop.groups  # of scales
     self.blocks_a_tile = cdiv(self.k_steps, self.steps_a_block)
-    self.slots = scale_slots(self.k_steps, self.steps_a_block, tiles.num_stages)
+    self.slots = scale_slots(
+      self.k_steps, self.steps_a_block, tiles.num_stages, stream_k=tiles.stream_k
+    )
     # Only 16 bit matrices can be transposed on their way to shared memory.
     self.can_stage_transpose = self.out_dtype.itemsize == 2
     self.writes_transpose = not self.can_stage_transpose and not self.has_groups
@@ -245,6 +255,13 @@ class _DequantGemm:
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
     return dataclasses.replace(operands, x=x, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
 
+  def with_handover(self, operands: Operands) -> Operands:
+    """With what stream-K writes to."""
+    shape = self.grid.num_sms, self.compute_warpgroups
+    left = jax.ShapeDtypeStruct((*shape, ROWS, self.tiles.block_m), jnp.float32)
+    flags = jax.new_ref(jnp.zeros((*shape, handover.FLAGS), jnp.int32))
+    return dataclasses.replace(operands, flags=flags, left=jax.empty_ref(left))
+
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
 
@@ -257,8 +274,13 @@ class _Cta:
     self.gmem, self.out, self.smem = gmem, out, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(kernel.grid)
-    self.walk = pipeline.walk(kernel.grid, gmem.groups)
     self.first_step, self.k_steps = self.own_steps()
+    self.num_steps = None
+    if self.tiles.stream_k:
+      self.worker = lax.axis_index(pipeline.WORKER)
+      self.walk, self.num_steps = stream_k.walk(kernel.grid, kernel.k_steps, kernel.steps_a_block)
+    else:
+      self.walk = pipeline.walk(kernel.grid, gmem.groups)
 
   def own_steps(self) -> tuple[Any, Any]:
     """Of all steps along k, the first that is this CTA's, and how many are."""
@@ -268,13 +290,22 @@ class _Cta:
     first, end = (lax.div((self.cluster_index + i) * all_steps, jnp.int32(size)) for i in range(2))
     return first, end - first
 
+  def steps_of(self, tile: Tile) -> Steps:
+    """Those of a tile that this CTA has."""
+    if isinstance(tile, stream_k.Piece):
+      return tile.steps
+    before = tile.index * self.k_steps, tile.index * self.kernel.blocks_a_tile
+    return Steps(self.first_step, self.k_steps, *before)
+
   def run(self) -> None:
     kernel, warpgroup = self.kernel, self.warpgroup
 
     @pl.when(warpgroup == kernel.compute_warpgroups)
     @jax.named_scope("producer")
     def _producer() -> None:
-      pipeline.produce(self.load, self.smem.empty, self.walk, self.k_steps)
+      steps_of = self.steps_of if self.tiles.stream_k else None
+      how = self.smem.empty, self.walk, self.k_steps, steps_of, self.num_steps
+      pipeline.produce(self.load, *how)
       if self.tiles.cluster > 1:
         cluster.cluster_sync()
 
@@ -295,7 +326,7 @@ class _Cta:
           few, most = (functools.partial(self.multiply, tile, rows) for rows in (FEW_ROWS, block_m))
           lax.cond(tile.rows <= FEW_ROWS, few, most)
         else:
-          self.multiply(tile, block_m)
+          self.multiply(tile, block_m, t)
 
       if kernel.ping_pong:  # no barrier mid-phase at exit
         pl.when(warpgroup == 0)(lambda: named_barriers.wait(warpgroup))
@@ -306,13 +337,15 @@ class _Cta:
           zeros = pipeline.walk_of_zeros(kernel.grid, self.gmem.groups)
           epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.first_row)
 
-  def multiply(self, tile: Tile, rows: int) -> None:
-    """A tile of up to so many rows of x."""
+  def multiply(self, tile: Tile, rows: int, t: Any = None) -> None:
+    """A tile of up to so many rows of x, the t-th of this CTA."""
     with jax.named_scope("mainloop"):
       sums, w_scales = self.sums(tile, rows)
     with jax.named_scope("epilogue"):
       if self.tiles.cluster > 1:
         self.exchange_and_store(sums, w_scales, tile)
+      elif self.tiles.stream_k:
+        self.add_up_and_store(sums, w_scales, self.walk.tile(handover.recomputed(t)))
       else:
         self.store(sums, w_scales, tile, 0)
 
@@ -321,7 +354,7 @@ class _Cta:
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     gmem, full, mainloop = self.gmem, self.smem.full.at[stage], self.mainloop
     block, slot, is_first = self.scales_of(ki, tile)
-    ki = ki + self.first_step
+    ki = ki + self.steps_of(tile).first
     w_rows = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
     words = pl.ds(ki * mainloop.words, mainloop.words)
     w = gmem.w.at[batch_of(gmem.w, tile.batch), w_rows, words]
@@ -352,11 +385,11 @@ class _Cta:
 
   def scales_of(self, ki: Any, tile: Tile) -> tuple[Any, Any, Any]:
     """Of a step: its block of scales, where that is, and whether it is loaded with this step."""
-    size = jnp.int32(self.kernel.steps_a_block)
-    block, of_first = lax.div(self.first_step + ki, size), lax.div(jnp.int32(self.first_step), size)
-    own_block = tile.index * self.kernel.blocks_a_tile + block - of_first
+    size, steps = jnp.int32(self.kernel.steps_a_block), self.steps_of(tile)
+    block, of_first = lax.div(steps.first + ki, size), lax.div(jnp.int32(steps.first), size)
+    own_block = steps.blocks_before + block - of_first
     slot = lax.rem(own_block, jnp.int32(self.kernel.slots))
-    is_first = (ki == 0) | (lax.rem(self.first_step + ki, size) == 0)
+    is_first = (ki == 0) | (lax.rem(steps.first + ki, size) == 0)
     return block, slot, is_first
 
   def first_row(self, tile: Tile) -> Any:
@@ -373,10 +406,10 @@ class _Cta:
   # A tile's sums
 
   def first_place(self, tile: Tile) -> Place:
-    kernel, groups = self.kernel, self.mainloop.groups
-    stage = pipeline.stage_of(tile.index * self.k_steps, self.tiles.num_stages)
-    slot = lax.rem(tile.index * kernel.blocks_a_tile, jnp.int32(kernel.slots))
-    return Place(stage, slot, lax.rem(self.first_step * groups, jnp.int32(SCALES)))
+    groups, steps = self.mainloop.groups, self.steps_of(tile)
+    stage = pipeline.stage_of(steps.before, self.tiles.num_stages)
+    slot = lax.rem(steps.blocks_before, jnp.int32(self.kernel.slots))
+    return Place(stage, slot, lax.rem(steps.first * groups, jnp.int32(SCALES)))
 
   def place_after(self, place: Place) -> Place:
     """Of the next step of a tile."""
@@ -425,7 +458,7 @@ class _Cta:
 
     place = self.first_place(tile)
     state = place, self.expanded(place), wgmma.zeros(rows)
-    place, a, total = lax.fori_loop(0, self.k_steps - 1, body, state)
+    place, a, total = lax.fori_loop(0, self.steps_of(tile).count - 1, body, state)
     w_scales = None
     if self.kernel.has_row_scales:  # here, so that they arrive while the last step is multiplied
       w_scales = self.load_w_scales(tile)
@@ -496,6 +529,34 @@ class _Cta:
       epilogue.store_whole_or_some(
         rows >= size, whole if kernel.can_stage_transpose else None, some
       )
+
+  def add_up_and_store(self, sums: Any, w_scales: Any, tile: Any) -> None:
+    """Leaves the sums to the next CTA; or adds those that others left, and stores a tile."""
+    left, flags = self.gmem.left, self.gmem.flags
+    parts = [
+      (column, sums[:, column : column + HANDED_OVER])
+      for column in range(0, self.tiles.block_m, HANDED_OVER)
+    ]
+
+    @pl.when(jnp.logical_not(tile.is_end))
+    def _leave() -> None:
+      for column, part in parts:
+        handover.store_sums(part, left.at[self.worker, self.warpgroup], column)
+      handover.signal(flags.at[self.worker, self.warpgroup])
+
+    @pl.when(tile.is_end)
+    def _store() -> None:
+      @pl.loop(0, tile.others)
+      def _wait(i: Any) -> None:
+        handover.wait(flags.at[self.worker - 1 - i, self.warpgroup])
+
+      for column, part in parts:
+
+        def add(i: Any, total: Any, column: int = column) -> Any:
+          ref = left.at[self.worker - 1 - i, self.warpgroup]
+          return total + handover.load_sums(ref, column, total.shape[1])
+
+        self.store(lax.fori_loop(0, tile.others, add, part), w_scales, tile, column)
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
     """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""

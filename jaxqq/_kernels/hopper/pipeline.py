@@ -88,6 +88,16 @@ class GroupTile(Tile):
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+  """Which steps along k of a tile a CTA has, and how many it has had before, of other tiles."""
+
+  first: Any
+  count: Any
+  before: Any
+  blocks_before: Any = None  # of scales, which some steps share
+
+
+@dataclasses.dataclass(frozen=True)
 class Walk:
   """Within a kernel: how many tiles this CTA has, and which its t-th is."""
 
@@ -148,15 +158,22 @@ def produce(
   load: Callable[[Any, Any, Tile], None],  # (stage, k step within the tile, tile)
   empty: Any,  # barriers, one a stage
   walk: Walk,
-  k_steps: Any,
+  k_steps: Any,  # of each tile
+  steps_of: Callable[[Tile], Steps] | None = None,
+  num_steps: Any = None,
 ) -> None:
-  """The producer's work: loads every step of every tile, once its stage is free."""
+  """The producer's work: loads every step of every tile, once its stage is free.
+
+  Where tiles have different numbers of steps, `steps_of` tells them, and `num_steps` of all.
+  """
   plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
   (stages,) = empty.shape
 
   @pl.loop(0, walk.num_tiles)
   def _tile(t: Any) -> None:
-    tile, first = walk.tile(t), t * k_steps
+    tile, first, count = walk.tile(t), t * k_steps, k_steps
+    if steps_of is not None:
+      first, count = steps_of(tile).before, steps_of(tile).count
 
     def load_when_free(ki: Any, stage: Any) -> Any:
       @pl.when(first + ki >= stages)
@@ -166,9 +183,9 @@ def produce(
       load(stage, ki, tile)
       return stage_after(stage, stages)
 
-    lax.fori_loop(0, k_steps, load_when_free, stage_of(first, stages))
+    lax.fori_loop(0, count, load_when_free, stage_of(first, stages))
 
-  total = walk.num_tiles * k_steps
+  total = walk.num_tiles * k_steps if num_steps is None else num_steps
 
   # The last readers: no mbarrier is mid-phase at exit.
   @pl.loop(jnp.maximum(total - stages, 0), total)

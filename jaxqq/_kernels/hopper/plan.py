@@ -229,6 +229,7 @@ def _wide_grid(problem: Problem, tiles: WideTiles, device: Device) -> Grid:
     block_n=tiles.block_n,
     num_sms=device.num_sms,
     cluster=tiles.cluster,
+    stream_k=tiles.stream_k,
   )
 
 
@@ -322,14 +323,20 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
   }[mainloop]
   out_bytes, k_steps = problem.out_dtype.itemsize, cdiv(problem.k, step_k)
   times: dict[WideTiles, float] = {}
-  for timed, cluster in itertools.product(candidates, CLUSTERS):
+  ways: list[tuple[int, bool]] = [(cluster, False) for cluster in CLUSTERS]
+  if kernel == "dequant_gemm" and not problem.in_groups:
+    ways.append((1, True))
+  for timed, (cluster, stream_k) in itertools.product(candidates, ways):
     tiles = WideTiles(
       block_m=timed.block_m,
       block_n=timed.block_n,
       promote=fp8 or problem.wants_exact_sums,
       cluster=cluster,
+      stream_k=stream_k,
     )
     grid = _wide_grid(problem, tiles, device)
+    if stream_k and not _can_deal_out(timed, grid, k_steps):
+      continue
     if cluster > 1 and not _can_share(timed, tiles, grid, k_steps, problem, device):
       continue
     if problem.wants_exact_sums and not _has_registers_for_exact_sums(tiles):
@@ -339,6 +346,16 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
       times[with_room] = timed.time(grid, k_steps)
   best = min(times, key=times.__getitem__)
   return WidePlan(kernel, mainloop, fp8, best, times[best], problem, device)
+
+
+def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:
+  """Whether stream-K has a time, steps for every CTA, and no short tiles or many waves of them.
+
+  Of those a wave ends while the next one begins, and takes less time than the costs say.
+  """
+  enough = grid.dealt_tiles * k_steps >= MIN_STREAM_K_STEPS * grid.num_sms
+  long = k_steps >= MIN_STREAM_K_TILE_STEPS and grid.whole_waves <= 1
+  return timed.stream_k is not None and enough and long
 
 
 def _can_share(
@@ -373,6 +390,8 @@ STEPS = {
 }
 _SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 _MAX_STAGES = 9
+MIN_STREAM_K_STEPS = 8  # of a CTA
+MIN_STREAM_K_TILE_STEPS = 40
 
 
 def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> WideTiles | None:
@@ -392,7 +411,8 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
   piece = out_bytes * block_n * (GEMM_STORE if mainloop == "ready" else DEQUANT_STORE)
 
   def size(stages: int, store_stages: int) -> int:
-    slots = scale_slots(cdiv(k, step_k), SCALES // scales, stages) if scales else 0
+    blocks = cdiv(k, step_k), SCALES // scales if scales else 0
+    slots = scale_slots(*blocks, stages, stream_k=tiles.stream_k) if scales else 0
     loads = stages * (128 * block_m + bytes_of_w * block_n) + slots * SCALES * block_n
     return loads + from_cluster + store_stages * piece
 

@@ -39,6 +39,7 @@ class Grid:
   cluster: int = 1  # CTAs that share a tile
   group_width: int = 8  # tiles that a band has side by side
   minor: int = 0  # the axis along which bands are cut; 0: m, 1: n
+  stream_k: bool = False  # every SM has a CTA, however few tiles there are
 
   @property
   def tiles(self) -> tuple[int, int]:
@@ -52,7 +53,26 @@ class Grid:
   @property
   def num_workers(self) -> int:
     """CTAs that walk over the tiles; a cluster counts as one, and has one tile."""
+    if self.stream_k:
+      return self.num_sms
     return self.num_tiles if self.cluster > 1 else min(self.num_sms, self.num_tiles)
+
+  @property
+  def whole_waves(self) -> int:
+    """Of stream-K: waves of CTAs that have whole tiles. A full one is dealt out with the last."""
+    waves, rest = divmod(self.num_tiles, self.num_sms)
+    return waves - 1 if waves and rest else waves
+
+  @property
+  def dealt_tiles(self) -> int:
+    """Of stream-K: tiles whose steps are dealt out, none where all waves are full."""
+    return self.num_tiles - self.whole_waves * self.num_sms
+
+  def most_steps(self, k_steps: int) -> int:
+    """That a CTA has, of tiles of so many steps."""
+    if self.stream_k:
+      return self.whole_waves * k_steps + cdiv(self.dealt_tiles * k_steps, self.num_sms)
+    return cdiv(self.num_tiles, self.num_sms) * cdiv(k_steps, self.cluster)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +85,7 @@ class WideTiles:
   store_stages: int = 2  # pieces of the result on their way out, a warpgroup
   cluster: int = 1  # CTAs that share a tile, each with a part of k: up to 8, of `gemm` 1
   block_n: int = 2 * ROWS  # rows of w a CTA; of `dequant_gemm` 64 a compute warpgroup
+  stream_k: bool = False  # steps along k are dealt out to all CTAs evenly (`stream_k.py`)
 
   @property
   def own_m(self) -> int:
@@ -72,16 +93,20 @@ class WideTiles:
     return 8 * cdiv(self.block_m, 8 * self.cluster)
 
 
-def scale_slots(k_steps: int, steps_a_block: int, num_stages: int) -> int:
+def scale_slots(
+  k_steps: int, steps_a_block: int, num_stages: int, *, stream_k: bool = False
+) -> int:
   """Blocks of scales that the stages of `dequant_gemm` use at once, and the one being loaded.
 
   A block belongs to the steps of one tile. It is loaded when step `num_stages` before it is done.
+  With stream-K a CTA ends one tile and begins another within a block: of each, it may have a step.
   """
   tiles = range(num_stages // k_steps + 3)
   blocks = cdiv(k_steps, steps_a_block)
   block_of = [tile * blocks + ki // steps_a_block for tile in tiles for ki in range(k_steps)]
   oldest = [block_of[max(step - num_stages + 1, 0)] for step in range(len(block_of))]
-  return max(last - first + 1 for first, last in zip(oldest, block_of, strict=True))
+  most = max(last - first + 1 for first, last in zip(oldest, block_of, strict=True))
+  return most + 2 * stream_k
 
 
 @dataclasses.dataclass(frozen=True)
