@@ -220,11 +220,12 @@ def test_climbing_climbs():
 
 
 @pytest.mark.parametrize("optimized", [False, True])
-def test_programs_for_users_have_the_newer_emitters(optimized):
+def test_programs_for_users_have_the_newer_emitters_and_parts(optimized):
   """And the other options are the same, but for how much LLVM optimizes."""
   compiling.optimize(optimized)
   options = compiler.get_compile_options(1, 1)
-  assert (compiling.EMITTERS.encode() in options.SerializeAsString()) != optimized
+  for flag in (compiling.EMITTERS, compiling.PARTS):
+    assert (flag.encode() in options.SerializeAsString()) != optimized
   assert (
     options.executable_build_options.debug_options.xla_llvm_disable_expensive_passes != optimized
   )
@@ -235,7 +236,8 @@ def test_programs_for_users_have_the_newer_emitters(optimized):
 def test_a_test_may_ask_for_the_newer_emitters():
   compiling.optimize(False)
   options = compiler.get_compile_options(1, 1)
-  assert compiling.EMITTERS.encode() not in options.SerializeAsString()
+  for flag in (compiling.EMITTERS, compiling.PARTS):
+    assert flag.encode() not in options.SerializeAsString()
   assert options.executable_build_options.debug_options.xla_llvm_disable_expensive_passes
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.compiling import EMITTERS
+from tests.support.compiling import EMITTERS, PARTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIZES = ["--layers", "1", "--d-model", "64", "--heads", "2", "--seq", "32", "--batch", "4"]
@@ -23,8 +23,8 @@ SIZES += ["--steps", "3", "--dtype", "f32", "--modes", "mxfp8", "--backward", "q
 def run(*flags):
   """What a process of its own prints."""
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-  env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in conftest.py, and its emitters
-  env["XLA_FLAGS"] = f"--xla_backend_extra_options={EMITTERS}"
+  env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in conftest.py, and XLA's options
+  env["XLA_FLAGS"] = f"--xla_backend_extra_options={EMITTERS} --{PARTS}=1"
   return subprocess.run(
     [sys.executable, str(ROOT / "examples" / "train_sharded.py"), *SIZES, *flags],
     env=env,
