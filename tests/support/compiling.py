@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax._src import compiler
+from jax._src import compiler, core, util
 from jax._src.lib import xla_client
 
 OPTION = "jax_disable_most_optimizations"
@@ -61,3 +61,7 @@ def _get_compile_options(*args: Any, **how: Any) -> xla_client.CompileOptions:
 
 
 compiler.get_compile_options = _get_compile_options
+
+# jax_enable_checks checks a function when it is traced, and again within each that calls it. What
+# was traced stays as it is: once is enough.
+core.check_jaxpr = util.weakref_lru_cache(core.check_jaxpr)
