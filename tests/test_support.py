@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import jax
@@ -239,6 +240,34 @@ def test_a_test_may_ask_for_the_newer_emitters():
   for flag in (compiling.EMITTERS, compiling.PARTS):
     assert flag.encode() not in options.SerializeAsString()
   assert options.executable_build_options.debug_options.xla_llvm_disable_expensive_passes
+
+
+def test_a_program_is_compiled_once(monkeypatch):
+  compiled = []
+  compiling.optimize(False)
+  monkeypatch.setattr(compiling, "_kept", collections.OrderedDict())
+  monkeypatch.setattr(
+    compiling, "_compile", lambda *args, do=compiling._compile: compiled.append(1) or do(*args)
+  )
+
+  def run(number):
+    assert float(jax.jit(lambda x: x + number)(np.float32(1))) == 1 + number
+    return len(compiled)
+
+  assert [run(2), run(2), run(3), run(2)] == [1, 1, 2, 2]
+  compiling.optimize(True)
+  assert run(2) == 3
+  compiling._kept.clear()
+  monkeypatch.setattr(compiling, "_KEPT", 1)
+  assert [run(2), run(2), run(3), run(2)] == [4, 4, 5, 6]
+
+
+def test_what_calls_back_is_compiled_each_time():
+  def called(number):
+    result = jax.ShapeDtypeStruct((), np.float32)
+    return jax.jit(lambda x: jax.pure_callback(lambda x: np.float32(number), result, x))(0)
+
+  assert [called(1), called(2)] == [1, 2]
 
 
 @pytest.mark.parametrize("word", ["x", "8", "got 4"])

@@ -6,6 +6,8 @@ passes for each fusion. It does so in one part.
 
 from __future__ import annotations
 
+import collections
+import io
 from typing import Any
 
 import jax
@@ -61,6 +63,33 @@ def _get_compile_options(*args: Any, **how: Any) -> xla_client.CompileOptions:
 
 
 compiler.get_compile_options = _get_compile_options
+
+# JAX forgets what it compiled after each module of tests, and compiles again for each new function.
+# Here the last programs are kept, those of one device: others take more memory.
+_KEPT = 128
+_kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+_compile = compiler.backend_compile_and_load
+
+
+def _compile_once(
+  backend: Any, module: Any, devices: Any, options: xla_client.CompileOptions, callbacks: Any
+) -> Any:
+  file = io.BytesIO()
+  module.operation.write_bytecode(file)
+  code = file.getvalue()
+  # What is called back is in a program as a number or an address: another function may get it.
+  calls_back = callbacks or b"CustomSPMDPartitioning" in code
+  if calls_back or len(devices) > 1 or backend.platform != "cpu":
+    return _compile(backend, module, devices, options, callbacks)
+  key = backend, code, options.SerializeAsString()
+  executable = _kept.pop(key, None) or _compile(backend, module, devices, options, callbacks)
+  _kept[key] = executable
+  if len(_kept) > _KEPT:
+    _kept.popitem(last=False)
+  return executable
+
+
+compiler.backend_compile_and_load = _compile_once
 
 # jax_enable_checks checks a function when it is traced, and again within each that calls it. What
 # was traced stays as it is: once is enough.
