@@ -36,6 +36,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_checks", True)
 # Programs do not say from which lines of Python each operation is. XLA copies that again and again.
 jax.config.update("jax_traceback_in_locations_limit", 0)
+# Without a folder it keeps nothing, but makes the key of each program.
+jax.config.update("jax_enable_compilation_cache", False)
 compiling.optimize(False)  # what modules of tests compute when they are imported
 # Tracing makes many objects that live: by default a tenth of all time is a search for garbage.
 gc.set_threshold(50_000, 10, 10)

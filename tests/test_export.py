@@ -155,6 +155,7 @@ def test_persistent_compilation_cache(tmp_path, put):
   x, w = data((16, 512), (24, 512))
   placed = put(x, P("data")), put(w, P("tensor"))
   settings = {
+    "jax_enable_compilation_cache": True,
     "jax_compilation_cache_dir": str(tmp_path),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
