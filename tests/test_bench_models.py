@@ -16,7 +16,7 @@ from jaxqq.bench.cases import LLAMA, MODELS, MODES, SUITES, Case, covering, is_s
 from jaxqq.bench.compile_ahead import compile_ahead
 from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.peers import CUBLAS, implementations
-from jaxqq.bench.summary import group, summary
+from jaxqq.bench.summary import every_shape, group, summary
 
 CPU = measure.Timer("wall time", measure.wall_seconds, 0)
 TINY = ["--suite", "models", "--shapes", "48x64", "32x96", "--rows", "1", "40", "--modes", "nvfp4"]
@@ -285,6 +285,18 @@ def test_numbers_of_a_summary():
     "| 1 | - | - | - | - | - | - |",
     "- packed nvfp4 64, jaxqq: failed: OOM",
   ]
+
+
+def test_every_shape_has_its_ratios():
+  rows = [row(1, SMALL, 2.0), row(1, LARGE, 4.0), row(64, LARGE, 1.256), row(64, SMALL, None)]
+  rows += [row(1, LARGE_2, 0.5, mode="mxfp8"), dataclasses.replace(rows[0], implementation=CUBLAS)]
+  tables = every_shape(rows).split("\n\n")
+  assert tables[0] == "nvfp4, w packed, device time, every shape:"
+  assert tables[1].splitlines()[2:] == [
+    "| 8192 x 8192 | 4.00 | 1.26 |",
+    "| 4096 x 2048 | 2.00 | - |",
+  ]
+  assert tables[1].startswith("| N x K | 1 | 64 |\n") and "| 3072 x 3072 | 0.50 |" in tables[3]
 
 
 def test_rows_are_written_without_their_defaults(tmp_path):

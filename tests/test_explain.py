@@ -164,6 +164,14 @@ class TestChoice:
         assert told == bool(k % whole), (mode, k)
       assert "scales of w padded" not in of(100, 512, whole // 2, mode, False)
 
+  def test_clusters_run_at_once(self):
+    """18 of six CTAs did not: 256 x 1024 x 4096 took twice as long as the costs said."""
+    for m, n, k, mode in ((256, 1024, 4096, "nvfp4"), (512, 576, 7168, "mxfp8")):
+      plan = of(m, n, k, mode, True).plan.kernel
+      assert plan.tiles.cluster > 1
+      assert plan.grid.num_tiles <= plan.device.num_clusters(plan.tiles.cluster)
+    assert [plan.device.num_clusters(size) for size in (2, 3, 4, 6)] == [66, 33, 29, 16]
+
   def test_padded_k_is_told(self):
     """In fp8 loads go past the end of K; 16 bit operands are padded to whole steps."""
     for packed, m in ((True, 100), (True, 4096), (False, 256)):

@@ -32,12 +32,12 @@ class Device:
   def num_clusters(self, size: int) -> int:
     """How many clusters of so many CTAs run at once: each has to find room in one GPC.
 
-    132 SMs had room for 64 of two CTAs, for 32 but not for 40 of three, for 16 of six, and for
-    fewer than 32 of four and 16 of eight.
+    132 SMs had room for 66 of two CTAs, for 33 but not for 40 of three, for 28 but not for 32 of
+    four, for 16 but not for 18 of six, and for 12 but not for 16 of eight.
     """
     if size > self.max_cluster:
       return 0
-    share = {1: 1.0, 2: 1.0, 3: 0.82, 4: 0.88, 6: 0.82, 8: 0.85}[size]
+    share = {1: 1.0, 2: 1.0, 3: 0.76, 4: 0.88, 6: 0.75, 8: 0.85}[size]
     return int(self.num_sms * share) // size
 
 

@@ -16,7 +16,7 @@ from jaxqq.bench.kept import Header, read
 from jaxqq.bench.markdown import TIMES, markdown_row
 from jaxqq.bench.measure import Row
 from jaxqq.bench.peers import COPY, CUBLAS
-from jaxqq.bench.summary import summary
+from jaxqq.bench.summary import every_shape, summary
 
 
 def install(package: str) -> str:
@@ -137,7 +137,8 @@ def header_lines(header: Header) -> list[str]:
 def tables(header: Header, rows: Sequence[Row], with_goals: bool = False) -> str:
   """What is shown of some results: of a survey, how each number of rows of x does."""
   if is_survey(header.get("suites", [""])):
-    return of_platform(summary(rows), header["platform"])
+    text = "\n\n".join(filter(None, (summary(rows), every_shape(rows))))
+    return of_platform(text, header["platform"])
   found = goals_markdown(rows, with_goals).strip(), chain_markdown(rows)
   return of_platform("\n\n".join(table for table in found if table), header["platform"])
 

@@ -98,3 +98,19 @@ def _table(rows: Sequence[Row], measure: str) -> list[str]:
       cells += found.texts if found else ["-"] * 3
     lines += markdown_row(cells)
   return lines
+
+
+def every_shape(rows: Sequence[Row]) -> str:
+  """For every mode the ratio of each cell, in device time: (N, K) down, from large to small; M."""
+  mine = [row for row in rows if row.implementation == "jaxqq" and row.ratio is not None]
+  tables = []
+  for mode, form in dict.fromkeys((row.mode, row.form) for row in mine):
+    ratios = {(r.n, r.k, r.m): r.ratio for r in mine if (r.mode, r.form) == (mode, form)}
+    sizes = sorted({m for _, _, m in ratios})
+    lines = [f"{mode}, w {form}, device time, every shape:", ""]
+    lines += markdown_row(["N x K", *map(str, sizes)], head=True)
+    for n, k in sorted({(n, k) for n, k, _ in ratios}, key=lambda w: (-w[0] * w[1], w)):
+      found = (ratios.get((n, k, m)) for m in sizes)
+      lines += markdown_row([f"{n} x {k}", *("-" if r is None else f"{r:.2f}" for r in found)])
+    tables.append("\n".join(lines))
+  return "\n\n".join(tables)
