@@ -193,7 +193,8 @@ def test_the_report_without_files_writes_the_page(results, tmp_path, monkeypatch
   picture = tmp_path / results_page.PICTURE
   assert capsys.readouterr().out.split() == [str(page), str(picture)]
   assert re.findall("^## .*", page.read_text(), re.MULTILINE) == [
-    *("## `h200.json`", "## `h200_few_rows.json`", "## `mine.json`")
+    "## Layers of many models on an H200",
+    *("## `h200.json`", "## `h200_few_rows.json`", "## `mine.json`"),
   ]
   commit = json.loads(results[1].read_text())["header"]["commit"]
   assert (f"commit {commit};" if commit else "commit not recorded;") in page.read_text()

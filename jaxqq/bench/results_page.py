@@ -12,16 +12,20 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxqq._kernels.hopper.tiles import power_of_two_from
 from jaxqq.bench import accuracy, decode_tables, mesh, moe, report
-from jaxqq.bench.cases import FORMS, GOAL_SHAPE, MODES
+from jaxqq.bench.cases import GOAL_SHAPE, MODES
 from jaxqq.bench.kept import Header, read
 from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.measure import Row
+from jaxqq.bench.summary import group, is_small
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 PAGE, PICTURE = "README.md", "ratios.png"
-# What the picture and the README's table of ratios are drawn from.
-RATIO_FILES = ("h200.json", "h200_few_rows.json")
+# What the picture and the README's table of ratios are drawn from: packed w of many shapes, and w
+# on the fly of one.
+SURVEY_FILE, ON_THE_FLY_FILES = "h200_models.json", ("h200.json", "h200_few_rows.json")
+RATIO_FILES = (SURVEY_FILE, *ON_THE_FLY_FILES)
 
 _INTRO = f"""\
 # Results
@@ -252,14 +256,34 @@ def _tables(contents: Sequence[dict[str, Any]]) -> str:
 # ---- ratios
 
 
-def _ratios(folder: pathlib.Path) -> dict[tuple[str, str], dict[int, float]]:
-  """By mode and form, at the shape of the goals, of each number of rows the ratio to cuBLAS."""
-  _, rows = read([folder / name for name in RATIO_FILES])
-  found: dict[tuple[str, str], dict[int, float]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Ratio:
+  """To cuBLAS: a geometric mean over shapes, and the worst and best of them; or of one shape."""
+
+  mean: float
+  worst: float | None = None
+  best: float | None = None
+
+
+_Ratios = dict[tuple[str, str], dict[int, _Ratio]]  # by mode and form, of each number of rows
+
+
+def _ratios(folder: pathlib.Path) -> _Ratios:
+  """Of packed w those of large shapes, on the fly those at the shape of the goals."""
+  found: _Ratios = {}
+  _, survey = read([folder / SURVEY_FILE])
+  large = [row for row in survey if row.implementation == "jaxqq" and not is_small(row)]
+  for mode, m in sorted({(row.mode, row.m) for row in large}, key=lambda e: MODES.index(e[0])):
+    here = [row for row in large if (row.mode, row.m) == (mode, m)]
+    if (shapes := group(here)) is not None:
+      best = max(row.ratio for row in here if row.ratio is not None)
+      ratio = _Ratio(shapes.mean, shapes.worst, best)
+      found.setdefault((mode, "packed"), {})[m] = ratio
+  _, rows = read([folder / name for name in ON_THE_FLY_FILES])
   for row in rows:
-    is_product = FORMS[row.form].is_product and (row.n, row.k) == GOAL_SHAPE
-    if is_product and row.implementation == "jaxqq" and row.ratio is not None:
-      found.setdefault((row.mode, row.form), {}).setdefault(row.m, row.ratio)
+    is_wanted = row.form == "on the fly" and (row.n, row.k) == GOAL_SHAPE
+    if is_wanted and row.implementation == "jaxqq" and row.ratio is not None:
+      found.setdefault((row.mode, row.form), {}).setdefault(row.m, _Ratio(row.ratio))
   return {kind: dict(sorted(of_m.items())) for kind, of_m in found.items()}
 
 
@@ -268,9 +292,16 @@ def ratios_markdown(folder: pathlib.Path = FOLDER) -> str:
   ratios = _ratios(folder)
   rows = sorted({m for of_m in ratios.values() for m in of_m})
   lines = ["| rows of x | " + " | ".join(map(str, rows)) + " |", "|" + "---|" * (1 + len(rows))]
+
+  def line(name: str, values: dict[int, float]) -> None:
+    cells = (f"{values[m]:.2f}" if m in values else "-" for m in rows)
+    lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
   for (mode, form), of_m in ratios.items():
-    cells = (f"{of_m[m]:.2f}{TIMES}" if m in of_m else "-" for m in rows)
-    lines.append(f"| {mode}, w {form} | " + " | ".join(cells) + " |")
+    line(f"{mode}, w {form}", {m: ratio.mean for m, ratio in of_m.items()})
+    worst = {m: ratio.worst for m, ratio in of_m.items() if ratio.worst is not None}
+    if worst:
+      line("slowest shape", worst)
   return "\n".join(lines)
 
 
@@ -289,18 +320,25 @@ def plot_ratios(path: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
     raise SystemExit(report.install("matplotlib")) from None
   ratios = _ratios(folder)
   header, _ = read([folder / RATIO_FILES[0]])
-  titles = {"packed": "w packed beforehand", "on the fly": "w quantized in the call"}
+  titles = {
+    "packed": "w packed: layers of models, mean and range",
+    "on the fly": "w quantized in the call: {} {TIMES} {}".format(*GOAL_SHAPE, TIMES=TIMES),
+  }
   figure = figure_class(figsize=(9, 3.7), layout="constrained", facecolor=_GROUND)
   panels = figure.subplots(1, len(titles), sharey=True)
   for panel, (form, title) in zip(panels, titles.items(), strict=True):
     panel.axhline(1, color=_INK, linewidth=1.2, linestyle="--")
     for mode, color in _COLORS.items():
       points = ratios[mode, form]
-      panel.plot(list(points), list(points.values()), "o-", color=color, linewidth=2, label=mode)
-    sizes = list(ratios[MODES[0], form])
+      means = [ratio.mean for ratio in points.values()]
+      panel.plot(list(points), means, "o-", color=color, linewidth=2, label=mode)
+      if form == "packed":
+        spread = zip(*((r.worst, r.best) for r in points.values()), strict=True)
+        panel.fill_between(list(points), *spread, color=color, alpha=0.15, linewidth=0)
+    sizes = [m for m in ratios[MODES[0], form] if m == power_of_two_from(m)]
     panel.set_title(title, color=_INK)
     panel.set_xscale("log", base=2)
-    panel.set_xticks(sizes, labels=[str(m) for m in sizes], rotation=45)
+    panel.set_xticks(sizes, labels=[str(m) for m in sizes], rotation=60)
     panel.minorticks_off()
     panel.set_xlabel("rows of x", color=_INK)
     panel.grid(alpha=0.3)
@@ -312,6 +350,5 @@ def plot_ratios(path: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
   )
   panels[0].set_ylim(bottom=0)
   panels[0].set_ylabel("speed relative to bfloat16", color=_INK)
-  n, k = GOAL_SHAPE
-  figure.suptitle(f"{header['device']}, N = {n}, K = {k}, device time", color=_INK)
+  figure.suptitle(f"{header['device']}, device time", color=_INK)
   figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -43,6 +43,11 @@ class Group:
     return [f"{self.mean:.2f}{TIMES}", worst, f"{self.below_1} of {self.cells}"]
 
 
+def is_small(row: Row) -> bool:
+  """Whether w is, in bfloat16."""
+  return 2 * row.n * row.k <= SMALL_BYTES
+
+
 def group(rows: Sequence[Row], measure: str = "ratio") -> Group | None:
   """What is said of some rows together; None if none of them has a ratio.
 
@@ -93,7 +98,7 @@ def _table(rows: Sequence[Row], measure: str) -> list[str]:
   for m in sorted({row.m for row in rows}):
     cells = [str(m)]
     for small in (False, True):
-      here = [r for r in rows if r.m == m and (2 * r.n * r.k <= SMALL_BYTES) == small]
+      here = [row for row in rows if row.m == m and is_small(row) == small]
       found = group(here, measure)
       cells += found.texts if found else ["-"] * 3
     lines += markdown_row(cells)
