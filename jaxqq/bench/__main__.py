@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Any]:
     case: implementations(case, options.peers) for case in (covering(cases) if survey else cases)
   }
   left = kept.missing(compared, rows, chain=chain)
-  work = processes.Work(options.peers, settings, begin + options.seconds_total)
+  of_case = functools.partial(implementations, peers=options.peers)
+  work = processes.Work(of_case, settings, begin + options.seconds_total)
   with tqdm(total=len(cases), initial=len(cases) - len(left), unit="case", disable=None) as bar:
     for text in ("", *report.header_lines(header), "", report.titles(chain)):
       tqdm.write(text)
@@ -149,7 +151,7 @@ def _what_is_left(
   return text + " The same command measures the others." if left else text
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape_of(text: str) -> tuple[int, int]:
   n, _, k = text.partition("x")
   if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
     raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2880x4096")
@@ -185,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
   several("--peers", (*PEERS, "none"), None, "measured beside jaxqq, or none (all)")
   parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="M", help="of products")
   parser.add_argument(
-    "--shapes", nargs="+", type=_shape, default=(), metavar="NxK", help="of products"
+    "--shapes", nargs="+", type=shape_of, default=(), metavar="NxK", help="of products"
   )
   parser.add_argument("--backward", action="store_true", help="adds dx and dw for every product")
   parser.add_argument(

@@ -83,7 +83,7 @@ def _dot(equation: str) -> Run:
 
 def _jaxqq_product(case: Case) -> list[Implementation]:
   form = FORMS[case.form]
-  prepare = _pack_last(case.mode) if form.packed else _as_given
+  prepare = pack_last(case.mode) if form.packed else _as_given
   function = jaxqq.qqmm if form.quantizes_x else jaxqq.quantized_matmul
   explain = functools.partial(jaxqq.explain, function, mode=case.mode)
   return [Implementation("jaxqq", _in_mode(function, case.mode), prepare, explain=explain)]
@@ -105,7 +105,7 @@ class PackLast:
 
 
 @functools.cache
-def _pack_last(mode: Mode) -> PackLast:
+def pack_last(mode: Mode) -> PackLast:
   return PackLast(jax.jit(functools.partial(jaxqq.quantize, mode=mode)))
 
 
@@ -138,7 +138,7 @@ def _gradient(mode: Mode, form: str, backward: Backward) -> Run:
 
 
 def _jaxqq_format(case: Case) -> list[Implementation]:
-  prepare = _pack_last(case.mode) if case.form == "dequantize" else _as_given
+  prepare = pack_last(case.mode) if case.form == "dequantize" else _as_given
   return [Implementation(f"jaxqq {case.form}", _format(case.mode, case.form), prepare)]
 
 
@@ -169,7 +169,7 @@ _JAXQQ: dict[str, Callable[[Case], list[Implementation]]] = {
 
 def _xla(case: Case) -> Implementation:
   packed = FORMS[case.form].packed is not None
-  prepare = _pack_last(case.mode) if packed else _as_given
+  prepare = pack_last(case.mode) if packed else _as_given
   return Implementation("xla dequantize", _dequantize_and_dot(case.mode, packed), prepare)
 
 

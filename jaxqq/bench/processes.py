@@ -14,14 +14,14 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxqq.bench.cases import Case
 from jaxqq.bench.chain import with_chains
 from jaxqq.bench.compile_ahead import compile_ahead
 from jaxqq.bench.measure import Row, Settings, Timer, make_timer, run_cases
-from jaxqq.bench.peers import implementations
+from jaxqq.bench.peers import Implementation
 
 _MEMORY_SHARE = 0.9  # of the device's, for all processes together
 
@@ -32,7 +32,7 @@ Found = dict[Case, list[Row]]
 class Work:
   """What every process is told once."""
 
-  peers: Sequence[str]
+  compared: Callable[[Case], Sequence[Implementation]]  # what is measured of a case; pickled
   settings: Settings
   deadline: float = float("inf")  # of time.monotonic, after which no case is begun
 
@@ -86,7 +86,7 @@ def _measure(group: Sequence[Case]) -> Found:
   work, turn, timer = _process.work, _process.turn, _process.timer
   if time.monotonic() >= work.deadline:
     return {}
-  compared = {case: implementations(case, work.peers) for case in group}
+  compared = {case: work.compared(case) for case in group}
   compile_ahead(compared, timer)
   if time.monotonic() >= work.deadline:
     return {}

@@ -311,6 +311,11 @@ def panel_rows(grid: Grid, row_bytes: int) -> int:
 
 
 def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
+  return min(wide_plans(problem, device, fp8=fp8), key=lambda plan: plan.estimate_us)
+
+
+def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]:
+  """A plan for each of the tiles that can be."""
   kernel, mainloop = _wide_kernel(problem, device, fp8)
   candidates, step_k = {  # of k, that costs count
     "ready": (GEMM, 128),
@@ -322,7 +327,7 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
     "in_order_mxfp8": (DEQUANT_E2M1, 64),
   }[mainloop]
   out_bytes, k_steps = problem.out_dtype.itemsize, cdiv(problem.k, step_k)
-  times: dict[WideTiles, float] = {}
+  plans: dict[WideTiles, WidePlan] = {}
   ways: list[tuple[int, bool]] = [(cluster, False) for cluster in CLUSTERS]
   if kernel == "dequant_gemm" and not problem.in_groups:
     ways.append((1, True))
@@ -343,9 +348,9 @@ def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
       continue
     with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
     if with_room is not None:
-      times[with_room] = timed.time(grid, k_steps)
-  best = min(times, key=times.__getitem__)
-  return WidePlan(kernel, mainloop, fp8, best, times[best], problem, device)
+      time = timed.time(grid, k_steps)
+      plans[with_room] = WidePlan(kernel, mainloop, fp8, with_room, time, problem, device)
+  return list(plans.values())
 
 
 def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:

@@ -1,0 +1,275 @@
+"""Measures the tiles of packed products on a Hopper GPU, and fits the planner's costs to them.
+
+    python -m jaxqq.bench.tune --json tiles.json --processes 15     measures, and adds to the file
+    python -m jaxqq.bench.tune --json tiles.json --fit              costs of all that is in it
+
+What comes out are lines of `_kernels/hopper/costs.py`, and how far from the fastest tile the
+planner's choice is. The files in `_kernels/tuned` are such files, of which tests tell what a change
+of the costs moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxqq import _kernels
+from jaxqq._formats import FORMATS, Mode
+from jaxqq._kernels.hopper import costs, plan
+from jaxqq._kernels.hopper.plan import WidePlan
+from jaxqq._kernels.hopper.tiles import Grid, cdiv
+from jaxqq._kernels.problem import Problem
+from jaxqq._reference import Operands
+from jaxqq.bench import processes
+from jaxqq.bench.__main__ import shape_of
+from jaxqq.bench.cases import LLAMA, MODELS, MODES, Case
+from jaxqq.bench.measure import Row, Settings
+from jaxqq.bench.peers import Implementation, pack_last
+
+ROWS = (96, 128, 192, 256, 512, 1024)
+SLOWER = 1.5  # what is not measured, since the costs say that it takes so many times the fastest
+_WHAT = "Device time of products of packed w by tiles, quantization of x included, medians."
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """One way to tile one product."""
+
+  mode: Mode
+  m: int
+  n: int
+  k: int
+  block_m: int
+  block_n: int
+  cluster: int = 1
+  stream_k: bool = False
+
+  @classmethod
+  def of(cls, planned: WidePlan) -> Tile:
+    problem, tiles = planned.problem, planned.tiles
+    how = tiles.block_m, tiles.block_n, tiles.cluster, tiles.stream_k
+    return cls(problem.fmt.mode, problem.rows, problem.n, problem.k, *how)
+
+  @property
+  def name(self) -> str:
+    """Of an implementation; `compile_ahead` knows jaxqq's own by how their names begin."""
+    shared = f" cluster {self.cluster}" if self.cluster > 1 else ""
+    return f"jaxqq {self.block_m}x{self.block_n}{shared}{' stream-K' * self.stream_k}"
+
+  @property
+  def product(self) -> tuple[Mode, int, int, int]:
+    return self.mode, self.m, self.n, self.k
+
+
+# Measuring
+
+
+def plans_of(case: Case) -> list[WidePlan]:
+  """Those of tiles that may be the fastest, by the costs so far."""
+  fmt, spec = FORMATS[case.mode], jax.ShapeDtypeStruct
+  words = spec((case.n, case.k // fmt.codes_per_word), np.dtype(np.uint32))
+  scales = spec((case.n, case.k // fmt.group_size), np.dtype(np.uint8))
+  dtype = np.dtype(case.dtype)
+  operands = Operands(spec((case.m, case.k), dtype), words, scales)
+  problem = Problem.of(operands, fmt, dtype, None)
+  device = _kernels.device_of("cuda")
+  plans = plan.wide_plans(problem, device, fp8=fmt.bits == 8)
+  least = min(each.estimate_us for each in plans)
+  found = [each for each in plans if each.kernel == "dequant_gemm"]
+  return [each for each in found if each.estimate_us <= SLOWER * least]
+
+
+def implementations(case: Case) -> list[Implementation]:
+  """The product by each of `plans_of`."""
+  prepare = pack_last(case.mode)
+  return [
+    Implementation(Tile.of(each).name, functools.partial(_run, each), prepare)
+    for each in plans_of(case)
+  ]
+
+
+def _run(planned: WidePlan, x: jax.Array, w: jax.Array, scales: jax.Array) -> jax.Array:
+  return planned.run(Operands(x, w, scales))
+
+
+def measured_times(
+  cases: Sequence[Case], settings: Settings, workers: int, deadline: float
+) -> Iterable[dict[Tile, float]]:
+  """Of one case after the other: us, of those tiles that ran and were right."""
+  named = {case: {Tile.of(each).name: Tile.of(each) for each in plans_of(case)} for case in cases}
+  work = processes.Work(implementations, settings, deadline)
+  for found in processes.measured([[case] for case in cases], work, workers):
+    for case, rows in found.items():
+      yield {named[case][row.implementation]: row.us for row in rows if row.us and is_right(row)}
+
+
+def is_right(row: Row) -> bool:
+  return row.error_share is not None and row.error_share <= 1
+
+
+# Files
+
+
+def read(path: pathlib.Path) -> dict[Tile, float]:
+  """The times in a file, of `dequant_gemm`."""
+  fields = {field.name for field in dataclasses.fields(Tile)}
+  return {
+    Tile(**{name: value for name, value in row.items() if name in fields}): row["us"]
+    for row in json.loads(path.read_text())["rows"]
+    if row.get("kernel") == "dequant_gemm"
+  }
+
+
+def write(path: pathlib.Path, times: dict[Tile, float]) -> None:
+  head = {
+    "what": _WHAT,
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "date": time.strftime("%Y-%m-%d"),
+  }
+  rows = (
+    json.dumps({"kernel": "dequant_gemm", **dataclasses.asdict(tile), "us": round(us, 2)})
+    for tile, us in times.items()
+  )
+  part = path.with_name(path.name + ".part")
+  lines = ",\n  ".join(rows)
+  part.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+  os.replace(part, path)
+
+
+# Costs
+
+_Terms = list[tuple[list[float], float]]  # what a time is made of, and the time
+
+
+def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
+  """Costs of each tile with enough times, to least squares of the relative error."""
+  step_k = 128 if FORMATS[mode].bits == 8 else 64
+  own = [(tile, us) for tile, us in times.items() if tile.mode == mode]
+  sizes = sorted({(tile.block_m, tile.block_n) for tile, _ in own})
+  found = []
+  for size in sizes:
+    terms: dict[str, _Terms] = collections.defaultdict(list)
+    for tile, us in own:
+      if (tile.block_m, tile.block_n) == size:
+        way = "stream_k" if tile.stream_k else "cluster" if tile.cluster > 1 else "alone"
+        terms[way].append((_terms(tile, step_k, num_sms), us))
+    alone = _least_squares(terms["alone"])
+    if alone is None:
+      continue
+    step_us, tile_us = alone
+    cluster_us = None
+    if terms["cluster"]:  # with the same steps, so that one number is left
+      rest = [us - steps * step_us for (steps, _), us in terms["cluster"]]
+      cluster_us = round(float(np.median(rest)), 1)
+    stream_k = _least_squares(terms["stream_k"])
+    rounded = None if stream_k is None else (round(stream_k[0], 3), round(stream_k[1], 1))
+    timed = costs.Timed(*size, round(step_us, 3), round(tile_us, 1), cluster_us, rounded)
+    found.append(timed)
+  return found
+
+
+def _terms(tile: Tile, step_k: int, num_sms: int) -> list[float]:
+  """How often each cost is part of the time: `costs.Timed.time`, solved for them."""
+  sizes = 1, tile.m, tile.n, tile.block_m, tile.block_n
+  grid = Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
+  k_steps = cdiv(tile.k, step_k)
+  if tile.stream_k:
+    return [grid.most_steps(k_steps), 1]
+  if tile.cluster > 1:
+    return [cdiv(k_steps, tile.cluster), 1]
+  waves = cdiv(grid.num_tiles, num_sms)
+  return [waves * k_steps, waves]
+
+
+def _least_squares(terms: _Terms) -> tuple[float, float] | None:
+  """The two costs, both positive; None of fewer than three times, or of times that say else."""
+  if len(terms) < 3:
+    return None
+  counts, us = np.array([count for count, _ in terms], float), np.array([us for _, us in terms])
+  found = np.linalg.lstsq(counts / us[:, None], np.ones(len(us)), rcond=None)[0]
+  return (float(found[0]), float(found[1])) if (found > 0).all() else None
+
+
+def choices(times: dict[Tile, float]) -> list[tuple[float, Tile, Tile]]:
+  """Of each product how much slower the planner's tile is than the fastest, and both.
+
+  A tile that was not measured is infinitely slower.
+  """
+  of_product: dict[Any, dict[Tile, float]] = collections.defaultdict(dict)
+  for tile, us in times.items():
+    of_product[tile.product][tile] = us
+  found = []
+  for (mode, m, n, k), own in of_product.items():
+    plans = plans_of(Case("packed", mode, m, n, k))
+    if plans:
+      chosen = Tile.of(min(plans, key=lambda each: each.estimate_us))
+      fastest = min(own, key=own.__getitem__)
+      found.append((own.get(chosen, float("inf")) / own[fastest], chosen, fastest))
+  return sorted(found, key=lambda choice: -choice[0])
+
+
+def report(times: dict[Tile, float]) -> str:
+  lines = []
+  for mode in sorted({tile.mode for tile in times}):
+    lines += [f"{mode}:", *(f"  {timed}" for timed in fitted(times, mode)), ""]
+  found = choices(times)
+  near = sum(slower <= 1.05 for slower, _, _ in found)
+  lines.append(
+    f"The planner's tile is within 5% of the fastest for {near} of {len(found)} products."
+  )
+  for slower, chosen, fastest in found[: len(found) - near]:
+    mode, m, n, k = chosen.product
+    told = f"{chosen.name[6:]}, fastest {fastest.name[6:]}"
+    lines.append(f"  {slower:.2f} {mode} {m} x {n} x {k}: {told}")
+  return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[Tile, float]:
+  begin = time.monotonic()
+  parser = argparse.ArgumentParser(prog="python -m jaxqq.bench.tune", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.add_argument("--json", type=pathlib.Path, required=True, metavar="FILE")
+  parser.add_argument("--fit", action="store_true", help="measure nothing")
+  parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, metavar="NAME")
+  parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="M")
+  parser.add_argument(
+    "--shapes", nargs="+", type=shape_of, default=MODELS + LLAMA, metavar="NxK", help="of w"
+  )
+  parser.add_argument("--processes", type=int, default=1, metavar="P", help="as of the bench")
+  parser.add_argument("--seconds", type=float, default=0.3, help="of measuring a product (0.3)")
+  parser.add_argument("--seconds-total", type=float, default=float("inf"), metavar="S")
+  options = parser.parse_args(arguments)
+  times = read(options.json) if options.json.exists() else {}
+  if not options.fit:
+    processes.share_the_device()
+    done = {tile.product for tile in times}
+    cases = [
+      Case("packed", mode, m, n, k)
+      for m in options.rows
+      for n, k in options.shapes
+      for mode in options.modes
+      if (mode, m, n, k) not in done
+    ]
+    settings = Settings(options.seconds, rounds=3)
+    deadline = begin + options.seconds_total
+    for found in measured_times(cases, settings, options.processes, deadline):
+      times |= found
+      write(options.json, times)  # after every case, so that a run cut short leaves what it has
+  print(report(times))
+  return times
+
+
+if __name__ == "__main__":
+  main()

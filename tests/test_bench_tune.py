@@ -1,0 +1,114 @@
+"""Tiles that are measured, and costs that are fitted to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+
+import jax
+import numpy as np
+import pytest
+
+from jaxqq._kernels.hopper import costs
+from jaxqq._kernels.hopper.tiles import Grid, cdiv
+from jaxqq.bench import measure, processes, tune
+from jaxqq.bench.cases import Case
+from tests.support.programs import lowered_for_cuda
+
+pytestmark = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
+)
+TUNED = importlib.resources.files("jaxqq") / "_kernels" / "tuned"
+SHAPES = ((4096, 4096), (2048, 7168), (12288, 4096), (5120, 25600), (8192, 8192))
+
+
+def test_tiles_that_may_be_the_fastest():
+  case = Case("packed", "nvfp4", 192, 5120, 25600)
+  plans = tune.plans_of(case)
+  assert len(plans) > 3 and {each.kernel for each in plans} == {"dequant_gemm"}
+  times = [each.estimate_us for each in plans]
+  assert max(times) <= tune.SLOWER * min(times)
+  tiles = [tune.Tile.of(each) for each in plans]
+  assert len({tile.name for tile in tiles}) == len(tiles)
+  assert {tile.product for tile in tiles} == {("nvfp4", 192, 5120, 25600)}
+  assert any(tile.stream_k for tile in tiles) and any(tile.cluster > 1 for tile in tiles)
+
+
+def test_each_is_a_program_of_its_own():
+  case = Case("packed", "mxfp8", 128, 256, 256)
+  specs = [
+    jax.ShapeDtypeStruct(s, d) for s, d in (((128, 256), "bfloat16"), ((256, 256), "bfloat16"))
+  ]
+  texts = set()
+  for each in tune.implementations(case)[:2]:
+    prepared = jax.eval_shape(each.prepare, *specs)
+    text = lowered_for_cuda(each.run, *prepared)
+    assert "jaxqq_dequant_gemm" in text
+    texts.add(text)
+  assert len(texts) == 2
+
+
+def made_up(timed):
+  """Times that its costs make, of products of many sizes."""
+  times = {}
+  for m in (96, 200, 700, 1500):
+    for n, k in SHAPES:
+      for cluster, stream_k in ((1, False), (2, False), (1, True)):
+        tile = tune.Tile("nvfp4", m, n, k, timed.block_m, timed.block_n, cluster, stream_k)
+        sizes = 1, m, n, timed.block_m, timed.block_n, 132
+        grid = Grid(*sizes, cluster=cluster, stream_k=stream_k)
+        if stream_k and not grid.dealt_tiles:
+          continue
+        us = timed.time(grid, cdiv(k, 64))
+        times[tile] = us / (costs.STREAM_K if stream_k else 1)
+  return times
+
+
+def test_the_costs_that_times_were_made_of_are_found():
+  want = costs.Timed(128, 192, 0.5, 4.0, 9.0, (0.6, 12.0))
+  other = costs.Timed(64, 128, 0.3, 5.0, 8.0, (0.4, 11.0))
+  times = made_up(want) | made_up(other)
+  assert tune.fitted(times, "nvfp4") == [other, want]
+  assert tune.fitted(times, "mxfp8") == []
+  few = dict(list(made_up(want).items())[:2])
+  assert tune.fitted(few, "nvfp4") == []
+
+
+def test_how_far_the_planner_is_from_the_fastest():
+  times = tune.read(TUNED / "h200_tiles.json")
+  plans = tune.plans_of(Case("packed", "nvfp4", 256, 8192, 8192))
+  chosen = tune.Tile.of(min(plans, key=lambda each: each.estimate_us))
+  faster = dataclasses.replace(chosen, block_m=64, block_n=64)
+  found = tune.choices(times | {chosen: 50.0, faster: 40.0})
+  assert (1.25, chosen, faster) in found and found == sorted(found, key=lambda c: -c[0])
+  assert tune.choices({faster: 40.0}) == [(np.inf, chosen, faster)]
+  assert "1.25 nvfp4 256 x 8192 x 8192" in tune.report({chosen: 50.0, faster: 40.0})
+
+
+def test_runs_add_up(tmp_path, monkeypatch, capsys):
+  """What is measured, right and new is added; a wrong result has no time."""
+  begun = []
+
+  def measured(groups, work, workers):
+    assert workers == 2
+    for (case,) in groups:
+      begun.append(case)
+      row = measure.Row(case.name, **dataclasses.asdict(case), implementation="")
+      names = [each.name for each in work.compared(case)]
+      yield {
+        case: [
+          dataclasses.replace(row, implementation=name, us=10.0 + i, error_share=0.5 + (i == 1))
+          for i, name in enumerate(names)
+        ]
+      }
+
+  monkeypatch.setattr(processes, "measured", measured)
+  path = tmp_path / "tiles.json"
+  arguments = ["--json", str(path), "--shapes", "4096x4096", "--processes", "2", "--modes", "nvfp4"]
+  times = tune.main([*arguments, "--rows", "128"])
+  plans = tune.plans_of(Case("packed", "nvfp4", 128, 4096, 4096))
+  assert len(times) == len(plans) - 1 and tune.read(path) == times
+  again = tune.main([*arguments, "--rows", "128", "256"])
+  assert [case.m for case in begun] == [128, 256] and len(again) > len(times)
+  assert tune.main([*arguments, "--fit"]) == again == tune.read(path) and len(begun) == 2
+  assert "of 2 products" in capsys.readouterr().out
