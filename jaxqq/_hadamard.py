@@ -29,15 +29,32 @@ def rotated(a: jax.Array, signs: jax.Array) -> jax.Array:
     a: float32, float16 or bfloat16, (..., m, k).
     signs: float32 (..., n), 1 or -1; the leading axes are those of matrices.
   """
-  size = signs.shape[-1]
+  of_matrices = signs.shape[:-1]
+  ones = (1,) * (a.ndim - 2 - len(of_matrices))
+  signs = signs.reshape(*ones, *of_matrices, 1, 1, signs.shape[-1])
+  return rotated_by(a, factors_of_signs(signs))
+
+
+def factors_of_signs(signs: jax.Array) -> jax.Array:
+  """What elements are multiplied by first: a power of two, so that sums stay in range."""
+  return signs * np.float32(2.0 ** -_power(signs.shape[-1]))
+
+
+def last_factor(size: int) -> np.float32:
+  """What sums are multiplied by last: what is left of 1 / sqrt(n)."""
+  return np.float32(2.0 ** _power(size) / np.sqrt(size))
+
+
+def _power(size: int) -> int:
+  return (size.bit_length() - 1) // 2
+
+
+def rotated_by(a: jax.Array, factors: jax.Array) -> jax.Array:
+  """`rotated`, by `factors_of_signs` that broadcast with (..., k / n, n)."""
+  size = factors.shape[-1]
   *batch, k = a.shape
   blocks = a.astype(jnp.float32).reshape(*batch, k // size, size)
-  of_matrices = signs.shape[:-1]
-  ones = (1,) * (blocks.ndim - 3 - len(of_matrices))
-  signs = signs.reshape(*ones, *of_matrices, 1, 1, size)
-  # A power of two before, so that sums stay in range, and what is left of 1 / sqrt(n) after.
-  power = (size.bit_length() - 1) // 2
-  sums = _without_subnormals(blocks * signs * np.float32(2.0**-power))
+  sums = _without_subnormals(blocks * factors)
   half = 1
   while half < size:
     pairs = sums.reshape(*blocks.shape[:-1], size // (2 * half), 2, half)
@@ -45,8 +62,8 @@ def rotated(a: jax.Array, signs: jax.Array) -> jax.Array:
     both = jnp.stack([first + second, first - second], axis=-2)
     sums = _without_subnormals(both.reshape(blocks.shape))
     half *= 2
-  rest = 2.0**power / np.sqrt(size)
-  sums = sums if rest == 1 else _without_subnormals(sums * np.float32(rest))
+  rest = last_factor(size)
+  sums = sums if rest == 1 else _without_subnormals(sums * rest)
   # A conversion to bfloat16 and back, which may follow, XLA drops; this it does not.
   return lax.reduce_precision(sums, 8, 7).reshape(a.shape).astype(jnp.bfloat16)
 

@@ -131,8 +131,8 @@ def encoding_of(
   if global_scale is not None:
     global_scale = _a_value_per_matrix(global_scale, groups.ndim)
     of_zeros = _rounding.magnitude_bits(global_scale) == 0
-    no_amax = ~_is_amax(global_scale)
-    global_scale, power = _raised(global_scale, arithmetic)
+    no_amax = ~is_amax(global_scale)
+    global_scale, power = raised_of(global_scale, arithmetic)
     enc = arithmetic.divide(jnp.float32(fmt.largest_value), global_scale)
     power, enc = arithmetic.apart((power, enc))
     poisoned = poisoned | no_amax
@@ -315,19 +315,21 @@ def decoding(
   global_scale: jax.Array, fmt: Format, arithmetic: Arithmetic = ANYWHERE
 ) -> tuple[jax.Array, jax.Array]:
   """global_scale / 2688 as factor * 2**power: 0, normal, or NaN for what is no amax; and int32."""
-  raised, power = _raised(global_scale, arithmetic)
+  raised, power = raised_of(global_scale, arithmetic)
   factor = arithmetic.divide(raised, jnp.float32(fmt.largest_value), fmt.largest_value_bits)
-  return jnp.where(_is_amax(global_scale), factor, jnp.float32(np.nan)), -power
+  return jnp.where(is_amax(global_scale), factor, jnp.float32(np.nan)), -power
 
 
-def _raised(global_scale: jax.Array, arithmetic: Arithmetic) -> tuple[jax.Array, jax.Array]:
+def raised_of(
+  global_scale: jax.Array, arithmetic: Arithmetic = ANYWHERE
+) -> tuple[jax.Array, jax.Array]:
   """|global_scale| * 2**power, and power: int32, not 0 where float32 is too short below."""
   limit = int(np.float32(2.0**-SMALL).view(np.int32))
   power = jnp.where(_rounding.magnitude_bits(global_scale) < limit, jnp.int32(RAISED), jnp.int32(0))
   return arithmetic.scaled(global_scale, power), power
 
 
-def _is_amax(global_scale: jax.Array) -> jax.Array:
+def is_amax(global_scale: jax.Array) -> jax.Array:
   """Zero or positive, and finite: of the bits, since comparing floats takes -2**-149 for 0."""
   bits = lax.bitcast_convert_type(global_scale, jnp.int32)
   return ((bits >= 0) & (bits < _rounding.INFINITY_BITS)) | (bits == np.iinfo(np.int32).min)

@@ -24,11 +24,11 @@ from jax import lax
 from jaxqq._checks import describe
 
 WORDS = 4  # of a key, as `key_words` returns it
-_ROUNDS = 7
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 7
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _OF_STREAMS, _OF_MATRICES = 0x6A617871, 0x6A617872  # the last word of counters that keys are of
-_PER_CALL = 8  # numbers that one call has bits for
+PER_CALL = 8  # numbers that one call has bits for
 _U16 = np.uint32(0xFFFF)
 
 
@@ -78,7 +78,7 @@ def uniform16(key: jax.Array, shape: Sequence[int], matrix: jax.Array | int = 0)
     matrix: which matrix of the tensor each is, broadcasts with its leading axes.
   """
   *batch, rows, columns = shape
-  blocks = -(-columns // _PER_CALL)
+  blocks = -(-columns // PER_CALL)
   ones = (1,) * len(batch)
   column = lax.broadcasted_iota(jnp.uint32, (*ones, rows, blocks), len(batch) + 1)
   row = lax.broadcasted_iota(jnp.uint32, (*ones, rows, blocks), len(batch))
@@ -87,9 +87,15 @@ def uniform16(key: jax.Array, shape: Sequence[int], matrix: jax.Array | int = 0)
     (column, row, matrix, np.uint32(0)), (key[..., None, None, 0], key[..., None, None, 1])
   )
   words = lax.optimization_barrier(words)  # else XLA may compute all of them for each
-  halves = jnp.stack([half for word in words for half in (word & _U16, word >> 16)], axis=-1)
-  bits = halves.astype(jnp.int32).reshape(*halves.shape[:-2], blocks * _PER_CALL)[..., :columns]
+  bits = halves(words)
+  bits = bits.reshape(*bits.shape[:-2], blocks * PER_CALL)[..., :columns]
   return jnp.broadcast_to(bits, tuple(shape))
+
+
+def halves(words: Sequence[jax.Array]) -> jax.Array:
+  """int32 (..., 8), 0 to 65535, of the four words (...) of one call: low halves first."""
+  parts = [half for word in words for half in (word & _U16, word >> 16)]
+  return jnp.stack(parts, axis=-1).astype(jnp.int32)
 
 
 def signs(key: jax.Array, size: int) -> jax.Array:
@@ -109,11 +115,11 @@ def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[jax.Array, ...]:
   a, b, c, d, first, second = (
     jnp.broadcast_to(jnp.asarray(word, jnp.uint32), shape) for word in (*counter, *key)
   )
-  for _ in range(_ROUNDS):
-    high_a, low_a = _wide_product(a, _MULTIPLIERS[0])
-    high_c, low_c = _wide_product(c, _MULTIPLIERS[1])
+  for _ in range(ROUNDS):
+    high_a, low_a = _wide_product(a, MULTIPLIERS[0])
+    high_c, low_c = _wide_product(c, MULTIPLIERS[1])
     a, b, c, d = high_c ^ b ^ first, low_c, high_a ^ d ^ second, low_a
-    first, second = first + np.uint32(_WEYL[0]), second + np.uint32(_WEYL[1])
+    first, second = first + np.uint32(WEYL[0]), second + np.uint32(WEYL[1])
   return a, b, c, d
 
 

@@ -1,15 +1,16 @@
-"""Loads of less than a swizzled row of shared memory, which Mosaic GPU does not slice."""
+"""Loads that Mosaic GPU has not: less than a swizzled row of shared memory, and by an index."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS, TILE_ROWS, WARP, WARPS, whole_rows
@@ -59,8 +60,38 @@ def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count:
   return load(ref)
 
 
+def look_up(table: Any, index: jax.Array, layout: Any) -> jax.Array:
+  """table[index], float32 in the layout of the index.
+
+  Args:
+    table: float32 (size,), in global memory, from where a few hundred bytes soon are in L1.
+    index: int32, of any shape.
+  """
+  if interpreting():
+    return table[...][index]
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(()), layout),
+    return_type=plgpu.ShapeDtypeStruct(index.shape, np.dtype(np.float32), layout=layout),
+  )
+  def in_registers(ctx: Any, table: Any, index: Any) -> Any:
+    del ctx
+    i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+    start = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(table))
+    registers = []
+    for register in index.registers.flat:
+      offset = arith.muli(vector.extract(register, [], [0]), constant(4))
+      address = arith.addi(start, arith.extui(i64, offset))
+      text = "{ .reg .b64 a; cvta.to.global.u64 a, $1; ld.global.nc.f32 $0, [a]; }"
+      number = llvm.inline_asm(f32, [address], text, "=f,l")
+      registers.append(vector.broadcast(ir.VectorType.get((1,), f32), number))
+    return array(registers, index.shape, layout, None)
+
+  return in_registers(table, index)
+
+
 def load_words(address: Any, count: int) -> Any:
   """A vector of so many words, from an address in shared memory that is a multiple of its bytes."""
   pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
-  vector = ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
-  return llvm.load(vector, pointer, alignment=4 * count)
+  of_words = ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
+  return llvm.load(of_words, pointer, alignment=4 * count)

@@ -7,6 +7,7 @@ instruction.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS
-from jaxqq._kernels.hopper.ptx.registers import array, asm, operand_array, word_asm
+from jaxqq._kernels.hopper.ptx.registers import array, asm, constant, operand_array, word_asm
 
 MAGNITUDE = 0x7FFFFFFF  # of float32's bits
 
@@ -114,6 +115,165 @@ def _largest_bits(registers: list[Any], dtype: Any) -> Any:
     words += [vector.extract(pairs, [], [j]) for j in range(count)]
   larger = functools.partial(word_asm, _LARGER[str(dtype)])
   return word_asm(_LARGEST[str(dtype)], functools.reduce(larger, words))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stochastic:
+  """`jaxqq._rounding.encode_stochastic` of float32 magnitudes that are no larger than a code.
+
+  Times a power of two, the smallest normal number of a code is float32's. Then the codes' bits are
+  float32's first ones, below the normal range too, and what a last place has of random bits is
+  added behind them. What is cut off by that multiplication counts for less than these.
+
+  Attributes:
+    dtype: of the code.
+    random: int32 of the elements' shape, uniform in 0 to 65535.
+    layout: of both.
+    raising: None, or a float32 scalar that magnitudes are multiplied by first, a power of two.
+  """
+
+  dtype: np.dtype
+  random: jax.Array
+  layout: Any
+  raising: Any = None
+
+  def first_bits(self, magnitudes: jax.Array) -> jax.Array:
+    """int32, the code in its first bits but for the very first, which is 0; then anything."""
+    free = 32 - int(ml_dtypes.finfo(self.dtype).bits)
+    if interpreting():
+      return self._codes(magnitudes) << free
+    return self._sums(magnitudes, free - self._place)
+
+  def values(self, magnitudes: jax.Array) -> jax.Array:
+    """float32, what the codes mean."""
+    if interpreting():
+      return _rounding.decode(self._codes(magnitudes), self.dtype)
+    code = (1 << (int(ml_dtypes.finfo(self.dtype).bits) - 1)) - 1
+    bits = self._sums(magnitudes, 0) & (code << self._place)
+    half = np.float32(2.0 ** (self._exponent // 2))  # of all, float32 has no power
+    return lax.bitcast_convert_type(bits, jnp.float32) * half * half
+
+  @property
+  def _place(self) -> int:
+    """Of a code's last bit, in float32's."""
+    return 23 - int(ml_dtypes.finfo(self.dtype).nmant)
+
+  @property
+  def _exponent(self) -> int:
+    """What float32's smallest normal number lacks to a code's, even."""
+    return 126 + int(ml_dtypes.finfo(self.dtype).minexp)
+
+  def _codes(self, magnitudes: jax.Array) -> jax.Array:
+    if self.raising is not None:
+      magnitudes = magnitudes * self.raising
+    bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
+    return _rounding.encode_stochastic(bits, self.random, self.dtype)
+
+  def _sums(self, magnitudes: jax.Array, shift: int) -> jax.Array:
+    bits = _bits_as_of_codes(magnitudes, self.dtype, "rz", self.layout, self.raising)
+    last = self._place + shift - 16
+    return (bits << shift) + ((self.random << last) | (1 << (last - 1)))
+
+
+def scale_up(a: jax.Array, dtype: np.dtype, layout: Any) -> jax.Array:
+  """int32: `jaxqq._rounding.encode_up` of numbers that are not negative nor above all codes."""
+  if interpreting():
+    return _rounding.encode_up(lax.bitcast_convert_type(a, jnp.int32), dtype)
+  place = 23 - int(ml_dtypes.finfo(dtype).nmant)
+  return (_bits_as_of_codes(a, dtype, "rp", layout) + ((1 << place) - 1)) >> place
+
+
+def sixth(a: jax.Array, layout: Any) -> jax.Array:
+  """a / 6 to nearest, of finite float32 that are not negative; 0 below 2**-126.
+
+  A product with the nearest number to 1 / 6, and what it lacks: that is exact, and adding a sixth
+  of it rounds the quotient (Markstein, "Computation of elementary functions on the IBM RISC
+  System/6000 processor", 1990).
+  """
+  if interpreting():
+    return _rounding.divide(a, jnp.float32(6), 2)
+  text = """{
+    .reg .f32 quotient, rest;
+    .reg .pred is_normal;
+    mul.rn.f32 quotient, $1, 0f3E2AAAAB;
+    fma.rn.f32 rest, quotient, 0fC0C00000, $1;
+    fma.rn.f32 quotient, rest, 0f3E2AAAAB, quotient;
+    setp.ge.f32 is_normal, quotient, 0f00800000;
+    selp.f32 $0, quotient, 0f00000000, is_normal;
+  }"""
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(a.shape, np.dtype(np.float32), layout=layout),
+  )
+  def in_registers(ctx: Any, a: Any) -> Any:
+    del ctx
+    f32 = ir.F32Type.get()
+    one = ir.VectorType.get((1,), f32)
+    numbers = (vector.extract(register, [], [0]) for register in a.registers.flat)
+    quotients = (llvm.inline_asm(f32, [number], text, "=f,f") for number in numbers)
+    return array([vector.broadcast(one, q) for q in quotients], a.shape, layout, None)
+
+  return in_registers(a)
+
+
+def _bits_as_of_codes(
+  a: jax.Array, dtype: np.dtype, rounding: str, layout: Any, raising: Any = None
+) -> jax.Array:
+  """int32, float32's of `a` times a power of two; its smallest normal number is then a code's."""
+  factor = jnp.float32(2.0 ** (-126 - int(ml_dtypes.finfo(dtype).minexp)))
+  factor = factor if raising is None else factor * raising
+  instruction = f"mul.{rounding}.f32 $0, $1, $2;"
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout, plgpu.Layout.WG_SPLAT),
+    return_type=plgpu.ShapeDtypeStruct(a.shape, np.dtype(np.int32), layout=layout),
+  )
+  def in_registers(ctx: Any, a: Any, factor: Any) -> Any:
+    del ctx
+    power = factor.registers.flat[0]
+    i32 = ir.IntegerType.get_signless(32)
+    registers = []
+    for register in a.registers.flat:
+      of_thread = ir.VectorType(register.type).shape
+      numbers = (vector.extract(register, [], [i]) for i in range(of_thread[0]))
+      bits = [asm(instruction, [number, power], "=r,f,f") for number in numbers]
+      registers.append(vector.from_elements(ir.VectorType.get(of_thread, i32), bits))
+    return array(registers, a.shape, layout, True)
+
+  return in_registers(a, factor)
+
+
+def words_of_first_bits(a: jax.Array, bits: int, layout: Any) -> jax.Array:
+  """int32 (...): the first `bits` of each of a thread's neighbours, the first ones lowest.
+
+  Args:
+    a: int32 (..., 32 / bits).
+    layout: of it; a thread has the last axis.
+  """
+  shape, reduced = a.shape[:-1], layout.reduce((a.ndim - 1,))
+  if interpreting():
+    codes = lax.shift_right_logical(a, 32 - bits)
+    shifts = bits * lax.broadcasted_iota(jnp.int32, a.shape, a.ndim - 1)
+    return jnp.sum(codes << shifts, axis=-1, dtype=jnp.int32)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(shape, np.dtype(np.int32), layout=reduced),
+  )
+  def in_registers(ctx: Any, a: Any) -> Any:
+    del ctx
+    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    words = []
+    for register in a.registers.flat:
+      word = constant(0)
+      for i in reversed(range(ir.VectorType(register.type).shape[0])):
+        element = vector.extract(register, [], [i])
+        word = word_asm(f"shf.l.wrap.b32 $0, $1, $2, {bits};", element, word)
+      words.append(vector.broadcast(one, word))
+    return array(words, shape, reduced, True)
+
+  return in_registers(a)
 
 
 def tile_amax_bits(a: Any, layout: Any, groups: int, groups_layout: Any, lanes: int) -> Any:

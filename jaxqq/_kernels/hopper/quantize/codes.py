@@ -19,9 +19,17 @@ from jax import lax
 
 from jaxqq import _rounding
 from jaxqq._formats import Format
-from jaxqq._kernels.hopper.ptx.rounding import MAGNITUDE, quotient
-from jaxqq._kernels.hopper.quantize.groups import per_group
-from jaxqq._quantize import RAISED, SMALL, scales_of_power_of_two
+from jaxqq._kernels.hopper.ptx.loads import look_up
+from jaxqq._kernels.hopper.ptx.rounding import (
+  MAGNITUDE,
+  Stochastic,
+  quotient,
+  scale_up,
+  sixth,
+  words_of_first_bits,
+)
+from jaxqq._kernels.hopper.quantize.groups import per_group, positions
+from jaxqq._quantize import RAISED, SMALL, is_amax, raised_of, scales_of_power_of_two
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SIGN = np.int32(-(2**31))
@@ -78,9 +86,18 @@ def rebasing_bits(distance: jax.Array) -> jax.Array:
 
 
 def scales_of(
-  amax_bits: jax.Array, fmt: Format, global_scale: jax.Array | None, dtype: Any
+  amax_bits: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None,
+  dtype: Any,
+  *,
+  rounded_up: Any = None,
 ) -> Scales:
-  """Of groups with these amax, whose elements came as `dtype`."""
+  """Of groups with these amax, whose elements came as `dtype`.
+
+  rounded_up: None, or the layout of the amax, to round scales up, so that no element is larger than
+    a code. Powers of two are so always.
+  """
   nan, enc, raising = amax_bits >= _rounding.INFINITY_BITS, None, None
   if global_scale is not None:
     enc, raising = _encoding_scale(global_scale, fmt)
@@ -95,15 +112,58 @@ def scales_of(
       of_zeros = jnp.full(nan.shape, global_scale, jnp.float32) == 0
       nan = nan | (of_zeros & (amax_bits >= _RAISED_NORMAL_BITS))
       amax_bits = jnp.where(of_zeros, 0, amax_bits)
-    ideal = _sixth(amax_bits, dtype, enc)
-    largest = np.float32(ml_dtypes.finfo(fmt.scale).max)
-    rounded = jnp.minimum(ideal, largest).astype(fmt.scale)
-    scale = rounded.astype(jnp.float32)
-    byte = lax.bitcast_convert_type(rounded, jnp.uint8).astype(jnp.int32)
+    scale, byte = _rounded_scale(_sixth(amax_bits, dtype, enc), fmt, rounded_up)
     factor = _over_scale(enc, scale)
     blank = nan | (byte == 0)
   scale = jnp.where(nan, jnp.float32(np.nan), scale)
   return Scales(factor, scale, jnp.where(nan, fmt.scale_nan, byte), blank, raising)
+
+
+def _rounded_scale(ideal: jax.Array, fmt: Format, rounded_up: Any) -> tuple[jax.Array, jax.Array]:
+  """A scale and its byte: to nearest, or no smaller if a layout says so; saturating."""
+  ideal = jnp.minimum(ideal, np.float32(ml_dtypes.finfo(fmt.scale).max))
+  if rounded_up is not None:
+    byte = scale_up(ideal, fmt.scale, rounded_up)
+    scale = lax.bitcast_convert_type(byte.astype(jnp.uint8), fmt.scale)
+    return scale.astype(jnp.float32), byte
+  rounded = ideal.astype(fmt.scale)
+  scale = rounded.astype(jnp.float32)
+  return scale, lax.bitcast_convert_type(rounded, jnp.uint8).astype(jnp.int32)
+
+
+def encoding_table(global_scale: jax.Array, fmt: Format) -> jax.Array:
+  """float32: enc / s of every scale s by its byte, then what raises the tensor, enc, and a limit.
+
+  They are the definition's own, computed before the kernel: a division by one there is rounded to
+  nearest in eight instructions or more, and every thread would divide anew. From the limit on, a
+  group's amax makes NaN: that of infinity, or 2**-126 under an amax of 0, or 0 under what is none.
+  It is an exponent field.
+  """
+  raised, power = raised_of(global_scale)
+  is_zero = _rounding.magnitude_bits(global_scale) == 0
+  enc = _rounding.divide(jnp.float32(fmt.largest_value), raised)
+  every = jnp.arange(1 << 7, dtype=jnp.int32)
+  factors = _rounding.divide(enc, _rounding.decode(every, fmt.scale), fmt.scale_bits)
+  limit = jnp.where(is_amax(global_scale), jnp.where(is_zero, 1.0, 255.0), 0.0)
+  enc = jnp.where(is_zero, jnp.float32(0), enc)
+  return jnp.concatenate(
+    [factors, jnp.stack([_rounding.power_of_two(power), enc, limit.astype(jnp.float32)])]
+  )
+
+
+def scales_by_table(
+  amax_bits: jax.Array, fmt: Format, table: Any, layout: Any, *, rounds_up: bool
+) -> Scales:
+  """`scales_of` under a global scale, by its `encoding_table`, in global memory."""
+  size = table.shape[0] - 3
+  raising, enc, limit = (table[size + i] for i in range(3))
+  nan = amax_bits >= limit.astype(jnp.int32) << 23
+  amax = jnp.minimum(as_float(amax_bits) * raising, _FLOAT32_MAX)
+  ideal = sixth(amax, layout) * enc
+  scale, byte = _rounded_scale(ideal, fmt, layout if rounds_up else None)
+  factor = look_up(table, byte, layout)
+  scale = jnp.where(nan, jnp.float32(np.nan), scale)
+  return Scales(factor, scale, jnp.where(nan, fmt.scale_nan, byte), nan | (byte == 0), raising)
 
 
 def _sixth(amax_bits: jax.Array, dtype: Any, enc: jax.Array | None) -> jax.Array:
@@ -173,9 +233,53 @@ def codes_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
   return codes | ((as_bits(a) >> 28) & 8)
 
 
-def values_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
-  """code * scale, float32."""
+def words_of(
+  a: jax.Array, scales: Scales, fmt: Format, layout: Any, random: jax.Array | None = None
+) -> jax.Array:
+  """int32: the codes of a thread's neighbours in one word, zeros in blank groups.
+
+  Args:
+    a: float32 (..., codes_per_word), in the layout.
+    random: None to round to nearest; or int32, uniform in 0 to 65535.
+  """
+  if random is None:
+    codes = codes_of(a, scales, fmt) << (positions(a.shape, layout) * fmt.bits)
+    words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
+  else:
+    magnitudes, stochastic = _stochastic(a, scales, fmt, layout, random)
+    codes = stochastic.first_bits(magnitudes) | (as_bits(a) & _SIGN)
+    words = words_of_first_bits(codes, fmt.bits, layout)
+  return jnp.where(per_group(scales.blank, words), 0, words)
+
+
+def _stochastic(
+  a: jax.Array, scales: Scales, fmt: Format, layout: Any, random: jax.Array
+) -> tuple[jax.Array, Stochastic]:
+  """What is rounded stochastically, and how.
+
+  It is raised after it is multiplied by the factor: what is subnormal between has code 0.
+  """
+  largest: Any = np.float32(fmt.element_max)
+  if scales.raising is not None:
+    small = np.float32(fmt.element_max * 2.0**-RAISED)
+    largest = jnp.where(scales.raising == 1, largest, small)
+  magnitudes = jnp.minimum(jnp.abs(a) * per_group(scales.factor, a), largest)
+  return magnitudes, Stochastic(fmt.element, random, layout, scales.raising)
+
+
+def values_of(
+  a: jax.Array,
+  scales: Scales,
+  fmt: Format,
+  layout: Any = None,
+  random: jax.Array | None = None,
+) -> jax.Array:
+  """code * scale, float32; layout and random as of `words_of`, where codes are stochastic."""
   factor, scale = per_group(scales.factor, a), per_group(scales.scale, a)
+  if random is not None:
+    magnitudes, stochastic = _stochastic(a, scales, fmt, layout, random)
+    values = stochastic.values(magnitudes)
+    return as_float(as_bits(values) | (as_bits(a) & _SIGN)) * scale
   a = _raised(a, scales)
   if fmt.element == E4M3:
     return (a * factor).astype(E4M3).astype(jnp.float32) * scale

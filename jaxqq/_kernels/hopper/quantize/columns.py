@@ -28,16 +28,14 @@ from jax.experimental import pallas as pl
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH, WARP, WARPS, tile_transforms
 from jaxqq._kernels.hopper.ptx.reshape import regroup
+from jaxqq._kernels.hopper.ptx.rotation import rotated_in_thread
 from jaxqq._kernels.hopper.quantize.codes import (
   E4M3,
   amax_bits_of,
-  codes_of,
   finite_bits,
   power,
-  scalar_of,
-  scalars_of,
-  scales_of,
   values_of,
+  words_of,
 )
 from jaxqq._kernels.hopper.quantize.exact import check_dtype
 from jaxqq._kernels.hopper.quantize.groups import (
@@ -46,8 +44,14 @@ from jaxqq._kernels.hopper.quantize.groups import (
   make_kernel,
   pad,
   per_group,
-  positions,
   store_gmem,
+)
+from jaxqq._kernels.hopper.quantize.parts import (
+  NEAREST,
+  Given,
+  Parts,
+  amax_bits_of_parts,
+  random_of_columns,
 )
 from jaxqq._kernels.hopper.quantize.rebased import (
   RebasedOperand,
@@ -67,6 +71,9 @@ def exact_operand_of_transpose(
   *,
   dtype: Any = jnp.bfloat16,
   interleave: bool = False,
+  parts: Parts = NEAREST,
+  key: jax.Array | None = None,
+  signs: jax.Array | None = None,
 ) -> jax.Array:
   """`exact_operand` of the transpose of `a`.
 
@@ -77,24 +84,33 @@ def exact_operand_of_transpose(
     dtype: bfloat16 or float16.
     interleave: within every 64 of k, put k = 8 * j + i at 8 * i + j. The caller pads: k is a
       multiple of 64.
+    parts, key, signs: as of `packed.quantize`, with a rotation of up to 64.
 
   Returns:
     dtype (rows, k).
   """
   check_dtype(dtype, fmt)
   k, rows = a.shape
+  arrays, given = jax.tree.flatten(Given.of(fmt, parts, global_scale, key, signs))
+  how = {"fmt": fmt, "dtype": a.dtype, "parts": parts, "given": given}
   (out,) = _by_tiles(
-    functools.partial(_exact_kernel, fmt=fmt, dtype=a.dtype, interleave=interleave),
+    functools.partial(_exact_kernel, interleave=interleave, **how),
     "exact_operand",
     a,
-    scalars_of(global_scale),
+    tuple(arrays),
     staged=jax.ShapeDtypeStruct((TILE_K,), dtype),
   )
   return out[:rows, :k]
 
 
 def quantize_transpose(
-  a: jax.Array, fmt: Format, global_scale: jax.Array | None = None
+  a: jax.Array,
+  fmt: Format,
+  global_scale: jax.Array | None = None,
+  *,
+  parts: Parts = NEAREST,
+  key: jax.Array | None = None,
+  signs: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """`quantize` of the transpose of `a`.
 
@@ -102,17 +118,19 @@ def quantize_transpose(
     a: float32, float16 or bfloat16, (k, rows).
     fmt: the format.
     global_scale: None, or a float32 scalar.
+    parts, key, signs: as of `packed.quantize`, with a rotation of up to 64.
 
   Returns:
     packed: uint32 (rows, k * bits / 32).
     scales: uint8 (rows, k / group_size).
   """
   k, rows = a.shape
+  arrays, given = jax.tree.flatten(Given.of(fmt, parts, global_scale, key, signs))
   packed, scales = _by_tiles(
-    functools.partial(_quantize_kernel, fmt=fmt, dtype=a.dtype),
+    functools.partial(_quantize_kernel, fmt=fmt, dtype=a.dtype, parts=parts, given=given),
     "quantize",
     a,
-    scalars_of(global_scale),
+    tuple(arrays),
     staged=jax.ShapeDtypeStruct((TILE_K // fmt.codes_per_word,), jnp.uint32),
     direct=_unsigned(TILE_K // fmt.group_size),
   )
@@ -247,32 +265,62 @@ def _group_shape(fmt: Format) -> tuple[int, int, int]:
 
 
 def _exact_kernel(
-  numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format, dtype: Any, interleave: bool
+  numbers: jax.Array,
+  tile: Any,
+  here: Any,
+  *refs: Any,
+  fmt: Format,
+  dtype: Any,
+  parts: Parts,
+  given: Any,
+  interleave: bool,
 ) -> None:
-  del tile, here
-  *global_scale, staging_ref = refs
-  a, layout = _grouped(numbers, *_group_shape(fmt))
-  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), dtype)
+  *arrays, staging_ref = refs
+  own = jax.tree.unflatten(given, arrays)
+  a, amax_bits, layout = _elements(numbers, _group_shape(fmt), own, parts)
+  scales = own.scales(amax_bits, fmt, parts, dtype, layout.reduce((2, 3)))
+  random = random_of_columns(a.shape, tile, here.start, own, parts, layout)
   target = _staged_layout(TILE_K, VECTOR)
-  values = regroup(values_of(a, scales, fmt), layout, (TILE_ROWS, TILE_K), target, interleave)
+  values = values_of(a, scales, fmt, layout, random)
+  values = regroup(values, layout, (TILE_ROWS, TILE_K), target, interleave)
   staging_ref[...] = values.astype(staging_ref.dtype)
 
 
 def _quantize_kernel(
-  numbers: jax.Array, tile: Any, here: Any, *refs: Any, fmt: Format, dtype: Any
+  numbers: jax.Array,
+  tile: Any,
+  here: Any,
+  *refs: Any,
+  fmt: Format,
+  dtype: Any,
+  parts: Parts,
+  given: Any,
 ) -> None:
-  *global_scale, scales_ref, staging_ref = refs
-  words_a_group = fmt.group_size // fmt.codes_per_word
-  a, layout = _grouped(numbers, TILE_K // fmt.group_size, words_a_group, fmt.codes_per_word)
-  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), dtype)
-  codes = codes_of(a, scales, fmt) << (positions(a.shape, layout) * fmt.bits)
-  words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
-  words = jnp.where(per_group(scales.blank, words), 0, words)
+  *arrays, scales_ref, staging_ref = refs
+  own = jax.tree.unflatten(given, arrays)
+  groups, words_a_group = TILE_K // fmt.group_size, fmt.group_size // fmt.codes_per_word
+  shape = groups, words_a_group, fmt.codes_per_word
+  a, amax_bits, layout = _elements(numbers, shape, own, parts)
+  scales = own.scales(amax_bits, fmt, parts, dtype, layout.reduce((2, 3)))
+  random = random_of_columns(a.shape, tile, here.start, own, parts, layout)
   words = regroup(
-    words, layout.reduce((3,)), staging_ref.shape, _staged_layout(staging_ref.shape[1], 4)
+    words_of(a, scales, fmt, layout, random),
+    layout.reduce((3,)),
+    staging_ref.shape,
+    _staged_layout(staging_ref.shape[1], 4),
   )
   staging_ref[...] = lax.bitcast_convert_type(words, jnp.uint32)
   store_gmem(scales_ref.at[here, tile], _joined(scales.byte).astype(scales_ref.dtype))
+
+
+def _elements(
+  numbers: jax.Array, minor: tuple[int, ...], given: Given, parts: Parts
+) -> tuple[jax.Array, jax.Array, Any]:
+  """float32 elements (128, *minor), rotated, the bits of the amax of groups, and the layout."""
+  a, layout = _grouped(numbers, *minor)
+  if parts.rotation is not None:
+    a = rotated_in_thread(a, [given.signs[i] for i in range(parts.rotation)], layout)
+  return a.astype(jnp.float32), amax_bits_of_parts(a, parts, layout), layout
 
 
 def _top_kernel(numbers: jax.Array, tile: Any, here: Any, found_ref: Any, *, fmt: Format) -> None:

@@ -16,7 +16,6 @@ from jaxqq._kernels.hopper.ptx.reshape import store_flat
 from jaxqq._kernels.hopper.quantize.codes import (
   amax_bits_of,
   scalar_of,
-  scalars_of,
   scales_of,
   values_of,
 )
@@ -28,6 +27,7 @@ from jaxqq._kernels.hopper.quantize.groups import (
   by_blocks,
   load_elements,
 )
+from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows
 
 _MATRIX = (8, 8)  # how the 64 elements are seen that `interleave` permutes among themselves
 _BLOCK = math.prod(_MATRIX)
@@ -42,6 +42,9 @@ def exact_operand(
   interleave: bool = False,
   rows: int | None = None,
   config: TuningConfig = DEFAULT_CONFIG,
+  parts: Parts = NEAREST,
+  key: jax.Array | None = None,
+  signs: jax.Array | None = None,
 ) -> jax.Array:
   """What is left of `a` after quantization, without its global scale: code * scale.
 
@@ -56,6 +59,8 @@ def exact_operand(
     interleave: within every 64 of k, put k = 8 * j + i at 8 * i + j. The caller pads: k is a
       multiple of 64, any number of rows will do.
     rows: how many the result has, None for those of `a`: further ones are not written.
+    parts: what else of a `jaxqq.Quantizer`; not where elements are interleaved.
+    key, signs: as of `packed.quantize`.
 
   Returns:
     dtype (rows, k).
@@ -63,21 +68,25 @@ def exact_operand(
   check_dtype(dtype, fmt)
   k = a.shape[1]
   rows = a.shape[0] if rows is None else rows
-  entry = _BLOCK if interleave else fmt.group_size
-  lanes = fmt.group_size // VECTOR
-  view = View(_BLOCK // fmt.group_size, lanes, VECTOR) if interleave else View(lanes, VECTOR)
+  of_rows = Rows.of(k, fmt, parts, VECTOR)
+  view = of_rows.view
+  if interleave:
+    view = View(_BLOCK // fmt.group_size, fmt.group_size // VECTOR, VECTOR)
   blocks = a.reshape(-1, *view.minor)
-  body = _interleaved_kernel if interleave else _exact_kernel
+  arrays, given = jax.tree.flatten(of_rows.given(Given.of(fmt, parts, global_scale, key, signs)))
+  body: Any = functools.partial(_exact_kernel, of_rows=of_rows, given=given)
+  if interleave:
+    body = functools.partial(_interleaved_kernel, view=view)
   (out,) = by_blocks(
-    functools.partial(body, fmt=fmt, view=view),
+    functools.partial(body, fmt=fmt),
     "exact_operand",
     (blocks,),
     (jax.ShapeDtypeStruct(_MATRIX if interleave else view.minor, dtype),),
     view,
     config,
-    scalars_of(global_scale),
+    tuple(arrays),
     staging=jax.ShapeDtypeStruct(_MATRIX, dtype) if interleave else None,
-    entries=rows * k // entry,
+    entries=rows * k // math.prod(view.minor),
   )
   return out.reshape(rows, k)
 
@@ -89,11 +98,15 @@ def check_dtype(dtype: Any, fmt: Format) -> None:
     )
 
 
-def _exact_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
-  *global_scale, out_ref = refs
-  a = load_elements(a_ref, rows, view)
-  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
-  out_ref[rows] = values_of(a, scales, fmt).astype(out_ref.dtype)
+def _exact_kernel(
+  rows: Any, a_ref: Any, *refs: Any, fmt: Format, of_rows: Rows, given: Any
+) -> None:
+  *arrays, out_ref = refs
+  own, view = jax.tree.unflatten(given, arrays), of_rows.view
+  a, amax_bits = of_rows.load(a_ref, rows, own)
+  scales = own.scales(amax_bits, fmt, of_rows.parts, a_ref.dtype, view.reduced(amax_bits.ndim))
+  values = values_of(a, scales, fmt, view.layout, of_rows.random(rows, a.shape, own))
+  out_ref[rows] = values.astype(out_ref.dtype)
 
 
 def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:

@@ -17,12 +17,8 @@ from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.quantize.codes import (
   E4M3,
-  amax_bits_of,
-  codes_of,
   power,
-  scalar_of,
-  scalars_of,
-  scales_of,
+  words_of,
 )
 from jaxqq._kernels.hopper.quantize.groups import (
   DEFAULT_CONFIG,
@@ -30,12 +26,12 @@ from jaxqq._kernels.hopper.quantize.groups import (
   View,
   Window,
   by_blocks,
-  load_elements,
   load_gmem,
   per_group,
   positions,
   store_gmem,
 )
+from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows
 from jaxqq._quantize import decoding
 
 
@@ -44,31 +40,41 @@ def quantize(
   fmt: Format,
   global_scale: jax.Array | None = None,
   config: TuningConfig = DEFAULT_CONFIG,
+  *,
+  parts: Parts = NEAREST,
+  key: jax.Array | None = None,
+  signs: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Packed codes and scale bytes: `jaxqq._quantize.quantize_groups`, packed.
 
   Args:
-    a: float32, float16 or bfloat16, (rows, k).
+    a: float32, float16 or bfloat16, (rows, k), k a multiple of a group and of a rotation.
     fmt: the format.
     global_scale: None, or a float32 scalar.
+    parts: what else of a `jaxqq.Quantizer`; with stochastic rounding, of formats of 4 bits.
+    key: uint32 (2,), that of a stream, for stochastic rounding.
+    signs: float32 (rotation,), 1 or -1.
 
   Returns:
     packed: uint32 (rows, k * bits / 32).
     scales: uint8 (rows, k / group_size).
   """
   rows, k = a.shape
-  view = _word_view(fmt)
+  of_rows = Rows.of(k, fmt, parts, fmt.codes_per_word)
+  view = of_rows.view
+  blocks = a.reshape(-1, *view.minor)
+  arrays, given = jax.tree.flatten(of_rows.given(Given.of(fmt, parts, global_scale, key, signs)))
   packed, scales = by_blocks(
-    functools.partial(_quantize_kernel, fmt=fmt, view=view),
+    functools.partial(_quantize_kernel, fmt=fmt, of_rows=of_rows, given=given),
     "quantize",
-    (a.reshape(-1, *view.minor),),
+    (blocks,),
     (
       jax.ShapeDtypeStruct(view.minor[:-1], jnp.uint32),
-      jax.ShapeDtypeStruct((), jnp.uint8),
+      jax.ShapeDtypeStruct(view.minor[:-2], jnp.uint8),
     ),
     view,
     config,
-    scalars_of(global_scale),
+    tuple(arrays),
   )
   return packed.reshape(rows, k // fmt.codes_per_word), scales.reshape(rows, k // fmt.group_size)
 
@@ -120,13 +126,14 @@ def _word_view(fmt: Format) -> View:
   return View(fmt.group_size // fmt.codes_per_word, fmt.codes_per_word)
 
 
-def _quantize_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
-  *global_scale, packed_ref, scales_ref = refs
-  a = load_elements(a_ref, rows, view)
-  scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
-  codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)
-  words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
-  words = jnp.where(per_group(scales.blank, words), 0, words)
+def _quantize_kernel(
+  rows: Any, a_ref: Any, *refs: Any, fmt: Format, of_rows: Rows, given: Any
+) -> None:
+  *arrays, packed_ref, scales_ref = refs
+  own, view = jax.tree.unflatten(given, arrays), of_rows.view
+  a, amax_bits = of_rows.load(a_ref, rows, own)
+  scales = own.scales(amax_bits, fmt, of_rows.parts, a_ref.dtype, view.reduced(amax_bits.ndim))
+  words = words_of(a, scales, fmt, view.layout, of_rows.random(rows, a.shape, own))
   packed_ref[rows] = lax.bitcast_convert_type(words, jnp.uint32)
   store_gmem(scales_ref.at[rows], scales.byte.astype(jnp.uint8))
 
