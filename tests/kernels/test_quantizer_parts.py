@@ -23,6 +23,7 @@ from tests.support.quantizers import compiled, groups_of_many_sizes, interpreted
 STOCHASTIC = Quantizer(rounding="stochastic")
 BOTH = Quantizer(rounding="stochastic", rotation=16)
 ROTATED = Quantizer(rotation=16)
+SQUARE = Quantizer(square=True)
 QUANTIZERS = (
   STOCHASTIC,
   BOTH,
@@ -31,6 +32,9 @@ QUANTIZERS = (
   Quantizer(rotation=32),
   Quantizer("mxfp4", rounding="stochastic"),
   Quantizer("mxfp4", rounding="stochastic", rotation=16),
+  SQUARE,
+  Quantizer(square=True, rounding="stochastic", rotation=32),
+  Quantizer("mxfp4", square=True),
 )
 KEY = jax.random.key(5)
 ROUNDING_KEY = _random_bits.stream(_random_bits.key_words("test", "key", KEY), 0)
@@ -59,7 +63,7 @@ def wanted(quantizer, a, amax):
 
 def arguments(quantizer, amax):
   """By name: what a kernel takes beside the array and its format."""
-  given = {"parts": Parts(quantizer.is_stochastic, quantizer.rotation)}
+  given = {"parts": Parts(quantizer.is_stochastic, quantizer.rotation, quantizer.square)}
   given["global_scale"] = None if amax is None else np.float32(amax)
   if quantizer.is_stochastic:
     given["key"] = np.asarray(ROUNDING_KEY)

@@ -105,6 +105,36 @@ def thread_amax_bits(a: jax.Array, layout: Any) -> jax.Array:
   return in_registers(a)
 
 
+def largest_of_lanes(bits: jax.Array, lanes: int, layout: Any) -> jax.Array:
+  """int32 (rows, ...): of every so many neighbouring rows, of which each lane has one, the largest.
+
+  Args:
+    bits: int32, not negative.
+    lanes: a power of two, up to 32.
+    layout: of both.
+  """
+  if interpreting():
+    rows = bits.reshape(-1, lanes, *bits.shape[1:])
+    return jnp.broadcast_to(jnp.max(rows, axis=1, keepdims=True), rows.shape).reshape(bits.shape)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(bits.shape, np.dtype(np.int32), layout=layout),
+  )
+  def in_registers(ctx: Any, a: Any) -> Any:
+    del ctx
+    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    registers = []
+    for register in a.registers.flat:
+      word = vector.extract(register, [], [0])
+      for i in range(lanes.bit_length() - 1):
+        word = word_asm("max.s32 $0, $1, $2;", word, mgpu.utils.shfl_bfly(word, 1 << i))
+      registers.append(vector.broadcast(one, word))
+    return array(registers, a.shape, layout, True)
+
+  return in_registers(bits)
+
+
 def _largest_bits(registers: list[Any], dtype: Any) -> Any:
   """The bits, as float32, of the largest magnitude in vectors of 16 bit floats."""
   i32 = ir.IntegerType.get_signless(32)

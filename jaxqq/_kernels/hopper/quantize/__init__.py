@@ -3,6 +3,7 @@
 groups         how arrays are stored in registers, and how these kernels are launched
 codes          scales of groups and codes of elements, in registers
 parts          what a `jaxqq.Quantizer` does besides: stochastic rounding, rotations
+squares        rows of squares that share a scale
 packed         packed codes and scale bytes: `quantize`, `dequantize`
 exact          code * scale in 16 bits, for exact products
 rebased        e4m3 codes on one power of two a row, for fp8 products

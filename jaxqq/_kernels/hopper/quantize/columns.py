@@ -29,6 +29,7 @@ from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH, WARP, WARPS, tile_transforms
 from jaxqq._kernels.hopper.ptx.reshape import regroup
 from jaxqq._kernels.hopper.ptx.rotation import rotated_in_thread
+from jaxqq._kernels.hopper.ptx.rounding import largest_of_lanes
 from jaxqq._kernels.hopper.quantize.codes import (
   E4M3,
   amax_bits_of,
@@ -99,6 +100,7 @@ def exact_operand_of_transpose(
     a,
     tuple(arrays),
     staged=jax.ShapeDtypeStruct((TILE_K,), dtype),
+    multiple=_multiple(fmt, parts),
   )
   return out[:rows, :k]
 
@@ -133,6 +135,7 @@ def quantize_transpose(
     tuple(arrays),
     staged=jax.ShapeDtypeStruct((TILE_K // fmt.codes_per_word,), jnp.uint32),
     direct=_unsigned(TILE_K // fmt.group_size),
+    multiple=_multiple(fmt, parts),
   )
   scales = _bytes_of(scales).reshape(scales.shape[0], -1)
   return packed[:rows, : k // fmt.codes_per_word], scales[:rows, : k // fmt.group_size]
@@ -171,8 +174,11 @@ def _by_tiles(
   *,
   staged: jax.ShapeDtypeStruct | None = None,
   direct: Any = None,
+  multiple: int = 8,
 ) -> list[jax.Array]:
   """Runs body(numbers, tile, here, *refs) on every tile of `a`.
+
+  multiple: of 8; a tile begins at one of its rows.
 
   The results are, of the padded `a`: rows of one `staged` a tile, which the body writes to shared
   memory, its last reference; and one number a row and tile, of the dtype `direct`, which it
@@ -180,7 +186,7 @@ def _by_tiles(
   """
   a = pad(a, 1, TILE_ROWS)
   # Whole steps of k, and rows of eights: what the TMA moves.
-  a = jnp.pad(a, ((0, -a.shape[0] % TILE_K), (0, -a.shape[1] % 8)))
+  a = jnp.pad(a, ((0, -a.shape[0] % TILE_K), (0, -a.shape[1] % multiple)))
   k, rows = a.shape
   tiles = k // TILE_K
   types = [jax.ShapeDtypeStruct((rows, tiles), direct)] if direct else []
@@ -215,6 +221,11 @@ def _by_tiles(
     scratch_types=tuple(scratch),
   )
   return list(run(a, *operands))
+
+
+def _multiple(fmt: Format, parts: Parts) -> int:
+  """At which rows tiles begin: those of whole squares."""
+  return fmt.group_size if parts.is_square else 8
 
 
 def _unsigned(num_bytes: int) -> Any:
@@ -320,7 +331,11 @@ def _elements(
   a, layout = _grouped(numbers, *minor)
   if parts.rotation is not None:
     a = rotated_in_thread(a, [given.signs[i] for i in range(parts.rotation)], layout)
-  return a.astype(jnp.float32), amax_bits_of_parts(a, parts, layout), layout
+  bits = amax_bits_of_parts(a, parts, layout)
+  if parts.is_square:
+    group_size = TILE_K // minor[0]
+    bits = largest_of_lanes(bits, group_size, layout.reduce((2, 3)))
+  return a.astype(jnp.float32), bits, layout
 
 
 def _top_kernel(numbers: jax.Array, tile: Any, here: Any, found_ref: Any, *, fmt: Format) -> None:

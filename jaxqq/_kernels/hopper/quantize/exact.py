@@ -28,6 +28,7 @@ from jaxqq._kernels.hopper.quantize.groups import (
   load_elements,
 )
 from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows
+from jaxqq._kernels.hopper.quantize.squares import Squares
 
 _MATRIX = (8, 8)  # how the 64 elements are seen that `interleave` permutes among themselves
 _BLOCK = math.prod(_MATRIX)
@@ -68,13 +69,20 @@ def exact_operand(
   check_dtype(dtype, fmt)
   k = a.shape[1]
   rows = a.shape[0] if rows is None else rows
+  if parts.is_square:
+    squares = Squares.of(a, fmt, parts)
+    arrays, given = jax.tree.flatten(squares.given(Given.of(fmt, parts, global_scale, key, signs)))
+    body: Any = functools.partial(_exact_kernel, fmt=fmt, seen=squares, given=given)
+    types = (jax.ShapeDtypeStruct(squares.tile[3:], dtype),)
+    (out,) = squares.run(body, "exact_operand", a, types, tuple(arrays))
+    return out.reshape(a.shape)
   of_rows = Rows.of(k, fmt, parts, VECTOR)
   view = of_rows.view
   if interleave:
     view = View(_BLOCK // fmt.group_size, fmt.group_size // VECTOR, VECTOR)
   blocks = a.reshape(-1, *view.minor)
   arrays, given = jax.tree.flatten(of_rows.given(Given.of(fmt, parts, global_scale, key, signs)))
-  body: Any = functools.partial(_exact_kernel, of_rows=of_rows, given=given)
+  body = functools.partial(_exact_kernel, seen=of_rows, given=given)
   if interleave:
     body = functools.partial(_interleaved_kernel, view=view)
   (out,) = by_blocks(
@@ -99,14 +107,14 @@ def check_dtype(dtype: Any, fmt: Format) -> None:
 
 
 def _exact_kernel(
-  rows: Any, a_ref: Any, *refs: Any, fmt: Format, of_rows: Rows, given: Any
+  here: Any, a_ref: Any, *refs: Any, fmt: Format, seen: Rows | Squares, given: Any
 ) -> None:
   *arrays, out_ref = refs
-  own, view = jax.tree.unflatten(given, arrays), of_rows.view
-  a, amax_bits = of_rows.load(a_ref, rows, own)
-  scales = own.scales(amax_bits, fmt, of_rows.parts, a_ref.dtype, view.reduced(amax_bits.ndim))
-  values = values_of(a, scales, fmt, view.layout, of_rows.random(rows, a.shape, own))
-  out_ref[rows] = values.astype(out_ref.dtype)
+  own = jax.tree.unflatten(given, arrays)
+  a, amax_bits = seen.load(a_ref, here, own)
+  scales = own.scales(amax_bits, fmt, seen.parts, a_ref.dtype, seen.reduced(amax_bits.ndim))
+  values = values_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
+  out_ref[here] = values.astype(out_ref.dtype)
 
 
 def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:

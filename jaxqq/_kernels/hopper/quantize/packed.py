@@ -32,7 +32,10 @@ from jaxqq._kernels.hopper.quantize.groups import (
   store_gmem,
 )
 from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows
+from jaxqq._kernels.hopper.quantize.squares import Squares
 from jaxqq._quantize import decoding
+
+_BYTE = jax.ShapeDtypeStruct((), jnp.uint8)
 
 
 def quantize(
@@ -51,7 +54,8 @@ def quantize(
     a: float32, float16 or bfloat16, (rows, k), k a multiple of a group and of a rotation.
     fmt: the format.
     global_scale: None, or a float32 scalar.
-    parts: what else of a `jaxqq.Quantizer`; with stochastic rounding, of formats of 4 bits.
+    parts: what else of a `jaxqq.Quantizer`; of formats of 4 bits, if it rounds stochastically or
+      has squares, which have rotations of up to 64.
     key: uint32 (2,), that of a stream, for stochastic rounding.
     signs: float32 (rotation,), 1 or -1.
 
@@ -60,12 +64,19 @@ def quantize(
     scales: uint8 (rows, k / group_size).
   """
   rows, k = a.shape
+  types = jax.ShapeDtypeStruct((fmt.group_size // fmt.codes_per_word,), jnp.uint32), _BYTE
+  if parts.is_square:
+    squares = Squares.of(a, fmt, parts)
+    arrays, given = jax.tree.flatten(squares.given(Given.of(fmt, parts, global_scale, key, signs)))
+    body = functools.partial(_quantize_kernel, fmt=fmt, seen=squares, given=given)
+    packed, scales = squares.run(body, "quantize", a, types, tuple(arrays))
+    return packed.reshape(rows, k // fmt.codes_per_word), scales
   of_rows = Rows.of(k, fmt, parts, fmt.codes_per_word)
   view = of_rows.view
   blocks = a.reshape(-1, *view.minor)
   arrays, given = jax.tree.flatten(of_rows.given(Given.of(fmt, parts, global_scale, key, signs)))
   packed, scales = by_blocks(
-    functools.partial(_quantize_kernel, fmt=fmt, of_rows=of_rows, given=given),
+    functools.partial(_quantize_kernel, fmt=fmt, seen=of_rows, given=given),
     "quantize",
     (blocks,),
     (
@@ -127,15 +138,15 @@ def _word_view(fmt: Format) -> View:
 
 
 def _quantize_kernel(
-  rows: Any, a_ref: Any, *refs: Any, fmt: Format, of_rows: Rows, given: Any
+  here: Any, a_ref: Any, *refs: Any, fmt: Format, seen: Rows | Squares, given: Any
 ) -> None:
   *arrays, packed_ref, scales_ref = refs
-  own, view = jax.tree.unflatten(given, arrays), of_rows.view
-  a, amax_bits = of_rows.load(a_ref, rows, own)
-  scales = own.scales(amax_bits, fmt, of_rows.parts, a_ref.dtype, view.reduced(amax_bits.ndim))
-  words = words_of(a, scales, fmt, view.layout, of_rows.random(rows, a.shape, own))
-  packed_ref[rows] = lax.bitcast_convert_type(words, jnp.uint32)
-  store_gmem(scales_ref.at[rows], scales.byte.astype(jnp.uint8))
+  own = jax.tree.unflatten(given, arrays)
+  a, amax_bits = seen.load(a_ref, here, own)
+  scales = own.scales(amax_bits, fmt, seen.parts, a_ref.dtype, seen.reduced(amax_bits.ndim))
+  words = words_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
+  packed_ref[here] = lax.bitcast_convert_type(words, jnp.uint32)
+  store_gmem(scales_ref.at[here], scales.byte.astype(jnp.uint8))
 
 
 def _dequantize_kernel(

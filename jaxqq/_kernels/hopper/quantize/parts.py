@@ -3,6 +3,7 @@
     rotation      elements become those of a Hadamard transform, bfloat16, as they are loaded
     rounding      codes are stochastic, by bits of an element's place
     scales        then no element may be larger than a code: they are rounded up
+    squares       the amax of a group is that of a square (`squares.py`; of columns, here)
 
 Nearest rounding without a rotation is `NEAREST`, which quantizers have where nothing else is said.
 """
@@ -35,10 +36,11 @@ from jaxqq._kernels.hopper.quantize.groups import View, load_gmem
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """What is asked of a kernel: rounding and rotation as of `Quantizer`."""
+  """What is asked of a kernel: as of `Quantizer`."""
 
   is_stochastic: bool = False
   rotation: int | None = None
+  is_square: bool = False
 
   def entry(self, fmt: Format) -> int:
     """Neighbours that belong together: a group, or a rotation of several."""
@@ -97,6 +99,10 @@ def amax_bits_of_parts(a: jax.Array, parts: Parts, layout: Any) -> jax.Array:
   return jnp.max(thread_amax_bits(a, layout), axis=-1)
 
 
+def iota_of(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
+  return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), layout)
+
+
 def _one(scalar: jax.Array) -> jax.Array:
   return jnp.asarray(scalar, jnp.float32).reshape(1)
 
@@ -117,6 +123,14 @@ class Rows:
     """With `vector` elements in a thread, and a group in an axis of its own."""
     lanes, groups = fmt.group_size // vector, parts.entry(fmt) // fmt.group_size
     return cls(View(lanes, vector) if groups == 1 else View(groups, lanes, vector), k, parts)
+
+  @property
+  def layout(self) -> Any:
+    return self.view.layout
+
+  def reduced(self, ndim: int) -> Any:
+    """The layout of what is left when only the first axes are."""
+    return self.view.reduced(ndim)
 
   def given(self, given: Given) -> Given:
     """With the factors of signs that each thread of a tile multiplies its elements by."""
@@ -143,8 +157,7 @@ class Rows:
     strides = [math.prod(shape[i:-1]) for i in range(1, len(shape))]
     index = jnp.full(shape[:-1], here.start * of_entry, jnp.int32)
     for axis, stride in enumerate(strides):
-      iota = lax.broadcasted_iota(jnp.int32, shape[:-1], axis)
-      index = index + plgpu.layout_cast(iota, reduced) * stride
+      index = index + iota_of(shape[:-1], axis, reduced) * stride
     row = lax.div(index.astype(jnp.uint32), jnp.uint32(self.k // vector)).astype(jnp.int32)
     return given.random(index - row * (self.k // vector), row, self.view.layout)
 
@@ -160,10 +173,7 @@ def random_of_columns(
     return None
   of_tile = math.prod(shape[1:-1])
   reduced = layout.reduce((len(shape) - 1,))
-  iota = [
-    plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape[:-1], axis), reduced)
-    for axis in range(len(shape) - 1)
-  ]
+  iota = [iota_of(shape[:-1], axis, reduced) for axis in range(len(shape) - 1)]
   block = jnp.full(shape[:-1], tile * of_tile, jnp.int32)
   for axis in range(1, len(iota)):
     block = block + iota[axis] * math.prod(shape[axis + 1 : -1])
