@@ -15,6 +15,7 @@ from tests.support import oracle
 if jax.__version_info__ < (0, 11):
   pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
+from jaxqq._kernels.hopper.quantize import amax as amaxes
 from jaxqq._kernels.hopper.quantize import columns, exact, packed
 from jaxqq._kernels.hopper.quantize.parts import Parts
 from tests.support.kernels import on_gpu
@@ -131,6 +132,28 @@ def test_exact_operand(quantizer, kernel):
   check_exact(interpreted, quantizer, numbers_for(quantizer, (33, 192), "bfloat16"), kernel)
 
 
+def check_rotated_amax(run, a, size):
+  signs = np.asarray(_random_bits.signs(ROTATION_KEY, size))
+  rotated = _quantizer.rotated(Quantizer(rotation=size), jnp.asarray(a), ROTATION_KEY)
+  want = np.abs(np.asarray(rotated, np.float32)).max()
+  fmt = FORMATS["nvfp4"]
+  rows = run(lambda a: amaxes.rotated_amax(a, fmt, signs), a)
+  columns = run(
+    lambda a: amaxes.rotated_amax_of_transpose(a, fmt, signs), np.ascontiguousarray(a.T)
+  )
+  np.testing.assert_array_equal([rows, columns], want)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_rotated_amax(size):
+  a = np.nan_to_num(
+    groups_of_many_sizes((133, 192), "bfloat16").astype(np.float32), posinf=0, neginf=0
+  )
+  check_rotated_amax(interpreted, a, size)
+  a[132, 191] = np.nan
+  check_rotated_amax(interpreted, a, size)
+
+
 KERNELS = (
   (check_quantize, packed.quantize),
   (check_quantize, QUANTIZE_T),
@@ -202,6 +225,12 @@ class TestOnGpu:
     a = numbers_for(quantizer, shape, dtype)
     for check, kernel in KERNELS:
       check(compiled, quantizer, a, kernel)
+
+  @pytest.mark.parametrize("size", [16, 32, 64])
+  @pytest.mark.parametrize("shape", [(133, 192), (1000, 14336)], ids=str)
+  def test_rotated_amax(self, shape, size):
+    a = groups_of_many_sizes(shape, "bfloat16").astype(np.float32)
+    check_rotated_amax(compiled, np.nan_to_num(a, posinf=0, neginf=0), size)
 
   @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
   @pytest.mark.parametrize("exponent", [-149, -130, -126, -120, -45, -39, 60, 120])

@@ -8,6 +8,7 @@ packed         packed codes and scale bytes: `quantize`, `dequantize`
 exact          code * scale in 16 bits, for exact products
 rebased        e4m3 codes on one power of two a row, for fp8 products
 group_rescale  the same of packed w: by how much each group's codes are rebased
+amax           of a matrix that is rotated
 columns        all of these for a matrix whose contracted axis comes first
 code_words     packed codes and factors, for `skinny_gemm`'s mxfp8
 blockdiag      block-diagonal x, for `skinny_gemm`'s nvfp4

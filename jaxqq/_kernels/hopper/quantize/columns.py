@@ -141,6 +141,20 @@ def quantize_transpose(
   return packed[:rows, : k // fmt.codes_per_word], scales[:rows, : k // fmt.group_size]
 
 
+def amax_by_tiles(a: jax.Array, fmt: Format, parts: Parts, given: Given) -> jax.Array:
+  """uint32 (rows, tiles): bits of the largest magnitude of 64 neighbours down a column, rotated.
+
+  Args:
+    a: float32, float16 or bfloat16, (k, rows).
+    fmt: of whose groups it is taken first.
+    parts, given: the rotation, of up to 64.
+  """
+  arrays, structure = jax.tree.flatten(given)
+  body = functools.partial(_amax_kernel, fmt=fmt, parts=parts, given=structure)
+  (found,) = _by_tiles(body, "rotated_amax", a, tuple(arrays), direct=jnp.uint32)
+  return found
+
+
 def rebased_operand_of_transpose(a: jax.Array, fmt: Format) -> RebasedOperand:
   """`rebased_operand` of the transpose of `a`, which is read twice: (k, rows).
 
@@ -336,6 +350,21 @@ def _elements(
     group_size = TILE_K // minor[0]
     bits = largest_of_lanes(bits, group_size, layout.reduce((2, 3)))
   return a.astype(jnp.float32), bits, layout
+
+
+def _amax_kernel(
+  numbers: jax.Array,
+  tile: Any,
+  here: Any,
+  *refs: Any,
+  fmt: Format,
+  parts: Parts,
+  given: Any,
+) -> None:
+  *arrays, found_ref = refs
+  own = jax.tree.unflatten(given, arrays)
+  _, bits, _ = _elements(numbers, _group_shape(fmt), own, parts)
+  store_gmem(found_ref.at[here, tile], jnp.max(bits, axis=-1).astype(found_ref.dtype))
 
 
 def _top_kernel(numbers: jax.Array, tile: Any, here: Any, found_ref: Any, *, fmt: Format) -> None:
