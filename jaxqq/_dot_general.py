@@ -330,14 +330,15 @@ class DotGeneral:
         self._check_groups(call.function, lhs, of_lhs, FORMATS[quantizer.mode])
     if self.implementation not in (None, "xla"):
       raise ValueError(
-        f"{call.function}: implementation is {self.implementation!r}, but XLA alone computes this "
-        "recipe; leave implementation out."
+        f"{call.function}: implementation is {self.implementation!r}, but of a recipe only 'xla' "
+        "may be asked for; leave implementation out."
       )
     x, (w, transposed) = as_x(lhs, of_lhs), as_w(rhs, of_rhs)
-    operands = Operands(x, w, transposed=transposed, key=key).untransposed()
+    operands = Operands(x, w, transposed=transposed, key=key)
     out_dtype = call.out_dtype(lhs.dtype, rhs.dtype)
     precision = check_precision(call.function, call.precision)
-    out = product_by_recipe(operands, {"params": RecipeParams(recipe, out_dtype, precision)})
+    params = RecipeParams(recipe, out_dtype, precision, implementation=self.implementation)
+    out = product_by_recipe(operands, {"params": params})
     return out.reshape(*rows(lhs, of_lhs), *sizes(rhs, of_rhs.free))
 
   def _by_packed_rhs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxqq import _compat, _kernels
+from jaxqq import _compat, _kernels, _quantizer_lowering, _recipe_product
 from jaxqq._convert import checked_dequantize, checked_quantize, dequantize, quantize
 from jaxqq._convert_split import Shapes
 from jaxqq._convert_split import described as described_conversion
@@ -26,6 +27,7 @@ from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import How, planned
 from jaxqq._qqmm import checked, checked_qqmm_by_recipe, qqmm
 from jaxqq._quantized_matmul import checked_weights, quantized_matmul
+from jaxqq._quantizer import Quantizer
 from jaxqq._ragged import checked_ragged, ragged_qqmm, ragged_quantized_matmul
 from jaxqq._ragged_primitive import Params, problem_of
 from jaxqq._ragged_reference import RaggedOperands
@@ -63,8 +65,9 @@ class Explanation(str):
 def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> Explanation:
   """Says which implementation a call of `qqmm` or another function runs, and why.
 
-  The others are `quantized_matmul`, `ragged_qqmm`, `ragged_quantized_matmul`, `quantize` and
-  `dequantize`.
+  The others are `quantized_matmul`, `ragged_qqmm`, `ragged_quantized_matmul`, `quantize`,
+  `dequantize`, and the method `quantize` of a `Quantizer`. Of a product by a recipe the forward one
+  is told of.
 
   Args:
     args: the function, unless it is `qqmm`, and what it takes, with the same checks; a
@@ -91,10 +94,13 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
   if args and callable(args[0]) and not hasattr(args[0], "dtype"):
     function, *args = args  # type: ignore[assignment]
   explained = next((e for f, e in _EXPLAINED if f is function), None)
+  if getattr(function, "__func__", None) is Quantizer.quantize:
+    explained = functools.partial(_explain_quantizer, function.__self__)
   if explained is None:
     raise TypeError(
       "explain: the function must be jaxqq.qqmm, jaxqq.quantized_matmul, jaxqq.ragged_qqmm, "
-      "jaxqq.ragged_quantized_matmul, jaxqq.quantize or jaxqq.dequantize, got "
+      "jaxqq.ragged_quantized_matmul, jaxqq.quantize, jaxqq.dequantize or the method quantize of a "
+      "jaxqq.Quantizer, got "
       f"{getattr(function, '__name__', type(function).__name__)}."
     )
   try:
@@ -119,11 +125,29 @@ def _explain_qqmm(
     return _explain_product("qqmm", device, *checked("explain", **arguments))
   by_recipe = checked_qqmm_by_recipe("explain", recipe, key, **arguments)
   if "mode" not in by_recipe.params:
-    raise NotImplementedError(
-      "explain: XLA computes this recipe, step by step, which has no plan to tell of; only recipes "
-      "of Recipe.of_mode have one."
-    )
+    return _explain_recipe(device, by_recipe.operands, by_recipe.params["params"])
   return _explain_product("qqmm", device, by_recipe.operands, by_recipe.params)
+
+
+def _explain_recipe(device: Any, operands: Operands, params: _recipe_product.Params) -> Explanation:
+  """The forward product, as its operands are on one device."""
+  target = _kernels.device_of(_platform(operands.x, device))
+  x = operands.x
+  rows = jax.ShapeDtypeStruct((int(np.prod(x.shape[:-1])), x.shape[-1]), x.dtype)
+  as_matrix = dataclasses.replace(operands, x=rows if len(operands.w.shape) == 2 else x)
+  plan = _recipe_product.planned(as_matrix, params, target.platform)
+  heading = f"qqmm by a recipe, forward, {_of('x', x)}, {_of('w', operands.w)}"
+  return _sentences(heading, plan, target, [])
+
+
+def _explain_quantizer(
+  quantizer: Quantizer, device: Any, *, a: Any, axis: int, **others: Any
+) -> Explanation:
+  del others
+  target = _kernels.device_of(_platform(a, device))
+  plan = _quantizer_lowering.planned(quantizer, a, axis == -2, target.platform)
+  heading = f"{quantizer!r}.quantize, {_of('a', a)}" + (f" along axis {axis}" if axis == -2 else "")
+  return _sentences(heading, plan, target, [])
 
 
 def _explain_quantized_matmul(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:

@@ -284,13 +284,15 @@ def checked_by_recipe(
   _check_shapes(function, x, w, None, FORMATS["nvfp4"], broadcasts=True)
   if check_implementation(function, implementation) not in (None, "xla"):
     raise ValueError(
-      f"{function}: implementation is {implementation!r}, but XLA alone computes this recipe; "
-      "leave implementation out."
+      f"{function}: implementation is {implementation!r}, but of a recipe only 'xla' may be asked "
+      "for; leave implementation out."
     )
   out_dtype = np.dtype(x.dtype)
   if preferred_element_type is not None:
     out_dtype = check_out_dtype(function, preferred_element_type)
-  params = RecipeParams(recipe, out_dtype, check_precision(function, precision))
+  params = RecipeParams(
+    recipe, out_dtype, check_precision(function, precision), implementation=implementation
+  )
   return ByRecipe(Operands(x, w, key=words), {"params": params}, product_by_recipe)
 
 

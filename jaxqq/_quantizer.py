@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
 from jax.typing import ArrayLike
 
 from jaxqq import _hadamard, _random_bits, _rounding
@@ -37,6 +39,16 @@ from jaxqq._checks import (
 from jaxqq._formats import FORMATS, Format, Mode
 from jaxqq._quantize import Encoding, amax_bits_of, encoding_of, pack, with_axes_of
 from jaxqq._rounding import ANYWHERE, Arithmetic
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Streams:
+  """Keys of streams of random bits, uint32 (..., 2); None where there are none."""
+
+  rounding: Any = None
+  rotation: Any = None
+
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
 ScaleRule: TypeAlias = Literal["amax", "four_over_six"]
@@ -121,6 +133,11 @@ class Quantizer:
     return self.rounding == "stochastic"
 
   @property
+  def is_plain(self) -> bool:
+    """Whether it is `quantize`."""
+    return self == Quantizer(self.mode)
+
+  @property
   def needs_key(self) -> bool:
     """Whether anything is random: rounding, or the signs of a rotation."""
     return self.is_stochastic or self.rotation is not None
@@ -137,6 +154,7 @@ class Quantizer:
     *,
     rotation_key: ArrayLike | None = None,
     amax: ArrayLike | None = None,
+    axis: int = -1,
   ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Quantizes an array along its last axis: packed codes, scales, and the global scale.
 
@@ -152,6 +170,8 @@ class Quantizer:
         product share it, and not `key`.
       amax: nvfp4 only, of a as it is quantized: after the rotation. None takes it from there. What
         is larger than amax is clipped to it, but for its block's scale.
+      axis: -1, or -2 for a of (..., K, N): the results are those of its transpose (..., N, K),
+        which a Hopper GPU never writes.
 
     Returns:
       packed: uint32, (..., K * bits / 32); the first code in the lowest bits.
@@ -163,7 +183,7 @@ class Quantizer:
     Raises:
       TypeError: a, key or amax is of a type that it may not be.
       ValueError: K is no such multiple; no key, though something is random; a key, though nothing
-        is; a square block of a vector; an amax in a mode without global scales.
+        is; a square block of a vector; an amax in a mode without global scales; another axis.
 
     Example:
       >>> quantizer = jaxqq.Quantizer("nvfp4", square=True, scale="four_over_six")
@@ -173,13 +193,14 @@ class Quantizer:
       >>> float(jaxqq.dequantize(packed, scales, global_scale=global_scale)[0, 0])
       3.0
     """
-    a = _checked(self, a)
+    a = _checked(self, a, axis)
     words, of_signs = self._keys(key, rotation_key)
     if amax is not None:
       check_has_global_scale(FUNCTION, "amax", FORMATS[self.mode])
       amax = check_global_scale(FUNCTION, "amax", amax, FORMATS[self.mode])
-    packed, scales, global_scale = _quantize(jnp.asarray(a), words, of_signs, amax, self)
-    return packed, scales, global_scale
+    results = _quantize(jnp.asarray(a), Streams(words, of_signs), amax, self, axis == -2)
+    packed, scales, *global_scale = results
+    return packed, scales, global_scale[0] if global_scale else None
 
   def _keys(self, key: Any, rotation_key: Any) -> tuple[jax.Array | None, jax.Array | None]:
     """The keys of the streams that are needed."""
@@ -222,13 +243,19 @@ def _check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     )
 
 
-def _checked(quantizer: Quantizer, a: Any) -> Any:
+def _checked(quantizer: Quantizer, a: Any, axis: Any) -> Any:
   a, fmt = as_array(FUNCTION, "a", a), FORMATS[quantizer.mode]
   check_dtype(FUNCTION, "a", a, FLOATS)
-  check_groups(FUNCTION, "a", a, fmt)
-  if a.shape[-1] % quantizer.multiple:
+  if axis not in (-1, -2) or (axis == -2 and len(a.shape) < 2):
     raise ValueError(
-      f"{FUNCTION}: the last axis of a must be a multiple of the rotation {quantizer.rotation}, "
+      f"{FUNCTION}: axis must be -1, or -2 of an array with two axes or more, got {axis!r} for "
+      f"{describe(a)}."
+    )
+  check_groups(FUNCTION, "a", a, fmt, axis)
+  if a.shape[axis] % quantizer.multiple:
+    which = "last axis" if axis == -1 else "axis before the last"
+    raise ValueError(
+      f"{FUNCTION}: the {which} of a must be a multiple of the rotation {quantizer.rotation}, "
       f"got {describe(a)}; pad it with zeros."
     )
   if quantizer.square and len(a.shape) < 2:
@@ -238,27 +265,87 @@ def _checked(quantizer: Quantizer, a: Any) -> Any:
   return a
 
 
-@functools.partial(jax.jit, static_argnames=("quantizer",), inline=True)
-def _quantize(
+def definition(
   a: jax.Array,
-  key: jax.Array | None,
-  rotation_key: jax.Array | None,
+  streams: Streams,
   amax: jax.Array | None,
   quantizer: Quantizer,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  is_transposed: bool,
+) -> list[jax.Array]:
+  """Packed codes, scales, and the global scale where there is one, by plain jnp."""
+  arrays, structure = jax.tree.flatten((a, streams, amax))
+  how = {"structure": structure, "quantizer": quantizer, "is_transposed": is_transposed}
+  return _definition(*arrays, **how)
+
+
+# As a primitive, which platforms may have kernels for
+
+quantizer_p = Primitive("quantizer")
+quantizer_p.multiple_results = True
+
+
+def _quantize(
+  a: jax.Array,
+  streams: Streams,
+  amax: ArrayLike | None,
+  quantizer: Quantizer,
+  is_transposed: bool,
+) -> list[jax.Array]:
+  """Packed codes, scales, and the global scale where there is one."""
+  arrays, structure = jax.tree.flatten((a, streams, amax))
+  params = {"structure": structure, "quantizer": quantizer, "is_transposed": is_transposed}
+  of_a = jax.typeof(a)
+  if of_a.sharding.mesh.explicit_axes or of_a.manual_axis_type.varying:  # types that jnp keeps
+    return _definition(*arrays, **params)
+  return quantizer_p.bind(*arrays, **params)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("structure", "quantizer", "is_transposed"), inline=True
+)
+def _definition(
+  *arrays: jax.Array, structure: Any, quantizer: Quantizer, is_transposed: bool
+) -> list[jax.Array]:
   """One tensor, whatever its leading axes, packed."""
+  a, streams, amax = jax.tree.unflatten(structure, arrays)
+  a = jnp.swapaxes(a, -1, -2) if is_transposed else a
   fmt, k = FORMATS[quantizer.mode], a.shape[-1]
   matrices, batch = a, a.shape[:-2]
   if not quantizer.square:  # rows are rows
     matrices, batch = a.reshape(math.prod(a.shape[:-1]), k), ()
-  matrices = rotated(quantizer, matrices, rotation_key)
+  matrices = rotated(quantizer, matrices, streams.rotation)
   global_scale = global_scale_of(quantizer, matrices, amax, axes=tuple(range(matrices.ndim)))
   matrix = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(batch)
-  random = random_of(quantizer, key, matrices.shape, matrix)
+  random = random_of(quantizer, streams.rounding, matrices.shape, matrix)
   codes, scales = quantized(quantizer, matrices, global_scale, random)
   packed = pack(codes, fmt).reshape(*a.shape[:-1], k // fmt.codes_per_word)
   scales = scales.astype(jnp.uint8).reshape(*a.shape[:-1], k // fmt.group_size)
-  return packed, scales, global_scale
+  return [packed, scales] if global_scale is None else [packed, scales, global_scale]
+
+
+def _abstract_eval(*avals: Any, **params: Any) -> Any:
+  shapes = jax.eval_shape(functools.partial(_definition, **params), *avals)
+  return [jax.core.ShapedArray(a.shape, a.dtype) for a in shapes]
+
+
+def _batch(args: Any, dims: Any, **params: Any) -> Any:
+  """Each a tensor of its own."""
+  out = jax.vmap(functools.partial(_definition, **params), in_axes=dims)(*args)
+  return out, (0,) * len(out)
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+  """Codes are integers, and of global scales the gradient is zero."""
+  del tangents
+  out = quantizer_p.bind(*primals, **params)
+  return out, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in out]
+
+
+quantizer_p.def_impl(functools.partial(xla.apply_primitive, quantizer_p))
+quantizer_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[quantizer_p] = _batch
+ad.primitive_jvps[quantizer_p] = _jvp
+mlir.register_lowering(quantizer_p, mlir.lower_fun(_definition, multiple_results=True))
 
 
 # The steps, of matrices (..., m, k); keys and global scales are one for all, or one for each

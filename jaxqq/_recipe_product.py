@@ -12,7 +12,8 @@ straight-through.
 Every matrix of a batch is a tensor of its own, with its own amax, and places that begin anew. A key
 has streams for each operand of each product, and for the signs that the two operands of a product
 share. Rows of zeros are added where an axis that is summed over is no whole number of groups or
-rotations. Everything is plain jnp, which XLA splits over devices by itself.
+rotations. What runs a product on a device `planned` says, by a table of rows as the plain
+product's. The last row is the definition, plain jnp, which XLA splits over devices by itself.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jaxqq import _primitive, _random_bits
+from jaxqq import _kernels, _primitive, _random_bits
 from jaxqq._formats import FORMATS
 from jaxqq._gradient import is_zero, summed_to
+from jaxqq._kernels.plan import Device, Implementation, Plan
+from jaxqq._kernels.quantizer import HOPPER_PRODUCT, RecipeProblem
 from jaxqq._quantize import dequantize_to_multiply
 from jaxqq._quantizer import (
   Quantizer,
+  Streams,
   global_scale_of,
   quantized,
   random_of,
@@ -59,6 +63,7 @@ class Params:
   precision: lax.Precision | None
   product: Product = "forward"  # which of the recipe's
   wrt: str | None = None  # of a tangent, the operand that it is linear in
+  implementation: str | None = None  # the caller's choice, of all three products
 
   @property
   def quantizers(self) -> tuple[Quantizer | None, Quantizer | None]:
@@ -71,19 +76,22 @@ _STRAIGHT_THROUGH = Recipe()
 def product_of_rows(operands: Operands, params: Params) -> jax.Array:
   """The product of x (..., k) and w (n, k), or batches of both, by one key (4,) or none.
 
+  w may be transposed.
+
   Beside one matrix w all of x is one matrix. Each matrix of a batch has a key of its own.
   """
   x, w, key = operands.x, operands.w, operands.key
-  rows, batch = x.shape[:-1], w.shape[:-2]
+  rows, batch, transposed = x.shape[:-1], w.shape[:-2], operands.transposed
   if not batch:
-    out = recipe_product(Operands(x.reshape(math.prod(rows), x.shape[-1]), w, key=key), params)
-    return out.reshape(*rows, w.shape[-2])
+    x = x.reshape(math.prod(rows), x.shape[-1])
+    out = recipe_product(Operands(x, w, key=key, transposed=transposed), params)
+    return out.reshape(*rows, operands.n)
   if not rows:
     x = x[None, :]
   if key is not None:
     whole = lax.broadcast_shapes(batch, x.shape[:-2])
     key = _random_bits.key_of_each(key, math.prod(whole)).reshape(*whole, _random_bits.WORDS)
-  out = recipe_product(Operands(x, w, key=key), params)
+  out = recipe_product(Operands(x, w, key=key, transposed=transposed), params)
   return out if rows else out.squeeze(-2)
 
 
@@ -104,20 +112,67 @@ def _bind(primitive: Primitive, operands: Operands, params: Params) -> jax.Array
 # What they compute
 
 
-def _product(ops: Operands, params: Params, platform: str) -> jax.Array:
+def planned(ops: Operands, params: Params, platform: str, what_splits: str | None = None) -> Plan:
+  """What runs a product on one device, of arrays or their shapes and dtypes.
+
+  what_splits: why a kernel would not see whole operands, or None.
+  """
+  problem = RecipeProblem.of(
+    params.quantizers, ops, params.out_dtype, params.precision, what_splits
+  )
+  table = HOPPER_PRODUCT, _definition_of(params, platform)
+  device = _kernels.device_of(platform)
+  return _kernels.plan(problem, device, table, chosen=params.implementation)
+
+
+def run(ops: Operands, params: Params, platform: str, what_splits: str | None = None) -> jax.Array:
+  """The product as it is planned."""
+  of_x_bits, of_w_bits, of_signs = _streams(ops, params)
+  streams = Streams(of_x_bits, of_signs), Streams(of_w_bits, of_signs)
+  plan = planned(ops, params, platform, what_splits)
+  if plan.implementation is HOPPER_PRODUCT:
+    streams = tuple(jax.tree.map(lambda key: key.reshape(2), own) for own in streams)
+  return _finished(plan.kernel.run(ops, streams), ops, params)
+
+
+def _definition_of(params: Params, platform: str) -> Implementation:
+  def plan(problem: RecipeProblem, device: Device) -> _Definition:
+    del problem, device
+    return _Definition(params, platform)
+
+  return Implementation(
+    name="xla",
+    summary="XLA, from the definition (jaxqq/_recipe_product.py)",
+    platforms=None,
+    plan=plan,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Definition:
+  """Both operands quantized and dequantized, and multiplied with float32 sums."""
+
+  params: Params
+  platform: str
+  details: str | None = None
+
+  def run(self, ops: Operands, streams: tuple[Streams, Streams]) -> jax.Array:
+    return _product(ops.untransposed(), self.params, self.platform, streams)
+
+
+def _product(
+  ops: Operands, params: Params, platform: str, streams: tuple[Streams, Streams]
+) -> jax.Array:
   first, second = params.quantizers
   x, w = _whole_groups(ops.x, ops.w, first, second)
   arithmetic = arithmetic_of(platform)
-  of_x_bits, of_w_bits, of_signs = _streams(ops, params)
-  x_hat, of_x = _left_of(x, first, of_x_bits, of_signs, arithmetic)
-  w_hat, of_w = _left_of(w, second, of_w_bits, of_signs, arithmetic)
+  x_hat, of_x = _left_of(x, first, streams[0], arithmetic)
+  w_hat, of_w = _left_of(w, second, streams[1], arithmetic)
   exact_in_16_bits = first is not None and second is not None
   if platform != "cpu" and exact_in_16_bits and _takes_16_bits(params):
     x_hat, w_hat = x_hat.astype(jnp.bfloat16), w_hat.astype(jnp.bfloat16)
   out = matmul(x_hat, jnp.swapaxes(w_hat, -1, -2))
-  return _finished(
-    times_alpha(out, of_x, of_w, FORMATS["nvfp4"], arithmetic=arithmetic), ops, params
-  )
+  return times_alpha(out, of_x, of_w, FORMATS["nvfp4"], arithmetic=arithmetic)
 
 
 def _streams(ops: Operands, params: Params) -> list[jax.Array | None]:
@@ -161,13 +216,13 @@ def _whole_groups(
 def _left_of(
   a: jax.Array,
   quantizer: Quantizer | None,
-  key: jax.Array | None,
-  rotation_key: jax.Array | None,
+  streams: Streams,
   arithmetic: Arithmetic,
 ) -> tuple[jax.Array, jax.Array | None]:
   """What is left of an operand, in float32 without its global scale, and that, of each matrix."""
   if quantizer is None:
     return a, None
+  key, rotation_key = streams.rounding, streams.rotation
   keys = [own for own in (key, rotation_key) if own is not None]
   if keys and quantizer.needs_key:  # each makes a matrix of its own
     batch = lax.broadcast_shapes(a.shape[:-2], *(own.shape[:-1] for own in keys))
@@ -181,8 +236,11 @@ def _left_of(
   return dequantize_to_multiply(codes, scales, FORMATS[quantizer.mode]), global_scale
 
 
-def _tangent_product(ops: Operands, params: Params, platform: str) -> jax.Array:
-  del platform
+def _tangent_product(
+  ops: Operands, params: Params, platform: str, what_splits: str | None = None
+) -> jax.Array:
+  del platform, what_splits
+  ops = ops.untransposed()
   return _finished(matmul(ops.x, jnp.swapaxes(ops.w, -1, -2)), ops, params)
 
 
@@ -195,9 +253,12 @@ def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> An
 
 def _lowering(ctx: Any, *args: Any, compute: Any, operands: tuple[str, ...], params: Params) -> Any:
   platform, (out,) = _primitive.platform_of(ctx), ctx.avals_out
+  splits = None
+  if out.sharding.mesh.explicit_axes or _primitive.is_partitioned_by_xla(ctx):
+    splits = "XLA splits its operands over devices"
 
   def whole(*values: jax.Array) -> jax.Array:
-    return compute(unflatten(operands, values), params, platform)
+    return compute(unflatten(operands, values), params, platform, splits)
 
   if out.sharding.mesh.explicit_axes:  # the definition does not tell how each step is split
     whole = jax.sharding.auto_axes(whole, out_sharding=out.sharding)
@@ -255,14 +316,18 @@ def _transpose(cotangent: Any, *args: Any, operands: tuple[str, ...], params: Pa
     given = unflatten(operands, known)
     if params.wrt == "x":
       product: Product = "dx"
-      pair = Operands(g, jnp.swapaxes(given.w, -1, -2), key=given.key)
+      transposed: tuple[str, ...] = () if "w" in given.transposed else ("w",)
+      pair = Operands(g, given.w, key=given.key, transposed=transposed)
     else:
       product = "dw"
-      pair = Operands(jnp.swapaxes(g, -1, -2), jnp.swapaxes(given.x, -1, -2), key=given.key)
+      transposed = ("x",) if "x" in given.transposed else ("x", "w")
+      pair = Operands(g, given.x, key=given.key, transposed=transposed)
     is_whole = pair.batch_shape == target.shape[:-2]
     dtype = target.dtype if is_whole else np.dtype(jnp.float32)
     own = dataclasses.replace(params, product=product, out_dtype=dtype, wrt=None)
     out = recipe_product(pair, own)
+    if params.wrt in given.transposed:
+      out = jnp.swapaxes(out, -1, -2)
     return summed_to(out, target.shape).astype(target.dtype)
 
   if target.sharding.mesh.explicit_axes:  # what is summed may be split, and how is not told twice
@@ -275,7 +340,7 @@ def _transpose(cotangent: Any, *args: Any, operands: tuple[str, ...], params: Pa
 ad.primitive_jvps[recipe_product_p] = _jvp
 ad.primitive_jvps[recipe_tangent_p] = _tangent_jvp
 ad.primitive_transposes[recipe_tangent_p] = _transpose
-for primitive, compute in ((recipe_product_p, _product), (recipe_tangent_p, _tangent_product)):
+for primitive, compute in ((recipe_product_p, run), (recipe_tangent_p, _tangent_product)):
   primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
   primitive.def_abstract_eval(_abstract_eval)
   batching.primitive_batchers[primitive] = functools.partial(_primitive.batch, primitive)

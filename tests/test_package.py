@@ -151,7 +151,8 @@ def test_a_file_imports_only_from_files_above_it():
     *("_compat", "_formats", "_checks", "_rounding", "_global_scales", "_quantize"),
     *("_random_bits", "_hadamard", "_quantizer", "_recipe"),
     *("_reference", "_ragged_reference", "_kernels"),
-    *("_split", "_sharding", "_out_sharding", "_primitive", "_convert_split"),
+    *("_split", "_sharding", "_out_sharding", "_primitive", "_quantizer_lowering"),
+    "_convert_split",
     *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
     *("_gradient", "_recipe_product", "_qqmm", "_quantized_matmul", "_einsum", "_contraction"),
     *(
@@ -195,27 +196,23 @@ KERNELS = (
   *("ptx.expand", "ptx.expand_in_order"),
   *("ptx.expand_sixteens", "ptx.stores", "ptx.handover", "ptx.wgmma", "ptx.mma"),
   *("pipeline", "stream_k", "epilogue", "quantize.groups", "grouped"),
-  *(
-    "quantize.codes",
-    "quantize.parts",
-    "quantize.squares",
-    "quantize.packed",
-    "quantize.exact",
-    "quantize.rebased",
-  ),
+  *("quantize.codes", "quantize.parts", "quantize.squares", "quantize.packed"),
+  *("quantize.exact", "quantize.rebased"),
   *("quantize.group_rescale", "quantize.columns", "quantize.amax", "quantize.code_words"),
   *("quantize.blockdiag", "quantize.in_kernel"),
   *("mainloops.packed_e2m1", "mainloops.packed_e4m3", "mainloops.expanded"),
   *("mainloops.in_order", "mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
   "mainloops.sixteens",
-  *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "row_sums", "launch", "conversions"),
+  *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "row_sums", "launch"),
+  *("conversions", "quantizer"),
 )
 
 
 def test_a_file_of_the_kernels_imports_only_from_files_above_it():
   order = [
     name
-    if name in ("plan", "problem", "xla", "block_scaled_dot", "ragged", "__init__", "conversions")
+    if name in ("plan", "problem", "xla", "block_scaled_dot", "ragged", "__init__")
+    or name in ("conversions", "quantizer")
     or name[:3] == "hop"
     else f"hopper.{name}"
     for name in KERNELS

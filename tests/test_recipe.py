@@ -154,7 +154,7 @@ def test_on_matrix_units(precision, operands):
 
   def multiply(x, w):
     ops = Operands(x, w, key=jnp.zeros(4, jnp.uint32))
-    return _recipe_product._product(ops, params, platform="tpu")
+    return _recipe_product.run(ops, params, platform="tpu")
 
   dtype = np.dtype(np.float32 if precision else oracle.DTYPES["bfloat16"])
   equations = jax.make_jaxpr(multiply)(x, w).eqns
@@ -449,7 +449,7 @@ def test_wrong_names():
     ({"recipe": "mxfp8", "mode": "nvfp4"}, ValueError, ["mode was given with a recipe"]),
     ({"recipe": "mxfp8", "backward": "quantized"}, ValueError, ["backward was given"]),
     ({"recipe": "mxfp8", "global_scale_x": "amax"}, ValueError, ["global_scale_x was given"]),
-    ({"recipe": "nvfp4", "key": KEY, "implementation": "hopper"}, ValueError, ["XLA alone"]),
+    ({"recipe": "nvfp4", "key": KEY, "implementation": "hopper"}, ValueError, ["only 'xla'"]),
   ],
 )
 def test_wrong_arguments(arguments, error, words):
@@ -484,13 +484,18 @@ def test_packed_weights_are_refused():
 
 
 def test_explain():
-  """Of a recipe that qqmm has without one too, its plan; another has none."""
+  """Of a recipe that qqmm has without one too, its plan; of another, that of its own table."""
   x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
   own = jaxqq.explain(x, x, recipe="mxfp8", device="cpu")
   assert own == jaxqq.explain(x, x, mode="mxfp8", backward="quantized", device="cpu")
-  words = ["XLA computes this recipe", "Recipe.of_mode"]
-  call = functools.partial(jaxqq.explain, x, x, recipe="nvfp4", key=KEY, device="cpu")
-  refused(NotImplementedError, "explain", words, call)
+  explain = functools.partial(jaxqq.explain, x, x, key=KEY)
+  assert explain(recipe="nvfp4", device="cpu").plan.name == "xla"
+  assert explain(recipe="nvfp4", device="cuda").plan.name == "hopper_recipe"
+  own = explain(recipe="nvfp4-4over6", device="cuda")
+  assert own.plan.name == "xla" and "four_over_six" in own
+  quantize = Quantizer(rounding="stochastic").quantize
+  assert jaxqq.explain(quantize, x, KEY, device="cuda").plan.name == "hopper_quantizer"
+  assert "quantize" in jaxqq.explain(quantize, x, KEY, axis=-2, device="cpu")
 
 
 def test_train_lm_by_a_recipe():

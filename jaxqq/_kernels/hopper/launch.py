@@ -117,6 +117,17 @@ def _rebased(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
   return dequant_gemm.Operands(x, w, None, alpha, x_scales, w_scales)
 
 
+def product_of_exact(
+  plan: WidePlan, x: tuple[jax.Array, jax.Array | None], w: tuple[jax.Array, jax.Array | None]
+) -> jax.Array:
+  """out (m, n) of exact operands (m, k) and (n, k), K in whole steps, and their global scales."""
+  alpha = alpha_operand()
+  if x[1] is not None and w[1] is not None:
+    alpha = alpha_operand(*alpha_factors(x[1], w[1], plan.problem.fmt))
+  ready = dequant_gemm.Operands(x[0][None], w[0][None], None, alpha)
+  return _run_gemm(plan, ready)[0]
+
+
 MAINLOOPS: dict[str, type[PackedOperand]] = {
   "packed_e2m1": PackedE2M1,
   "rebased_e4m3": RebasedE4M3,

@@ -1,0 +1,249 @@
+"""What runs a `Quantizer`, and the products of a `Recipe`: tables of rows as the product's.
+
+    QUANTIZER         an array, to codes and scales
+    recipe products   x and w, each by its quantizer, to exact operands of one `gemm`
+
+`refusal` is the one place that says which quantizers have kernels. The last rows, XLA's, are the
+definitions, which the primitives have (`_quantizer.py`, `_recipe_product.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxqq import _random_bits, _rounding
+from jaxqq._formats import FORMATS, Format
+from jaxqq._kernels.hopper.plan import WidePlan, check_hopper, exact_dtype, exact_plan
+from jaxqq._kernels.plan import Device, Implementation, Unsupported
+from jaxqq._kernels.problem import Problem, obstacle
+from jaxqq._quantizer import Quantizer, Streams
+from jaxqq._reference import Operands
+
+STEP_K = 64  # of the product's kernel, in 16 bits
+LARGEST_ROTATION = 64  # of columns and of squares, whose tiles have as many
+
+
+def refusal(quantizer: Quantizer, *, is_transposed: bool, is_packed: bool) -> str | None:
+  """Why no kernel quantizes so, or None.
+
+  Args:
+    is_transposed: whether groups run down the columns of what is stored.
+    is_packed: whether codes come out, not code * scale.
+  """
+  if quantizer.scale != "amax":
+    return f"no kernel chooses scales by {quantizer.scale!r}"
+  of_tiles = is_transposed or quantizer.square
+  if of_tiles and (quantizer.rotation or 0) > LARGEST_ROTATION:
+    what = "columns" if is_transposed else "squares"
+    return f"a kernel of {what} rotates up to {LARGEST_ROTATION} elements, not {quantizer.rotation}"
+  if is_packed and FORMATS[quantizer.mode].bits == 8 and not quantizer.is_plain:
+    return "no kernel packs codes of 8 bits that are not of rows, to nearest, as they are"
+  return None
+
+
+# Quantizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizing:
+  """One array that a `Quantizer` quantizes, as far as the choice of an implementation depends."""
+
+  quantizer: Quantizer
+  shape: tuple[Any, ...]  # of one matrix, as it is stored
+  is_transposed: bool
+  obstacle: str | None
+  function: str = "Quantizer.quantize"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizingPlan:
+  """A quantizer, and the function that runs it."""
+
+  problem: Quantizing
+  function: Callable[..., list[jax.Array]]
+  details: str | None = None
+
+  def run(self, a: jax.Array, streams: Streams, amax: jax.Array | None) -> list[jax.Array]:
+    """Packed codes, scale bytes, and the global scale of modes that have one."""
+    return self.function(self.problem, a, streams, amax)
+
+
+def _plan_quantizing(problem: Quantizing, device: Device) -> QuantizingPlan:
+  check_hopper(problem.obstacle, device)
+  reason = refusal(problem.quantizer, is_transposed=problem.is_transposed, is_packed=True)
+  if reason is not None:
+    raise Unsupported(reason)
+  return QuantizingPlan(problem, _quantize_by_kernel)
+
+
+HOPPER_QUANTIZER = Implementation(
+  name="hopper_quantizer",
+  summary="a kernel that reads the array once, and one before it for the amax, if that is wanted",
+  platforms=("cuda",),
+  plan=_plan_quantizing,
+)
+
+
+def _quantize_by_kernel(
+  problem: Quantizing, a: jax.Array, streams: Streams, amax: jax.Array | None
+) -> list[jax.Array]:
+  from jaxqq._kernels.hopper.quantize import columns, packed
+
+  kernel = columns.quantize_transpose if problem.is_transposed else packed.quantize
+  given = _Given.of(problem.quantizer, a, streams, amax, problem.is_transposed)
+  results = list(kernel(a, given.fmt, given.global_scale, **given.how))
+  return results if given.global_scale is None else [*results, given.global_scale]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+  """What a kernel takes beside an array."""
+
+  fmt: Format
+  global_scale: jax.Array | None
+  how: dict[str, Any]
+
+  @classmethod
+  def of(
+    cls,
+    quantizer: Quantizer,
+    a: jax.Array,
+    streams: Streams,
+    amax: jax.Array | None,
+    is_transposed: bool,
+  ) -> _Given:
+    """Of a matrix; its amax is that of all of it, rotated, where none is given."""
+    from jaxqq._kernels.hopper.quantize.parts import Parts
+
+    fmt, signs = FORMATS[quantizer.mode], None
+    if quantizer.rotation is not None:
+      assert streams.rotation is not None
+      signs = _random_bits.signs(streams.rotation, quantizer.rotation)
+    if fmt.has_global_scale and amax is None:
+      amax = _amax(a, fmt, signs, is_transposed)
+    parts = Parts(quantizer.is_stochastic, quantizer.rotation, quantizer.square)
+    how = {"parts": parts, "key": streams.rounding, "signs": signs}
+    return cls(fmt, amax, how)
+
+
+def _amax(a: jax.Array, fmt: Format, signs: jax.Array | None, is_transposed: bool) -> jax.Array:
+  from jaxqq._kernels.hopper.quantize import amax
+
+  if signs is None:
+    return _rounding.amax(a, (0, 1))
+  return (amax.rotated_amax_of_transpose if is_transposed else amax.rotated_amax)(a, fmt, signs)
+
+
+# Products of a recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeProblem:
+  """One product of a recipe, on one device."""
+
+  quantizers: tuple[Quantizer | None, Quantizer | None]
+  operands: Operands  # shapes and dtypes
+  out_dtype: np.dtype
+  precision: jax.lax.Precision | None
+  obstacle: str | None
+  function: str = "qqmm"
+
+  @classmethod
+  def of(
+    cls,
+    quantizers: tuple[Quantizer | None, Quantizer | None],
+    operands: Operands,
+    out_dtype: np.dtype,
+    precision: jax.lax.Precision | None,
+    what_splits: str | None,
+  ) -> RecipeProblem:
+    """what_splits: what no kernel may see the parts of, or None."""
+    found = what_splits or obstacle((operands.x, operands.w), ())
+    if found is None and any(math.prod(shape) > 1 for shape in operands.batch_shapes):
+      found = "there are several matrices, each a tensor of its own"
+    x, w = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (operands.x, operands.w))
+    shapes = dataclasses.replace(operands, x=x, w=w, key=None)
+    return cls(quantizers, shapes, out_dtype, precision, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipePlan:
+  """Two quantizers, and the kernel of the product."""
+
+  problem: RecipeProblem
+  product: WidePlan
+
+  @property
+  def details(self) -> str:
+    ops = self.problem.operands
+    found = [f"{name} by columns" for name in ops.transposed]
+    how = f", {' and '.join(found)}" if found else ""
+    padded = f", K padded to a multiple of {STEP_K} by XLA" if ops.k % STEP_K else ""
+    return f"{self.product.kernel} with {self.product.tiles}{how}{padded}"
+
+  def run(self, operands: Operands, streams: tuple[Streams, Streams]) -> jax.Array:
+    """out (..., m, n)."""
+    from jaxqq._kernels.hopper import launch
+
+    ready = []
+    for name, quantizer, own in zip(("x", "w"), self.problem.quantizers, streams, strict=True):
+      assert quantizer is not None
+      a = getattr(operands, name)
+      a, is_transposed = a.reshape(a.shape[-2:]), name in operands.transposed
+      ready.append(_exact_operand(quantizer, a, own, is_transposed))
+    out = launch.product_of_exact(self.product, *ready)
+    return out.reshape(*operands.batch_shape, operands.m, operands.n)
+
+
+def _exact_operand(
+  quantizer: Quantizer, a: jax.Array, streams: Streams, is_transposed: bool
+) -> tuple[jax.Array, jax.Array | None]:
+  """code * scale in 16 bits (rows, whole steps of k), and the global scale."""
+  from jaxqq._kernels.hopper.quantize import columns, exact
+
+  axis = 0 if is_transposed else 1
+  widths = [(0, 0), (0, 0)]
+  widths[axis] = (0, -a.shape[axis] % math.lcm(STEP_K, quantizer.multiple))
+  a = jnp.pad(a, widths)
+  given = _Given.of(quantizer, a, streams, None, is_transposed)
+  kernel = columns.exact_operand_of_transpose if is_transposed else exact.exact_operand
+  dtype = exact_dtype(given.fmt)
+  return kernel(a, given.fmt, given.global_scale, dtype=dtype, **given.how), given.global_scale
+
+
+def _plan_product(problem: RecipeProblem, device: Device) -> RecipePlan:
+  check_hopper(problem.obstacle, device)
+  ops, (first, second) = problem.operands, problem.quantizers
+  if first is None or second is None:
+    raise Unsupported("an operand is not quantized")
+  if first.mode != second.mode:
+    raise Unsupported(f"its operands have two modes, {first.mode} and {second.mode}")
+  for name, quantizer in (("x", first), ("w", second)):
+    is_transposed = name in ops.transposed
+    reason = refusal(quantizer, is_transposed=is_transposed, is_packed=False)
+    if reason is not None:
+      raise Unsupported(reason)
+  k = -(-ops.k // math.lcm(STEP_K, first.multiple)) * math.lcm(STEP_K, first.multiple)
+  x, w = (
+    jax.ShapeDtypeStruct((1, rows, k), exact_dtype(FORMATS[first.mode])) for rows in (ops.m, ops.n)
+  )
+  of_gemm = Problem.of(Operands(x, w), FORMATS[first.mode], problem.out_dtype, problem.precision)
+  return RecipePlan(problem, exact_plan(of_gemm, device))
+
+
+HOPPER_PRODUCT = Implementation(
+  name="hopper_recipe",
+  summary=(
+    "16 bit tensor cores on exact operands: a kernel quantizes each of x and w as the recipe says, "
+    "another multiplies them"
+  ),
+  platforms=("cuda",),
+  plan=_plan_product,
+)
