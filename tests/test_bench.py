@@ -16,7 +16,7 @@ import pytest
 import jaxqq
 from jaxqq.bench import __main__ as bench
 from jaxqq.bench import chain, check, measure, report, results_page
-from jaxqq.bench.cases import FORMS, LLAMA, MODES, Case, goal, select
+from jaxqq.bench.cases import FORMS, LLAMA, MODES, RECIPE_FORMS, Case, goal, select
 from jaxqq.bench.kept import read
 from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.peers import COPY, CUBLAS, Implementation, implementations
@@ -42,7 +42,9 @@ def results(tmp_path_factory):
 
 def test_the_tiny_suite(results):
   rows, _, plot = results
-  assert {row.form for row in rows} == set(FORMS) and {row.mode for row in rows} == set(MODES)
+  assert {row.form for row in rows} == set(FORMS) - set(RECIPE_FORMS) and {
+    row.mode for row in rows
+  } == set(MODES)
   names = {row.implementation for row in rows if row.form == "packed"}
   assert names == {CUBLAS, "xla dequantize", "jax.nn.scaled_matmul", "jaxqq"}
   weights = {row.implementation for row in rows if row.form == "weights alone"}
@@ -63,6 +65,22 @@ def test_the_tiny_suite(results):
       assert row.ratio == 1
   assert "on cpu" in next(row.path for row in rows if row.implementation == "jaxqq")
   assert plot.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("form", [RECIPE_FORMS[0], RECIPE_FORMS[-3]])
+def test_quantizers_of_recipes(form):
+  """Under an amax that is given, and with its own, that of the rotated array or less."""
+  case = Case(form, "nvfp4", 64, 0, 48)
+  a = jnp.ones(case.shape(FORMS[form].inputs[0]), jnp.bfloat16)
+  copy, *own = implementations(case, ["copy"])
+  assert copy.name == COPY and [each.name for each in own] == [
+    f"jaxqq {form}",
+    f"jaxqq {form}, and amax",
+  ]
+  for each in own:
+    packed, scales, _ = each.run(*each.prepare(a))
+    assert packed.size == a.size // 8 and scales.size == a.size // 16
+    assert "on cpu" in each.explain(*each.prepare(a))
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,10 @@ class Form:
     return next((a for a in self.inputs[0] if a not in self.out), self.out[-1])
 
 
+# What a `Quantizer` does beside `quantize`, of rows or columns; rotations are of 16.
+QUANTIZERS = ("stochastic", "rotated", "stochastic rotated", "squares")
+RECIPE_FORMS = tuple(f"{words}{columns}" for words in QUANTIZERS for columns in ("", " columns"))
+
 FORMS = {
   form.name: form
   for form in (
@@ -56,6 +60,10 @@ FORMS = {
     Form("quantize", "mk->mk", "out", "quantize, groups along rows"),
     Form("quantize columns", "mk->km", "out", "quantize of the transpose"),
     Form("dequantize", "mk->mk", "lhs", "dequantize to bfloat16"),
+    *(
+      Form(name, "mk->km" if "columns" in name else "mk->mk", "out", f"Quantizer: {name}")
+      for name in RECIPE_FORMS
+    ),
   )
 }
 BACKWARD_FORMS = ("dx", "dw")
@@ -139,6 +147,7 @@ SUITES = {
   "quantize": Suite(
     "formats alone", ("quantize", "quantize columns", "dequantize"), (8192,), ((0, 8192),)
   ),
+  "recipe": Suite("what recipes ask of quantizers", RECIPE_FORMS, (8192,), ((0, 8192),)),
   "models": Suite(
     "layers of many models, from one row of x to many: a survey",
     ("packed",),
@@ -153,7 +162,12 @@ SUITES = {
     MODELS + LLAMA,
     survey=True,
   ),
-  "tiny": Suite("a test of the bench itself", tuple(FORMS), (64,), ((48, 64),)),
+  "tiny": Suite(
+    "a test of the bench itself",
+    tuple(form for form in FORMS if form not in RECIPE_FORMS),
+    (64,),
+    ((48, 64),),
+  ),
 }
 
 

@@ -21,7 +21,7 @@ from jax import lax
 import jaxqq
 from jaxqq._formats import FORMATS, Format, Mode
 from jaxqq._gradient import BACKWARDS, Backward
-from jaxqq.bench.cases import FORMS, Case
+from jaxqq.bench.cases import FORMS, RECIPE_FORMS, Case
 
 CUBLAS = "cublas bf16"  # jnp.dot, which XLA gives to cuBLAS on an NVIDIA GPU
 COPY = "copy"
@@ -153,6 +153,54 @@ def _format(mode: Mode, form: str) -> Run:
   return functions[form]
 
 
+def _jaxqq_quantizer(case: Case) -> list[Implementation]:
+  """Under an amax that is known before, codes and scales alone; and with its own."""
+  run, explain = _quantizer(case.mode, case.form)
+  has_amax = FORMATS[case.mode].has_global_scale
+  names = {"": True, ", and amax": False} if has_amax else {"": False}
+  return [
+    Implementation(
+      f"jaxqq {case.form}{name}", run, _with_key(given), checked=False, explain=explain
+    )
+    for name, given in names.items()
+  ]
+
+
+def _quantizer_of(mode: Mode, form: str) -> jaxqq.Quantizer:
+  words = form.split()
+  return jaxqq.Quantizer(
+    mode,
+    square="squares" in words,
+    rounding="stochastic" if "stochastic" in words else "nearest",
+    rotation=16 if "rotated" in words else None,
+  )
+
+
+@functools.cache
+def _quantizer(mode: Mode, form: str) -> tuple[Run, Run]:
+  """Of an array and the data of a key, and an amax or none; and which kernel that is."""
+  quantizer, axis = _quantizer_of(mode, form), -2 if "columns" in form else -1
+
+  def run(a: jax.Array, key: jax.Array, amax: jax.Array | None = None) -> Any:
+    return quantizer.quantize(a, key if quantizer.needs_key else None, amax=amax, axis=axis)
+
+  def explain(a: jax.Array, *rest: jax.Array) -> Any:
+    del rest
+    return jaxqq.explain(quantizer.quantize, a, axis=axis)
+
+  return run, explain
+
+
+@functools.cache
+def _with_key(has_amax: bool) -> Run:
+  @jax.jit
+  def prepare(a: jax.Array) -> tuple[jax.Array, ...]:
+    key = jnp.arange(2, dtype=jnp.uint32)
+    return (a, key, jnp.max(jnp.abs(a)).astype(jnp.float32)) if has_amax else (a, key)
+
+  return prepare
+
+
 _JAXQQ: dict[str, Callable[[Case], list[Implementation]]] = {
   "packed": _jaxqq_product,
   "on the fly": _jaxqq_product,
@@ -162,6 +210,7 @@ _JAXQQ: dict[str, Callable[[Case], list[Implementation]]] = {
   "quantize": _jaxqq_format,
   "quantize columns": _jaxqq_format,
   "dequantize": _jaxqq_format,
+  **dict.fromkeys(RECIPE_FORMS, _jaxqq_quantizer),
 }
 
 # ---- XLA and jax.nn.scaled_matmul, as one would write them by hand
