@@ -23,6 +23,8 @@ from jaxqq._rounding import ANYWHERE, Arithmetic
 # then 2688 / amax, and every number that gets a code, is in the normal range of float32. All else
 # scales with it, so that no bit depends on where the limit is.
 SMALL, RAISED = 40, 64
+# Of four over six, errors count 2**-13 of what the scale for 4 gives a code of 1.
+ERROR_BITS = 13
 
 # JAX traces it once for operands of one shape; its operations then stand where it is called.
 _traced_once = functools.partial(jax.jit, static_argnames=("fmt",), inline=True)

@@ -37,7 +37,7 @@ from jaxqq._checks import (
   describe,
 )
 from jaxqq._formats import FORMATS, Format, Mode
-from jaxqq._quantize import Encoding, amax_bits_of, encoding_of, pack, with_axes_of
+from jaxqq._quantize import ERROR_BITS, Encoding, amax_bits_of, encoding_of, pack, with_axes_of
 from jaxqq._rounding import ANYWHERE, Arithmetic
 
 
@@ -428,8 +428,6 @@ def _over_squares(values: jax.Array, reduce: Callable[..., jax.Array], *, size: 
 
 # Four over six
 
-_ERROR_BITS = 13  # errors count 2**-13 of what the scale for 4 gives a code of 1
-
 
 def _better(
   a: jax.Array,
@@ -466,7 +464,7 @@ def _better(
 
 def _squared_error(errors: jax.Array, over_block: _OverBlock) -> tuple[jax.Array, jax.Array]:
   """The sum of squares over each block, (..., groups, 1): int32s, above 16 bits and below."""
-  units = jnp.minimum(errors, np.float32(8 - 2.0**-_ERROR_BITS)) * np.float32(2.0**_ERROR_BITS)
+  units = jnp.minimum(errors, np.float32(8 - 2.0**-ERROR_BITS)) * np.float32(2.0**ERROR_BITS)
   units = units.astype(jnp.uint32)  # up to 65535
   squares = units * units
   high, low = (

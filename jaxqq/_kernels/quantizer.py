@@ -23,7 +23,7 @@ from jaxqq._formats import FORMATS, Format
 from jaxqq._kernels.hopper.plan import WidePlan, check_hopper, exact_dtype, exact_plan
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, obstacle
-from jaxqq._quantizer import Quantizer, Streams
+from jaxqq._quantizer import Quantizer, Streams, global_scale_of
 from jaxqq._reference import Operands
 
 STEP_K = 64  # of the product's kernel, in 16 bits
@@ -37,8 +37,6 @@ def refusal(quantizer: Quantizer, *, is_transposed: bool, is_packed: bool) -> st
     is_transposed: whether groups run down the columns of what is stored.
     is_packed: whether codes come out, not code * scale.
   """
-  if quantizer.scale != "amax":
-    return f"no kernel chooses scales by {quantizer.scale!r}"
   of_tiles = is_transposed or quantizer.square
   if of_tiles and (quantizer.rotation or 0) > LARGEST_ROTATION:
     what = "columns" if is_transposed else "squares"
@@ -128,9 +126,11 @@ class _Given:
       signs = _random_bits.signs(streams.rotation, quantizer.rotation)
     if fmt.has_global_scale and amax is None:
       amax = _amax(a, fmt, signs, is_transposed)
-    parts = Parts(quantizer.is_stochastic, quantizer.rotation, quantizer.square)
+    global_scale = global_scale_of(quantizer, a, amax, axes=(0, 1))
+    chooses = quantizer.scale == "four_over_six"
+    parts = Parts(quantizer.is_stochastic, quantizer.rotation, quantizer.square, chooses)
     how = {"parts": parts, "key": streams.rounding, "signs": signs}
-    return cls(fmt, amax, how)
+    return cls(fmt, global_scale, how)
 
 
 def _amax(a: jax.Array, fmt: Format, signs: jax.Array | None, is_transposed: bool) -> jax.Array:

@@ -36,6 +36,8 @@ QUANTIZERS = (
   SQUARE,
   Quantizer(square=True, rounding="stochastic", rotation=32),
   Quantizer("mxfp4", square=True),
+  Quantizer(scale="four_over_six"),
+  Quantizer(square=True, scale="four_over_six", rotation=16),
 )
 KEY = jax.random.key(5)
 ROUNDING_KEY = _random_bits.stream(_random_bits.key_words("test", "key", KEY), 0)
@@ -64,7 +66,9 @@ def wanted(quantizer, a, amax):
 
 def arguments(quantizer, amax):
   """By name: what a kernel takes beside the array and its format."""
-  given = {"parts": Parts(quantizer.is_stochastic, quantizer.rotation, quantizer.square)}
+  chooses = quantizer.scale == "four_over_six"
+  parts = Parts(quantizer.is_stochastic, quantizer.rotation, quantizer.square, chooses)
+  given = {"parts": parts}
   given["global_scale"] = None if amax is None else np.float32(amax)
   if quantizer.is_stochastic:
     given["key"] = np.asarray(ROUNDING_KEY)

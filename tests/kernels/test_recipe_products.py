@@ -23,6 +23,7 @@ from tests.support.recipes import Spec
 
 KEY = jax.random.key(9)
 NVIDIA = Recipe.named("nvfp4")
+FOUR = Recipe.named("nvfp4-4over6")
 OTHERS = Recipe(*6 * [Quantizer("mxfp4", rounding="stochastic", rotation=32)])
 PRODUCTS = ("forward", "dx", "dw")
 # How the second axes of the operands are stored: contracted first, as derivatives give them.
@@ -48,7 +49,7 @@ def exact(recipe, product, x, w):
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("recipe", [NVIDIA, OTHERS], ids=["nvfp4", "others"])
+@pytest.mark.parametrize("recipe", [NVIDIA, FOUR, OTHERS], ids=["nvfp4", "4over6", "others"])
 @pytest.mark.parametrize("shape", [(72, 136, 96)], ids=str)
 def test_product(recipe, product, shape):
   m, n, k = shape
@@ -74,7 +75,6 @@ def test_product(recipe, product, shape):
 @pytest.mark.parametrize(
   ("recipe", "why"),
   [
-    (Recipe.named("nvfp4-4over6"), "four_over_six"),
     (Recipe(Quantizer(rounding="stochastic")), "not quantized"),
     (dataclasses.replace(NVIDIA, forward_x=Quantizer("mxfp8")), "two modes"),
     (Recipe(*2 * [Quantizer(square=True, rotation=128)]), "squares rotates up to 64"),
@@ -118,7 +118,7 @@ class TestOnGpu:
 
   @pytest.mark.parametrize("shape", [(72, 136, 96), (300, 1000, 544), (1024, 512, 2048)], ids=str)
   @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-  @pytest.mark.parametrize("recipe", [NVIDIA, OTHERS], ids=["nvfp4", "others"])
+  @pytest.mark.parametrize("recipe", [NVIDIA, FOUR, OTHERS], ids=["nvfp4", "4over6", "others"])
   def test_all_three(self, recipe, dtype, shape):
     m, n, k = shape
     x, w, g = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -105,17 +105,21 @@ def thread_amax_bits(a: jax.Array, layout: Any) -> jax.Array:
   return in_registers(a)
 
 
-def largest_of_lanes(bits: jax.Array, lanes: int, layout: Any) -> jax.Array:
-  """int32 (rows, ...): of every so many neighbouring rows, of which each lane has one, the largest.
+def over_lanes(
+  bits: jax.Array, lanes: int, layout: Any, operation: Literal["max", "add"]
+) -> jax.Array:
+  """int32 (rows, ...): of every so many neighbouring rows, of which each lane has one.
 
   Args:
-    bits: int32, not negative.
+    bits: int32.
     lanes: a power of two, up to 32.
     layout: of both.
+    operation: what becomes of them.
   """
   if interpreting():
     rows = bits.reshape(-1, lanes, *bits.shape[1:])
-    return jnp.broadcast_to(jnp.max(rows, axis=1, keepdims=True), rows.shape).reshape(bits.shape)
+    reduce: Any = {"max": jnp.max, "add": jnp.sum}[operation]
+    return jnp.broadcast_to(reduce(rows, axis=1, keepdims=True), rows.shape).reshape(bits.shape)
 
   @plgpu.inline_mgpu(
     arg_types=(layout,),
@@ -128,7 +132,8 @@ def largest_of_lanes(bits: jax.Array, lanes: int, layout: Any) -> jax.Array:
     for register in a.registers.flat:
       word = vector.extract(register, [], [0])
       for i in range(lanes.bit_length() - 1):
-        word = word_asm("max.s32 $0, $1, $2;", word, mgpu.utils.shfl_bfly(word, 1 << i))
+        other = mgpu.utils.shfl_bfly(word, 1 << i)
+        word = word_asm(f"{operation}.s32 $0, $1, $2;", word, other)
       registers.append(vector.broadcast(one, word))
     return array(registers, a.shape, layout, True)
 
@@ -211,6 +216,56 @@ def scale_up(a: jax.Array, dtype: np.dtype, layout: Any) -> jax.Array:
     return _rounding.encode_up(lax.bitcast_convert_type(a, jnp.int32), dtype)
   place = 23 - int(ml_dtypes.finfo(dtype).nmant)
   return (_bits_as_of_codes(a, dtype, "rp", layout) + ((1 << place) - 1)) >> place
+
+
+def whole_units(a: jax.Array, bits: int, layout: Any) -> jax.Array:
+  """int32: floor(a * 2**bits), of float32 from 0 to below 2**(23 - bits).
+
+  Added to 2**23, what is left of a number are whole units. A conversion takes four times as long.
+  """
+  if interpreting():
+    return (a * np.float32(2.0**bits)).astype(jnp.int32)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(a.shape, np.dtype(np.int32), layout=layout),
+  )
+  def in_registers(ctx: Any, a: Any) -> Any:
+    del ctx
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    unit, base = (mgpu.utils.c(2.0**power, f32) for power in (bits, 23))
+    registers = []
+    for register in a.registers.flat:
+      of_thread = ir.VectorType(register.type).shape
+      numbers = (vector.extract(register, [], [i]) for i in range(of_thread[0]))
+      sums = [asm("fma.rz.f32 $0, $1, $2, $3;", [x, unit, base], "=r,f,f,f") for x in numbers]
+      registers.append(vector.from_elements(ir.VectorType.get(of_thread, i32), sums))
+    return array(registers, a.shape, layout, True)
+
+  return in_registers(a) & ((1 << 23) - 1)
+
+
+def divided(dividend: jax.Array, divisor: jax.Array, divisor_bits: int, layout: Any) -> jax.Array:
+  """dividend / divisor to nearest, of float32 arrays of groups that are not negative."""
+  if interpreting():
+    return _rounding.divide(dividend, divisor, divisor_bits)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout, layout),
+    return_type=plgpu.ShapeDtypeStruct(dividend.shape, np.dtype(np.float32), layout=layout),
+  )
+  def in_registers(ctx: Any, *operands: Any) -> Any:
+    del ctx
+    f32 = ir.F32Type.get()
+    one = ir.VectorType.get((1,), f32)
+    registers = []
+    for pair in zip(*(a.registers.flat for a in operands), strict=True):
+      numbers = [vector.extract(register, [], [0]) for register in pair]
+      quotient = llvm.inline_asm(f32, numbers, "div.rn.f32 $0, $1, $2;", "=f,f,f")
+      registers.append(vector.broadcast(one, quotient))
+    return array(registers, dividend.shape, layout, None)
+
+  return in_registers(dividend, divisor)
 
 
 def sixth(a: jax.Array, layout: Any) -> jax.Array:

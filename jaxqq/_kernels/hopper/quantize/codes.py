@@ -9,6 +9,7 @@ div.rn.f32 rounds to nearest.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,13 +24,15 @@ from jaxqq._kernels.hopper.ptx.loads import look_up
 from jaxqq._kernels.hopper.ptx.rounding import (
   MAGNITUDE,
   Stochastic,
+  divided,
   quotient,
   scale_up,
   sixth,
+  whole_units,
   words_of_first_bits,
 )
 from jaxqq._kernels.hopper.quantize.groups import per_group, positions
-from jaxqq._quantize import RAISED, SMALL, is_amax, raised_of, scales_of_power_of_two
+from jaxqq._quantize import ERROR_BITS, RAISED, SMALL, is_amax, raised_of, scales_of_power_of_two
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SIGN = np.int32(-(2**31))
@@ -152,18 +155,85 @@ def encoding_table(global_scale: jax.Array, fmt: Format) -> jax.Array:
 
 
 def scales_by_table(
-  amax_bits: jax.Array, fmt: Format, table: Any, layout: Any, *, rounds_up: bool
+  amax_bits: jax.Array,
+  fmt: Format,
+  table: Any,
+  layout: Any,
+  *,
+  rounds_up: bool = False,
+  by_four: bool = False,
 ) -> Scales:
-  """`scales_of` under a global scale, by its `encoding_table`, in global memory."""
+  """`scales_of` under a global scale, by its `encoding_table`, in global memory.
+
+  by_four: amax is mapped to 4 instead of 6.
+  """
   size = table.shape[0] - 3
   raising, enc, limit = (table[size + i] for i in range(3))
   nan = amax_bits >= limit.astype(jnp.int32) << 23
   amax = jnp.minimum(as_float(amax_bits) * raising, _FLOAT32_MAX)
-  ideal = sixth(amax, layout) * enc
+  ideal = (_quarter(amax) if by_four else sixth(amax, layout)) * enc
   scale, byte = _rounded_scale(ideal, fmt, layout if rounds_up else None)
   factor = look_up(table, byte, layout)
   scale = jnp.where(nan, jnp.float32(np.nan), scale)
   return Scales(factor, scale, jnp.where(nan, fmt.scale_nan, byte), nan | (byte == 0), raising)
+
+
+def _quarter(amax: jax.Array) -> jax.Array:
+  quarter = amax * np.float32(0.25)
+  return jnp.where(quarter < np.finfo(np.float32).tiny, np.float32(0), quarter)
+
+
+def better_scales(
+  a: jax.Array,
+  amax_bits: jax.Array,
+  fmt: Format,
+  table: Any,
+  layout: Any,
+  of_elements: Any,
+  over_block: Callable[[jax.Array], jax.Array],
+) -> Scales:
+  """Of 6 and 4, what amax is better mapped to, by the squares of errors: `_quantizer._better`.
+
+  Args:
+    a: float32 elements.
+    amax_bits: of groups, in that layout.
+    table: as of `scales_by_table`.
+    of_elements: the layout of `a`.
+    over_block: sums up int32 that each thread has, (..., lanes), to sums of blocks for each group.
+  """
+  six, four = (scales_by_table(amax_bits, fmt, table, layout, by_four=i) for i in (False, True))
+  magnitudes = jnp.abs(_raised(a, six))
+
+  def scaled(by: Scales) -> jax.Array:
+    return magnitudes * per_group(by.factor, a)
+
+  number = jnp.minimum(scaled(four), _FLOAT32_MAX)
+  of_six, of_four = (_round_to_e2m1(scaled(by))[0] for by in (six, four))
+  ratio = per_group(divided(six.scale, four.scale, fmt.scale_bits, layout), a)
+  # No fused operation may take a product before it is rounded: minima stand between.
+  errors = (jnp.minimum(of_six * ratio, _FLOAT32_MAX) - number, of_four - number)
+  (high_six, low_six), (high_four, low_four) = (
+    _squares(jnp.abs(error), over_block, of_elements) for error in errors
+  )
+  high_four = jnp.where(four.blank, np.iinfo(np.int32).max, high_four)  # then never
+  takes_four = (high_four < high_six) | ((high_four == high_six) & (low_four < low_six))
+  factor, scale, byte = (
+    jnp.where(takes_four, getattr(four, name), getattr(six, name))
+    for name in ("factor", "scale", "byte")
+  )
+  return Scales(factor, scale, byte, (byte == 0) | (byte == fmt.scale_nan), six.raising)
+
+
+def _squares(
+  errors: jax.Array, over_block: Callable[[jax.Array], jax.Array], layout: Any
+) -> tuple[jax.Array, jax.Array]:
+  """The sums of squares over blocks, in two words: above 16 bits, and below."""
+  errors = jnp.minimum(errors, np.float32(8 - 2.0**-ERROR_BITS))
+  units = whole_units(errors, ERROR_BITS, layout)
+  squares = units * units  # without a sign, and 32 bits
+  high = over_block(jnp.sum(lax.shift_right_logical(squares, 16), axis=-1, dtype=jnp.int32))
+  low = over_block(jnp.sum(squares & 0xFFFF, axis=-1, dtype=jnp.int32))
+  return high + (low >> 16), low & 0xFFFF
 
 
 def _sixth(amax_bits: jax.Array, dtype: Any, enc: jax.Array | None) -> jax.Array:

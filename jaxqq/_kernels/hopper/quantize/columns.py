@@ -29,7 +29,7 @@ from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH, WARP, WARPS, tile_transforms
 from jaxqq._kernels.hopper.ptx.reshape import regroup
 from jaxqq._kernels.hopper.ptx.rotation import rotated_in_thread
-from jaxqq._kernels.hopper.ptx.rounding import largest_of_lanes
+from jaxqq._kernels.hopper.ptx.rounding import over_lanes
 from jaxqq._kernels.hopper.quantize.codes import (
   E4M3,
   amax_bits_of,
@@ -303,7 +303,9 @@ def _exact_kernel(
   *arrays, staging_ref = refs
   own = jax.tree.unflatten(given, arrays)
   a, amax_bits, layout = _elements(numbers, _group_shape(fmt), own, parts)
-  scales = own.scales(amax_bits, fmt, parts, dtype, layout.reduce((2, 3)))
+  of_groups = layout.reduce((2, 3))
+  over_block = _over_block(fmt, parts, of_groups)
+  scales = own.scales(a, amax_bits, fmt, parts, dtype, of_groups, layout, over_block)
   random = random_of_columns(a.shape, tile, here.start, own, parts, layout)
   target = _staged_layout(TILE_K, VECTOR)
   values = values_of(a, scales, fmt, layout, random)
@@ -326,7 +328,9 @@ def _quantize_kernel(
   groups, words_a_group = TILE_K // fmt.group_size, fmt.group_size // fmt.codes_per_word
   shape = groups, words_a_group, fmt.codes_per_word
   a, amax_bits, layout = _elements(numbers, shape, own, parts)
-  scales = own.scales(amax_bits, fmt, parts, dtype, layout.reduce((2, 3)))
+  of_groups = layout.reduce((2, 3))
+  over_block = _over_block(fmt, parts, of_groups)
+  scales = own.scales(a, amax_bits, fmt, parts, dtype, of_groups, layout, over_block)
   random = random_of_columns(a.shape, tile, here.start, own, parts, layout)
   words = regroup(
     words_of(a, scales, fmt, layout, random),
@@ -336,6 +340,16 @@ def _quantize_kernel(
   )
   staging_ref[...] = lax.bitcast_convert_type(words, jnp.uint32)
   store_gmem(scales_ref.at[here, tile], _joined(scales.byte).astype(scales_ref.dtype))
+
+
+def _over_block(fmt: Format, parts: Parts, layout: Any) -> Callable[[jax.Array], jax.Array]:
+  """int32 (128, groups, parts) of threads to the sums of blocks, (128, groups) in the layout."""
+
+  def total(values: jax.Array) -> jax.Array:
+    values = jnp.sum(values, axis=-1, dtype=jnp.int32)
+    return over_lanes(values, fmt.group_size, layout, "add") if parts.is_square else values
+
+  return total
 
 
 def _elements(
@@ -348,7 +362,7 @@ def _elements(
   bits = amax_bits_of_parts(a, parts, layout)
   if parts.is_square:
     group_size = TILE_K // minor[0]
-    bits = largest_of_lanes(bits, group_size, layout.reduce((2, 3)))
+    bits = over_lanes(bits, group_size, layout.reduce((2, 3)), "max")
   return a.astype(jnp.float32), bits, layout
 
 

@@ -112,7 +112,9 @@ def _exact_kernel(
   *arrays, out_ref = refs
   own = jax.tree.unflatten(given, arrays)
   a, amax_bits = seen.load(a_ref, here, own)
-  scales = own.scales(amax_bits, fmt, seen.parts, a_ref.dtype, seen.reduced(amax_bits.ndim))
+  of_groups = seen.reduced(amax_bits.ndim)
+  how = seen.parts, a_ref.dtype, of_groups, seen.layout, seen.over_block
+  scales = own.scales(a, amax_bits, fmt, *how)
   values = values_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
   out_ref[here] = values.astype(out_ref.dtype)
 

@@ -143,7 +143,9 @@ def _quantize_kernel(
   *arrays, packed_ref, scales_ref = refs
   own = jax.tree.unflatten(given, arrays)
   a, amax_bits = seen.load(a_ref, here, own)
-  scales = own.scales(amax_bits, fmt, seen.parts, a_ref.dtype, seen.reduced(amax_bits.ndim))
+  of_groups = seen.reduced(amax_bits.ndim)
+  how = seen.parts, a_ref.dtype, of_groups, seen.layout, seen.over_block
+  scales = own.scales(a, amax_bits, fmt, *how)
   words = words_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
   packed_ref[here] = lax.bitcast_convert_type(words, jnp.uint32)
   store_gmem(scales_ref.at[here], scales.byte.astype(jnp.uint8))

@@ -3,7 +3,8 @@
     rotation      elements become those of a Hadamard transform, bfloat16, as they are loaded
     rounding      codes are stochastic, by bits of an element's place
     scales        then no element may be larger than a code: they are rounded up
-    squares       the amax of a group is that of a square (`squares.py`; of columns, here)
+    squares       the amax of a group is that of a square (`squares.py`; of columns, `columns.py`)
+    four over six  one of two scales, by the errors of both, before codes are made
 
 Nearest rounding without a rotation is `NEAREST`, which quantizers have where nothing else is said.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ from jaxqq._kernels.hopper.ptx.rounding import thread_amax_bits
 from jaxqq._kernels.hopper.quantize.codes import (
   Scales,
   amax_bits_of,
+  better_scales,
   encoding_table,
   scales_by_table,
   scales_of,
@@ -41,6 +44,7 @@ class Parts:
   is_stochastic: bool = False
   rotation: int | None = None
   is_square: bool = False
+  is_four_over_six: bool = False
 
   def entry(self, fmt: Format) -> int:
     """Neighbours that belong together: a group, or a rotation of several."""
@@ -77,9 +81,19 @@ class Given:
     return cls(None, encoding_table(global_scale, fmt), key, signs)
 
   def scales(
-    self, amax_bits: jax.Array, fmt: Format, parts: Parts, dtype: Any, layout: Any
+    self,
+    a: jax.Array,
+    amax_bits: jax.Array,
+    fmt: Format,
+    parts: Parts,
+    dtype: Any,
+    layout: Any,
+    of_elements: Any,
+    over_block: Callable[[jax.Array], jax.Array],
   ) -> Scales:
     """Of groups, whose array has that layout, of elements that came as `dtype`."""
+    if parts.is_four_over_six:
+      return better_scales(a, amax_bits, fmt, self.table, layout, of_elements, over_block)
     if self.table is not None:
       up = parts.is_stochastic
       return scales_by_table(amax_bits, fmt, self.table, layout, rounds_up=up)
@@ -147,6 +161,10 @@ class Rows:
       signs = load_gmem(given.signs, layout)
       a = rotated_in_lanes(a.astype(jnp.float32), signs, rotation, layout)
     return a.astype(jnp.float32), amax_bits_of_parts(a, self.parts, layout)
+
+  def over_block(self, values: jax.Array) -> jax.Array:
+    """int32 (..., lanes) of threads to the sums of groups."""
+    return jnp.sum(values, axis=-1, dtype=jnp.int32)
 
   def random(self, here: Any, shape: tuple[int, ...], given: Given) -> jax.Array | None:
     """Of elements of that shape; None to round to nearest."""

@@ -95,6 +95,12 @@ class Squares:
     bits = lax.broadcast_in_dim(bits, a.shape[:3], (0, 2))
     return a.astype(jnp.float32), plgpu.layout_cast(bits, self.reduced(3))
 
+  def over_block(self, values: jax.Array) -> jax.Array:
+    """int32 (bands, size, squares, lanes) of threads to the sums of squares, for each row."""
+    sums = jnp.sum(jnp.sum(values, axis=3, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+    sums = lax.broadcast_in_dim(sums, values.shape[:3], (0, 2))
+    return plgpu.layout_cast(sums, self.reduced(3))
+
   def random(self, here: Any, shape: tuple[int, ...], given: Given) -> jax.Array | None:
     """Of elements of that shape; None to round to nearest."""
     if not self.parts.is_stochastic:
