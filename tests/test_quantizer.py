@@ -126,6 +126,24 @@ def test_leading_axes(quantizer):
   assert vector[0].shape == (4,) and vector[1].shape == (2,)
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS[:5], ids=str)
+def test_columns_are_rows_of_the_transpose(quantizer):
+  a = numbers((64, 128))
+  of_columns = quantizer.quantize(a, key_for(quantizer), axis=-2)
+  of_rows = quantizer.quantize(np.ascontiguousarray(a.T), key_for(quantizer))
+  for own, want in zip(of_columns, of_rows, strict=True):
+    np.testing.assert_array_equal(own, want)
+
+
+def test_vmap_quantizes_each():
+  a = jnp.asarray(numbers((2 * 16, 64)).reshape(2, 16, 64))
+  keys = jax.random.split(KEY, 2)
+  outs = jax.vmap(STOCHASTIC.quantize)(a, keys)
+  for i in range(2):
+    for own, want in zip(outs, STOCHASTIC.quantize(a[i], keys[i]), strict=True):
+      np.testing.assert_array_equal(own[i], want)
+
+
 @pytest.mark.parametrize(
   ("mode", "scale"), [("nvfp4", "amax"), ("nvfp4", "four_over_six"), ("mxfp8", "amax")]
 )
@@ -421,6 +439,9 @@ def test_wrong_attributes(attributes, error, message):
     (STOCHASTIC, (4, 32), {"key": jnp.ones(2)}, TypeError, "got float32 of shape (2,)"),
     (STOCHASTIC, (4, 32), {"key": jax.random.split(KEY)}, ValueError, "must be one key"),
     (Quantizer("mxfp8"), (4, 32), {"amax": 1.0}, ValueError, "has no global scale"),
+    (Quantizer(), (4, 32), {"axis": 0}, ValueError, "axis must be -1, or -2"),
+    (Quantizer(), (32,), {"axis": -2}, ValueError, "with two axes or more, got -2"),
+    (Quantizer(rotation=64), (96, 4), {"key": KEY, "axis": -2}, ValueError, "before the last"),
   ],
 )
 def test_wrong_arguments(quantizer, shape, arguments, error, message):

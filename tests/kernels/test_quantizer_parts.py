@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxqq import Quantizer, _quantizer, _random_bits
+from jaxqq import Quantizer, _quantizer, _quantizer_lowering, _random_bits
 from jaxqq._formats import FORMATS
 from jaxqq._quantize import dequantize_to_multiply, pack
 from tests.support import oracle
@@ -18,6 +18,7 @@ if jax.__version_info__ < (0, 11):
 from jaxqq._kernels.hopper.quantize import amax as amaxes
 from jaxqq._kernels.hopper.quantize import columns, exact, packed
 from jaxqq._kernels.hopper.quantize.parts import Parts
+from tests.support.interpreter import interpreted as interpreted_device
 from tests.support.kernels import on_gpu
 from tests.support.quantizers import compiled, groups_of_many_sizes, interpreted, lower
 
@@ -184,12 +185,29 @@ def test_an_amax_that_is_given(amax):
     check(interpreted, STOCHASTIC, a, kernel, np.float32(amax))
 
 
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("quantizer", [BOTH, Quantizer(scale="four_over_six"), SQUARE], ids=str)
+def test_the_method_quantize(quantizer, is_transposed):
+  """As on a GPU, with the array's own amax; leading axes of rows are rows."""
+  a = np.nan_to_num(numbers_for(quantizer, (64, 64), "float32"), posinf=0, neginf=0)
+  a = jnp.asarray(a if quantizer.square or is_transposed else a.reshape(4, 16, 64))
+  streams = _quantizer.Streams(
+    ROUNDING_KEY if quantizer.is_stochastic else None,
+    ROTATION_KEY if quantizer.rotation else None,
+  )
+  how = (streams, None, quantizer, is_transposed)
+  with interpreted_device():
+    plan = _quantizer_lowering.planned(quantizer, a, is_transposed, "cuda")
+    found = jax.jit(lambda a: _quantizer_lowering.run(a, *how, "cuda"))(a)
+  assert plan.name == "hopper_quantizer"
+  for own, want in zip(found, _quantizer.definition(a, *how), strict=True):
+    np.testing.assert_array_equal(own, want)
+
+
 # Lowered for CUDA, without one.
 
 
-@pytest.mark.parametrize(
-  "rows, k, dtype", [(8192, 8192, "bfloat16"), (5, 4160, "float16"), (33, 192, "float32")]
-)
+@pytest.mark.parametrize("rows, k, dtype", [(8192, 8192, "bfloat16"), (33, 192, "float32")])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 def test_lowers_for_cuda(quantizer, rows, k, dtype):
   fmt, amax = FORMATS[quantizer.mode], 1.0 if quantizer.mode == "nvfp4" else None
@@ -221,6 +239,21 @@ GPU_SHAPES = ((3, 128), (5, 4160), (33, 192), (133, 192), (1000, 14336), (2048, 
 
 class TestOnGpu:
   pytestmark = on_gpu
+
+  @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+  @pytest.mark.parametrize("axis", [-1, -2])
+  def test_the_method_quantize(self, axis, quantizer):
+    """Under jit, with the array's own amax; the definition is asked for by its function."""
+    a = jnp.asarray(np.random.default_rng(2).standard_normal((256, 512)), jnp.bfloat16)
+    key = KEY if quantizer.needs_key else None
+    found = jax.jit(lambda a: quantizer.quantize(a, key, axis=axis))(a)
+    streams = _quantizer.Streams(
+      ROUNDING_KEY if quantizer.is_stochastic else None,
+      ROTATION_KEY if quantizer.rotation else None,
+    )
+    want = _quantizer.definition(a, streams, None, quantizer, axis == -2)
+    for own, right in zip(found, want, strict=False):
+      np.testing.assert_array_equal(own, right)
 
   @pytest.mark.parametrize("dtype", oracle.DTYPES)
   @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
