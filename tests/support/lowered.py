@@ -77,6 +77,23 @@ def gradient(mode: str, m: int, n: int, k: int, backward: str, *, is_packed: boo
   return jax.grad(loss, argnums=0 if is_packed else (0, 1)), (x, *w)
 
 
+def by_recipe(name: str, m: int, n: int, k: int) -> Case:
+  """All three products of a recipe."""
+
+  def loss(x: Any, w: Any, key: Any) -> Any:
+    return jaxqq.qqmm(x, w, recipe=name, key=key).astype(jnp.float32).sum()
+
+  return jax.grad(loss, argnums=(0, 1)), (spec(m, k), spec(n, k), spec(2, dtype=jnp.uint32))
+
+
+def quantizer(quantizer: jaxqq.Quantizer, rows: int, k: int, axis: int) -> Case:
+  def quantize(a: Any, key: Any, amax: Any) -> Any:
+    return quantizer.quantize(a, key if quantizer.needs_key else None, amax=amax, axis=axis)
+
+  shape = (rows, k) if axis == -1 else (k, rows)
+  return quantize, (spec(*shape), spec(2, dtype=jnp.uint32), spec(dtype=jnp.float32))
+
+
 def conversions(mode: str, rows: int, k: int, dtype: Any) -> Iterator[tuple[str, Case]]:
   tag, w = f"{mode} {rows} {k} {np.dtype(dtype).name}", spec(rows, k, dtype=dtype)
   yield f"quantize {tag}", (lambda w: jaxqq.quantize(w, mode=mode), (w,))
@@ -130,6 +147,19 @@ def table() -> Iterator[tuple[str, Case]]:
     ("nvfp4", "mxfp8", "mxfp4"), ((33, 96), (4096, 4096)), (jnp.bfloat16, jnp.float32)
   ):
     yield from conversions(mode, rows, k, dtype)
+  for name, (m, n, k) in itertools.product(
+    ("nvfp4", "nvfp4-4over6"), ((256, 384, 512), (33, 72, 96))
+  ):
+    yield f"recipe {name} {m} {n} {k}", by_recipe(name, m, n, k)
+  for own, (rows, k), axis in itertools.product(
+    (
+      jaxqq.Quantizer(rounding="stochastic", rotation=16),
+      jaxqq.Quantizer(square=True, scale="four_over_six"),
+    ),
+    ((33, 96), (4096, 4096)),
+    (-1, -2),
+  ):
+    yield f"{own} {rows} {k} axis {axis}", quantizer(own, rows, k, axis)
 
 
 NAMES = r"jaxqq_\w+|\w+_mosaic_gpu(?:_\w+)?|@\w+|jit_\w+|(?<=dump_basename = )\"[^\"]*\""
