@@ -483,13 +483,17 @@ def test_packed_weights_are_refused():
   refused(TypeError, "qqmm", words, lambda: by_recipe(weight.packed))
 
 
-def test_explain():
+def test_explain(monkeypatch):
   """Of a recipe that qqmm has without one too, its plan; of another, that of its own table."""
   x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
   own = jaxqq.explain(x, x, recipe="mxfp8", device="cpu")
   assert own == jaxqq.explain(x, x, mode="mxfp8", backward="quantized", device="cpu")
   explain = functools.partial(jaxqq.explain, x, x, key=KEY)
   assert explain(recipe="nvfp4", device="cpu").plan.name == "xla"
+  text = explain(recipe="nvfp4", device="cuda")
+  assert text.plan.name == "xla"
+  assert "Not hopper_recipe: it has not run on a GPU yet; JAXQQ_ENABLE=hopper_recipe" in text
+  monkeypatch.setenv("JAXQQ_ENABLE", "hopper_recipe,hopper_quantizer")
   assert explain(recipe="nvfp4", device="cuda").plan.name == "hopper_recipe"
   own = explain(recipe=dataclasses.replace(Recipe.named("nvfp4"), forward_x=None), device="cuda")
   assert own.plan.name == "xla" and "not quantized" in own

@@ -68,6 +68,7 @@ class Implementation:
   # (problem, device) -> something with `run(operands)` and `details`; raises Unsupported.
   plan: Callable[[Any, Device], Any]
   takes_row_scales: bool = False  # a global scale for each row of packed w, or for each matrix
+  has_run: bool = True  # on what it is for; one that has not waits to be named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +102,16 @@ class Plan:
 TURNED_OFF = "JAXQQ_DISABLE"  # names of rows, or what they begin with, and commas between them
 
 
+TURNED_ON = "JAXQQ_ENABLE"  # the same
+
+
 def turned_off() -> tuple[str, ...]:
   """What the environment says not to use."""
-  return tuple(filter(None, (name.strip() for name in os.environ.get(TURNED_OFF, "").split(","))))
+  return _names(TURNED_OFF)
+
+
+def _names(variable: str) -> tuple[str, ...]:
+  return tuple(filter(None, (name.strip() for name in os.environ.get(variable, "").split(","))))
 
 
 def from_table(
@@ -119,6 +127,8 @@ def from_table(
       reason = f"implementation={chosen!r} was asked for"
     elif chosen is None and row is not table[-1] and row.name.startswith(turned_off()):
       reason = f"the environment variable {TURNED_OFF} turns it off"
+    elif chosen is None and not row.has_run and not row.name.startswith(_names(TURNED_ON)):
+      reason = f"it has not run on a GPU yet; {TURNED_ON}={row.name} in the environment turns it on"
     elif row.platforms is not None and device.platform not in row.platforms:
       reason = f"it is for {' and '.join(row.platforms)}, not {device.platform}"
     else:

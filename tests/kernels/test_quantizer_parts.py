@@ -45,6 +45,11 @@ ROUNDING_KEY = _random_bits.stream(_random_bits.key_words("test", "key", KEY), 0
 ROTATION_KEY = _random_bits.stream(_random_bits.key_words("test", "key", KEY), 1)
 
 
+@pytest.fixture(autouse=True)
+def _turned_on(monkeypatch):
+  monkeypatch.setenv("JAXQQ_ENABLE", "hopper_quantizer, hopper_recipe")
+
+
 def numbers_for(quantizer, shape, dtype):
   """Of many sizes, and NaN and an infinity among them."""
   return groups_of_many_sizes(shape, dtype, seed=sum(shape))
