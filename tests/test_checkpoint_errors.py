@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -275,35 +276,46 @@ def test_dtype_of_load(tmp_path):
       checkpoint.load(folder, dtype=dtype)
 
 
+@functools.cache
 def weight(mode="nvfp4", shape=(8, 64), **options):
   return jaxqq.quantize_weight(jnp.ones(shape), mode=mode, **{"global_scale": None, **options})
 
 
+# Weights are made when a test runs: each process of tests imports all modules.
 SCALED = {"global_scale": "amax"}
 REFUSED = [
-  ({"a.weight": weight()}, {"format": "gguf"}, ValueError, "unknown format 'gguf'.*'modelopt'"),
+  ({"a.weight": weight}, {"format": "gguf"}, ValueError, "unknown format 'gguf'.*'modelopt'"),
   ({}, {"format": "mlx"}, ValueError, "must have a QuantizedWeight, found none among 0"),
-  ({"a.weight": jnp.ones((2, 2))}, {"format": "mlx"}, ValueError, "found none among 1"),
-  ({"a.kernel": weight()}, {"format": "mlx"}, ValueError, "'.weight'.*got 'a.kernel'"),
-  ({"a.weight": weight(**SCALED)}, {"format": "mlx"}, ValueError, "'a.weight' has a global scale"),
-  ({"a.weight": weight()}, {"format": "transformers"}, ValueError, "'nvfp4'.*save it as 'mlx'"),
+  ({"a.weight": np.ones((2, 2), np.float32)}, {"format": "mlx"}, ValueError, "found none among 1"),
+  ({"a.kernel": weight}, {"format": "mlx"}, ValueError, "'.weight'.*got 'a.kernel'"),
   (
-    *({"a.weight": weight(shape=(2, 8, 64))}, {"format": "compressed-tensors"}, ValueError),
+    {"a.weight": functools.partial(weight, **SCALED)},
+    {"format": "mlx"},
+    ValueError,
+    "'a.weight' has a global scale",
+  ),
+  ({"a.weight": weight}, {"format": "transformers"}, ValueError, "'nvfp4'.*save it as 'mlx'"),
+  (
+    *(
+      {"a.weight": functools.partial(weight, shape=(2, 8, 64))},
+      {"format": "compressed-tensors"},
+      ValueError,
+    ),
     r"'a.weight' must have two dimensions.*\(2, 8, 64\)",
   ),
-  ({"a.weight": weight(), "b": "text"}, {"format": "mlx"}, TypeError, "'b'.*str"),
-  ({"a.weight": weight(), 3: jnp.ones(2)}, {"format": "mlx"}, TypeError, "strings, got 3"),
+  ({"a.weight": weight, "b": "text"}, {"format": "mlx"}, TypeError, "'b'.*str"),
+  ({"a.weight": weight, 3: np.ones(2, np.float32)}, {"format": "mlx"}, TypeError, "strings, got 3"),
   (
-    *({"a.weight": weight(), "b": np.zeros(2, np.complex128)}, {"format": "mlx"}, TypeError),
+    *({"a.weight": weight, "b": np.zeros(2, np.complex128)}, {"format": "mlx"}, TypeError),
     "'b' must be of a dtype.*complex128",
   ),
   (
-    *({"a.weight": weight(), "a.scales": jnp.ones(2)}, {"format": "mlx"}, ValueError),
+    *({"a.weight": weight, "a.scales": np.ones(2, np.float32)}, {"format": "mlx"}, ValueError),
     "'a.scales'.*'a.weight'",
   ),
   *(
     (
-      {"a.weight": weight(mode="mxfp8"), name: array},
+      {"a.weight": functools.partial(weight, mode="mxfp8"), name: array},
       {"format": format},
       ValueError,
       f"'{name}' is",
@@ -318,7 +330,7 @@ REFUSED = [
   ),
   *(
     (
-      {"a.weight": weight()},
+      {"a.weight": weight},
       {"format": "mlx", "max_shard_size": size},
       ValueError,
       "max_shard_size",
@@ -330,6 +342,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("tensors", "options", "kind", "words"), REFUSED)
 def test_save_refuses(tensors, options, kind, words, tmp_path):
+  tensors = {name: array() if callable(array) else array for name, array in tensors.items()}
   with pytest.raises(kind, match=words) as caught:
     checkpoint.save(tmp_path / "m", tensors, **options)
   assert re.fullmatch(r"save: [^\n]*\.", str(caught.value))

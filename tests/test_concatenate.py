@@ -212,20 +212,24 @@ def test_explain_says_so():
 # Bad input
 
 
-A = weights_of()[0]
-A_32, A_STACK = (jaxqq.quantize_weight(a) for a in (PARTS[0][:, :32], STACKS[0]))
-IN_BF16, STATIC = (
-  dataclasses.replace(A, **how) for how in ({"dtype": "bfloat16"}, {"input_global_scale": 3})
-)
+def other(**how):
+  return dataclasses.replace(weights_of()[0], **how)
+
+
+def with_one(w, mode="nvfp4"):
+  return [other(), jaxqq.quantize_weight(w, mode)]
+
+
+# Made when a test runs: each process of tests imports all modules.
 WRONG = [
   ("an array", TypeError, ["weights", "list"], lambda: W),
   ("arrays", TypeError, ["weights", "QuantizedWeights", "ndarray"], lambda: PARTS),
   ("nothing", ValueError, ["weights", "empty"], list),
-  ("modes", ValueError, ["mode", "nvfp4", "mxfp8"], lambda: [A, jaxqq.quantize_weight(W, "mxfp8")]),
-  ("K", ValueError, ["K", "(16, 64)", "(16, 32)"], lambda: [A, A_32]),
-  ("axes", ValueError, ["leading axes", "(2, 16, 64)"], lambda: [A, A_STACK]),
-  ("dtype", ValueError, ["dtype", "bfloat16"], lambda: [A, IN_BF16]),
-  ("inputs", ValueError, ["input_global_scale"], lambda: [A, STATIC]),
+  ("modes", ValueError, ["mode", "nvfp4", "mxfp8"], lambda: with_one(W, "mxfp8")),
+  ("K", ValueError, ["K", "(16, 64)", "(16, 32)"], lambda: with_one(PARTS[0][:, :32])),
+  ("axes", ValueError, ["leading axes", "(2, 16, 64)"], lambda: with_one(STACKS[0])),
+  ("dtype", ValueError, ["dtype", "bfloat16"], lambda: [other(), other(dtype="bfloat16")]),
+  ("inputs", ValueError, ["input_global_scale"], lambda: [other(), other(input_global_scale=3)]),
 ]  # fmt: skip
 
 
@@ -238,7 +242,7 @@ def test_what_cannot_be_put_together(case):
 
 
 def test_static_scales_of_the_one_input():
-  parts = [dataclasses.replace(A, input_global_scale=s) for s in (3.0, 7.0)]
+  parts = [other(input_global_scale=s) for s in (3.0, 7.0)]
   assert jaxqq.concatenate(parts).input_global_scale == 7
 
 

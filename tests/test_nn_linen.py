@@ -50,7 +50,13 @@ class Model(nn.Module):
 
 
 MODEL = Model()
-PARAMS = jax.jit(MODEL.init)(KEY, TOKENS)["params"]
+
+
+@functools.cache
+def params_of_model():
+  return jax.jit(MODEL.init)(KEY, TOKENS)["params"]
+
+
 KERNELS = {
   "blocks.attention.query": ("DenseGeneral", (2, 64, 4, 16)),
   "blocks.attention.key": ("DenseGeneral", (2, 64, 4, 16)),
@@ -69,12 +75,12 @@ def run(params):
 
 @functools.cache
 def unquantized():
-  return jax.jit(run)(PARAMS)
+  return jax.jit(run)(params_of_model())
 
 
 @functools.cache
 def packed_in_mxfp8():
-  return jaxqq.nn.quantize_params(PARAMS, "mxfp8", apply=run)
+  return jaxqq.nn.quantize_params(params_of_model(), "mxfp8", apply=run)
 
 
 @pytest.mark.usefixtures("quick_compiles")
@@ -87,10 +93,10 @@ def test_a_model_with_attention_packed(mode, scale, chosen):
     return path in chosen
 
   options = {"predicate": predicate, "global_scale": scale}
-  params, report = jaxqq.nn.quantize_params(PARAMS, mode, apply=run, **options)
+  params, report = jaxqq.nn.quantize_params(params_of_model(), mode, apply=run, **options)
   converted = {row.path: (row.kind, row.shape) for row in report.converted}
   assert converted == {path: KERNELS[path] for path in chosen}
-  kernel = np.asarray(PARAMS["head"]["kernel"])
+  kernel = np.asarray(params_of_model()["head"]["kernel"])
   number = None if scale is None else np.max(np.abs(kernel))
   packed, scales = oracle.quantize(kernel.T, mode, number)
   np.testing.assert_array_equal(params["head"]["kernel"].packed, packed)
@@ -102,11 +108,11 @@ def test_a_model_with_attention_packed(mode, scale, chosen):
   of_inputs = {} if scale is None else {"global_scale": scale}
   serve = jax.jit(jaxqq.nn.quantized_apply(MODEL, **of_inputs))
   train = jax.jit(jaxqq.nn.quantized_apply(MODEL, mode, **options))
-  want = train({"params": PARAMS}, TOKENS)
+  want = train({"params": params_of_model()}, TOKENS)
   np.testing.assert_array_equal(serve({"params": params}, TOKENS), want)
   assert (want != unquantized()).any()
   if mode == "mxfp8":  # parameters that are not packed, whatever the mode
-    np.testing.assert_array_equal(serve({"params": PARAMS}, TOKENS), unquantized())
+    np.testing.assert_array_equal(serve({"params": params_of_model()}, TOKENS), unquantized())
 
 
 def test_report():
@@ -134,7 +140,9 @@ def test_metadata_and_bytes_of_a_packed_tree():
 
 
 def test_the_jaxpr_holds_qqmm_on_words():
-  params, _ = jaxqq.nn.quantize_params(PARAMS, apply=run, predicate=lambda path, _: path == "head")
+  params, _ = jaxqq.nn.quantize_params(
+    params_of_model(), apply=run, predicate=lambda path, _: path == "head"
+  )
   apply = jaxqq.nn.quantized_apply(MODEL)
   jaxpr = jax.make_jaxpr(lambda params: apply({"params": params}, TOKENS))(params).jaxpr
   [qqmm] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "qqmm"]
@@ -193,7 +201,7 @@ def test_gradients_are_those_of_qqmm():
 
 
 def test_without_a_run_only_what_is_plain_is_converted():
-  params, report = jaxqq.nn.quantize_params(PARAMS, "mxfp8")
+  params, report = jaxqq.nn.quantize_params(params_of_model(), "mxfp8")
   assert [row.path for row in report.converted] == ["head"]
   assert "give apply" in report["blocks.up"].reason
   again = jaxqq.nn.quantize_params(params, "mxfp8")[1]
@@ -202,7 +210,7 @@ def test_without_a_run_only_what_is_plain_is_converted():
 
 def test_predicate_chooses_the_mode():
   params, report = jaxqq.nn.quantize_params(
-    PARAMS, "nvfp4", predicate=lambda path, own: "mxfp8" if "bias" in own else False
+    params_of_model(), "nvfp4", predicate=lambda path, own: "mxfp8" if "bias" in own else False
   )
   assert params["head"]["kernel"].mode == report["head"].mode == "mxfp8"
   assert "predicate" in report["odd"].reason
@@ -213,10 +221,10 @@ def test_bad_input():
     jaxqq.nn.quantize_params([1])
   check_sentence(str(caught.value), "quantize_params", ["params", "list"])
   with pytest.raises(ValueError) as caught:
-    jaxqq.nn.quantize_params(PARAMS, apply=lambda params: 0)
+    jaxqq.nn.quantize_params(params_of_model(), apply=lambda params: 0)
   check_sentence(str(caught.value), "quantize_params", ["apply", "no module"])
   with pytest.raises(ValueError) as caught:
-    jaxqq.nn.quantize_params(PARAMS, "int4")
+    jaxqq.nn.quantize_params(params_of_model(), "int4")
   check_sentence(str(caught.value), "quantize_params", ["'int4'"])
   with pytest.raises(ValueError) as caught:
     jaxqq.nn.quantized_apply(MODEL, global_scale="max")
@@ -268,7 +276,7 @@ def test_so_they_do_in_the_middle_of_a_model():
     jax.eval_shape(run, params)
   check_sentence(str(caught.value), "nn.DenseGeneral", ["'blocks.attention.query'", "packed"])
   del params["blocks"]["attention"]
-  params["blocks"]["attention"] = PARAMS["blocks"]["attention"]
+  params["blocks"]["attention"] = params_of_model()["blocks"]["attention"]
   with pytest.raises(TypeError) as caught:
     jax.eval_shape(run, params)
   check_sentence(str(caught.value), "nn.Dense", ["'blocks.up'", "packed"])
