@@ -241,10 +241,11 @@ def test_a_bfloat16_model_has_gradients(choice):
     [nn.Dense(64, param_dtype=jnp.bfloat16), nn.relu, nn.Dense(32, param_dtype=jnp.bfloat16)]
   )
   x = jnp.asarray(X, jnp.bfloat16)
-  variables = model.init(jax.random.key(0), x)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
 
   def gradient(apply):
-    return jax.grad(lambda v: jnp.mean(apply(v, x).astype(jnp.float32) ** 2) * 1e-3)(variables)
+    loss = lambda v: jnp.mean(apply(v, x).astype(jnp.float32) ** 2) * 1e-3  # noqa: E731
+    return jax.jit(jax.grad(loss))(variables)
 
   got = gradient(jaxqq.nn.quantized_apply(model, "nvfp4", backward="quantized", **choice))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradient(model.apply)), strict=True):
