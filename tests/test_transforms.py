@@ -91,6 +91,22 @@ def test_nested_vmap(product, packed):
   assert equations(mapped, x, *args) == {"qqmm": 1, "scan": 0, "while": 0}
 
 
+def of_scales(args):
+  return jaxqq.qqmm(**args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_derivatives(f, args):
+  """The product, a tangent of it, and the gradient of its sum of squares."""
+
+  def product(x):
+    return f({**args, "x": x})
+
+  x = args["x"]
+  out, tangent = jax.jvp(product, (x,), (jnp.ones_like(x),))
+  return out, tangent, jax.grad(lambda x: jnp.sum(product(x) ** 2))(x)
+
+
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("batched", "packed"),
@@ -107,37 +123,29 @@ def test_nested_vmap(product, packed):
   ],
 )
 def test_vmap_over_scales(batched, packed):
+  """The rows are of one program in all cases."""
   x, w = data((3, 5, 64), (3, 7, 64))
   operands = {"x": x, "w": w}
   if packed:
-    operands["w"], operands["scales"] = jaxqq.quantize(w, global_scale=jnp.float32(5))
-  operands["global_scale_x"] = jnp.float32([2.0, 4.0, 8.0])
-  operands["global_scale_w"] = jnp.float32([3.0, 6.0, 5.0])
+    parts = jaxqq.quantize(w, global_scale=jnp.float32(5))
+    operands["w"], operands["scales"] = map(np.asarray, parts)
+  operands["global_scale_x"] = np.float32([2.0, 4.0, 8.0])
+  operands["global_scale_w"] = np.float32([3.0, 6.0, 5.0])
   args = {name: a if name in batched.split() else a[0] for name, a in operands.items()}
   axes = {name: 0 if name in batched.split() else None for name in operands}
-
-  def product(args):
-    return jaxqq.qqmm(**args)
-
-  def row(args, i):
-    return product({name: a if axes[name] is None else a[i] for name, a in args.items()})
-
-  mapped = jax.vmap(product, in_axes=(axes,))
-  rows = jax.jit(lambda args: jnp.stack([row(args, i) for i in range(3)]))
-  np.testing.assert_allclose(jax.jit(mapped)(args), rows(args), **CLOSE)
+  mapped = jax.vmap(of_scales, in_axes=(axes,))
   assert equations(mapped, args) == {"qqmm": 1, "scan": 0, "while": 0}
-
+  out, tangent, gradient = with_derivatives(mapped, args)
+  rows = [
+    with_derivatives(of_scales, {n: a if axes[n] is None else a[i] for n, a in args.items()})
+    for i in range(3)
+  ]
+  outs, tangents, gradients = (np.stack(each) for each in zip(*rows, strict=True))
+  np.testing.assert_allclose(out, outs, **CLOSE)
+  np.testing.assert_allclose(tangent, tangents, **CLOSE)
   # The derivative of the batched product is the sum of the derivatives of its rows.
-  def loss(x):
-    return jnp.sum(mapped({**args, "x": x}) ** 2)
-
-  def loss_by_rows(x):
-    return sum(jnp.sum(row({**args, "x": x}, i) ** 2) for i in range(3))
-
-  x, v = args["x"], jnp.ones_like(args["x"])
-  np.testing.assert_allclose(jax.grad(loss)(x), jax.grad(loss_by_rows)(x), rtol=1e-5, atol=1e-3)
-  tangents = [jax.jvp(f, (x,), (v,))[1] for f in (loss, loss_by_rows)]
-  np.testing.assert_allclose(*tangents, rtol=1e-5)
+  want = gradients.sum(0) if axes["x"] is None else gradients
+  np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
@@ -149,7 +157,8 @@ def test_per_example_gradients(mode, backward):
     return jnp.vdot(g, jaxqq.qqmm(x, w, mode=mode, backward=backward))
 
   per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
-  want = [jax.grad(loss)(w, x[i], g[i]) for i in range(4)]
+  one = jax.jit(jax.grad(loss))
+  want = [one(w, x[i], g[i]) for i in range(4)]
   np.testing.assert_allclose(per_example(w, x, g), np.stack(want), **CLOSE)
   n = 2 if backward == "quantized" else 1
   assert equations(per_example, w, x, g) == {"qqmm": n, "scan": 0, "while": 0}
@@ -167,7 +176,8 @@ def test_per_example_gradients_with_global_scales(backward):
     return jnp.vdot(g, y)
 
   per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0))(w, x, sx, g)
-  want = np.stack([jax.grad(loss)(w, x[i], sx[i], g[i]) for i in range(4)])
+  one = jax.jit(jax.grad(loss))
+  want = np.stack([one(w, x[i], sx[i], g[i]) for i in range(4)])
   np.testing.assert_allclose(per_example, want, rtol=1e-5, atol=1e-3)
   # The other order: one gradient of the sum, along whose axis the scales differ.
   total = jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0, 0, 0))(w, x, sx, g)))(w)
@@ -323,8 +333,13 @@ def test_with_64_bit_types_enabled(product, packed):
   want = product(x, *arguments(w, product.mode, packed))
   with jax.enable_x64(True):
     args = arguments(w, product.mode, packed)
-    got, pullback = jax.vjp(lambda x: product(x, *args, backward="quantized"), x)
-    (dx,) = pullback(got)
+
+    @jax.jit
+    def with_gradient(x, *args):
+      out, pullback = jax.vjp(lambda x: product(x, *args, backward="quantized"), x)
+      return out, *pullback(out)
+
+    got, dx = with_gradient(x, *args)
   np.testing.assert_array_equal(got, want)
   assert got.dtype == dx.dtype == jnp.float32
 
