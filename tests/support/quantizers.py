@@ -19,6 +19,17 @@ def interpreted(f, *args):
     return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
 
+def interpreted_again(f):
+  """Runs f as `interpreted` does, but compiles it once for operands of the same types."""
+  program = jax.jit(f)
+
+  def run(*args):
+    with interpreted_kernels():
+      return jax.tree.map(np.asarray, program(*args))
+
+  return run
+
+
 def compiled(f, *args):
   return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
