@@ -12,7 +12,8 @@ ends: its sums go to memory, and a flag says so. Last comes the end of a tile th
 began: this CTA adds up, always in the same order, and stores the result. So a CTA waits for those
 before it alone, which the device starts no later, and they did that part first.
 
-A CTA has the tiles of whole waves, which are numbered before these, afterwards. Source: Osama et al., Stream-K (arXiv 2301.03598).
+A CTA has the tiles of whole waves, which are numbered before these, afterwards. Source: Osama et
+al., Stream-K (arXiv 2301.03598).
 """
 
 from __future__ import annotations
