@@ -26,6 +26,7 @@ from jaxqq._kernels.hopper.quantize.groups import (
   View,
   by_blocks,
   load_elements,
+  store_gmem,
 )
 from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows
 from jaxqq._kernels.hopper.quantize.squares import Squares
@@ -116,7 +117,7 @@ def _exact_kernel(
   how = seen.parts, a_ref.dtype, of_groups, seen.layout, seen.over_block
   scales = own.scales(a, amax_bits, fmt, *how)
   values = values_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
-  out_ref[here] = values.astype(out_ref.dtype)
+  store_gmem(out_ref.at[here], values.astype(out_ref.dtype))
 
 
 def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:

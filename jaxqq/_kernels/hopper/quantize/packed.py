@@ -147,7 +147,7 @@ def _quantize_kernel(
   how = seen.parts, a_ref.dtype, of_groups, seen.layout, seen.over_block
   scales = own.scales(a, amax_bits, fmt, *how)
   words = words_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
-  packed_ref[here] = lax.bitcast_convert_type(words, jnp.uint32)
+  store_gmem(packed_ref.at[here], lax.bitcast_convert_type(words, jnp.uint32))
   store_gmem(scales_ref.at[here], scales.byte.astype(jnp.uint8))
 
 
