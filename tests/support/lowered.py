@@ -138,6 +138,8 @@ def table() -> Iterator[tuple[str, Case]]:
         yield f"{way} w float32", product(mode, m, n, k, w_dtype=jnp.float32, **p)
       yield f"{way} x batch", product(mode, m, n, k, x_batch=(2, 3), **p)
       yield f"{way} batches", product(mode, m, n, k, x_batch=(3,), w_batch=(3,), **p)
+  for mode, m, n, k in (("nvfp4", 192, 5120, 25600), ("mxfp8", 128, 5376, 21504)):
+    yield f"{mode} stream-K {m} {n} {k}", product(mode, m, n, k)
   yield "mxfp8 staged exact", product("mxfp8", 3200, 256, 1024, dtype=jnp.float32)
   for mode, backward in itertools.product(("nvfp4", "mxfp8"), ("straight_through", "quantized")):
     for m, n, k in ((256, 384, 512), (32, 64, 2880)):
