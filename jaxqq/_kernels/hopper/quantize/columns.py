@@ -32,6 +32,7 @@ from jaxqq._kernels.hopper.ptx.rotation import rotated_in_thread
 from jaxqq._kernels.hopper.ptx.rounding import over_lanes
 from jaxqq._kernels.hopper.quantize.codes import (
   E4M3,
+  Scales,
   amax_bits_of,
   finite_bits,
   power,
@@ -302,11 +303,8 @@ def _exact_kernel(
 ) -> None:
   *arrays, staging_ref = refs
   own = jax.tree.unflatten(given, arrays)
-  a, amax_bits, layout = _elements(numbers, _group_shape(fmt), own, parts)
-  of_groups = layout.reduce((2, 3))
-  over_block = _over_block(fmt, parts, of_groups)
-  scales = own.scales(a, amax_bits, fmt, parts, dtype, of_groups, layout, over_block)
-  random = random_of_columns(a.shape, tile, here.start, own, parts, layout)
+  place = tile, here.start
+  a, scales, random, layout = _scaled(numbers, _group_shape(fmt), place, own, fmt, dtype, parts)
   target = _staged_layout(TILE_K, VECTOR)
   values = values_of(a, scales, fmt, layout, random)
   values = regroup(values, layout, (TILE_ROWS, TILE_K), target, interleave)
@@ -327,11 +325,7 @@ def _quantize_kernel(
   own = jax.tree.unflatten(given, arrays)
   groups, words_a_group = TILE_K // fmt.group_size, fmt.group_size // fmt.codes_per_word
   shape = groups, words_a_group, fmt.codes_per_word
-  a, amax_bits, layout = _elements(numbers, shape, own, parts)
-  of_groups = layout.reduce((2, 3))
-  over_block = _over_block(fmt, parts, of_groups)
-  scales = own.scales(a, amax_bits, fmt, parts, dtype, of_groups, layout, over_block)
-  random = random_of_columns(a.shape, tile, here.start, own, parts, layout)
+  a, scales, random, layout = _scaled(numbers, shape, (tile, here.start), own, fmt, dtype, parts)
   words = regroup(
     words_of(a, scales, fmt, layout, random),
     layout.reduce((3,)),
@@ -340,6 +334,23 @@ def _quantize_kernel(
   )
   staging_ref[...] = lax.bitcast_convert_type(words, jnp.uint32)
   store_gmem(scales_ref.at[here, tile], _joined(scales.byte).astype(scales_ref.dtype))
+
+
+def _scaled(
+  numbers: jax.Array,
+  minor: tuple[int, ...],
+  place: tuple[Any, Any],  # the tile, and its first row
+  given: Given,
+  fmt: Format,
+  dtype: Any,
+  parts: Parts,
+) -> tuple[jax.Array, Scales, jax.Array | None, Any]:
+  """As `parts.load_scaled`, and the layout of elements."""
+  a, amax_bits, layout = _elements(numbers, minor, given, parts)
+  of_groups = layout.reduce((2, 3))
+  over_block = _over_block(fmt, parts, of_groups)
+  scales = given.scales(a, amax_bits, fmt, parts, dtype, of_groups, layout, over_block)
+  return a, scales, random_of_columns(a.shape, *place, given, parts, layout), layout
 
 
 def _over_block(fmt: Format, parts: Parts, layout: Any) -> Callable[[jax.Array], jax.Array]:

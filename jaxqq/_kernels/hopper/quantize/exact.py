@@ -28,7 +28,7 @@ from jaxqq._kernels.hopper.quantize.groups import (
   load_elements,
   store_gmem,
 )
-from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows
+from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows, load_scaled
 from jaxqq._kernels.hopper.quantize.squares import Squares
 
 _MATRIX = (8, 8)  # how the 64 elements are seen that `interleave` permutes among themselves
@@ -111,12 +111,8 @@ def _exact_kernel(
   here: Any, a_ref: Any, *refs: Any, fmt: Format, seen: Rows | Squares, given: Any
 ) -> None:
   *arrays, out_ref = refs
-  own = jax.tree.unflatten(given, arrays)
-  a, amax_bits = seen.load(a_ref, here, own)
-  of_groups = seen.reduced(amax_bits.ndim)
-  how = seen.parts, a_ref.dtype, of_groups, seen.layout, seen.over_block
-  scales = own.scales(a, amax_bits, fmt, *how)
-  values = values_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
+  a, scales, random = load_scaled(seen, a_ref, here, jax.tree.unflatten(given, arrays), fmt)
+  values = values_of(a, scales, fmt, seen.layout, random)
   store_gmem(out_ref.at[here], values.astype(out_ref.dtype))
 
 

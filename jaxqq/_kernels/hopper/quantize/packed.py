@@ -31,7 +31,7 @@ from jaxqq._kernels.hopper.quantize.groups import (
   positions,
   store_gmem,
 )
-from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows
+from jaxqq._kernels.hopper.quantize.parts import NEAREST, Given, Parts, Rows, load_scaled
 from jaxqq._kernels.hopper.quantize.squares import Squares
 from jaxqq._quantize import decoding
 
@@ -141,12 +141,8 @@ def _quantize_kernel(
   here: Any, a_ref: Any, *refs: Any, fmt: Format, seen: Rows | Squares, given: Any
 ) -> None:
   *arrays, packed_ref, scales_ref = refs
-  own = jax.tree.unflatten(given, arrays)
-  a, amax_bits = seen.load(a_ref, here, own)
-  of_groups = seen.reduced(amax_bits.ndim)
-  how = seen.parts, a_ref.dtype, of_groups, seen.layout, seen.over_block
-  scales = own.scales(a, amax_bits, fmt, *how)
-  words = words_of(a, scales, fmt, seen.layout, seen.random(here, a.shape, own))
+  a, scales, random = load_scaled(seen, a_ref, here, jax.tree.unflatten(given, arrays), fmt)
+  words = words_of(a, scales, fmt, seen.layout, random)
   store_gmem(packed_ref.at[here], lax.bitcast_convert_type(words, jnp.uint32))
   store_gmem(scales_ref.at[here], scales.byte.astype(jnp.uint8))
 

@@ -180,6 +180,20 @@ class Rows:
     return given.random(index - row * (self.k // vector), row, self.view.layout)
 
 
+# What rows, and squares of them (`squares.py`), are seen as
+Seen = Any  # Rows | Squares
+
+
+def load_scaled(
+  seen: Seen, a_ref: Any, here: Any, given: Given, fmt: Format
+) -> tuple[jax.Array, Scales, jax.Array | None]:
+  """Elements, the scales of their groups, and what they are rounded by; None is to nearest."""
+  a, amax_bits = seen.load(a_ref, here, given)
+  of_groups = seen.reduced(amax_bits.ndim)
+  how = seen.parts, a_ref.dtype, of_groups, seen.layout, seen.over_block
+  return a, given.scales(a, amax_bits, fmt, *how), seen.random(here, a.shape, given)
+
+
 # Columns: a thread has 64 neighbours of one.
 
 
