@@ -91,7 +91,7 @@ class PackedOperand(Protocol):
 
 @pipeline.arrays
 class Operands:
-  # (b or 1, m, k) of mainloop.dtype, k a multiple of mainloop.step_k; beside `groups`, of 16.
+  # (b or 1, m, k) of mainloop.dtype, k a multiple of 16; interleaved, of mainloop.step_k.
   x: Any
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
@@ -275,10 +275,9 @@ class _Cta:
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(kernel.grid)
     self.first_step, self.k_steps = self.own_steps()
-    self.num_steps = None
     if self.tiles.stream_k:
       self.worker = lax.axis_index(pipeline.WORKER)
-      self.walk, self.num_steps = stream_k.walk(kernel.grid, kernel.k_steps, kernel.steps_a_block)
+      self.walk, self.dealt_steps = stream_k.walk(kernel.grid, kernel.k_steps, kernel.steps_a_block)
     else:
       self.walk = pipeline.walk(kernel.grid, gmem.groups)
 
@@ -297,15 +296,18 @@ class _Cta:
     before = tile.index * self.k_steps, tile.index * self.kernel.blocks_a_tile
     return Steps(self.first_step, self.k_steps, *before)
 
+  def count_steps(self) -> Any:
+    """Of all its tiles."""
+    return self.dealt_steps if self.tiles.stream_k else self.walk.num_tiles * self.k_steps
+
   def run(self) -> None:
     kernel, warpgroup = self.kernel, self.warpgroup
 
     @pl.when(warpgroup == kernel.compute_warpgroups)
     @jax.named_scope("producer")
     def _producer() -> None:
-      steps_of = self.steps_of if self.tiles.stream_k else None
-      how = self.smem.empty, self.walk, self.k_steps, steps_of, self.num_steps
-      pipeline.produce(self.load, *how)
+      steps = self.steps_of, self.count_steps
+      pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
       if self.tiles.cluster > 1:
         cluster.cluster_sync()
 
@@ -326,7 +328,7 @@ class _Cta:
           few, most = (functools.partial(self.multiply, tile, rows) for rows in (FEW_ROWS, block_m))
           lax.cond(tile.rows <= FEW_ROWS, few, most)
         else:
-          self.multiply(tile, block_m, t)
+          self.multiply(tile, block_m)
 
       if kernel.ping_pong:  # no barrier mid-phase at exit
         pl.when(warpgroup == 0)(lambda: named_barriers.wait(warpgroup))
@@ -337,15 +339,16 @@ class _Cta:
           zeros = pipeline.walk_of_zeros(kernel.grid, self.gmem.groups)
           epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.first_row)
 
-  def multiply(self, tile: Tile, rows: int, t: Any = None) -> None:
-    """A tile of up to so many rows of x, the t-th of this CTA."""
+  def multiply(self, tile: Tile, rows: int) -> None:
+    """A tile of up to so many rows of x."""
     with jax.named_scope("mainloop"):
       sums, w_scales = self.sums(tile, rows)
     with jax.named_scope("epilogue"):
       if self.tiles.cluster > 1:
         self.exchange_and_store(sums, w_scales, tile)
       elif self.tiles.stream_k:
-        self.add_up_and_store(sums, w_scales, self.walk.tile(handover.recomputed(t)))
+        again = self.walk.tile(handover.recomputed(tile.index))
+        self.add_up_and_store(sums, w_scales, again)
       else:
         self.store(sums, w_scales, tile, 0)
 

@@ -190,7 +190,8 @@ class _Cta:
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     @jax.named_scope("producer")
     def _producer() -> None:
-      pipeline.produce(self.load, self.smem.empty, self.walk, kernel.k_steps)
+      steps = pipeline.whole_steps(self.walk, kernel.k_steps)
+      pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:

@@ -105,6 +105,11 @@ class Walk:
   tile: Callable[[Any], Tile]
 
 
+def whole_steps(walk: Walk, k_steps: Any) -> tuple[Callable[[Tile], Steps], Callable[[], Any]]:
+  """What `produce` is told where all steps of a tile are one CTA's."""
+  return lambda tile: Steps(0, k_steps, tile.index * k_steps), lambda: walk.num_tiles * k_steps
+
+
 def walk(grid: Grid, groups: GroupTiles | None = None) -> Walk:
   workers, worker = grid.num_workers, lax.axis_index(WORKER)
   if groups is not None:
@@ -158,22 +163,18 @@ def produce(
   load: Callable[[Any, Any, Tile], None],  # (stage, k step within the tile, tile)
   empty: Any,  # barriers, one a stage
   walk: Walk,
-  k_steps: Any,  # of each tile
-  steps_of: Callable[[Tile], Steps] | None = None,
-  num_steps: Any = None,
+  steps_of: Callable[[Tile], Steps],
+  count_steps: Callable[[], Any],  # of all tiles
 ) -> None:
-  """The producer's work: loads every step of every tile, once its stage is free.
-
-  Where tiles have different numbers of steps, `steps_of` tells them, and `num_steps` of all.
-  """
+  """The producer's work: loads every step of every tile, once its stage is free."""
   plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
   (stages,) = empty.shape
 
   @pl.loop(0, walk.num_tiles)
   def _tile(t: Any) -> None:
-    tile, first, count = walk.tile(t), t * k_steps, k_steps
-    if steps_of is not None:
-      first, count = steps_of(tile).before, steps_of(tile).count
+    tile = walk.tile(t)
+    steps = steps_of(tile)
+    first = steps.before
 
     def load_when_free(ki: Any, stage: Any) -> Any:
       @pl.when(first + ki >= stages)
@@ -183,12 +184,12 @@ def produce(
       load(stage, ki, tile)
       return stage_after(stage, stages)
 
-    lax.fori_loop(0, count, load_when_free, stage_of(first, stages))
+    lax.fori_loop(0, steps.count, load_when_free, stage_of(first, stages))
 
-  total = walk.num_tiles * k_steps if num_steps is None else num_steps
+  num_steps = count_steps()
 
   # The last readers: no mbarrier is mid-phase at exit.
-  @pl.loop(jnp.maximum(total - stages, 0), total)
+  @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
   def _drain(step: Any) -> None:
     plgpu.barrier_wait(empty.at[stage_of(step, stages)])
 

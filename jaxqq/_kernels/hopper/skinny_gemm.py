@@ -279,7 +279,8 @@ class _Cta:
     @pl.when(warpgroup == workers)
     @jax.named_scope("producer")
     def _producer() -> None:
-      pipeline.produce(self.load, self.smem.empty, self.walk, kernel.k_steps)
+      steps = pipeline.whole_steps(self.walk, kernel.k_steps)
+      pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
 
     @pl.when(warpgroup < workers)
     def _compute() -> None:

@@ -69,10 +69,8 @@ class Grid:
     return self.num_tiles - self.whole_waves * self.num_sms
 
   def most_steps(self, k_steps: int) -> int:
-    """That a CTA has, of tiles of so many steps."""
-    if self.stream_k:
-      return self.whole_waves * k_steps + cdiv(self.dealt_tiles * k_steps, self.num_sms)
-    return cdiv(self.num_tiles, self.num_sms) * cdiv(k_steps, self.cluster)
+    """Of stream-K: that a CTA has, of tiles of so many steps."""
+    return self.whole_waves * k_steps + cdiv(self.dealt_tiles * k_steps, self.num_sms)
 
 
 @dataclasses.dataclass(frozen=True)
