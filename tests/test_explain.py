@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from jaxqq import _compat
+from jaxqq.bench import tune
 from tests.support import oracle
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
@@ -122,22 +123,21 @@ class TestChoice:
   )
   def test_tiles_were_the_fastest_that_were_measured(self, file, slower, off):
     """Nearly, of those in tuned/; which shapes a change of the costs moves, this tells."""
+    tuned = resources.files("jaxqq") / "_kernels" / "tuned"
+    others = {"h200_tiles": "h200_stream_k", "h200_stream_k": "h200_tiles"}
+    own, other = (tune.read(tuned / f"{name}.json") for name in (file, others[file]))
     times = collections.defaultdict(dict)
-    for kept in (file, "h200_tiles" if file == "h200_stream_k" else "h200_stream_k"):
-      path = resources.files("jaxqq") / "_kernels" / "tuned" / f"{kept}.json"
-      for row in json.loads(path.read_text())["rows"]:
-        if row["kernel"] == "dequant_gemm":
-          problem = row["m"], row["n"], row["k"], row["mode"]
-          tiles = row["block_m"], row["block_n"], row["cluster"], row.get("stream_k", False)
-          if kept == file or problem in times:
-            times[problem].setdefault(tiles, row["us"])
+    for tile, us in own.items():
+      times[tile.product][tile] = us
+    for tile, us in other.items():
+      if tile.product in times:
+        times[tile.product].setdefault(tile, us)
     assert len(times) > 30
-    for (m, n, k, mode), of_tiles in times.items():
+    for (mode, m, n, k), of_tiles in times.items():
       plan = of(m, n, k, mode, True).plan.kernel
       if plan.kernel == "skinny_gemm":
         continue
-      tiles = plan.tiles
-      chosen = tiles.block_m, tiles.block_n, tiles.cluster, tiles.stream_k
+      chosen = tune.Tile.of(plan)
       fastest = min(of_tiles, key=of_tiles.get)
       assert of_tiles.get(chosen, np.inf) <= slower * of_tiles[fastest], (m, n, k, mode, fastest)
       assert abs(plan.estimate_us / of_tiles[chosen] - 1) < off, (m, n, k, mode)

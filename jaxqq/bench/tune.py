@@ -150,7 +150,7 @@ def write(path: pathlib.Path, times: dict[Tile, float]) -> None:
 
 # Costs
 
-_Terms = list[tuple[list[float], float]]  # what a time is made of, and the time
+_Terms = list[tuple[tuple[int, int], float]]  # `costs.counts` of a product, and its time
 
 
 def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
@@ -180,17 +180,10 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
   return found
 
 
-def _terms(tile: Tile, step_k: int, num_sms: int) -> list[float]:
-  """How often each cost is part of the time: `costs.Timed.time`, solved for them."""
+def _terms(tile: Tile, step_k: int, num_sms: int) -> tuple[int, int]:
   sizes = 1, tile.m, tile.n, tile.block_m, tile.block_n
   grid = Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
-  k_steps = cdiv(tile.k, step_k)
-  if tile.stream_k:
-    return [grid.most_steps(k_steps), 1]
-  if tile.cluster > 1:
-    return [cdiv(k_steps, tile.cluster), 1]
-  waves = cdiv(grid.num_tiles, num_sms)
-  return [waves * k_steps, waves]
+  return costs.counts(grid, cdiv(tile.k, step_k))
 
 
 def _least_squares(terms: _Terms) -> tuple[float, float] | None:
@@ -214,7 +207,7 @@ def choices(times: dict[Tile, float]) -> list[tuple[float, Tile, Tile]]:
   for (mode, m, n, k), own in of_product.items():
     plans = plans_of(Case("packed", mode, m, n, k))
     if plans:
-      chosen = Tile.of(min(plans, key=lambda each: each.estimate_us))
+      chosen = Tile.of(plan.fastest(plans))
       fastest = min(own, key=own.__getitem__)
       found.append((own.get(chosen, float("inf")) / own[fastest], chosen, fastest))
   return sorted(found, key=lambda choice: -choice[0])

@@ -3,7 +3,7 @@
 A line is a tile; `plan.py` tries each in clusters of several sizes, and takes what takes least
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
 n = k = 8192 (bench/results/h200.json), of packed w at six shapes of models with 64 to 1024 rows
-(../tuned/h200_tiles.json), and with stream-K at twelve (../tuned/h200_stream_k.json).
+(../tuned/h200_tiles.json), and with stream-K at eleven (../tuned/h200_stream_k.json).
 """
 
 from __future__ import annotations
@@ -25,21 +25,32 @@ class Timed:
   stream_k: tuple[float, float] | None = None  # a step and the rest, with stream-K; None: without
 
   def time(self, grid: Grid, k_steps: int) -> float:
-    """A launch takes as many waves of CTAs as there are tiles for each SM."""
+    step_us, rest_us = self.step_us, self.tile_us
     if grid.cluster > 1:
       assert self.cluster_us is not None
-      return cdiv(k_steps, grid.cluster) * self.step_us + self.cluster_us
-    if grid.stream_k:
+      rest_us = self.cluster_us
+    elif grid.stream_k:
       assert self.stream_k is not None
       step_us, rest_us = self.stream_k
-      return STREAM_K * (grid.most_steps(k_steps) * step_us + rest_us)
-    waves = cdiv(grid.num_tiles, grid.num_sms)
-    return waves * (k_steps * self.step_us + self.tile_us)
+    steps, tiles = counts(grid, k_steps)
+    return steps * step_us + tiles * rest_us
+
+
+def counts(grid: Grid, k_steps: int) -> tuple[int, int]:
+  """How many steps follow each other, and how often a tile begins and ends.
+
+  A launch takes as many waves of CTAs as there are tiles for each SM.
+  """
+  if grid.cluster > 1:
+    return cdiv(k_steps, grid.cluster), 1
+  if grid.stream_k:
+    return grid.most_steps(k_steps), 1
+  waves = cdiv(grid.num_tiles, grid.num_sms)
+  return waves * k_steps, waves
 
 
 CLUSTERS = (1, 2, 3, 4, 6, 8)  # CTAs that share a tile
-# What stream-K has to gain before it is taken: its times are the least certain.
-STREAM_K = 1.05
+STREAM_K_GAIN = 1.05  # before it is taken: its times are the least certain
 
 GEMM = (
   Timed(256, 128, 0.78, 3.0),
@@ -52,7 +63,8 @@ SKINNY_E2M1 = Timed(64, 64, 0.145, 1.6, 3.8)
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
 # share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums.
 # With stream-K steps take longer, and more so of many rows of x: it seems that the L2 cache serves
-# what all CTAs load at the same time with less. In fp8 tiles of 192 rows of x and more spill then.
+# what all CTAs load at the same time with less. In fp8, tiles of 256 rows of x spill registers then,
+# and those of 64 and 192 have no costs yet.
 DEQUANT_E2M1 = (
   Timed(64, 128, 0.312, 4.0, 8.6),
   Timed(64, 192, 0.438, 4.4, 7.3),

@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -40,6 +41,7 @@ from jaxqq._kernels.hopper.costs import (
   DEQUANT_E4M3,
   GEMM,
   SKINNY_E2M1,
+  STREAM_K_GAIN,
   Timed,
 )
 from jaxqq._kernels.hopper.tiles import (
@@ -311,7 +313,12 @@ def panel_rows(grid: Grid, row_bytes: int) -> int:
 
 
 def _wide(problem: Problem, device: Device, *, fp8: bool) -> WidePlan:
-  return min(wide_plans(problem, device, fp8=fp8), key=lambda plan: plan.estimate_us)
+  return fastest(wide_plans(problem, device, fp8=fp8))
+
+
+def fastest(plans: Sequence[WidePlan]) -> WidePlan:
+  """That which takes least time by the costs."""
+  return min(plans, key=lambda p: p.estimate_us * (STREAM_K_GAIN if p.tiles.stream_k else 1))
 
 
 def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]:
