@@ -492,7 +492,9 @@ def test_explain(monkeypatch):
   assert explain(recipe="nvfp4", device="cpu").plan.name == "xla"
   text = explain(recipe="nvfp4", device="cuda")
   assert text.plan.name == "xla"
-  assert "Not hopper_recipe: it has not run on a GPU yet; JAXQQ_ENABLE=hopper_recipe" in text
+  assert (
+    "Not hopper_recipe: it is off until a GPU has run it; the environment's JAXQQ_ENABLE" in text
+  )
   monkeypatch.setenv("JAXQQ_ENABLE", "hopper_recipe,hopper_quantizer")
   quantize = Quantizer(rounding="stochastic").quantize
   by_quantizer = jaxqq.explain(quantize, x, KEY, device="cuda")
