@@ -14,7 +14,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxqq.bench.cases import Case
@@ -97,7 +97,7 @@ def _measure(group: Sequence[Case]) -> Found:
     }
 
 
-def groups_of(cases: Mapping[Case, Any] | Sequence[Case]) -> list[list[Case]]:
+def groups_of(cases: Sequence[Case]) -> list[list[Case]]:
   """Cases that differ in their mode alone, together; in the order of the first of each."""
   groups: dict[Case, list[Case]] = {}
   for case in cases:
