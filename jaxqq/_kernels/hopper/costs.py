@@ -63,8 +63,8 @@ SKINNY_E2M1 = Timed(64, 64, 0.145, 1.6, 3.8)
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
 # share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums.
 # With stream-K steps take longer, and more so of many rows of x: it seems that the L2 cache serves
-# what all CTAs load at the same time with less. In fp8, tiles of 256 rows of x spill registers then,
-# and those of 64 and 192 have no costs yet.
+# what all CTAs load at the same time with less. In fp8, tiles of 256 rows of x spill registers
+# then, and those of 64 and 192 have no costs yet.
 DEQUANT_E2M1 = (
   Timed(64, 128, 0.312, 4.0, 8.6),
   Timed(64, 192, 0.438, 4.4, 7.3),
