@@ -194,15 +194,15 @@ STREAM_K = {
     *(T(96, 4, block_n=256, stream_k=True), {"num_sms": 8}),
   ),
   "stream-K, long": ("mxfp8", BF16, (1, 1), 200, 300, 1344, T(256, 2, True, 1, stream_k=True), {}),
-  "stream-K, a step each": (
-    *("mxfp4", BF16, (5, 1), 33, 100, 192),
+  "stream-K, two steps each": (
+    *("mxfp4", BF16, (5, 1), 33, 100, 384),
     *(T(64, 9, stream_k=True), {"num_sms": 13}),
   ),
 }
 # The interpreter has no clusters.
 CLUSTERS = {
   "e2m1 cluster": ("e2m1", BF16, (1, 1), 201, 133, 384, T(256, 3, store_stages=1, cluster=2), {}),
-  "e2m1 cluster, batches": ("e2m1", F16, (3, 1), 67, 300, 128, T(128, 6, False, 1, 2), {}),
+  "e2m1 cluster, batches": ("e2m1", F16, (3, 1), 67, 300, 256, T(128, 6, False, 1, 2), {}),
   "e4m3 cluster": ("e4m3", BF16, (1, 1), 201, 390, 768, T(256, 2, True, 1, 2), {}),
   "e4m3 cluster, promoted": ("e4m3", F16, (1, 2), 130, 67, 512, T(128, 5, True, 1, 2), {}),
   "e2m1 cluster of 4": ("e2m1", BF16, (1, 1), 201, 133, 768, T(256, 2, False, 1, 4), {}),
@@ -218,14 +218,14 @@ CLUSTERS = {
     (1, 1),
     128,
     200,
-    320,
+    448,
     T(128, 4, False, 1, 3, 192),
     {},
   ),
-  "e4m3 cluster of 3, uneven": ("e4m3", BF16, (1, 1), 64, 400, 640, T(64, 4, True, 1, 3), {}),
+  "e4m3 cluster of 3, uneven": ("e4m3", BF16, (1, 1), 64, 400, 896, T(64, 4, True, 1, 3), {}),
   "e2m1 cluster of 3": ("e2m1", BF16, (1, 1), 90, 300, 704, T(96, 4, False, 1, 3, 192), {}),
   "e4m3 cluster, 192 of m": ("e4m3", BF16, (1, 1), 190, 300, 896, T(192, 3, True, 1, 2), {}),
-  "e4m3 cluster, 256 of n": ("e4m3", F16, (2, 1), 70, 300, 896, T(64, 3, True, 1, 4, 256), {}),
+  "e4m3 cluster, 256 of n": ("e4m3", F16, (2, 1), 70, 300, 1152, T(64, 3, True, 1, 4, 256), {}),
   "nvfp4 cluster": ("nvfp4", BF16, (1, 1), 201, 133, 768, T(256, 3, False, 1, 4), {}),
   "nvfp4 f16 cluster": ("nvfp4 f16", F16, (1, 1), 60, 300, 704, T(64, 4, False, 1, 4, 256), {}),
   "mxfp4 cluster": ("mxfp4", BF16, (2, 1), 90, 300, 704, T(96, 4, False, 1, 3, 192), {}),
@@ -295,12 +295,15 @@ STREAMED_TILES = [1, 3, 10, 22]
 
 
 @pytest.mark.parametrize("sms", [2, 3, 7])
-@pytest.mark.parametrize("k_steps", [1, 5, 8, 19])
+@pytest.mark.parametrize("k_steps", [2, 5, 8, 19])
 @pytest.mark.parametrize("tiles", STREAMED_TILES)
 def test_the_pieces_of_stream_k(tiles, k_steps, sms):
-  """Every step of every tile is somebody's, and those who begin a tile are before who ends it."""
+  """Every step of every tile is somebody's, and those who begin a tile are before who ends it.
+
+  No piece has one step alone.
+  """
   grid = Grid(1, 64, 128 * tiles, 64, 128, sms, stream_k=True)
-  if tiles % sms == 0 or grid.dealt_tiles * k_steps < sms:
+  if tiles % sms == 0 or grid.dealt_tiles * (k_steps // 2) < sms:
     return  # no stream-K
   # As many pieces in all cases, at once: of each operation there is one program for so many SMs.
   block_steps, most = 4, max(STREAMED_TILES) + 3
@@ -325,7 +328,7 @@ def test_the_pieces_of_stream_k(tiles, k_steps, sms):
     assert numbers[worker] <= most
     for piece in np.asarray(fields[worker, : numbers[worker]]):
       tile, first, count, steps_before, blocks_before, others, is_end = map(int, piece)
-      assert count > 0 and (steps_before, blocks_before) == (before, blocks)
+      assert count >= 2 and (steps_before, blocks_before) == (before, blocks)
       before, blocks = (
         before + count,
         blocks - (-(first + count) // block_steps + first // block_steps),
@@ -356,9 +359,9 @@ def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype, monke
   monkeypatch.setattr(pipeline, "launch", recorded)
   tiles = T(64, 2, cluster=cluster)
   operands = dequant_gemm.Operands(
-    jax.ShapeDtypeStruct((1, m, 64 * cluster), BF16),
-    jax.ShapeDtypeStruct((1, 136, 16 * cluster), jnp.uint32),
-    jax.ShapeDtypeStruct((1, 136, 2 * cluster), jnp.uint8),
+    jax.ShapeDtypeStruct((1, m, 128 * cluster), BF16),
+    jax.ShapeDtypeStruct((1, 136, 32 * cluster), jnp.uint32),
+    jax.ShapeDtypeStruct((1, 136, 4 * cluster), jnp.uint8),
     jax.ShapeDtypeStruct((1, 2), F32),
   )
 

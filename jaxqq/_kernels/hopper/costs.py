@@ -2,8 +2,8 @@
 
 A line is a tile; `plan.py` tries each in clusters of several sizes, and takes what takes least
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
-n = k = 8192 (bench/results/h200.json), of packed w at six shapes of models with 64 to 1024 rows
-(../tuned/h200_tiles.json), and with stream-K at eleven (../tuned/h200_stream_k.json).
+n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 64 to 1024 rows
+(../tuned/h200_tiles.json).
 """
 
 from __future__ import annotations
@@ -62,27 +62,25 @@ SKINNY_E2M1 = Timed(64, 64, 0.145, 1.6, 3.8)
 
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
 # share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums.
-# With stream-K steps take longer, and more so of many rows of x: it seems that the L2 cache serves
-# what all CTAs load at the same time with less. In fp8, tiles of 256 rows of x spill registers
-# then, and those of 64 and 192 have no costs yet.
+# In fp8, tiles of 256 rows of x spill registers with stream-K.
 DEQUANT_E2M1 = (
-  Timed(64, 128, 0.312, 4.0, 8.6),
-  Timed(64, 192, 0.438, 4.4, 7.3),
-  Timed(64, 256, 0.560, 4.4, 7.5),
-  Timed(96, 128, 0.375, 4.0, 8.0, (0.4, 11.0)),
-  Timed(96, 192, 0.514, 4.3, 7.9, (0.536, 12.7)),
-  Timed(96, 256, 0.636, 7.0, 9.1, (0.666, 17.2)),
-  Timed(128, 128, 0.417, 4.3, 9.5, (0.498, 10.1)),
-  Timed(128, 192, 0.549, 4.2, 9.6, (0.667, 12.9)),
-  Timed(192, 128, 0.510, 4.7, 10.7, (0.638, 12.1)),
-  Timed(256, 128, 0.610, 5.2, 9.8, (0.755, 17.7)),
+  Timed(64, 128, 0.312, 4.0, 5.5, (0.312, 9.5)),
+  Timed(64, 192, 0.438, 4.4, 5.5, (0.438, 9.5)),
+  Timed(64, 256, 0.560, 4.4, 6.3, (0.560, 12.0)),
+  Timed(96, 128, 0.375, 4.0, 5.7, (0.375, 10.5)),
+  Timed(96, 192, 0.514, 4.3, 6.6, (0.514, 12.5)),
+  Timed(96, 256, 0.636, 7.0, 8.2, (0.636, 16.7)),
+  Timed(128, 128, 0.417, 4.3, 6.1, (0.432, 11.7)),
+  Timed(128, 192, 0.549, 4.2, 6.8, (0.549, 18.0)),
+  Timed(192, 128, 0.510, 4.7, 7.4, (0.536, 15.9)),
+  Timed(256, 128, 0.610, 5.2, 9.5, (0.654, 17.6)),
 )
 DEQUANT_E4M3 = (
-  Timed(64, 128, 0.534, 4.3, 7.6),
-  Timed(64, 192, 0.679, 5.8, 7.2),
-  Timed(96, 128, 0.610, 4.6, 7.8, (0.7, 13.0)),
-  Timed(96, 192, 0.785, 4.9, 8.8, (1.07, 9.5)),
-  Timed(128, 128, 0.655, 5.8, 8.7, (0.755, 11.0)),
-  Timed(192, 128, 0.710, 5.6, 10.7),
-  Timed(256, 128, 0.910, 6.2, 11.5),
+  Timed(64, 128, 0.534, 4.3, 5.3, (0.534, 10.0)),
+  Timed(64, 192, 0.679, 5.8, 6.3, (0.707, 10.0)),
+  Timed(96, 128, 0.610, 4.6, 5.0, (0.615, 12.1)),
+  Timed(96, 192, 0.785, 4.9, 7.0, (0.785, 12.2)),
+  Timed(128, 128, 0.655, 5.8, 6.6, (0.670, 13.8)),
+  Timed(192, 128, 0.710, 5.6, 8.7, (0.764, 18.5)),
+  Timed(256, 128, 0.910, 6.2, 8.0),
 )

@@ -183,6 +183,7 @@ class _DequantGemm:
     self.out_dtype = jnp.dtype(out_dtype)
     self.compute_warpgroups = tiles.block_n // ROWS
     self.k_steps = cdiv(x.shape[2], mainloop.step_k)  # of all CTAs that share a tile
+    assert tiles.cluster == 1 or self.k_steps >= 2 * tiles.cluster, "every CTA has two steps"
     sizes = range(8, DEQUANT_STORE + 1, 8)  # rows of x that a CTA stores at a time
     self.store_m = max(s for s in sizes if tiles.own_m % s == 0 and tiles.block_m % s == 0)
     # Tiles of a group's last rows, of which fewer are loaded and multiplied.
@@ -461,7 +462,12 @@ class _Cta:
 
     place = self.first_place(tile)
     state = place, self.expanded(place), wgmma.zeros(rows)
-    place, a, total = lax.fori_loop(0, self.steps_of(tile).count - 1, body, state)
+    times = self.steps_of(tile).count - 1
+    if not isinstance(times, int):
+      # Every CTA has two steps or more. Where ptxas sees that the loop may not be entered, it has
+      # the tensor cores end each instruction before they begin the next: a quarter of the time.
+      times = jnp.maximum(times, 1)
+    place, a, total = lax.fori_loop(0, times, body, state)
     w_scales = None
     if self.kernel.has_row_scales:  # here, so that they arrive while the last step is multiplied
       w_scales = self.load_w_scales(tile)

@@ -363,9 +363,11 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
 def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:
   """Whether stream-K has a time, steps for every CTA, and no short tiles or many waves of them.
 
-  Of those a wave ends while the next one begins, and takes less time than the costs say.
+  Of those a wave ends while the next one begins, and takes less time than the costs say. Of many
+  CTAs a tile, whoever ends it adds up the sums of all.
   """
   enough = grid.dealt_tiles * k_steps >= MIN_STREAM_K_STEPS * grid.num_sms
+  enough &= MAX_STREAM_K_SHARES * grid.dealt_tiles >= grid.num_sms
   long = k_steps >= MIN_STREAM_K_TILE_STEPS and grid.whole_waves <= 1
   return timed.stream_k is not None and enough and long
 
@@ -404,10 +406,11 @@ _SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what a
 _MAX_STAGES = 9
 MIN_STREAM_K_STEPS = 8  # of a CTA
 MIN_STREAM_K_TILE_STEPS = 40
+MAX_STREAM_K_SHARES = 6  # CTAs a tile
 
 
 def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> WideTiles | None:
-  """With as many steps in shared memory as there is room for, or None if for no two.
+  """With as many steps in shared memory as there is room for, or None if for no three.
 
   A step more is worth more than a second piece of the result on its way out.
 
@@ -428,7 +431,7 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
     loads = stages * (128 * block_m + bytes_of_w * block_n) + slots * SCALES * block_n
     return loads + from_cluster + store_stages * piece
 
-  for stages, store_stages in itertools.product(range(_MAX_STAGES, 1, -1), (2, 1)):
+  for stages, store_stages in itertools.product(range(_MAX_STAGES, 2, -1), (2, 1)):
     if size(stages, store_stages) <= _SHARED_MEMORY:
       return dataclasses.replace(tiles, num_stages=stages, store_stages=store_stages)
   return None

@@ -2,7 +2,7 @@
 
 Where tiles do not fill the last wave of CTAs, SMs are idle for as long as a tile takes. So the
 tiles of the last wave, and of the one before it, are laid end to end, and their steps are dealt
-out evenly. Of three CTAs and four tiles of six steps, each has eight:
+out evenly, in twos. Of three CTAs and four tiles of six steps, each has eight:
 
     tiles    |      0      |      1      |      2      |      3      |
     CTAs     |        0         |        1         |        2        |
@@ -26,7 +26,7 @@ from jax import lax
 
 from jaxqq._kernels.hopper.pipeline import WORKER, Steps, Tile, Walk, tile_of
 from jaxqq._kernels.hopper.ptx import handover
-from jaxqq._kernels.hopper.tiles import Grid, cdiv
+from jaxqq._kernels.hopper.tiles import DEALT_STEPS, Grid, cdiv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def walk(grid: Grid, k_steps: int, block_steps: int) -> tuple[Walk, Any]:
     k_steps: of a tile.
     block_steps: steps that share a block of scales.
   """
-  assert grid.dealt_tiles * k_steps >= grid.num_sms, "every CTA has a step"
+  assert grid.dealt_tiles * (k_steps // DEALT_STEPS) >= grid.num_sms, "every CTA has steps"
   worker = lax.axis_index(WORKER)
   share = _Share(grid, k_steps, block_steps, worker)
 
@@ -62,11 +62,19 @@ class _Share:
 
   def __init__(self, grid: Grid, k_steps: int, block_steps: int, worker: Any):
     self.grid, self.k_steps, self.block_steps, self.worker = grid, k_steps, block_steps, worker
-    self.dealt = grid.dealt_tiles * k_steps
+    self.tile_deals = k_steps // DEALT_STEPS  # the last one may have a step more
+    self.deals = grid.dealt_tiles * self.tile_deals
     workers, size = jnp.int32(grid.num_sms), jnp.int32(k_steps)
-    self.begin, self.end = (lax.div((worker + i) * self.dealt, workers) for i in range(2))
+    self.begin, self.end = (
+      self.step_of(lax.div((worker + i) * self.deals, workers)) for i in range(2)
+    )
     self.first_tile, self.last_tile = lax.div(self.begin, size), lax.div(self.end - 1, size)
     self.num_pieces = self.last_tile - self.first_tile + 1
+
+  def step_of(self, deal: Any) -> Any:
+    """The first one of those that are dealt together."""
+    tile = lax.div(deal, jnp.int32(self.tile_deals))
+    return tile * self.k_steps + (deal - tile * self.tile_deals) * DEALT_STEPS
 
   def blocks(self, first: Any, end: Any) -> Any:
     """Blocks of scales of some steps of a tile."""
@@ -85,7 +93,7 @@ class _Share:
     before = jnp.where(is_dealt, self.end - stop - of_tile, self.end - self.begin + later * k_steps)
     steps = Steps(first, stop - first, before, self.blocks_before(t, later, is_dealt))
     # The CTA that has the tile's first step.
-    first_worker = lax.div((of_tile + 1) * workers - 1, jnp.int32(self.dealt))
+    first_worker = lax.div((own * self.tile_deals + 1) * workers - 1, jnp.int32(self.deals))
     of = tile_of(self.grid, t, first_dealt + own)
     return Piece(
       *(of.index, of.batch, of.m, of.n),
