@@ -68,7 +68,6 @@ class Implementation:
   # (problem, device) -> something with `run(operands)` and `details`; raises Unsupported.
   plan: Callable[[Any, Device], Any]
   takes_row_scales: bool = False  # a global scale for each row of packed w, or for each matrix
-  is_on: bool = True  # else it waits to be named in the environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +101,9 @@ class Plan:
 TURNED_OFF = "JAXQQ_DISABLE"  # names of rows, or what they begin with, and commas between them
 
 
-TURNED_ON = "JAXQQ_ENABLE"  # the same, of rows that are not on
-
-
 def turned_off() -> tuple[str, ...]:
   """What the environment says not to use."""
-  return _names(TURNED_OFF)
-
-
-def _names(variable: str) -> tuple[str, ...]:
-  return tuple(filter(None, (name.strip() for name in os.environ.get(variable, "").split(","))))
+  return tuple(filter(None, (name.strip() for name in os.environ.get(TURNED_OFF, "").split(","))))
 
 
 def from_table(
@@ -127,10 +119,6 @@ def from_table(
       reason = f"implementation={chosen!r} was asked for"
     elif chosen is None and row is not table[-1] and row.name.startswith(turned_off()):
       reason = f"the environment variable {TURNED_OFF} turns it off"
-    elif chosen is None and not row.is_on and not row.name.startswith(_names(TURNED_ON)):
-      reason = (
-        f"it is off until a GPU has run it; the environment's {TURNED_ON}={row.name} turns it on"
-      )
     elif row.platforms is not None and device.platform not in row.platforms:
       reason = f"it is for {' and '.join(row.platforms)}, not {device.platform}"
     else:

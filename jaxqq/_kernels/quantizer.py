@@ -86,7 +86,6 @@ HOPPER_QUANTIZER = Implementation(
   summary="a kernel that reads the array once, and one before it for the amax, if that is wanted",
   platforms=("cuda",),
   plan=_plan_quantizing,
-  is_on=False,  # no GPU has run it
 )
 
 
@@ -247,5 +246,4 @@ HOPPER_PRODUCT = Implementation(
   ),
   platforms=("cuda",),
   plan=_plan_product,
-  is_on=False,  # no GPU has run it
 )

@@ -148,7 +148,7 @@ SUITES = {
     "formats alone", ("quantize", "quantize columns", "dequantize"), (8192,), ((0, 8192),)
   ),
   "recipe": Suite(
-    "what recipes ask of quantizers (JAXQQ_ENABLE=hopper)", RECIPE_FORMS, (8192,), ((0, 8192),)
+    "what recipes ask of quantizers", RECIPE_FORMS, (8192,), ((0, 8192),)
   ),
   "models": Suite(
     "layers of many models, from one row of x to many: a survey",

@@ -47,11 +47,6 @@ ROUNDING_KEY = _random_bits.stream(_random_bits.key_words("test", "key", KEY), 0
 ROTATION_KEY = _random_bits.stream(_random_bits.key_words("test", "key", KEY), 1)
 
 
-@pytest.fixture(autouse=True)
-def _turned_on(monkeypatch):
-  monkeypatch.setenv("JAXQQ_ENABLE", "hopper_quantizer, hopper_recipe")
-
-
 def numbers_for(quantizer, shape, dtype):
   """Of many sizes, and NaN and an infinity among them."""
   return groups_of_many_sizes(shape, dtype, seed=sum(shape))
@@ -61,7 +56,7 @@ def amax_for(quantizer, a):
   if quantizer.mode != "nvfp4":
     return None
   a = np.asarray(a, np.float32)
-  return np.max(np.abs(a), where=np.isfinite(a), initial=0)
+  return np.max(np.abs(a), where=np.isfinite(a), initial=np.float32(0))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # a program for each, not one for each operation
@@ -73,12 +68,11 @@ def wanted(quantizer, a, amax):
   return _quantizer.quantized(quantizer, rotated, scalar, random)
 
 
-def arguments(quantizer, amax):
-  """By name: what a kernel takes beside the array and its format."""
+def arguments(quantizer):
+  """By name: what a kernel takes beside the array, its format and its amax."""
   chooses = quantizer.scale == "four_over_six"
   parts = Parts(quantizer.is_stochastic, quantizer.rotation, quantizer.square, chooses)
   given = {"parts": parts}
-  given["global_scale"] = None if amax is None else np.float32(amax)
   if quantizer.is_stochastic:
     given["key"] = np.asarray(ROUNDING_KEY)
   if quantizer.rotation is not None:
@@ -86,15 +80,16 @@ def arguments(quantizer, amax):
   return given
 
 
-def by_kernel(kernel, quantizer, amax):
-  given, fmt = arguments(quantizer, amax), FORMATS[quantizer.mode]
-  parts = given.pop("parts")
-  return lambda a: kernel(a, fmt, parts=parts, **given)
+@functools.cache  # so that a program is compiled once for arrays of one shape
+def by_kernel(kernel, quantizer, **how):
+  """Of an array and its amax, a scalar or None."""
+  given = {**arguments(quantizer), **how}
+  return lambda a, amax: kernel(a, FORMATS[quantizer.mode], global_scale=amax, **given)
 
 
 def check_quantize(run, quantizer, a, kernel=packed.quantize, amax="own"):
   amax = amax_for(quantizer, a) if amax == "own" else amax
-  words, scales = run(by_kernel(kernel, quantizer, amax), a)
+  words, scales = run(by_kernel(kernel, quantizer), a, amax)
   codes, want_scales = wanted(quantizer, a, amax)
   np.testing.assert_array_equal(scales, np.asarray(want_scales, np.uint8))
   np.testing.assert_array_equal(words, pack(codes, FORMATS[quantizer.mode]))
@@ -125,9 +120,7 @@ def check_exact(run, quantizer, a, kernel=exact.exact_operand, amax="own"):
   amax = amax_for(quantizer, a) if amax == "own" else amax
   fmt = FORMATS[quantizer.mode]
   dtype = jnp.bfloat16 if fmt.scale_is_power_of_two else jnp.float16
-  out = run(
-    by_kernel(lambda a, *args, **how: kernel(a, *args, **how, dtype=dtype), quantizer, amax), a
-  )
+  out = run(by_kernel(kernel, quantizer, dtype=dtype), a, amax)
   want = dequantize_to_multiply(*wanted(quantizer, a, amax), fmt).astype(dtype)
   assert out.dtype == dtype
   np.testing.assert_array_equal(out.astype(np.float32), np.asarray(want, np.float32))
@@ -232,7 +225,7 @@ def test_lowers_for_cuda(quantizer, rows, k, dtype):
     (exact.exact_operand, of_rows),
     (columns.exact_operand_of_transpose, of_columns),
   ):
-    given = arguments(quantizer, amax)
+    given = {**arguments(quantizer), "global_scale": amax}
     parts, names = given.pop("parts"), [n for n, value in given.items() if value is not None]
     arrays = [given[name] for name in names]
     lower(

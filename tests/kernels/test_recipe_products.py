@@ -30,11 +30,6 @@ PRODUCTS = ("forward", "dx", "dw")
 TRANSPOSED = {"forward": (), "dx": ("w",), "dw": ("x", "w")}
 
 
-@pytest.fixture(autouse=True)
-def _turned_on(monkeypatch):
-  monkeypatch.setenv("JAXQQ_ENABLE", "hopper_quantizer, hopper_recipe")
-
-
 def numbers(shape, seed):
   """Short enough that sums of rotations are exact, over some binades."""
   rng = np.random.default_rng(seed)

@@ -30,7 +30,11 @@ def _callback(*args: Any, callback: Any, **_: Any) -> Any:
 
 @contextlib.contextmanager
 def interpreted_kernels(*, detect_races: bool = False) -> Iterator[None]:
-  """Within it Mosaic GPU's kernels are interpreted."""
+  """Within it Mosaic GPU's kernels are interpreted.
+
+  JAX does not check its own work then: programs of the interpreter are long, and those for CUDA are
+  checked when tests lower them.
+  """
   to_int = getattr(shared_memory, "_to_int", int)  # of arrays of JAX
 
   def number(a: Any) -> Any:
@@ -38,6 +42,7 @@ def interpreted_kernels(*, detect_races: bool = False) -> Iterator[None]:
 
   params = plgpu.InterpretGPUParams(detect_races=detect_races)
   with (
+    jax.enable_checks(False),
     mock.patch.object(callbacks, "io_callback_impl", _callback),
     mock.patch.object(shared_memory, "_to_int", number, create=True),
     plgpu.force_gpu_interpret_mode(params),

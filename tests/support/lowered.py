@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -200,7 +199,6 @@ def main() -> int:
   parser.add_argument("--only", default="", help="cases whose name has this")
   parser.add_argument("--share", type=int, nargs=2, default=(0, 1))
   args = parser.parse_args()
-  os.environ["JAXQQ_ENABLE"] = "hopper"
   index, count = args.share
   cases = [c for c in table() if args.only in c[0]][index::count]
   found = {}
