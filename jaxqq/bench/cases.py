@@ -147,9 +147,7 @@ SUITES = {
   "quantize": Suite(
     "formats alone", ("quantize", "quantize columns", "dequantize"), (8192,), ((0, 8192),)
   ),
-  "recipe": Suite(
-    "what recipes ask of quantizers", RECIPE_FORMS, (8192,), ((0, 8192),)
-  ),
+  "recipe": Suite("what recipes ask of quantizers", RECIPE_FORMS, (8192,), ((0, 8192),)),
   "models": Suite(
     "layers of many models, from one row of x to many: a survey",
     ("packed",),

@@ -12,7 +12,8 @@ import pytest
 from tests.support.kernels import on_gpu
 from tests.support.processes import ROOT
 
-# Ways to share a tile and sizes of one; (mode, rows of x, n, k), w packed or not.
+# Ways to share a tile and sizes of one: mode, rows of x, n, k, and whether w is packed; or in how
+# many groups rows are, of packed w.
 PRODUCTS = {
   "clusters": ("nvfp4", 256, 4096, 7168, True),
   "clusters, k not even": ("nvfp4", 256, 2048, 6144, True),
@@ -29,13 +30,24 @@ PRODUCTS = {
   "w on the fly, fp8": ("mxfp8", 1024, 4096, 4096, False),
   "few rows": ("nvfp4", 32, 4096, 7168, True),
   "few rows, fp8": ("mxfp8", 32, 4096, 7168, True),
+  "groups, many rows": ("nvfp4", 4096, 28672, 4096, 8),
+  "groups, many rows, fp8": ("mxfp8", 4096, 28672, 4096, 8),
+  "groups": ("nvfp4", 512, 28672, 4096, 8),
+  "groups, fp8": ("mxfp8", 512, 28672, 4096, 8),
 }
 CODE = """
-import sys, jax, jax.numpy as jnp, jaxqq
-mode, m, n, k, is_packed = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5] == "True"
-x, w = (jax.ShapeDtypeStruct((rows, k), jnp.bfloat16) for rows in (m, n))
-ws = jax.eval_shape(lambda w: jaxqq.quantize(w, mode=mode), w) if is_packed else (w,)
-jax.jit(lambda x, *ws: jaxqq.qqmm(x, *ws, mode=mode)).lower(x, *ws).compile()
+import ast, sys, jax, jax.numpy as jnp, numpy as np, jaxqq
+mode, m, n, k, how = sys.argv[1], *map(ast.literal_eval, sys.argv[2:])
+groups = how if how > 1 else None
+x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+w = jax.ShapeDtypeStruct((n, k) if groups is None else (groups, n, k), jnp.bfloat16)
+ws = jax.eval_shape(lambda w: jaxqq.quantize(w, mode=mode), w) if how else (w,)
+if groups is None:
+  f, sizes = lambda x, *ws: jaxqq.qqmm(x, *ws, mode=mode), ()
+else:
+  f = lambda x, w, scales, sizes: jaxqq.ragged_qqmm(x, w, sizes, scales, mode=mode)
+  sizes = (jax.ShapeDtypeStruct((groups,), np.int32),)
+jax.jit(f).lower(x, *ws, *sizes).compile()
 """
 
 

@@ -50,6 +50,7 @@ from jaxqq._kernels.hopper.pipeline import (
 )
 from jaxqq._kernels.hopper.ptx import cluster, handover, named_barriers, stores, wgmma
 from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, row_transforms, tile_transforms
+from jaxqq._kernels.hopper.ptx.registers import recomputed
 from jaxqq._kernels.hopper.tiles import (
   DEQUANT_STORE,
   ROWS,
@@ -324,12 +325,10 @@ class _Cta:
 
       @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:
-        tile, block_m = self.walk.tile(t), self.tiles.block_m
-        if kernel.has_few_rows and isinstance(tile, GroupTile):
-          few, most = (functools.partial(self.multiply, tile, rows) for rows in (FEW_ROWS, block_m))
-          lax.cond(tile.rows <= FEW_ROWS, few, most)
+        if kernel.has_few_rows:
+          self.multiply_few_or_most(t)
         else:
-          self.multiply(tile, block_m)
+          self.multiply(self.walk.tile(t), self.tiles.block_m)
 
       if kernel.ping_pong:  # no barrier mid-phase at exit
         pl.when(warpgroup == 0)(lambda: named_barriers.wait(warpgroup))
@@ -340,6 +339,29 @@ class _Cta:
           zeros = pipeline.walk_of_zeros(kernel.grid, self.gmem.groups)
           epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.first_row)
 
+  def multiply_few_or_most(self, t: Any) -> None:
+    """The t-th tile, of a group's last rows or of others.
+
+    The two ways share nothing that is known of a tile: for lack of registers, ptxas would have the
+    tensor cores end each instruction before they begin the next. In ping-pong it spills fewer
+    registers where they are the ways of one branch.
+    """
+
+    def tile() -> Any:
+      return self.walk.tile(recomputed(t))
+
+    def few() -> None:
+      self.multiply(tile(), FEW_ROWS)
+
+    def most() -> None:
+      self.multiply(tile(), self.tiles.block_m)
+
+    if self.kernel.ping_pong:
+      lax.cond(tile().rows <= FEW_ROWS, few, most)
+    else:
+      pl.when(tile().rows <= FEW_ROWS)(few)
+      pl.when(tile().rows > FEW_ROWS)(most)
+
   def multiply(self, tile: Tile, rows: int) -> None:
     """A tile of up to so many rows of x."""
     with jax.named_scope("mainloop"):
@@ -348,7 +370,7 @@ class _Cta:
       if self.tiles.cluster > 1:
         self.exchange_and_store(sums, w_scales, tile)
       elif self.tiles.stream_k:
-        again = self.walk.tile(handover.recomputed(tile.index))
+        again = self.walk.tile(recomputed(tile.index))
         self.add_up_and_store(sums, w_scales, again)
       else:
         self.store(sums, w_scales, tile, 0)

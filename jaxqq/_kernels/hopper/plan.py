@@ -351,7 +351,7 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
       continue
     if cluster > 1 and not _can_share(timed, tiles, grid, k_steps, problem, device):
       continue
-    if problem.wants_exact_sums and not _has_registers_for_exact_sums(tiles):
+    if not _has_registers(tiles, problem):
       continue
     with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
     if with_room is not None:
@@ -386,9 +386,14 @@ def _can_share(
   )
 
 
-def _has_registers_for_exact_sums(tiles: WideTiles) -> bool:
-  """Sums of a step and of all: two warpgroups have room, or multiply in turn."""
-  return tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
+def _has_registers(tiles: WideTiles, problem: Problem) -> bool:
+  """Of exact sums, those of a step and of all: two warpgroups have room, or multiply in turn.
+
+  In groups, four warpgroups have no room for 96 rows beside what a tile of a group is known by.
+  """
+  if problem.wants_exact_sums:
+    return tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
+  return not problem.in_groups or tiles.block_n < 4 * ROWS or tiles.block_m <= ROWS
 
 
 # What a step takes of a row of w, as the classes in `mainloops/` have it, which import Pallas:

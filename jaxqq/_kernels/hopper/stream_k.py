@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxqq._kernels.hopper.pipeline import WORKER, Steps, Tile, Walk, tile_of
-from jaxqq._kernels.hopper.ptx import handover
+from jaxqq._kernels.hopper.ptx.registers import recomputed
 from jaxqq._kernels.hopper.tiles import DEALT_STEPS, Grid, cdiv
 
 
@@ -51,7 +51,7 @@ def walk(grid: Grid, k_steps: int, block_steps: int) -> tuple[Walk, Any]:
   share = _Share(grid, k_steps, block_steps, worker)
 
   def tile(t: Any) -> Piece:
-    return _Share(grid, k_steps, block_steps, handover.recomputed(worker)).piece(t)
+    return _Share(grid, k_steps, block_steps, recomputed(worker)).piece(t)
 
   whole = grid.whole_waves
   return Walk(share.num_pieces + whole, tile), share.end - share.begin + whole * k_steps

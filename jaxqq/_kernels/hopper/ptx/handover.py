@@ -110,27 +110,6 @@ def wait(flags: Any) -> None:
   )
 
 
-def recomputed(number: Any) -> Any:
-  """The same int32, of which the compiler does not know: it keeps nothing that was made of it.
-
-  What is needed before and after a loop would have a register meanwhile.
-  """
-  if interpreting():
-    return number
-  splat = plgpu.Layout.WG_SPLAT
-  result = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=splat)
-
-  @plgpu.inline_mgpu(arg_types=(splat,), return_type=result)
-  def run(ctx: Any, number: Any) -> Any:
-    del ctx
-    i32 = ir.IntegerType.get_signless(32)
-    text, value = "mov.b32 $0, $1;", number.registers.flat[0]
-    out = llvm.inline_asm(i32, [value], text, "=r,r", has_side_effects=True)
-    return registers.array([out], (), splat, True)
-
-  return run(number)
-
-
 def _of_own_flag(lines: list[str], flags: Any) -> None:
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),), return_type=None)
   def run(ctx: Any, flags: Any) -> None:

@@ -11,6 +11,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS
 
 # Inline assembly
@@ -102,3 +103,24 @@ def words(a: Any) -> list[Any]:
   """A thread's registers of 32 bits."""
   word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
   return [vector.extract(vector.bitcast(word, r), [], [0]) for r in a.registers.flat]
+
+
+def recomputed(number: Any) -> Any:
+  """The same int32, of which the compiler does not know: it keeps nothing that was made of it.
+
+  What is needed before and after a loop would have a register meanwhile.
+  """
+  if interpreting():
+    return number
+  splat = plgpu.Layout.WG_SPLAT
+  result = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=splat)
+
+  @plgpu.inline_mgpu(arg_types=(splat,), return_type=result)
+  def run(ctx: Any, number: Any) -> Any:
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    text, value = "mov.b32 $0, $1;", number.registers.flat[0]
+    out = llvm.inline_asm(i32, [value], text, "=r,r", has_side_effects=True)
+    return array([out], (), splat, True)
+
+  return run(number)
