@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxqq._formats import FORMATS
-from jaxqq.bench import kept, moe, processes, report
+from jaxqq.bench import kept, moe, processes, report, training
 from jaxqq.bench.cases import FORMS, MODES, SUITES, Case, covering, is_survey, select
 from jaxqq.bench.chain import with_chains
 from jaxqq.bench.measure import Row, Settings, Timer, make_timer, run_cases
@@ -26,11 +26,14 @@ except ImportError:
   tqdm = None
 
 _CHAIN = 24
-MOE = "moe"
+MOE, TRAINING = "moe", "training"
 _MOE_ABOUT = "layers of experts, by ragged_qqmm, beside JAX's and torch's; --rows are tokens"
+_TRAINING_ABOUT = "products and a block of Llama 3 8B, with gradients; --rows are tokens"
+_BLOCK_ABOUT = f"a transformer block, forward and backward, of --suite {TRAINING}"
 # What is so where the command line does not say it, and for a survey, which has many cases.
 _DEFAULTS = {"peers": tuple(PEERS), "seconds": 2.0, "rounds": 5, "chain": _CHAIN, "resume": False}
 _OF_SURVEYS = {"peers": ("cublas",), "seconds": 0.3, "rounds": 3, "chain": 0, "resume": True}
+_OF_TRAINING = {**_DEFAULTS, "resume": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Any]:
@@ -38,12 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Any]:
   parser = _parser()
   options = parser.parse_args(arguments)
   survey = is_survey([name for name in options.suite if name != MOE])
-  for name, value in (_OF_SURVEYS if survey else _DEFAULTS).items():
+  defaults = _OF_TRAINING if TRAINING in options.suite else _DEFAULTS
+  for name, value in (_OF_SURVEYS if survey else defaults).items():
     if getattr(options, name) is None:
       setattr(options, name, value)
   _check(parser, options)
   if MOE in options.suite:
     return _experts(parser, options, begin)
+  if TRAINING in options.suite:
+    return _training(parser, options, begin)
   cases = select(
     options.suite,
     options.modes,
@@ -128,6 +134,34 @@ def _experts(
   return rows
 
 
+def _training(
+  parser: argparse.ArgumentParser, options: argparse.Namespace, begin: float
+) -> list[training.Row]:
+  """The suite of training, whose rows are its own."""
+  if options.suite != [TRAINING]:
+    parser.error(f"--suite {TRAINING} stands alone")
+  forms = [form for form in options.forms or training.FORMS if form in training.FORMS]
+  if not forms:
+    parser.error(f"--suite {TRAINING} has the forms {', '.join(training.FORMS)}")
+  try:
+    suite = training.Suite(
+      options.modes,
+      options.rows or training.TOKENS,
+      forms,
+      options.shapes,
+      training.MODEL,
+      "none" not in options.peers,
+      Settings(options.seconds, options.rounds, options.seed, chain=0),
+    )
+  except ValueError as error:
+    parser.error(f"--rows: {error}")
+  rows = training.run(
+    suite, options.json, resume=options.resume, deadline=begin + options.seconds_total
+  )
+  print("", training.markdown(rows), sep="\n")
+  return rows
+
+
 def _measured(
   cases: Sequence[Case],
   compared: Mapping[Case, Sequence[Implementation]],
@@ -160,8 +194,9 @@ def shape_of(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
   lists = {
-    "suites": {name: suite.about for name, suite in SUITES.items()} | {MOE: _MOE_ABOUT},
-    "forms": {name: form.about for name, form in FORMS.items()},
+    "suites": {name: suite.about for name, suite in SUITES.items()}
+    | {MOE: _MOE_ABOUT, TRAINING: _TRAINING_ABOUT},
+    "forms": {name: form.about for name, form in FORMS.items()} | {training.BLOCK: _BLOCK_ABOUT},
     "peers": PEERS,
   }
   parser = argparse.ArgumentParser(
@@ -181,9 +216,9 @@ def _parser() -> argparse.ArgumentParser:
       flag, nargs="+", choices=choices, default=default, metavar="NAME", help=text
     )
 
-  several("--suite", (*SUITES, MOE), ["goals"], "which cases, see below (goals)")
+  several("--suite", (*SUITES, MOE, TRAINING), ["goals"], "which cases, see below (goals)")
   several("--modes", tuple(FORMATS), MODES, f"of {', '.join(FORMATS)} ({', '.join(MODES)})")
-  several("--forms", tuple(FORMS), (), "only these forms of the suites, see below")
+  several("--forms", (*FORMS, training.BLOCK), (), "only these forms of the suites, see below")
   several("--peers", (*PEERS, "none"), None, "measured beside jaxqq, or none (all)")
   parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="M", help="of products")
   parser.add_argument(
@@ -223,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     "--resume",
     action=argparse.BooleanOptionalAction,
     help="add the cases that FILE lacks, of the same device and JAX, instead of writing it anew "
-    "(a survey does)",
+    f"(a survey and {TRAINING} do)",
   )
   parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="speed over M")
   return parser

@@ -64,17 +64,24 @@ def _commit() -> str | None:
   return done.stdout.strip() or None
 
 
-def write(path: pathlib.Path, header: Header, rows: Sequence[Row]) -> None:
-  """Replaces the file in one step, so that it is whole whenever the run is stopped."""
+def write(path: pathlib.Path, header: Header, rows: Sequence[Any], table: str = "rows") -> None:
+  """Replaces the file in one step, so that it is whole whenever the run is stopped.
+
+  Args:
+    path: the file.
+    header: of `make_header`.
+    rows: `Row`s, or other frozen dataclasses.
+    table: the name that the file has them under.
+  """
   head = json.dumps(header, indent=1, allow_nan=False).replace("\n", "\n ")
   body = ",\n".join(map(_row_text, rows))
   part = path.with_name(path.name + ".part")
-  part.write_text(f'{{\n "header": {head},\n "rows": [\n{body}\n ]\n}}\n')
+  part.write_text(f'{{\n "header": {head},\n "{table}": [\n{body}\n ]\n}}\n')
   os.replace(part, path)
 
 
 @functools.cache  # a file is written after every case, and most of its rows are not new
-def _row_text(row: Row) -> str:
+def _row_text(row: Any) -> str:
   """A line, without the fields that have their default."""
   fields = dataclasses.fields(row)
   values = {field.name: getattr(row, field.name) for field in fields}
@@ -110,18 +117,35 @@ def resume(path: pathlib.Path, header: Header) -> tuple[Header, list[Row]]:
     return header, []
   try:
     kept, rows = read([path])
-    differing = [name for name in _SAME if kept[name] != header[name]]
-    commits = [*str(kept["commit"]).split(", "), str(header["commit"])]
+    missing = [name for name in (*_SAME, "commit") if name not in kept]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"cannot read {path}: {error!r}") from error
-  if differing:
-    name = differing[0]
-    raise ValueError(
-      f"cannot add to {path}: its {name} is {kept[name]!r}, and here it is {header[name]!r}"
-    )
-  known = [commit for commit in dict.fromkeys(commits) if commit != "None"]
+  if missing:
+    raise ValueError(f"cannot read {path}: its header has no {missing[0]}")
   chain = header.get("chain") or kept.get("chain", 0)
-  return {**header, "commit": ", ".join(known) or None, "chain": chain}, rows
+  return {**joined(path, kept, header), "chain": chain}, rows
+
+
+def joined(path: pathlib.Path, old: Header, new: Header, also: Sequence[str] = ()) -> Header:
+  """The header of a file that a run adds to: the new one, with the commits of both.
+
+  Args:
+    path: the file.
+    old: its header.
+    new: of the run.
+    also: what must be the same beside device, JAX and way of timing.
+
+  Raises:
+    ValueError: they differ in what must be the same.
+  """
+  for name in (*_SAME, *also):
+    if old.get(name) != new.get(name):
+      raise ValueError(
+        f"cannot add to {path}: its {name} is {old.get(name)!r}, and here it is {new.get(name)!r}"
+      )
+  commits = [*str(old.get("commit")).split(", "), str(new["commit"])]
+  known = [commit for commit in dict.fromkeys(commits) if commit != "None"]
+  return {**new, "commit": ", ".join(known) or None}
 
 
 def cell(of: Case | Row) -> tuple[Any, ...]:

@@ -10,11 +10,9 @@ Mixtral and DeepSeek V3.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,15 +27,8 @@ import jaxqq
 from jaxqq._formats import FORMATS, Mode
 from jaxqq.bench import kept
 from jaxqq.bench.check import round_trip
-from jaxqq.bench.measure import (
-  Settings,
-  Timer,
-  chained,
-  make_timer,
-  quartiles,
-  reason,
-  wall_seconds,
-)
+from jaxqq.bench.measure import Settings, Timer, chained, make_timer, quartiles, reason
+from jaxqq.bench.turns import Program, in_turn, side_by_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +62,7 @@ FORMS = {
 }
 TRAINING_TOKENS = 4096
 PEERS = ("lax", "pallas", "torch")
+TABLE = "layers"  # where a file has the rows
 _SAMPLE = 24  # rows, and columns, whose errors are looked at
 _MOST_COPIES, _MOST_BYTES = 8, 8 << 30  # of operands and results that differ from call to call
 
@@ -254,43 +246,36 @@ def measure(
   routings = [routing(layer, tokens, settings.seed * 1000 + i) for i in range(copies)]
   share = settings.seconds / settings.rounds / max(1, len(ways))
   rows: dict[str, Row] = {}
-  calls: dict[str, tuple[Any, Any, int]] = {}
-  seconds: dict[str, list[float]] = {}
+  programs: dict[str, Program] = {}
 
-  def compiled(way: Way) -> tuple[Any, Any] | Exception:
-    try:
-      prepared = way.prepare(w)
-      args = ([(r.x, r.sizes, *prepared) for r in routings],)
-      return chained(way.run).lower(*args).compile(), args
-    except Exception as error:
-      return error
+  def compiled(way: Way) -> tuple[Any, Any]:
+    prepared = way.prepare(w)
+    args = ([(r.x, r.sizes, *prepared) for r in routings],)
+    return chained(way.run).lower(*args).compile(), args
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    programs = list(pool.map(compiled, ways))
-  for way, program in zip(ways, programs, strict=True):
+  for way, made in zip(ways, side_by_side(compiled, ways), strict=True):
     row = Row(dataclasses.astuple(layer), tokens, form, way.name, copies=copies)
     try:
-      if isinstance(program, Exception):
-        raise program
-      call, args = program
+      if isinstance(made, Exception):
+        raise made
+      call, args = made
       last = jax.block_until_ready(call(*args))[-1]
       share_of_bound = _error_share(layer, way, routings[-1], w, last, form)
       del last
-      took = min(wall_seconds(call, args, 2))
+      programs[way.name] = Program.warmed_up(call, args, share)
       rows[way.name] = dataclasses.replace(
         row,
         error_share=share_of_bound,
         used_bytes=_used_bytes(layer, tokens, way, routings),
         path=way.explain(*args[0][0]),
       )
-      calls[way.name] = call, args, max(1, min(int(share / took), 20))
-      seconds[way.name] = []
     except Exception as error:
+      programs.pop(way.name, None)
       rows[way.name] = dataclasses.replace(row, note=f"failed: {reason(error)}")
-  for _ in range(settings.rounds):
-    for name, (call, args, count) in calls.items():
-      seconds[name] += timer.sample(call, args, count)
-  for name, found in seconds.items():
+  for name, found in in_turn(programs, timer, settings.rounds).items():
+    if isinstance(found, Exception):
+      rows[name] = dataclasses.replace(rows[name], note=f"failed: {reason(found)}")
+      continue
     q1, median, q3 = quartiles([1e6 * s / copies for s in found])
     rows[name] = dataclasses.replace(rows[name], us=median, us_q1=q1, us_q3=q3)
   if with_torch:
@@ -342,6 +327,8 @@ def _error_share(
       a = a if way.form == "weights alone" else round_trip(a, way.mode)
     a, b = a.astype(np.float64), b.astype(np.float64)
     got = np.asarray(out[row], np.float64)[columns]
+    if not np.isfinite(got).all():
+      raise ValueError("the result is not finite")
     exact, mag = (a @ b.T)[0], (np.abs(a) @ np.abs(b).T)[0]
     bound = 2.0**-8 * np.abs(exact) + 2.0**-12 * mag
     worst = max(worst, float(np.max(np.abs(got - exact) / bound)))
@@ -432,15 +419,7 @@ def _cell(row: Row | None) -> str:
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
   content = json.loads(path.read_text())
-  return content["header"], [Row.of(row) for row in content["layers"]]
-
-
-def write(path: pathlib.Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
-  """Replaces the file in one step."""
-  body = ",\n  ".join(json.dumps(dataclasses.asdict(row)) for row in rows)
-  part = path.with_name(path.name + ".part")
-  part.write_text(f'{{\n "header": {json.dumps(header)},\n "layers": [\n  {body}\n ]\n}}\n')
-  os.replace(part, path)
+  return content["header"], [Row.of(row) for row in content[TABLE]]
 
 
 def run(
@@ -462,10 +441,7 @@ def run(
   rows: list[Row] = []
   if path is not None and resume and path.exists():
     old, rows = read(path)
-    if old["device"] != header["device"] or old["jax"] != header["jax"]:
-      raise ValueError(f"cannot add to {path}: it is of {old['device']}, JAX {old['jax']}")
-    commits = [*str(old["commit"]).split(", "), str(header["commit"])]
-    header = {**header, "commit": ", ".join(dict.fromkeys(commits))}
+    header = kept.joined(path, old, header)
   with_torch = "torch" in peers and jax.default_backend() == "gpu"
   for layer, count, form in _cells(layers, tokens, forms):
     ways = peer_ways(layer, count, form, peers) + jaxqq_ways(form, modes)
@@ -481,7 +457,7 @@ def run(
     for row in found:
       tell(f"{layer} T={count} {form} {row.implementation}: {_cell(row)} {row.note}")
     if path is not None:
-      write(path, header, rows)
+      kept.write(path, header, rows, TABLE)
   return rows
 
 

@@ -123,16 +123,24 @@ def _jaxqq_backward(case: Case) -> list[Implementation]:
 
 @functools.cache
 def _gradient(mode: Mode, form: str, backward: Backward) -> Run:
-  """The gradient of one operand; neither its value nor the forward product enters."""
-  product = functools.partial(jaxqq.qqmm, mode=mode, backward=backward)
+  return gradient_of(functools.partial(jaxqq.qqmm, mode=mode, backward=backward), form)
 
-  def dx(g: jax.Array, w: jax.Array) -> jax.Array:
+
+def gradient_of(product: Run, form: str) -> Run:
+  """ "dx" or "dw" of x w^T; neither the operand's value nor the forward product enters.
+
+  Args:
+    product: of x and w, and perhaps more arguments, which the gradient then takes too.
+    form: "dx", of g and w, or "dw", of g and x.
+  """
+
+  def dx(g: jax.Array, w: jax.Array, *more: jax.Array) -> jax.Array:
     x = jnp.zeros((g.shape[0], w.shape[1]), g.dtype)
-    return jax.vjp(lambda x: product(x, w), x)[1](g)[0]
+    return jax.vjp(lambda x: product(x, w, *more), x)[1](g)[0]
 
-  def dw(g: jax.Array, x: jax.Array) -> jax.Array:
+  def dw(g: jax.Array, x: jax.Array, *more: jax.Array) -> jax.Array:
     w = jnp.zeros((g.shape[1], x.shape[1]), g.dtype)
-    return jax.vjp(lambda w: product(x, w), w)[1](g)[0]
+    return jax.vjp(lambda w: product(x, w, *more), w)[1](g)[0]
 
   return {"dx": dx, "dw": dw}[form]
 
