@@ -92,7 +92,7 @@ def test_what_failed_is_measured_again(results, tmp_path):
 
 
 def test_results_of_other_kernels_stay_apart(results, monkeypatch):
-  monkeypatch.setenv("JAXQQ_ENABLE", "hopper_recipe")
+  monkeypatch.setenv("JAXQQ_DISABLE", "hopper_recipe")
   with pytest.raises(ValueError, match=r"environment is \{\}, and here"):
     training.run(BLOCK, results[1])
 

@@ -54,7 +54,7 @@ MOST_ERROR = 0.5  # of a result, relative to that in bfloat16
 TABLE = "training"  # where a file has the rows
 _DTYPE = "bfloat16"
 _NORM_EPSILON, _ROPE_THETA = 1e-5, 500_000.0
-_SWITCHES = ("JAXQQ_DISABLE", "JAXQQ_ENABLE")  # of the environment: which kernels are on
+_SWITCHES = ("JAXQQ_DISABLE",)  # of the environment: which kernels are off
 _WALL = Timer("wall time", wall_seconds, 0)
 
 Arrays: TypeAlias = dict[str, Any]  # of arrays, or of their shapes and dtypes
