@@ -33,7 +33,12 @@ _U16 = np.uint32(0xFFFF)
 
 
 def key_words(function: str, name: str, key: Any) -> jax.Array:
-  """uint32 (..., 4) of a key of `jax.random`, or the error that the caller should see."""
+  """uint32 (..., 4) of a key of `jax.random`, or the error that the caller should see.
+
+  Of the shape and dtype of a key, as `explain` takes it, those of the result.
+  """
+  if isinstance(key, jax.ShapeDtypeStruct):
+    return jax.eval_shape(lambda key: key_words(function, name, key), key)
   is_array = hasattr(key, "dtype") and hasattr(key, "shape")
   if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     words = jax.random.key_data(key)

@@ -501,6 +501,13 @@ def test_explain():
     own = explain(recipe=dataclasses.replace(Recipe.named("nvfp4"), forward_x=None), device="cuda")
     assert own.plan.name == "xla" and "not quantized" in own
   assert "quantize" in jaxqq.explain(quantize, x, KEY, axis=-2, device="cpu")
+  of_key = jax.ShapeDtypeStruct(KEY.shape, KEY.dtype)
+  for shape in (of_key, jax.ShapeDtypeStruct((2,), jnp.uint32)):
+    text = jaxqq.explain(x, x, recipe="nvfp4", key=shape, device="cuda")
+    assert text == explain(recipe="nvfp4", device="cuda")
+  assert jaxqq.explain(quantize, x, of_key, device="cuda") == by_quantizer
+  with pytest.raises(TypeError, match="key must be a key"):
+    jaxqq.explain(x, x, recipe="nvfp4", key=jax.ShapeDtypeStruct((3,), jnp.uint32), device="cpu")
 
 
 def test_train_lm_by_a_recipe():
