@@ -71,8 +71,8 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
 
   Args:
     args: the function, unless it is `qqmm`, and what it takes, with the same checks; a
-      `jax.ShapeDtypeStruct` serves for an array. Where arrays are split over devices, what one
-      device computes is told.
+      `jax.ShapeDtypeStruct` serves for an array or a key. Where arrays are split over devices, what
+      one device computes is told.
     device: a `jax.Device`, or a platform as JAX names it ("cpu", "cuda", "rocm", "tpu"). None
       is where the first array is, or for what is nowhere yet, JAX's default backend.
     kwargs: what the function takes by name.

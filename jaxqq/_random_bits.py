@@ -37,9 +37,10 @@ def key_words(function: str, name: str, key: Any) -> jax.Array:
 
   Of the shape and dtype of a key, as `explain` takes it, those of the result.
   """
-  if isinstance(key, jax.ShapeDtypeStruct):
+  is_shape = isinstance(key, jax.ShapeDtypeStruct)
+  if is_shape and function == "explain":
     return jax.eval_shape(lambda key: key_words(function, name, key), key)
-  is_array = hasattr(key, "dtype") and hasattr(key, "shape")
+  is_array = hasattr(key, "dtype") and hasattr(key, "shape") and not is_shape
   if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     words = jax.random.key_data(key)
   elif is_array and key.dtype == jnp.uint32 and key.shape and key.shape[-1] in (2, WORDS):

@@ -33,7 +33,7 @@ def _one_core_each():
 _one_core_each()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# JAX checks its own work, where it knows our rules best: a tenth of the time.
+# JAX checks its own work with 0.11 and newer only: with 0.10 that is a tenth of the time.
 jax.config.update("jax_enable_checks", jax.__version_info__ >= (0, 11))
 # Programs do not say from which lines of Python each operation is. XLA copies that again and again.
 jax.config.update("jax_traceback_in_locations_limit", 0)
@@ -42,6 +42,21 @@ jax.config.update("jax_enable_compilation_cache", False)
 compiling.optimize(False)  # what modules of tests compute when they are imported
 # Tracing makes many objects that live: by default a tenth of all time is a search for garbage.
 gc.set_threshold(50_000, 10, 10)
+
+
+# Files that take longest, a few dozen seconds each and more.
+LONGEST = (
+  *("test_grouped", "test_quantizer_parts", "test_random_interpreted", "test_gemm", "test_product"),
+  *("test_package", "test_transposed", "test_recipe", "test_transforms", "test_quantizers"),
+  *("test_decode", "test_sharding_random", "test_quantizer", "test_convert_primitive"),
+  *("test_skinny_gemm", "test_sharding_backward", "test_nn_experts", "test_train_sharded"),
+  *("test_xla_lowering", "test_moe", "test_gradient", "test_random_products", "test_sharding"),
+)
+
+
+def pytest_collection_modifyitems(items):
+  """These come first: of processes that take a file each, none has a long one at the end."""
+  items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

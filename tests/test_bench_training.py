@@ -39,10 +39,12 @@ def _promotion():
   jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch):
-  for name in training._SWITCHES:
-    monkeypatch.delenv(name, raising=False)
+@pytest.fixture(autouse=True, scope="module")
+def _environment():
+  with pytest.MonkeyPatch.context() as patch:
+    for name in training._SWITCHES:
+      patch.delenv(name, raising=False)
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import pickle
@@ -119,7 +120,7 @@ class TestChoice:
     assert "for 78 SMs" in text and "(assumed" not in text
 
   def test_tiles_take_as_long_as_the_costs_say(self):
-    """Nearly, of those in tuned/; which shapes a change of the costs moves, this tells."""
+    """All that were measured, nearly; and of several, the planner's is nearly the fastest."""
     times = tune.read(resources.files("jaxqq") / "_kernels" / "tuned" / "h200_tiles.json")
     shares = []
     for mode, m, n, k in dict.fromkeys(tile.product for tile in times):
@@ -129,8 +130,13 @@ class TestChoice:
           shares.append(plan.estimate_us / us)
           assert abs(shares[-1] - 1) < 0.21, tune.Tile.of(plan)
     assert len(shares) > 270 and np.mean(np.abs(np.array(shares) - 1)) < 0.05
-    known = [found for found in tune.choices(times) if np.isfinite(found[0])]
-    assert len(known) > 50 and all(slower <= 1.1 for slower, _, _ in known), known[:3]
+    measured = collections.Counter(tile.product for tile in times)
+    known = [
+      (slower, chosen, fastest)
+      for slower, chosen, fastest in tune.choices(times)
+      if np.isfinite(slower) and measured[chosen.product] > 1
+    ]
+    assert len(known) >= 24 and all(slower <= 1.05 for slower, _, _ in known), known[:3]
 
   def test_the_estimate_is_told(self):
     text = of(256, 8192, 8192, "nvfp4", True)

@@ -140,6 +140,9 @@ def _training(
   """The suite of training, whose rows are its own."""
   if options.suite != [TRAINING]:
     parser.error(f"--suite {TRAINING} stands alone")
+  for name in ("backward", "plot"):
+    if getattr(options, name):
+      parser.error(f"--suite {TRAINING} takes no --{name}")
   forms = [form for form in options.forms or training.FORMS if form in training.FORMS]
   if not forms:
     parser.error(f"--suite {TRAINING} has the forms {', '.join(training.FORMS)}")
@@ -155,9 +158,12 @@ def _training(
     )
   except ValueError as error:
     parser.error(f"--rows: {error}")
-  rows = training.run(
-    suite, options.json, resume=options.resume, deadline=begin + options.seconds_total
-  )
+  try:
+    rows = training.run(
+      suite, options.json, resume=options.resume, deadline=begin + options.seconds_total
+    )
+  except ValueError as error:  # results that are not of this device, JAX or environment
+    parser.error(f"--resume: {error}")
   print("", training.markdown(rows), sep="\n")
   return rows
 

@@ -30,6 +30,7 @@ import numpy as np
 
 import jaxqq
 from jaxqq._formats import FORMATS, Mode
+from jaxqq._kernels.plan import TURNED_OFF
 from jaxqq.bench import kept
 from jaxqq.bench.cases import MODES
 from jaxqq.bench.markdown import TIMES, markdown_row
@@ -54,7 +55,7 @@ MOST_ERROR = 0.5  # of a result, relative to that in bfloat16
 TABLE = "training"  # where a file has the rows
 _DTYPE = "bfloat16"
 _NORM_EPSILON, _ROPE_THETA = 1e-5, 500_000.0
-_SWITCHES = ("JAXQQ_DISABLE",)  # of the environment: which kernels are off
+_SWITCHES = (TURNED_OFF,)  # of the environment: which kernels are off
 _WALL = Timer("wall time", wall_seconds, 0)
 
 Arrays: TypeAlias = dict[str, Any]  # of arrays, or of their shapes and dtypes

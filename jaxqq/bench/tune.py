@@ -99,6 +99,12 @@ def implementations(case: Case) -> list[Implementation]:
   ]
 
 
+def _is_done(case: Case, times: Iterable[Tile]) -> bool:
+  """Whether the tile that the planner takes is among those that were measured."""
+  plans = plans_of(case)
+  return bool(plans) and Tile.of(plan.fastest(plans)) in times
+
+
 def _run(planned: WidePlan, x: jax.Array, w: jax.Array, scales: jax.Array) -> jax.Array:
   return planned.run(Operands(x, w, scales))
 
@@ -174,6 +180,9 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
       rest = [us - steps * step_us for (steps, _), us in terms["cluster"]]
       cluster_us = round(float(np.median(rest)), 1)
     stream_k = _least_squares(terms["stream_k"])
+    if stream_k is not None and stream_k[0] < step_us:  # few times: no step is faster with it
+      rest = [us - steps * step_us for (steps, _), us in terms["stream_k"]]
+      stream_k = step_us, float(np.median(rest))
     rounded = None if stream_k is None else (round(stream_k[0], 3), round(stream_k[1], 1))
     timed = costs.Timed(*size, round(step_us, 3), round(tile_us, 1), cluster_us, rounded)
     found.append(timed)
@@ -247,13 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[Tile, float]:
   times = read(options.json) if options.json.exists() else {}
   if not options.fit:
     processes.share_the_device()
-    done = {tile.product for tile in times}
     cases = [
       Case("packed", mode, m, n, k)
       for m in options.rows
       for n, k in options.shapes
       for mode in options.modes
-      if (mode, m, n, k) not in done
+      if not _is_done(Case("packed", mode, m, n, k), times)
     ]
     settings = Settings(options.seconds, rounds=3)
     deadline = begin + options.seconds_total

@@ -2,53 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tests.support.kernels import on_gpu
+import jaxqq
+from tests.support.kernels import needs_kernels, on_gpu
 from tests.support.processes import ROOT
 
-# Ways to share a tile and sizes of one: mode, rows of x, n, k, and whether w is packed; or in how
-# many groups rows are, of packed w.
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """A product, and which kernel multiplies: how many CTAs share a tile, and by how many rows."""
+
+  mode: str
+  m: int
+  n: int
+  k: int
+  kernel: str
+  cluster: int = 1
+  stream_k: bool = False
+  block_n: int = 128
+  packed: bool = True
+  groups: int = 0  # of rows, with a matrix each
+  function: str = "qqmm"
+  precision: str | None = None
+
+  def call(self) -> tuple[Any, tuple[Any, ...]]:
+    """A function of arrays, and their shapes and dtypes."""
+    how = {"mode": self.mode, "precision": self.precision}
+    x = jax.ShapeDtypeStruct((self.m, self.k), jnp.bfloat16)
+    shape = (self.groups, self.n, self.k) if self.groups else (self.n, self.k)
+    ws = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
+    if self.packed:
+      ws = jax.eval_shape(lambda w: jaxqq.quantize(w, mode=self.mode), *ws)
+    if self.groups:
+      sizes = jax.ShapeDtypeStruct((self.groups,), np.int32)
+      return (lambda x, w, s, sizes: jaxqq.ragged_qqmm(x, w, sizes, s, **how)), (x, *ws, sizes)
+    function = getattr(jaxqq, self.function)
+    return (lambda x, *ws: function(x, *ws, **how)), (x, *ws)
+
+  def plan(self) -> Any:
+    """Of a product without groups, on a Hopper GPU."""
+    _, (x, *ws) = self.call()
+    function = getattr(jaxqq, self.function)
+    how = {"mode": self.mode, "precision": self.precision}
+    return jaxqq.explain(function, x, *ws, device="cuda", **how).plan.kernel
+
+
+P = Product
 PRODUCTS = {
-  "clusters": ("nvfp4", 256, 4096, 7168, True),
-  "clusters, k not even": ("nvfp4", 256, 2048, 6144, True),
-  "clusters, few rows": ("nvfp4", 96, 2880, 2880, True),
-  "clusters, fp8": ("mxfp8", 256, 4096, 7168, True),
-  "clusters, fp8, few rows": ("mxfp8", 96, 4096, 4096, True),
-  "stream-K": ("nvfp4", 192, 5120, 25600, True),
-  "stream-K, fp8": ("mxfp8", 128, 5376, 21504, True),
-  "a tile a CTA": ("nvfp4", 1024, 8192, 8192, True),
-  "a tile a CTA, fp8": ("mxfp8", 1024, 8192, 8192, True),
-  "mxfp4": ("mxfp4", 256, 4096, 7168, True),
-  "staged": ("mxfp8", 4096, 8192, 8192, True),
-  "w on the fly": ("nvfp4", 1024, 4096, 4096, False),
-  "w on the fly, fp8": ("mxfp8", 1024, 4096, 4096, False),
-  "few rows": ("nvfp4", 32, 4096, 7168, True),
-  "few rows, fp8": ("mxfp8", 32, 4096, 7168, True),
-  "groups, many rows": ("nvfp4", 4096, 28672, 4096, 8),
-  "groups, many rows, fp8": ("mxfp8", 4096, 28672, 4096, 8),
-  "groups": ("nvfp4", 512, 28672, 4096, 8),
-  "groups, fp8": ("mxfp8", 512, 28672, 4096, 8),
+  "clusters": P("nvfp4", 256, 4096, 7168, "dequant_gemm", cluster=2),
+  "clusters of three": P("nvfp4", 256, 2048, 6144, "dequant_gemm", cluster=3),
+  "clusters, few rows": P("nvfp4", 96, 2880, 2880, "dequant_gemm", cluster=4),
+  "clusters, 192 rows of w": P("nvfp4", 128, 5120, 8192, "dequant_gemm", cluster=4, block_n=192),
+  "clusters, 256 rows of w": P("nvfp4", 96, 4096, 12288, "dequant_gemm", cluster=6, block_n=256),
+  "clusters, fp8": P("mxfp8", 256, 4096, 7168, "dequant_gemm", cluster=2),
+  "clusters, fp8, few rows": P("mxfp8", 96, 4096, 4096, "dequant_gemm", cluster=3),
+  "stream-K": P("nvfp4", 192, 5120, 25600, "dequant_gemm", stream_k=True),
+  "stream-K, 192 rows of w": P(
+    "nvfp4", 128, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
+  ),
+  "stream-K, 256 rows of w": P(
+    "nvfp4", 96, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256
+  ),
+  "stream-K, fp8": P("mxfp8", 128, 5376, 21504, "dequant_gemm", stream_k=True),
+  "a tile a CTA": P("nvfp4", 1024, 8192, 8192, "dequant_gemm"),
+  "a tile a CTA, fp8": P("mxfp8", 1024, 8192, 8192, "dequant_gemm"),
+  "exact sums": P("nvfp4", 256, 4096, 7168, "dequant_gemm", cluster=2, precision="highest"),
+  "mxfp4": P("mxfp4", 256, 4096, 7168, "dequant_gemm", cluster=2),
+  "weights alone": P("mxfp8", 256, 4096, 7168, "dequant_gemm", 2, function="quantized_matmul"),
+  "staged": P("mxfp8", 4096, 8192, 8192, "staged_gemm"),
+  "w on the fly": P("nvfp4", 1024, 4096, 4096, "gemm", packed=False),
+  "w on the fly, fp8": P("mxfp8", 1024, 4096, 4096, "gemm", packed=False),
+  "few rows": P("nvfp4", 32, 4096, 7168, "skinny_gemm", cluster=2, block_n=64),
+  "few rows, fp8": P("mxfp8", 32, 4096, 7168, "skinny_gemm", cluster=2, block_n=64),
+  "groups, many rows": P("nvfp4", 4096, 28672, 4096, "dequant_gemm", groups=8),
+  "groups, many rows, fp8": P("mxfp8", 4096, 28672, 4096, "dequant_gemm", groups=8),
+  "groups": P("nvfp4", 512, 28672, 4096, "dequant_gemm", groups=8),
+  "groups, fp8": P("mxfp8", 512, 28672, 4096, "dequant_gemm", groups=8),
 }
 CODE = """
-import ast, sys, jax, jax.numpy as jnp, numpy as np, jaxqq
-mode, m, n, k, how = sys.argv[1], *map(ast.literal_eval, sys.argv[2:])
-groups = how if how > 1 else None
-x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-w = jax.ShapeDtypeStruct((n, k) if groups is None else (groups, n, k), jnp.bfloat16)
-ws = jax.eval_shape(lambda w: jaxqq.quantize(w, mode=mode), w) if how else (w,)
-if groups is None:
-  f, sizes = lambda x, *ws: jaxqq.qqmm(x, *ws, mode=mode), ()
-else:
-  f = lambda x, w, scales, sizes: jaxqq.ragged_qqmm(x, w, sizes, scales, mode=mode)
-  sizes = (jax.ShapeDtypeStruct((groups,), np.int32),)
-jax.jit(f).lower(x, *ws, *sizes).compile()
+import json, sys, jax
+from tests.kernels.test_assembly import Product
+f, args = Product(**json.loads(sys.argv[1])).call()
+jax.jit(f).lower(*args).compile()
 """
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if not PRODUCTS[name].groups])
+def test_products_have_the_tiles_that_they_are_here_for(name):
+  product, plan = PRODUCTS[name], PRODUCTS[name].plan()
+  found = plan.kernel, plan.tiles.cluster, getattr(plan.tiles, "stream_k", False)
+  assert found == (product.kernel, product.cluster, product.stream_k)
+  assert plan.tiles.block_n == product.block_n
 
 
 class TestOnGpu:
@@ -59,7 +116,7 @@ class TestOnGpu:
     """Where ptxas cannot tell what registers they read, it has each end before the next begins."""
     environment = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     done = subprocess.run(
-      [sys.executable, "-c", CODE, *map(str, PRODUCTS[name])],
+      [sys.executable, "-c", CODE, json.dumps(dataclasses.asdict(PRODUCTS[name]))],
       env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
       capture_output=True,
       text=True,

@@ -340,11 +340,10 @@ class _Cta:
           epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.first_row)
 
   def multiply_few_or_most(self, t: Any) -> None:
-    """The t-th tile, of a group's last rows or of others.
+    """The t-th tile, by the code for a group's last rows or by that for others.
 
-    The two ways share nothing that is known of a tile: for lack of registers, ptxas would have the
-    tensor cores end each instruction before they begin the next. In ping-pong it spills fewer
-    registers where they are the ways of one branch.
+    The tile is computed anew for each: to share it takes registers, and without enough of them
+    ptxas serializes wgmma. In ping-pong one branch with two ways spills less than two branches.
     """
 
     def tile() -> Any:
@@ -486,8 +485,8 @@ class _Cta:
     state = place, self.expanded(place), wgmma.zeros(rows)
     times = self.steps_of(tile).count - 1
     if not isinstance(times, int):
-      # Every CTA has two steps or more. Where ptxas sees that the loop may not be entered, it has
-      # the tensor cores end each instruction before they begin the next: a quarter of the time.
+      # A count that is known at run time is two or more (clusters, stream-K). If the loop might not
+      # be entered, ptxas would serialize wgmma, and a step take a quarter longer.
       times = jnp.maximum(times, 1)
     place, a, total = lax.fori_loop(0, times, body, state)
     w_scales = None

@@ -375,7 +375,10 @@ def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:
 def _can_share(
   timed: Timed, tiles: WideTiles, grid: Grid, k_steps: int, problem: Problem, device: Device
 ) -> bool:
-  """All CTAs that share a tile run at once, and have steps, rows to store, and 16 bit results."""
+  """All CTAs that share a tile run at once, and have rows to store, of 16 bit results.
+
+  Each has two steps or more, which the kernel's loop needs.
+  """
   return (
     timed.cluster_us is not None
     and not problem.in_groups
@@ -387,9 +390,11 @@ def _can_share(
 
 
 def _has_registers(tiles: WideTiles, problem: Problem) -> bool:
-  """Of exact sums, those of a step and of all: two warpgroups have room, or multiply in turn.
+  """Whether sums fit into registers.
 
-  In groups, four warpgroups have no room for 96 rows beside what a tile of a group is known by.
+  Exact sums are those of a step and of all steps: there is room with two warpgroups, which may
+  multiply in turn, or with three of up to 64 rows of x. Rows in groups need registers for the tile
+  as well: four warpgroups then have room for 64 rows, not for 96.
   """
   if problem.wants_exact_sums:
     return tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
@@ -416,6 +421,8 @@ MAX_STREAM_K_SHARES = 6  # CTAs a tile
 
 def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> WideTiles | None:
   """With as many steps in shared memory as there is room for, or None if for no three.
+
+  Two are too few for any tile.
 
   A step more is worth more than a second piece of the result on its way out.
 

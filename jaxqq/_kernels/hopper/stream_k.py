@@ -2,7 +2,8 @@
 
 Where tiles do not fill the last wave of CTAs, SMs are idle for as long as a tile takes. So the
 tiles of the last wave, and of the one before it, are laid end to end, and their steps are dealt
-out evenly, in twos. Of three CTAs and four tiles of six steps, each has eight:
+out evenly, in twos: the loop in `dequant_gemm` needs two steps or more of a tile, and an odd last
+one goes with the two before it. Of three CTAs and four tiles of six steps, each has eight:
 
     tiles    |      0      |      1      |      2      |      3      |
     CTAs     |        0         |        1         |        2        |
@@ -72,7 +73,7 @@ class _Share:
     self.num_pieces = self.last_tile - self.first_tile + 1
 
   def step_of(self, deal: Any) -> Any:
-    """The first one of those that are dealt together."""
+    """The first step of a deal, counted from the first dealt tile on."""
     tile = lax.div(deal, jnp.int32(self.tile_deals))
     return tile * self.k_steps + (deal - tile * self.tile_deals) * DEALT_STEPS
 

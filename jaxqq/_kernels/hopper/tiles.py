@@ -10,7 +10,7 @@ TMA_BYTES = 16  # a multiple of which rows in memory are apart
 GEMM_STORE = 64  # rows and columns that a warpgroup of `gemm` stores at a time
 DEQUANT_STORE = 32  # rows of x, with 64 of w, that one of `dequant_gemm` does, at most
 SCALES = 32  # bytes of a row's scales that `dequant_gemm` loads at once: less is no cheaper
-DEALT_STEPS = 2  # along k of a tile, that stream-K deals to one CTA: a loop has at least two
+DEALT_STEPS = 2  # along k, that stream-K deals out together: the loop of `dequant_gemm` needs two
 STAGED_BLOCK_N = 128  # rows of w that are expanded at a time are a multiple of this, and so is n
 
 
@@ -70,7 +70,7 @@ class Grid:
     return self.num_tiles - self.whole_waves * self.num_sms
 
   def most_steps(self, k_steps: int) -> int:
-    """Of stream-K: that a CTA has, of tiles of so many steps."""
+    """Of stream-K: that a CTA has, of tiles of so many steps, but for odd last ones."""
     deals = cdiv(self.dealt_tiles * (k_steps // DEALT_STEPS), self.num_sms)
     return self.whole_waves * k_steps + deals * DEALT_STEPS
 

@@ -215,7 +215,8 @@ def scale_up(a: jax.Array, dtype: np.dtype, layout: Any) -> jax.Array:
   if interpreting():
     return _rounding.encode_up(lax.bitcast_convert_type(a, jnp.int32), dtype)
   place = 23 - int(ml_dtypes.finfo(dtype).nmant)
-  a = jnp.where(a < np.finfo(np.float32).tiny, np.float32(0), a)  # which would be rounded up
+  # Subnormal numbers are 0, as for `encode_up`; "rp" would round them up.
+  a = jnp.where(a < np.finfo(np.float32).tiny, np.float32(0), a)
   return (_bits_as_of_codes(a, dtype, "rp", layout) + ((1 << place) - 1)) >> place
 
 
