@@ -65,7 +65,7 @@ PRODUCTS = {
   "clusters of three": P("nvfp4", 256, 2048, 6144, "dequant_gemm", cluster=3),
   "clusters, few rows": P("nvfp4", 96, 2880, 2880, "dequant_gemm", cluster=4),
   "clusters, 192 rows of w": P("nvfp4", 128, 5120, 8192, "dequant_gemm", cluster=4, block_n=192),
-  "clusters, 256 rows of w": P("nvfp4", 96, 4096, 12288, "dequant_gemm", cluster=6, block_n=256),
+  "clusters, 256 rows of w": P("mxfp4", 64, 7168, 16384, "dequant_gemm", cluster=4, block_n=256),
   "clusters, fp8": P("mxfp8", 256, 4096, 7168, "dequant_gemm", cluster=2),
   "clusters, fp8, few rows": P("mxfp8", 96, 4096, 4096, "dequant_gemm", cluster=3),
   "stream-K": P("nvfp4", 192, 5120, 25600, "dequant_gemm", stream_k=True),
@@ -73,7 +73,7 @@ PRODUCTS = {
     "nvfp4", 128, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
   ),
   "stream-K, 256 rows of w": P(
-    "nvfp4", 96, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256
+    "nvfp4", 64, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256
   ),
   "stream-K, fp8": P("mxfp8", 128, 5376, 21504, "dequant_gemm", stream_k=True),
   "a tile a CTA": P("nvfp4", 1024, 8192, 8192, "dequant_gemm"),

@@ -62,7 +62,8 @@ SKINNY_E2M1 = Timed(64, 64, 0.145, 1.6, 3.8)
 
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
 # share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums.
-# In fp8, tiles of 256 rows of x spill registers with stream-K. `step_us` and `tile_us` are of times
+# Of 96 rows of x by 256 they have too few: ptxas 13.0 serializes wgmma, and a step takes longer. In
+# fp8, tiles of 256 rows of x spill registers with stream-K. `step_us` and `tile_us` are of times
 # that are no longer kept; and with stream-K 64 rows by 192, in fp8, take what the survey of models
 # says, whose larger matrices come from memory.
 DEQUANT_E2M1 = (
