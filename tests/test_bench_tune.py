@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 
 import jax
 import numpy as np
 import pytest
 
+import jaxqq
 from jaxqq._kernels.hopper import costs, plan
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
 from jaxqq.bench import measure, processes, tune
@@ -32,6 +34,10 @@ def test_tiles_that_may_be_the_fastest():
   assert len({tile.name for tile in tiles}) == len(tiles)
   assert {tile.product for tile in tiles} == {("nvfp4", 192, 5120, 25600)}
   assert any(tile.stream_k for tile in tiles) and any(tile.cluster > 1 for tile in tiles)
+  other = Case("packed", "mxfp8", 128, 4096, 4096)
+  found = tune.tile_cases([case, other])  # what the planner takes of each comes first
+  assert [c.tile for c in found[:2]] == [tune.Tile.of(tune.plans_of(c)[0]) for c in (case, other)]
+  assert {c.tile for c in found} >= set(tiles) and tiles[0] == tune.Tile.of(plan.fastest(plans))
 
 
 def test_each_is_a_program_of_its_own():
@@ -40,12 +46,23 @@ def test_each_is_a_program_of_its_own():
     jax.ShapeDtypeStruct(s, d) for s, d in (((128, 256), "bfloat16"), ((256, 256), "bfloat16"))
   ]
   texts = set()
-  for each in tune.implementations(case)[:2]:
+  for tile_case in tune.tile_cases([case])[:2]:
+    (each,) = tune.implementations(tile_case)
     prepared = jax.eval_shape(each.prepare, *specs)
     text = lowered_for_cuda(each.run, *prepared)
     assert "jaxqq_dequant_gemm" in text
     texts.add(text)
   assert len(texts) == 2
+
+
+def test_a_product_by_a_tile_has_a_row_of_its_own():
+  """Measured as any case, here by a product that runs on a CPU."""
+  case, *_ = tune.tile_cases([Case("packed", "nvfp4", 96, 128, 256)])
+  (own,) = tune.implementations(case)
+  own = dataclasses.replace(own, run=functools.partial(jaxqq.qqmm, mode="nvfp4"))
+  settings = measure.Settings(0.01, rounds=1, chain=0)
+  (row,) = measure.run_cases({case: [own]}, measure.make_timer(), settings)[case]
+  assert row.us > 0 and tune.is_right(row) and row.implementation == case.tile.name
 
 
 def made_up(timed):
@@ -90,16 +107,12 @@ def test_runs_add_up(tmp_path, monkeypatch, capsys):
 
   def measured(groups, work, workers):
     assert workers == 2
-    for (case,) in groups:
+    assert work.settings.chain == 0
+    for i, (case,) in enumerate(groups):
       begun.append(case)
-      row = measure.Row(case.name, **dataclasses.asdict(case), implementation="")
-      names = [each.name for each in work.compared(case)]
-      yield {
-        case: [
-          dataclasses.replace(row, implementation=name, us=10.0 + i, error_share=0.5 + (i == 1))
-          for i, name in enumerate(names)
-        ]
-      }
+      (only,) = work.compared(case)
+      row = measure.Row(case.name, **case.fields(), implementation=only.name)
+      yield {case: [dataclasses.replace(row, us=10.0 + i, error_share=0.5 + (i == 1))]}
 
   monkeypatch.setattr(processes, "measured", measured)
   path = tmp_path / "tiles.json"
@@ -108,6 +121,8 @@ def test_runs_add_up(tmp_path, monkeypatch, capsys):
   plans = tune.plans_of(Case("packed", "nvfp4", 128, 4096, 4096))
   assert len(times) == len(plans) - 1 and tune.read(path) == times
   again = tune.main([*arguments, "--rows", "128", "256"])
-  assert [case.m for case in begun] == [128, 256] and len(again) > len(times)
-  assert tune.main([*arguments, "--fit"]) == again == tune.read(path) and len(begun) == 2
+  of_first = [case for case in begun if case.m == 128]
+  assert len(begun) > len(of_first) == len(plans) + 1 and len(again) > len(times)
+  assert of_first[1] == of_first[-1]  # the one that was wrong
+  assert tune.main([*arguments, "--fit"]) == again == tune.read(path)
   assert "of 2 products" in capsys.readouterr().out

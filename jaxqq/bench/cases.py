@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,10 @@ class Case:
   def name(self) -> str:
     sizes = (str(size) for size in (self.m, self.n, self.k) if size)
     return f"{self.form} {self.mode} {'x'.join(sizes)}"
+
+  def fields(self) -> dict[str, Any]:
+    """By name, without those that a subclass adds."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(Case)}
 
   def shape(self, dims: str) -> tuple[int, ...]:
     return tuple(getattr(self, dim) for dim in dims)

@@ -336,7 +336,7 @@ def _start(
 
 
 def _row(case: Case, implementation: Implementation, runner: _Runner | None, failure: str) -> Row:
-  row = Row(case.name, **dataclasses.asdict(case), implementation=implementation.name)
+  row = Row(case.name, **case.fields(), implementation=implementation.name)
   if runner is None or not runner.seconds:
     return dataclasses.replace(row, note=f"failed: {failure}")
   us = [1e6 * seconds / runner.copies for seconds in runner.seconds]

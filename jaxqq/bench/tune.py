@@ -75,8 +75,15 @@ class Tile:
 # Measuring
 
 
+@dataclasses.dataclass(frozen=True)
+class TileCase(Case):
+  """A product by one tile, so that processes compile the tiles of a product side by side."""
+
+  tile: Tile | None = None
+
+
 def plans_of(case: Case) -> list[WidePlan]:
-  """Those of tiles that may be the fastest, by the costs so far."""
+  """Those of tiles that may be the fastest, by the costs so far; the planner's choice first."""
   fmt, spec = FORMATS[case.mode], jax.ShapeDtypeStruct
   words = spec((case.n, case.k // fmt.codes_per_word), np.dtype(np.uint32))
   scales = spec((case.n, case.k // fmt.group_size), np.dtype(np.uint8))
@@ -87,22 +94,25 @@ def plans_of(case: Case) -> list[WidePlan]:
   plans = plan.wide_plans(problem, device, fp8=fmt.bits == 8)
   least = min(each.estimate_us for each in plans)
   found = [each for each in plans if each.kernel == "dequant_gemm"]
-  return [each for each in found if each.estimate_us <= SLOWER * least]
+  return sorted((p for p in found if p.estimate_us <= SLOWER * least), key=plan.expected_us)
+
+
+def tile_cases(cases: Sequence[Case]) -> list[TileCase]:
+  """Of every product what the planner takes, then of every one the next by the costs, and so on."""
+  ranked = (
+    (rank, TileCase(**case.fields(), tile=Tile.of(planned)))
+    for case in cases
+    for rank, planned in enumerate(plans_of(case))
+  )
+  return [case for _, case in sorted(ranked, key=lambda each: each[0])]
 
 
 def implementations(case: Case) -> list[Implementation]:
-  """The product by each of `plans_of`."""
-  prepare = pack_last(case.mode)
-  return [
-    Implementation(Tile.of(each).name, functools.partial(_run, each), prepare)
-    for each in plans_of(case)
-  ]
-
-
-def _is_done(case: Case, times: Iterable[Tile]) -> bool:
-  """Whether the tile that the planner takes is among those that were measured."""
-  plans = plans_of(case)
-  return bool(plans) and Tile.of(plan.fastest(plans)) in times
+  """The one: the product by its tile."""
+  assert isinstance(case, TileCase)
+  (planned,) = (each for each in plans_of(case) if Tile.of(each) == case.tile)
+  run = functools.partial(_run, planned)
+  return [Implementation(Tile.of(planned).name, run, pack_last(case.mode))]
 
 
 def _run(planned: WidePlan, x: jax.Array, w: jax.Array, scales: jax.Array) -> jax.Array:
@@ -110,14 +120,14 @@ def _run(planned: WidePlan, x: jax.Array, w: jax.Array, scales: jax.Array) -> ja
 
 
 def measured_times(
-  cases: Sequence[Case], settings: Settings, workers: int, deadline: float
-) -> Iterable[dict[Tile, float]]:
-  """Of one case after the other: us, of those tiles that ran and were right."""
-  named = {case: {Tile.of(each).name: Tile.of(each) for each in plans_of(case)} for case in cases}
+  cases: Sequence[TileCase], settings: Settings, workers: int, deadline: float
+) -> Iterable[tuple[Tile, float]]:
+  """Of one tile after the other that ran and was right: us."""
   work = processes.Work(implementations, settings, deadline)
   for found in processes.measured([[case] for case in cases], work, workers):
     for case, rows in found.items():
-      yield {named[case][row.implementation]: row.us for row in rows if row.us and is_right(row)}
+      assert isinstance(case, TileCase) and case.tile is not None
+      yield from ((case.tile, row.us) for row in rows if row.us and is_right(row))
 
 
 def is_right(row: Row) -> bool:
@@ -250,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[Tile, float]:
     "--shapes", nargs="+", type=shape_of, default=MODELS + LLAMA, metavar="NxK", help="of w"
   )
   parser.add_argument("--processes", type=int, default=1, metavar="P", help="as of the bench")
-  parser.add_argument("--seconds", type=float, default=0.3, help="of measuring a product (0.3)")
+  parser.add_argument("--seconds", type=float, default=0.3, help="of measuring a tile (0.3)")
   parser.add_argument("--seconds-total", type=float, default=float("inf"), metavar="S")
   options = parser.parse_args(arguments)
   times = read(options.json) if options.json.exists() else {}
@@ -261,13 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[Tile, float]:
       for m in options.rows
       for n, k in options.shapes
       for mode in options.modes
-      if not _is_done(Case("packed", mode, m, n, k), times)
     ]
-    settings = Settings(options.seconds, rounds=3)
+    settings = Settings(options.seconds, rounds=3, chain=0)
     deadline = begin + options.seconds_total
-    for found in measured_times(cases, settings, options.processes, deadline):
-      times |= found
-      write(options.json, times)  # after every case, so that a run cut short leaves what it has
+    missing = [case for case in tile_cases(cases) if case.tile not in times]
+    for tile, us in measured_times(missing, settings, options.processes, deadline):
+      times[tile] = us
+      write(options.json, times)  # every time, so that a run cut short leaves what it has
   print(report(times))
   return times
 
