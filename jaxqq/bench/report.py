@@ -256,7 +256,8 @@ def _formats_markdown(rows: Sequence[Row]) -> str:
     return ""
   lines = markdown_row(["", "µs", "GB/s", "share of a copy's", ""], head=True)
   for row in found:
-    lines += markdown_row([row.name, *(_cells(row)[i] for i in (2, 5, 6)), row.note])
+    name = row.name + row.implementation.removeprefix(f"jaxqq {row.form}")
+    lines += markdown_row([name, *(_cells(row)[i] for i in (2, 5, 6)), row.note])
   return "\n\n" + "\n".join(lines)
 
 

@@ -158,6 +158,15 @@ and nvfp4, whose codes are expanded in registers, 1.8 times.""",
     "python -m jaxqq.bench --suite moe --backward",
   ),
   Section(
+    "Quantizers of recipes on an H200",
+    ("h200_recipe.json",),
+    """\
+A `Quantizer` in nvfp4, of rows and of columns: stochastic rounding, Hadamard rotations of 16, and
+both. The amax is known before, or is the array's own, which takes one more read. Both of columns,
+and squares, are not measured yet.""",
+    "python -m jaxqq.bench --suite recipe --modes nvfp4",
+  ),
+  Section(
     "Training on an H200",
     ("h200_training.json",),
     """\
