@@ -44,21 +44,6 @@ compiling.optimize(False)  # what modules of tests compute when they are importe
 gc.set_threshold(50_000, 10, 10)
 
 
-# Files that take longest, a few dozen seconds each and more.
-LONGEST = (
-  *("test_grouped", "test_quantizer_parts", "test_random_interpreted", "test_gemm", "test_product"),
-  *("test_package", "test_transposed", "test_recipe", "test_transforms", "test_quantizers"),
-  *("test_decode", "test_sharding_random", "test_quantizer", "test_convert_primitive"),
-  *("test_skinny_gemm", "test_sharding_backward", "test_nn_experts", "test_train_sharded"),
-  *("test_xla_lowering", "test_moe", "test_gradient", "test_random_products", "test_sharding"),
-)
-
-
-def pytest_collection_modifyitems(items):
-  """These come first: of processes that take a file each, none has a long one at the end."""
-  items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
 @pytest.fixture(autouse=True)
 def _optimized_where_marked(request):
   """Programs are compiled as for users in modules about numbers, marked `optimized`, and on a GPU.
