@@ -62,10 +62,10 @@ SKINNY_E2M1 = Timed(64, 64, 0.145, 1.6, 3.8)
 
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
 # share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums.
-# Of 96 rows of x by 256 they have too few: ptxas 13.0 serializes wgmma, and a step takes longer. In
-# fp8, tiles of 256 rows of x spill registers with stream-K. `step_us` and `tile_us` are of times
-# that are no longer kept; and with stream-K 64 rows by 192, in fp8, take what the survey of models
-# says, whose larger matrices come from memory.
+# Of 96 rows of x by 256 they have too few: ptxas 12.9 and 13.0 serialize wgmma. In
+# fp8, tiles of 256 rows of x spill registers with stream-K. `step_us` and `tile_us` are of an older
+# fit, to fewer times; today's steps differ from them by up to 13%. With stream-K, 64 rows by 192 in
+# fp8 take longer in the survey of models, whose matrices are larger; the cost is made for that.
 DEQUANT_E2M1 = (
   Timed(64, 128, 0.312, 4.0, 5.5, (0.312, 9.5)),
   Timed(64, 192, 0.438, 4.4, 5.5, (0.438, 9.5)),

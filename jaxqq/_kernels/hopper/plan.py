@@ -371,10 +371,13 @@ def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:
   Of those a wave ends while the next one begins, and takes less time than the costs say. Of many
   CTAs a tile, whoever ends it adds up the sums of all.
   """
-  enough = grid.dealt_tiles * k_steps >= MIN_STREAM_K_STEPS * grid.num_sms
-  enough &= MAX_STREAM_K_SHARES * grid.dealt_tiles >= grid.num_sms
-  long = k_steps >= MIN_STREAM_K_TILE_STEPS and grid.whole_waves <= 1
-  return timed.stream_k is not None and enough and long
+  return (
+    timed.stream_k is not None
+    and grid.dealt_tiles * k_steps >= MIN_STREAM_K_STEPS * grid.num_sms
+    and MAX_STREAM_K_SHARES * grid.dealt_tiles >= grid.num_sms
+    and k_steps >= MIN_STREAM_K_TILE_STEPS
+    and grid.whole_waves <= 1
+  )
 
 
 def _can_share(
