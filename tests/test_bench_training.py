@@ -209,6 +209,9 @@ def test_the_command(monkeypatch, tmp_path, capsys):
   ("arguments", "message"),
   [
     (["training", "moe"], "stands alone"),
+    (["training", "--chain"], "takes no --chain"),
+    (["training", "--backward"], "takes no --backward"),
+    (["training", "--processes", "2"], "not --processes"),
     (["training", "--forms", "quantize"], "--suite training has the forms on the fly, dx, dw"),
     (["training", "--rows", "3000"], "--rows: 3000 tokens are no whole sequences of 2048"),
   ],

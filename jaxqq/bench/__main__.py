@@ -33,7 +33,7 @@ _BLOCK_ABOUT = f"a transformer block, forward and backward, of --suite {TRAINING
 # What is so where the command line does not say it, and for a survey, which has many cases.
 _DEFAULTS = {"peers": tuple(PEERS), "seconds": 2.0, "rounds": 5, "chain": _CHAIN, "resume": False}
 _OF_SURVEYS = {"peers": ("cublas",), "seconds": 0.3, "rounds": 3, "chain": 0, "resume": True}
-_OF_TRAINING = {**_DEFAULTS, "resume": True}
+_OF_TRAINING = {**_DEFAULTS, "chain": 0, "resume": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Any]:
@@ -140,21 +140,23 @@ def _training(
   """The suite of training, whose rows are its own."""
   if options.suite != [TRAINING]:
     parser.error(f"--suite {TRAINING} stands alone")
-  for name in ("backward", "plot"):
+  for name in ("backward", "plot", "chain"):
     if getattr(options, name):
       parser.error(f"--suite {TRAINING} takes no --{name}")
+  if options.processes > 1:
+    parser.error(f"--suite {TRAINING} compiles on threads of one process, not --processes")
   forms = [form for form in options.forms or training.FORMS if form in training.FORMS]
   if not forms:
     parser.error(f"--suite {TRAINING} has the forms {', '.join(training.FORMS)}")
   try:
     suite = training.Suite(
-      options.modes,
-      options.rows or training.TOKENS,
-      forms,
-      options.shapes,
-      training.MODEL,
-      "none" not in options.peers,
-      Settings(options.seconds, options.rounds, options.seed, chain=0),
+      modes=options.modes,
+      tokens=options.rows or training.TOKENS,
+      forms=forms,
+      shapes=options.shapes,
+      model=training.MODEL,
+      has_peer="none" not in options.peers,
+      settings=Settings(options.seconds, options.rounds, options.seed, chain=0),
     )
   except ValueError as error:
     parser.error(f"--rows: {error}")
