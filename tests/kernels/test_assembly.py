@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -16,8 +13,8 @@ import numpy as np
 import pytest
 
 import jaxqq
+from tests.support import processes
 from tests.support.kernels import needs_kernels, on_gpu
-from tests.support.processes import ROOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +34,13 @@ class Product:
   function: str = "qqmm"
   precision: str | None = None
 
+  @property
+  def how(self) -> dict[str, Any]:
+    return {"mode": self.mode, "precision": self.precision}
+
   def call(self) -> tuple[Any, tuple[Any, ...]]:
     """A function of arrays, and their shapes and dtypes."""
-    how = {"mode": self.mode, "precision": self.precision}
+    how = self.how
     x = jax.ShapeDtypeStruct((self.m, self.k), jnp.bfloat16)
     shape = (self.groups, self.n, self.k) if self.groups else (self.n, self.k)
     ws = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
@@ -55,8 +56,7 @@ class Product:
     """Of a product without groups, on a Hopper GPU."""
     _, (x, *ws) = self.call()
     function = getattr(jaxqq, self.function)
-    how = {"mode": self.mode, "precision": self.precision}
-    return jaxqq.explain(function, x, *ws, device="cuda", **how).plan.kernel
+    return jaxqq.explain(function, x, *ws, device="cuda", **self.how).plan.kernel
 
 
 P = Product
@@ -114,14 +114,9 @@ class TestOnGpu:
   @pytest.mark.parametrize("name", PRODUCTS)
   def test_instructions_for_the_tensor_cores_overlap(self, name, tmp_path: pathlib.Path):
     """Where ptxas cannot tell what registers they read, it has each end before the next begins."""
-    environment = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    done = subprocess.run(
-      [sys.executable, "-c", CODE, json.dumps(dataclasses.asdict(PRODUCTS[name]))],
-      env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
+    product = json.dumps(dataclasses.asdict(PRODUCTS[name]))
+    written = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    done = processes.run(CODE, tmp_path, product, **written)
     assert done.returncode == 0, done.stderr
     said = [path.read_text() for path in tmp_path.glob("*gemm*.ptxas")]
     assert said and all("Used" in text for text in said)

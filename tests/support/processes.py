@@ -20,14 +20,18 @@ sys.meta_path.insert(0, Hide())
 
 def run_without(package: str, code: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
   """Runs code with this checkout's jaxqq, as if a package were not installed."""
-  return _run(HIDE.format(package=package) + code, cwd)
+  return run(HIDE.format(package=package) + code, cwd)
 
 
-def _run(code: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+def run(
+  code: str, cwd: pathlib.Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+  """Runs code with this checkout's jaxqq, and more in the environment."""
+  path = os.pathsep.join(map(str, (ROOT, ROOT / "examples")))
   return subprocess.run(
-    [sys.executable, "-c", code],
+    [sys.executable, "-c", code, *arguments],
     cwd=cwd,
-    env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples")))},
+    env={**os.environ, "PYTHONPATH": path, **environment},
     capture_output=True,
     text=True,
     check=False,
@@ -54,7 +58,7 @@ for finder.hidden in PACKAGES:
   except SystemExit as error: told[finder.hidden] = error.code
 print(json.dumps(told))
 """
-  done = _run(
+  done = run(
     f"import sys; sys.argv = [{path!r}]; PATH, PACKAGES = {path!r}, {packages}\n{code}", cwd
   )
   assert done.returncode == 0, done.stderr
