@@ -43,6 +43,7 @@ class Config(train_lm.Training):
   batch: int = flag(64, "windows a step")
   steps: int = flag(3200, "optimizer steps")
   lr: float = flag(6e-4, "peak learning rate")
+  attention: str = flag("cudnn", "how it is computed, xla elsewhere", choices=train_lm.ATTENTIONS)
   modes: tuple[str, ...] = flag(
     (UNQUANTIZED,), "models without a recipe", nargs="*", choices=train_lm.MODES
   )

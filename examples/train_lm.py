@@ -47,6 +47,7 @@ PARTS: dict[str, dict[str, Any]] = {  # of a recipe, and what an operand has wit
 }
 BACKWARDS = ("straight_through", "quantized")
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+ATTENTIONS = ("xla", "cudnn")
 LINEARS = ("qkv", "out", "gate_up", "down")
 PROMPT = b"The "
 NUM_EVALS = 5
@@ -75,6 +76,7 @@ class Training:
   modes: tuple[str, ...] = flag(MODES, "which models to train", nargs="+", choices=MODES)
   backward: str = flag(BACKWARDS[0], "qqmm's gradients", choices=BACKWARDS)
   dtype: str = flag("bf16", "of activations and unquantized products", choices=tuple(DTYPES))
+  attention: str = flag("xla", "how it is computed, cudnn on a GPU alone", choices=ATTENTIONS)
 
   @property
   def d_ff(self) -> int:
@@ -219,19 +221,24 @@ def rotate(x: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, how: str = "xla") -> jax.Array:
   """Causal attention, each (batch, seq, heads, size)."""
+  if how == "cudnn":
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
   causal = jnp.tri(q.shape[1], dtype=bool)[None, None]
   weights = jax.nn.softmax(jnp.where(causal, scores * q.shape[-1] ** -0.5, -jnp.inf))
   return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
-def block(x: jax.Array, layer: Params, heads: int, product: Callable[..., Any]) -> jax.Array:
+def block(
+  x: jax.Array, layer: Params, heads: int, product: Callable[..., Any], attention: str = "xla"
+) -> jax.Array:
   """Rows of qkv go head by head, and gate_up's in turns: split over devices, they stay together."""
   qkv = product(rms_norm(x, layer["attention_norm"]), layer["qkv"])
   q, k, v = jnp.split(qkv.reshape(*x.shape[:2], heads, -1), 3, axis=-1)
-  x = x + product(attend(rotate(q), rotate(k), v).reshape(x.shape), layer["out"])
+  attended = attend(rotate(q), rotate(k), v, attention)
+  x = x + product(attended.reshape(x.shape), layer["out"])
   gate_up = product(rms_norm(x, layer["mlp_norm"]), layer["gate_up"])
   gate, up = jnp.moveaxis(gate_up.reshape(*x.shape[:2], -1, 2), -1, 0)
   return x + product(jax.nn.silu(gate) * up, layer["down"])
@@ -242,7 +249,8 @@ def logits_of(
 ) -> jax.Array:
   """Tokens (batch, seq) to float32 logits (batch, seq, 256); a recipe rounds by a key."""
   dtype = DTYPES[cfg.dtype]
-  x = params["embed"].astype(dtype)[tokens]
+  # As a product: the gradient of a gather adds up what one byte gets a row after the other.
+  x = jax.nn.one_hot(tokens, 256, dtype=dtype) @ params["embed"].astype(dtype)
 
   def of_layer(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
     weights, keys = layer
@@ -252,7 +260,7 @@ def logits_of(
       own = next(each)
       return linear(x, w, mode, cfg.backward, None if keys is None else own)
 
-    return block(x, weights, cfg.heads, product), None
+    return block(x, weights, cfg.heads, product, cfg.attention), None
 
   keys = None if key is None else jax.random.split(key, (cfg.layers, len(LINEARS)))
   x, _ = lax.scan(of_layer, x, (params["blocks"], keys))

@@ -9,7 +9,7 @@ import pytest
 from tests.support.examples import load_example
 
 SIZES = ["--layers", "1", "--d-model", "32", "--heads", "2", "--seq", "16", "--batch", "2"]
-SIZES += ["--steps", "3", "--modes", "unquantized", "--recipe"]
+SIZES += ["--attention", "xla", "--steps", "3", "--modes", "unquantized", "--recipe"]
 PARAGRAPHS = [
   f"Paragraph {i} of the text, {'which is long enough to be told ' * 2}" for i in range(40)
 ]

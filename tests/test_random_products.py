@@ -136,7 +136,7 @@ LARGE_TILES = [
   for mode in ("nvfp4", "mxfp8")
   for m, n, k in (
     *((128, 12296, 320), (128, 20000, 256), (64, 33000, 512)),
-    *((100, 2056, 2048), (96, 20000, 256), (96, 4096, 1024)),
+    *((100, 2056, 2048), (96, 20000, 256), (96, 4096, 1024), (190, 25000, 320)),
   )
 ]
 # K that is no whole number of blocks: zeros past its end, with few rows.

@@ -135,7 +135,7 @@ PLANS = [  # mode, tokens, experts of each, shape; kernel, mainloop, rows of a t
   ("nvfp4", 64, 4, GPT_OSS, "skinny_gemm", "sixteens", 16),
   ("mxfp8", 512, 4, GPT_OSS, "dequant_gemm", "rebased_e4m3", 96),
   ("mxfp8", 64, 2, MIXTRAL, "skinny_gemm", "group_sums", 24),
-  ("nvfp4", 4096, 2, MIXTRAL, "dequant_gemm", "packed_e2m1", 256),
+  ("nvfp4", 4096, 2, MIXTRAL, "dequant_gemm", "packed_e2m1", 192),
 ]
 ON_THE_FLY = [
   ("nvfp4", 4096, 8, QWEN3, "gemm", "ready", 256),

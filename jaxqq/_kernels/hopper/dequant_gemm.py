@@ -309,6 +309,7 @@ class _Cta:
     @jax.named_scope("producer")
     def _producer() -> None:
       steps = self.steps_of, self.count_steps
+      pipeline.release_registers(kernel.compute_warpgroups)
       pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
       if self.tiles.cluster > 1:
         cluster.cluster_sync()
@@ -317,8 +318,7 @@ class _Cta:
 
     @pl.when(warpgroup < kernel.compute_warpgroups)
     def _compute() -> None:
-      registers = pipeline.COMPUTE_REGISTERS[kernel.compute_warpgroups]
-      plgpu.set_max_registers(registers, action="increase")
+      pipeline.take_registers(kernel.compute_warpgroups)
       if kernel.ping_pong:
         # The first is warpgroup 0's.
         pl.when(warpgroup == 1)(lambda: named_barriers.arrive(warpgroup))

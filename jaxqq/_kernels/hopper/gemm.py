@@ -191,11 +191,12 @@ class _Cta:
     @jax.named_scope("producer")
     def _producer() -> None:
       steps = pipeline.whole_steps(self.walk, kernel.k_steps)
+      pipeline.release_registers(COMPUTE_WARPGROUPS)
       pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
-      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS[COMPUTE_WARPGROUPS], action="increase")
+      pipeline.take_registers(COMPUTE_WARPGROUPS)
 
       @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:

@@ -25,8 +25,9 @@ from jax.experimental import pallas as pl
 from jaxqq._kernels.hopper.ptx import cluster
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
 
-PRODUCER_REGISTERS = 40  # a thread: the rest is the compute warpgroups'
-COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 104}  # by how many compute warpgroups there are
+# Registers of a thread, by how many compute warpgroups there are: together what a launch has.
+COMPUTE_REGISTERS = {2: 240, 3: 160, 4: 112}
+PRODUCER_REGISTERS = {2: 24, 3: 32, 4: 32}
 WORKER = "worker"  # axis of the grid: which CTA, or which cluster
 
 
@@ -159,6 +160,16 @@ def tile_of(grid: Grid, own_index: Any, index: Any) -> Tile:
   return Tile(own_index, lax.div(index, a_matrix), mi, ni)
 
 
+def release_registers(compute_warpgroups: int) -> None:
+  """The first that a producer does: `take_registers` waits for it."""
+  plgpu.set_max_registers(PRODUCER_REGISTERS[compute_warpgroups], action="decrease")
+
+
+def take_registers(compute_warpgroups: int) -> None:
+  """The first that a compute warpgroup does."""
+  plgpu.set_max_registers(COMPUTE_REGISTERS[compute_warpgroups], action="increase")
+
+
 def produce(
   load: Callable[[Any, Any, Tile], None],  # (stage, k step within the tile, tile)
   empty: Any,  # barriers, one a stage
@@ -167,7 +178,6 @@ def produce(
   count_steps: Callable[[], Any],  # of all tiles
 ) -> None:
   """The producer's work: loads every step of every tile, once its stage is free."""
-  plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
   (stages,) = empty.shape
 
   @pl.loop(0, walk.num_tiles)

@@ -401,12 +401,10 @@ def _has_registers(tiles: WideTiles, problem: Problem) -> bool:
   """Whether sums fit into registers.
 
   Exact sums are those of a step and of all steps: there is room with two warpgroups, which may
-  multiply in turn, or with three of up to 64 rows of x. Rows in groups need registers for the tile
-  as well: four warpgroups then have room for 64 rows, not for 96.
+  multiply in turn, or with three of up to 64 rows of x.
   """
-  if problem.wants_exact_sums:
-    return tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
-  return not problem.in_groups or tiles.block_n < 4 * ROWS or tiles.block_m <= ROWS
+  is_narrow = tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
+  return is_narrow or not problem.wants_exact_sums
 
 
 # What a step takes of a row of w, as the classes in `mainloops/` have it, which import Pallas:

@@ -111,7 +111,7 @@ class _Cta:
 
     @pl.when(self.warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
-      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS[COMPUTE_WARPGROUPS], action="increase")
+      pipeline.take_registers(COMPUTE_WARPGROUPS)
 
       def do_tile(t: Any, done: Any) -> Any:
         tile = self.walk.tile(t)
@@ -130,7 +130,7 @@ class _Cta:
   # Loads
 
   def produce(self) -> None:
-    plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
+    pipeline.release_registers(COMPUTE_WARPGROUPS)
     empty = self.smem.empty
 
     def load_tile(t: Any, done: Any) -> Any:

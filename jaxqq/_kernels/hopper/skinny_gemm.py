@@ -280,11 +280,12 @@ class _Cta:
     @jax.named_scope("producer")
     def _producer() -> None:
       steps = pipeline.whole_steps(self.walk, kernel.k_steps)
+      pipeline.release_registers(workers)
       pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
 
     @pl.when(warpgroup < workers)
     def _compute() -> None:
-      plgpu.set_max_registers(pipeline.COMPUTE_REGISTERS[workers], action="increase")
+      pipeline.take_registers(workers)
       if kernel.quantizer is not None:
         for i in range(0, self.tiles.num_stages, workers):
           kernel.quantizer.clear(self.smem.x.at[warpgroup + i])
