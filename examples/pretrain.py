@@ -53,6 +53,7 @@ class Config(train_lm.Training):
   out: str = flag("pretrain", "folder for results and what a later run needs")
   save_seconds: float = flag(120.0, "of training between two saves")
   seconds: float = flag(1e9, "after which no step is begun")
+  plot: str = flag("", "file for the loss curves of models that are done, '' for none")
 
   def mistake(self) -> str | None:
     for name in ("most_bytes", "save_seconds", "seconds"):
@@ -189,16 +190,31 @@ def train(
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-  """The last validation loss of each model that is done, and its distance to the first."""
-  lines = ["model | validation loss, nats a byte | against bfloat16 | ms/step"]
-  done = {mode: result for mode, result in results.items() if result.get("done")}
-  base = [*done[UNQUANTIZED]["val_losses"].values()][-1] if UNQUANTIZED in done else None
-  for mode, result in done.items():
-    loss = [*result["val_losses"].values()][-1]
-    change = "-" if base is None or mode == UNQUANTIZED else f"{100 * (loss / base - 1):+.2f}%"
-    ms = sorted(result["ms"])[len(result["ms"]) // 2]
-    lines.append(f"{train_lm.name_of(mode)} | {loss:.4f} | {change} | {ms}")
-  return "\n".join(lines)
+  """The validation losses of the first model, and how far above them those of the others are.
+
+  Of a model that is not done, the losses so far.
+  """
+  models = {mode: result["val_losses"] for mode, result in results.items() if result}
+  first, *others = models
+  base = models[first]
+  steps = sorted({step for losses in models.values() for step in losses}, key=int)
+  rows = [["model", *(f"{int(step):,} steps" for step in steps)], ["---"] * (1 + len(steps))]
+  rows.append([train_lm.name_of(first), *(f"{base[s]:.4f}" if s in base else "" for s in steps)])
+  for mode in others:
+    own = models[mode]
+    gaps = {s: f"{100 * (own[s] / base[s] - 1):+.2f}%" for s in steps if s in own and s in base}
+    rows.append([train_lm.name_of(mode), *(gaps.get(step, "") for step in steps)])
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot(results: dict[str, dict[str, Any]], path: str) -> str:
+  """Draws what `train_lm.plot` does, of the models that are done."""
+  done = {
+    mode: result | {"val_losses": {int(step): loss for step, loss in result["val_losses"].items()}}
+    for mode, result in results.items()
+    if result.get("done")
+  }
+  return train_lm.plot(done, path) if done else "No plot: no model is done."
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -244,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not train(cfg, mode, train_windows, evaluate, result, keep, begin + cfg.seconds):
       break
   print(table(models))
+  if cfg.plot:
+    print(plot(models, cfg.plot))
   return models
 
 

@@ -99,9 +99,25 @@ def test_a_recipe_without_a_part(example):
 
 
 def test_table(example):
-  done = {"val_losses": {"3": 2.0, "6": 1.0}, "ms": [3.0, 1.0, 2.0], "done": True}
-  worse = done | {"val_losses": {"6": 1.02}}
-  models = {"unquantized": done, "recipe mxfp8": worse, "recipe nvfp4": {"losses": []}}
-  first, second = example.table(models).splitlines()[1:]
-  assert first == "bfloat16 | 1.0000 | - | 2.0"
-  assert second == "recipe mxfp8 | 1.0200 | +2.00% | 2.0"
+  """A model that is not done has the gaps so far, and one without losses none."""
+  base = {"val_losses": {"3": 2.0, "6": 1.0}, "done": True}
+  worse = base | {"val_losses": {"3": 2.1, "6": 1.02}}
+  part = {"val_losses": {"3": 1.9}, "done": False}
+  models = {"unquantized": base, "recipe mxfp8": worse, "recipe nvfp4": part, "nvfp4": {}}
+  head, _, *rows = example.table(models).splitlines()
+  assert head == "| model | 3 steps | 6 steps |"
+  assert rows == [
+    "| bfloat16 | 2.0000 | 1.0000 |",
+    "| recipe mxfp8 | +5.00% | +2.00% |",
+    "| recipe nvfp4 | -5.00% |  |",
+  ]
+
+
+def test_plot(example, tmp_path):
+  """Of models that are done; what a file of results has are strings."""
+  assert example.plot({"unquantized": {"done": False, "val_losses": {}}}, "") == (
+    "No plot: no model is done."
+  )
+  done = {"val_losses": {"1": 2.0, "2": 1.0}, "losses": [2.5, 1.5], "done": True}
+  said = example.plot({"unquantized": done, "recipe mxfp8": done}, str(tmp_path / "a.png"))
+  assert "a.png" in said and (tmp_path / "a.png").stat().st_size > 0
