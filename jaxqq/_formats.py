@@ -40,7 +40,7 @@ class Format:
   @property
   def element_max_bits(self) -> int:
     """Significant bits of the largest element, by which amax is divided."""
-    return _significant_bits(self.element_max)
+    return significant_bits(self.element_max)
 
   @property
   def scale_bits(self) -> int:
@@ -50,7 +50,7 @@ class Format:
   @property
   def largest_value_bits(self) -> int:
     """Significant bits of the largest value, by which a global scale is divided."""
-    return _significant_bits(self.largest_value)
+    return significant_bits(self.largest_value)
 
   @property
   def scale_is_power_of_two(self) -> bool:
@@ -67,7 +67,7 @@ class Format:
     return self.element_max * float(ml_dtypes.finfo(self.scale).max)
 
 
-def _significant_bits(value: float) -> int:
+def significant_bits(value: float) -> int:
   odd, _ = value.as_integer_ratio()
   return (odd // (odd & -odd)).bit_length()
 

@@ -6,11 +6,13 @@ of every n neighbours along the last axis. It is orthonormal, so a product whose
 rotated alike along the contracted axis stays as it was, and nothing is ever rotated back.
 
 The sums are float32 and in one order, each a sum of two, so their bits are the same everywhere.
-Numbers below 2**-126 count as zeros on the way, as they do on a CPU. The result is bfloat16: what
-is quantized afterwards has fewer bits yet.
+Numbers below 2**-126 count as zeros on the way, as they do on a CPU. The result is bfloat16, if not
+asked for in float32: what is quantized afterwards has fewer bits yet.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +24,18 @@ from jaxqq import _rounding
 SIZES = (16, 32, 64, 128)
 
 
-def rotated(a: jax.Array, signs: jax.Array) -> jax.Array:
-  """bfloat16 of (..., m, k), every n neighbours rotated; k a multiple of n.
+def rotated(a: jax.Array, signs: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
+  """(..., m, k), every n neighbours rotated; k a multiple of n.
 
   Args:
     a: float32, float16 or bfloat16, (..., m, k).
     signs: float32 (..., n), 1 or -1; the leading axes are those of matrices.
+    dtype: of the result, bfloat16 or float32.
   """
   of_matrices = signs.shape[:-1]
   ones = (1,) * (a.ndim - 2 - len(of_matrices))
   signs = signs.reshape(*ones, *of_matrices, 1, 1, signs.shape[-1])
-  return rotated_by(a, factors_of_signs(signs))
+  return rotated_by(a, factors_of_signs(signs), dtype)
 
 
 def factors_of_signs(signs: jax.Array) -> jax.Array:
@@ -49,7 +52,7 @@ def _power(size: int) -> int:
   return (size.bit_length() - 1) // 2
 
 
-def rotated_by(a: jax.Array, factors: jax.Array) -> jax.Array:
+def rotated_by(a: jax.Array, factors: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
   """`rotated`, by `factors_of_signs` that broadcast with (..., k / n, n)."""
   size = factors.shape[-1]
   *batch, k = a.shape
@@ -64,6 +67,8 @@ def rotated_by(a: jax.Array, factors: jax.Array) -> jax.Array:
     half *= 2
   rest = last_factor(size)
   sums = sums if rest == 1 else _without_subnormals(sums * rest)
+  if dtype == jnp.float32:
+    return sums.reshape(a.shape)
   # A conversion to bfloat16 and back, which may follow, XLA drops; this it does not.
   return lax.reduce_precision(sums, 8, 7).reshape(a.shape).astype(jnp.bfloat16)
 

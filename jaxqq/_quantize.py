@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxqq import _rounding
-from jaxqq._formats import Format
+from jaxqq._formats import Format, significant_bits
 from jaxqq._rounding import ANYWHERE, Arithmetic
 
 # A tensor whose amax is below 2**-SMALL is quantized and dequantized as 2**RAISED times itself:
@@ -113,6 +113,7 @@ def encoding_of(
   amax_bits: jax.Array | None = None,
   largest: float | None = None,
   rounds_scales_up: bool = False,
+  zero_becomes_one: bool = False,
 ) -> Encoding:
   """How the groups of `a`, which has all batch axes of its global scale, are quantized.
 
@@ -121,6 +122,8 @@ def encoding_of(
   largest: the element that they are mapped to, None for the format's largest; of scales that are
     no powers of two.
   rounds_scales_up: so that no element is larger than that; powers of two are so always.
+  zero_becomes_one: whether a scale that rounds to 0 is 1 instead, if the global scale is not 0: the
+    group's codes are zeros, of numbers below its smallest element.
 
   A group is poisoned, and its scale NaN, if it is not finite, and under a global scale that is no
   amax: negative, not finite, or 0 beside a number of 2**-126 or more.
@@ -148,6 +151,8 @@ def encoding_of(
   else:
     encode = _rounding.encode_up if rounds_scales_up else _rounding.encode
     largest = fmt.element_max if largest is None else largest
+    if zero_becomes_one:
+      encode = _encode_zero_as_one
     scales, factor = _scales_of_float(amax_bits, fmt, enc, arithmetic, largest, encode)
     if of_zeros is not None:
       scales = jnp.where(of_zeros, 0, scales)
@@ -170,7 +175,8 @@ def _scales_of_float(
 ) -> tuple[jax.Array, jax.Array]:
   """s = scale(amax / largest * enc), and enc / s."""
   amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
-  ideal = arithmetic.divide(amax, jnp.float32(largest), fmt.element_max_bits)
+  bits = max(fmt.element_max_bits, significant_bits(float(np.float32(largest))))
+  ideal = arithmetic.divide(amax, jnp.float32(largest), bits)
   if enc is None:
     enc = jnp.float32(1)
   else:
@@ -179,6 +185,11 @@ def _scales_of_float(
   factor = arithmetic.divide(enc, _rounding.decode(scales, fmt.scale), fmt.scale_bits)
   # Else XLA may divide again for every element.
   return scales, lax.optimization_barrier(factor)
+
+
+def _encode_zero_as_one(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+  codes = _rounding.encode(bits, dtype)
+  return jnp.where(codes == 0, int(np.array(1, dtype).view(np.uint8)), codes)
 
 
 def scales_of_power_of_two(amax_bits: jax.Array, fmt: Format) -> jax.Array:

@@ -1,8 +1,9 @@
 """`Quantizer`: how one operand of a product is quantized, and the steps that it names.
 
 The way of the data: array -> rotated -> global scale, of its amax -> scales, of groups or squares
--> codes, nearest or stochastic. What comes out is what `quantize` gives: packed codes, and a scale
-for every group. Where one scale serves a square of groups, it is there once for each.
+-> codes, nearest or stochastic, or nearest, by which scales are corrected. What comes out is what
+`quantize` gives: packed codes, and a scale for every group. Where one scale serves a square of
+groups, it is there once for each.
 
 Every step is integers, or float32 operations that round the same wherever they are computed, so the
 bits depend on the numbers, the key and the places in the tensor alone.
@@ -24,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.typing import ArrayLike
 
-from jaxqq import _hadamard, _random_bits, _rounding
+from jaxqq import _hadamard, _random_bits, _rounding, _unbiased
 from jaxqq._checks import (
   FLOATS,
   as_array,
@@ -51,11 +52,17 @@ class Streams:
 
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
-ScaleRule: TypeAlias = Literal["amax", "four_over_six"]
+ScaleRule: TypeAlias = Literal["amax", "four_over_six", "unbiased"]
 Rotation: TypeAlias = Literal[16, 32, 64, 128]
 
 FUNCTION = "Quantizer"
 _ROUNDING, _ROTATION = 0, 1  # streams of a key
+
+# What the tensor's amax is mapped to, where it is not the largest value of the format.
+_TENSOR_MAX = {
+  "four_over_six": 6 * 256,
+  "unbiased": _unbiased.ELEMENT_MAX * _unbiased.SCALE_MAX,
+}
 
 # Of a value for each group (..., groups, 1), one for each block, reduced by the function.
 _OverBlock: TypeAlias = Callable[[jax.Array, Callable[..., jax.Array]], jax.Array]
@@ -81,14 +88,23 @@ class Quantizer:
       is always rounded up.
     rotation: None, or the size of a random Hadamard transform along the last axis, 16, 32, 64 or
       128, which comes first: every `rotation` neighbours are multiplied by an orthonormal matrix
-      with random signs, in float32 sums rounded to bfloat16. Amaxes are those of the result.
+      with random signs, in float32 sums rounded to bfloat16 (with "unbiased" scales they stay
+      float32). Amaxes are those of the result.
     scale: "amax" maps the amax of a block to 6 (nvfp4, mxfp4) or 448. "four_over_six", of nvfp4
       with nearest rounding, maps it to 6 or to 4, whichever has the smaller squared error (6 where
       they are equal), and the tensor's amax to 6 * 256, so that there is room for the larger scale.
+      "unbiased", of rows in nvfp4 with nearest rounding and a rotation, is MS-EDEN: with y the
+      numbers divided by the scales, and q the elements that they are rounded to, scales are
+      multiplied by S = sum(y * y) / sum(y * q) over each rotation, and rounded stochastically. The
+      mean over keys of what is left, rotated back, is a (nearly: the signs of a rotation are few),
+      with less variance than of "stochastic" elements. The amax of a group is mapped to
+      6 / (17/16 * 0.93), and the tensor's largest scale to 255.99, so that there is room for S; a
+      scale that rounds to 0 is 1 instead.
 
   Raises:
     ValueError, TypeError: an attribute is not as above; "four_over_six" in another mode, or with
-      stochastic rounding, whose mean a choice by errors would move.
+      stochastic rounding, whose mean a choice by errors would move; "unbiased" in another mode, of
+      squares, with stochastic rounding, or without a rotation.
 
   Example:
     >>> gradients = jaxqq.Quantizer("nvfp4", rounding="stochastic", rotation=16)
@@ -97,7 +113,8 @@ class Quantizer:
     ((4, 8), (4, 4), ())
 
   Source: arXiv:2509.25149 (squares, stochastic rounding, rotations); arXiv:2512.02010 (four over
-  six); arXiv:2601.22813 (that nothing may be clipped).
+  six); arXiv:2601.22813 (that nothing may be clipped; unbiased scales, as its code has them at
+  github.com/IST-DASLab/Quartet-II, 8776a90: schemes/quartet_2.py).
   """
 
   mode: Mode = "nvfp4"
@@ -122,15 +139,36 @@ class Quantizer:
         f"{FUNCTION}: scale is 'four_over_six', but the scales of mode {self.mode!r} are powers of "
         "two, which it cannot choose between; use mode 'nvfp4', or scale 'amax'."
       )
+    if self.scale == "unbiased":
+      self._check_unbiased()
     if self.scale == "four_over_six" and self.is_stochastic:
       raise ValueError(
         f"{FUNCTION}: scale is 'four_over_six' and rounding 'stochastic', but choosing between "
         "scales by their errors would move the mean; use rounding 'nearest', or scale 'amax'."
       )
 
+  def _check_unbiased(self) -> None:
+    for is_so, what, instead in (
+      (
+        not FORMATS[self.mode].has_global_scale,
+        f"mode {self.mode!r}, whose scales are powers of two",
+        "use mode 'nvfp4'",
+      ),
+      (self.square, "square True, and a square has no row to correct", "use square False"),
+      (self.is_stochastic, "rounding 'stochastic'", "use rounding 'nearest'"),
+      (self.rotation is None, "rotation None, and its mean is over rotations", "use rotation 128"),
+    ):
+      if is_so:
+        raise ValueError(f"{FUNCTION}: scale is 'unbiased' and {what}; {instead}, or scale 'amax'.")
+
   @property
   def is_stochastic(self) -> bool:
     return self.rounding == "stochastic"
+
+  @property
+  def rounds_at_random(self) -> bool:
+    """Whether elements, or scales, are rounded stochastically."""
+    return self.is_stochastic or self.scale == "unbiased"
 
   @property
   def is_plain(self) -> bool:
@@ -140,7 +178,7 @@ class Quantizer:
   @property
   def needs_key(self) -> bool:
     """Whether anything is random: rounding, or the signs of a rotation."""
-    return self.is_stochastic or self.rotation is not None
+    return self.rounds_at_random or self.rotation is not None
 
   @property
   def multiple(self) -> int:
@@ -178,7 +216,7 @@ class Quantizer:
       scales: uint8, (..., K / group_size), of a square repeated in each of its rows.
       global_scale: nvfp4: float32, what `dequantize` and `qqmm` take for it, 2688 times what the
         product of code and scale is multiplied by: amax, or with "four_over_six" 1.75 amax, since
-        6 * 256 is 2688 / 1.75. None in other modes.
+        6 * 256 is 2688 / 1.75, and with "unbiased" 1.7293 amax. None in other modes.
 
     Raises:
       TypeError: a, key or amax is of a type that it may not be.
@@ -204,12 +242,13 @@ class Quantizer:
 
   def _keys(self, key: Any, rotation_key: Any) -> tuple[jax.Array | None, jax.Array | None]:
     """The keys of the streams that are needed."""
-    if rotation_key is None and not self.is_stochastic:
+    if rotation_key is None and not self.rounds_at_random:
       key, rotation_key = None, key
     elif rotation_key is None and self.rotation is not None:
       rotation_key = key
+    random = "rounding is 'stochastic'" if self.is_stochastic else "scale is 'unbiased'"
     for name, given, needed, what in (
-      ("key", key, self.is_stochastic, "rounding is 'stochastic'"),
+      ("key", key, self.rounds_at_random, random),
       ("key", rotation_key, self.rotation is not None, f"rotation is {self.rotation}"),
     ):
       if needed and given is None:
@@ -352,10 +391,11 @@ mlir.register_lowering(quantizer_p, mlir.lower_fun(_definition, multiple_results
 
 
 def rotated(quantizer: Quantizer, a: jax.Array, key: jax.Array | None) -> jax.Array:
-  """`a`, or bfloat16 of it rotated by the signs of a stream's key (..., 2)."""
+  """`a`, or it rotated by the signs of a stream's key (..., 2): bfloat16, or float32."""
   if quantizer.rotation is None or key is None:
     return a
-  return _hadamard.rotated(a, _random_bits.signs(key, quantizer.rotation))
+  dtype = jnp.float32 if quantizer.scale == "unbiased" else jnp.bfloat16
+  return _hadamard.rotated(a, _random_bits.signs(key, quantizer.rotation), dtype)
 
 
 def global_scale_of(
@@ -371,7 +411,8 @@ def global_scale_of(
     return amax
   # Below 2**-126 a CPU has zeros. Above float32's range the tensor has less room than it might.
   bits = _rounding.magnitude_bits(amax)
-  raised = jnp.minimum(amax * np.float32(fmt.largest_value / (6 * 256)), np.finfo(np.float32).max)
+  factor = np.float32(fmt.largest_value / _TENSOR_MAX[quantizer.scale])
+  raised = jnp.minimum(amax * factor, np.finfo(np.float32).max)
   raised = jnp.where(bits < _rounding.SMALLEST_NORMAL_BITS, jnp.float32(0), raised)
   return jnp.where(bits < _rounding.INFINITY_BITS, raised, amax)
 
@@ -379,10 +420,13 @@ def global_scale_of(
 def random_of(
   quantizer: Quantizer, key: jax.Array | None, shape: tuple[int, ...], matrix: Any = 0
 ) -> jax.Array | None:
-  """int32 of a shape, uniform in 0 to 65535; None where rounding is to nearest."""
-  if not quantizer.is_stochastic or key is None:
+  """int32, uniform in 0 to 65535: of a shape, or of its scales; None where all is to nearest."""
+  if not quantizer.rounds_at_random or key is None:
     return None
-  return _random_bits.uniform16(key, shape, matrix)
+  if quantizer.is_stochastic:
+    return _random_bits.uniform16(key, shape, matrix)
+  shape = (*shape[:-1], shape[-1] // FORMATS[quantizer.mode].group_size)
+  return _random_bits.uniform16(key, shape, matrix, _random_bits.SCALES)
 
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "arithmetic"), inline=True)
@@ -406,6 +450,16 @@ def quantized(
   if quantizer.scale == "four_over_six":
     six, four = encode(largest=6.0), encode(largest=4.0)
     return _better(a, groups, six, four, fmt, over_block, arithmetic)
+  if quantizer.scale == "unbiased":
+    assert random is not None and quantizer.rotation is not None
+    encoding = encode(largest=_unbiased.ELEMENT_MAX, zero_becomes_one=True)
+    codes = encoding.codes(a, fmt)
+    numbers = jnp.where(encoding.blank, 0, encoding.magnitudes(groups)).reshape(a.shape)
+    numbers = lax.bitcast_convert_type(numbers, jnp.float32)
+    elements, scales = _rounding.decode(codes, fmt.element), encoding.scales.squeeze(-1)
+    return codes, _unbiased.corrected_scales(
+      numbers, elements, scales, random, quantizer.rotation, fmt, arithmetic
+    )
   encoding = encode(rounds_scales_up=quantizer.is_stochastic)
   return encoding.codes(a, fmt, random), encoding.scales.squeeze(-1)
 

@@ -8,6 +8,7 @@ tensor is split: XLA's partitioner gives each device its own places. `jax.random
 in some of its configurations.
 
     128 bits at (column // 8, row, matrix, 0)    16 for each of 8 neighbours along the last axis
+    128 bits at (group // 8, row, matrix, 1)     16 for each scale of 8 neighbouring groups
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 _OF_STREAMS, _OF_MATRICES = 0x6A617871, 0x6A617872  # the last word of counters that keys are of
 PER_CALL = 8  # numbers that one call has bits for
+ELEMENTS, SCALES = 0, 1  # the last word of counters: what is rounded
 _U16 = np.uint32(0xFFFF)
 
 
@@ -75,13 +77,16 @@ def key_of_each(words: jax.Array, count: int) -> jax.Array:
   return jnp.stack(philox(counter, (words[0], words[1])), axis=-1)
 
 
-def uniform16(key: jax.Array, shape: Sequence[int], matrix: jax.Array | int = 0) -> jax.Array:
+def uniform16(
+  key: jax.Array, shape: Sequence[int], matrix: jax.Array | int = 0, of: int = ELEMENTS
+) -> jax.Array:
   """int32 of shape (..., rows, columns), uniform in 0 to 65535.
 
   Args:
     key: of `stream`, (..., 2), whose leading axes broadcast with those of shape.
     shape: of the tensor.
     matrix: which matrix of the tensor each is, broadcasts with its leading axes.
+    of: ELEMENTS, or SCALES, whose columns are groups.
   """
   *batch, rows, columns = shape
   blocks = -(-columns // PER_CALL)
@@ -90,7 +95,7 @@ def uniform16(key: jax.Array, shape: Sequence[int], matrix: jax.Array | int = 0)
   row = lax.broadcasted_iota(jnp.uint32, (*ones, rows, blocks), len(batch))
   matrix = jnp.asarray(matrix, jnp.uint32)[..., None, None]
   words = philox(
-    (column, row, matrix, np.uint32(0)), (key[..., None, None, 0], key[..., None, None, 1])
+    (column, row, matrix, np.uint32(of)), (key[..., None, None, 0], key[..., None, None, 1])
   )
   words = lax.optimization_barrier(words)  # else XLA may compute all of them for each
   bits = halves(words)

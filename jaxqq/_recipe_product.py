@@ -179,8 +179,8 @@ def _streams(ops: Operands, params: Params) -> list[jax.Array | None]:
   """Those of the roundings of both operands and of the signs, where there are such."""
   first, second = params.quantizers
   needed = [
-    first is not None and first.is_stochastic,
-    second is not None and second.is_stochastic,
+    first is not None and first.rounds_at_random,
+    second is not None and second.rounds_at_random,
     first is not None and first.rotation is not None,  # as the second
   ]
   if ops.key is None or not any(needed):

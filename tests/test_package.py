@@ -149,7 +149,7 @@ def imports(path: pathlib.Path) -> set[str]:
 def test_a_file_imports_only_from_files_above_it():
   order = [
     *("_compat", "_formats", "_checks", "_rounding", "_global_scales", "_quantize"),
-    *("_random_bits", "_hadamard", "_quantizer", "_recipe"),
+    *("_random_bits", "_hadamard", "_unbiased", "_quantizer", "_recipe"),
     *("_reference", "_ragged_reference", "_kernels"),
     *("_split", "_sharding", "_out_sharding", "_primitive", "_quantizer_lowering"),
     "_convert_split",

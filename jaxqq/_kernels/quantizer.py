@@ -37,6 +37,8 @@ def refusal(quantizer: Quantizer, *, is_transposed: bool, is_packed: bool) -> st
     is_transposed: whether groups run down the columns of what is stored.
     is_packed: whether codes come out, not code * scale.
   """
+  if quantizer.scale == "unbiased":
+    return "no kernel corrects scales over a rotation, as scale 'unbiased' does"
   of_tiles = is_transposed or quantizer.square
   if of_tiles and (quantizer.rotation or 0) > LARGEST_ROTATION:
     what = "columns" if is_transposed else "squares"

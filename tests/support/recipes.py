@@ -44,6 +44,7 @@ QUANTIZERS = (
   Quantizer(rounding="stochastic", rotation=64),
   Quantizer("mxfp8", square=True, rounding="stochastic", rotation=32),
   Quantizer("mxfp4", rounding="stochastic"),
+  Quantizer(rotation=128, scale="unbiased"),
 )
 
 
@@ -98,12 +99,15 @@ def stream(key_data: np.ndarray, index: int) -> list[np.ndarray]:
   return philox((words[2], words[3], index, 0x6A617871), words[:2])[:2]
 
 
-def uniform16(key: Any, shape: tuple[int, ...]) -> np.ndarray:
-  """16 bits for each place (..., row, column): one half of one word of a call for 8 columns."""
+def uniform16(key: Any, shape: tuple[int, ...], of: int = 0) -> np.ndarray:
+  """16 bits for each place (..., row, column): one half of one word of a call for 8 columns.
+
+  of: 0 elements, 1 scales.
+  """
   *batch, rows, columns = shape
   matrix = np.arange(int(np.prod(batch))).reshape(*batch, 1, 1)
   row, column = np.arange(rows)[:, None], np.arange(columns)
-  words = np.stack(np.broadcast_arrays(*philox((column // 8, row, matrix, 0), key)))
+  words = np.stack(np.broadcast_arrays(*philox((column // 8, row, matrix, of), key)))
   own = np.take_along_axis(words, np.broadcast_to(column // 2 % 4, words.shape[1:])[None], 0)[0]
   return (own >> (column % 2 * 16).astype(np.uint64) & np.uint64(0xFFFF)).astype(np.int64)
 
@@ -125,9 +129,14 @@ def hadamard(size: int, of: np.ndarray) -> np.ndarray:
 
 def rotate(a: np.ndarray, of: np.ndarray) -> np.ndarray:
   """Every n neighbours of the last axis, in float64."""
+  return rotation_sums(a, of) / np.sqrt(len(of))
+
+
+def rotation_sums(a: np.ndarray, of: np.ndarray) -> np.ndarray:
+  """Before they are divided by the root of n; exact, of short numbers."""
   size = len(of)
-  blocks = np.asarray(a, np.float64).reshape(*a.shape[:-1], -1, size)
-  return (blocks @ hadamard(size, of).T).reshape(a.shape)
+  ones = np.sign(hadamard(size, of))
+  return (np.asarray(a, np.float64).reshape(*a.shape[:-1], -1, size) @ ones.T).reshape(a.shape)
 
 
 # Quantizing
@@ -179,6 +188,11 @@ def quantize_codes(
   if spec.rounding == "stochastic":
     random = uniform16(stream(key_data, index), a.shape)
   blocks = block_amax(a, spec)
+  if spec.scale == "unbiased":
+    random = uniform16(stream(key_data, index), blocks.shape, of=1)
+    amax = np.abs(a).max()
+    codes, scales = _ms_eden(a, blocks, random, amax, spec.rotation or 1)
+    return codes, scales, float(amax * F32(2688 * (17 / 16) * 0.93 / 6 / 255.99))
   if m.power_of_two:
     return *_with_powers_of_two(a, blocks, spec, random), None
   global_scale = F32(np.abs(a).max() if amax is None else amax)
@@ -253,13 +267,38 @@ def _four_over_six(
   return codes, np.where(takes_four, tried[1][1], tried[0][1])
 
 
+@np.errstate(divide="ignore", invalid="ignore")
+def _ms_eden(
+  a: np.ndarray, blocks: np.ndarray, random: np.ndarray, amax: F32, rotation: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """arXiv:2601.22813, by its code's formulas: numbers are divided by the scales, then corrected."""
+  e4m3, e2m1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
+  largest = F32(6 / ((17 / 16) * 0.93))
+  of_tensor = F32(1) if amax == 0 else amax / F32(255.99) / largest
+  s = (blocks / largest / of_tensor).astype(e4m3).astype(F32)
+  s = np.where(s == 0, F32(1), s)
+  ready = np.abs(a) / (np.repeat(s, 16, axis=-1) * of_tensor)
+  codes = _signed(ready, a, e2m1, None)
+  y, q = (
+    part.astype(np.float64).reshape(*a.shape[:-1], -1, rotation)
+    for part in (ready, np.abs(codes.view(e2m1).astype(F32)))
+  )
+  squares, products = (y * y).sum(axis=-1), (y * q).sum(axis=-1)
+  correction = np.where(products == 0, 1, squares / products)
+  corrected = s * np.repeat(correction, rotation // 16, axis=-1)
+  return codes, stochastic_codes(corrected, random, e4m3).astype(np.uint8)
+
+
 def quantized(
   a: np.ndarray, spec: Spec, key_data: Any = None, streams: tuple[int, int] = (ROUNDING, ROTATION)
 ) -> tuple[np.ndarray, np.ndarray, float | None]:
   """`quantize_codes` of what is rotated first, where the spec says so."""
   if spec.rotation is not None:
     of = signs(stream(key_data, streams[1]), spec.rotation)
-    a = rotate(a, of).astype(F32).astype(ml_dtypes.bfloat16)
+    if spec.scale == "unbiased":  # in float32
+      a = rotation_sums(a, of).astype(F32) * F32(1 / np.sqrt(len(of)))
+    else:
+      a = rotate(a, of).astype(F32).astype(ml_dtypes.bfloat16)
   return quantize_codes(a, spec, key_data, index=streams[0])
 
 
