@@ -38,7 +38,7 @@ Result = dict[str, Any]
 
 UNQUANTIZED = "unquantized"
 MODES = (UNQUANTIZED, "mxfp8", "nvfp4")
-RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8")
+RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8", "quartet2")
 BY_RECIPE = "recipe "  # begins the mode of a model that trains by one
 PARTS: dict[str, dict[str, Any]] = {  # of a recipe, and what an operand has without it
   "stochastic rounding": {"rounding": "nearest"},
@@ -145,8 +145,12 @@ def recipe_of(mode: str) -> jaxqq.Recipe:
   name, _, part = mode.removeprefix(BY_RECIPE).partition(" without ")
   recipe = jaxqq.Recipe.named(name)
   change = PARTS[part] if part else {}
-  quantizers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-  changed = {name: q and dataclasses.replace(q, **change) for name, q in quantizers.items()}
+  values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+  changed = {
+    name: dataclasses.replace(value, **change)
+    for name, value in values.items()
+    if isinstance(value, jaxqq.Quantizer)
+  }
   return dataclasses.replace(recipe, **changed)
 
 

@@ -5,7 +5,8 @@
     dw         dw = g^T x      g (m, n), x (m, k), summed over m
 
 Each operand is quantized along the axis that its product sums over, from high precision: twice in
-all, in both directions. `None` in place of a `Quantizer` multiplies an operand as it is.
+all, in both directions. `None` in place of a `Quantizer` multiplies an operand as it is. Where a
+recipe says so, w for dx and x for dw are what the forward product left of them.
 
 What `qqmm` has without a recipe are recipes too: `Recipe.of_mode`.
 """
@@ -18,11 +19,13 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 from jaxqq import _random_bits
+from jaxqq._checks import check_bool
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._quantizer import Quantizer
 
 Product: TypeAlias = Literal["forward", "dx", "dw"]
 PRODUCTS: tuple[Product, ...] = ("forward", "dx", "dw")
+OPERANDS = ("forward_x", "forward_w", "dx_g", "dx_w", "dw_g", "dw_x")
 FUNCTION = "Recipe"
 
 
@@ -39,10 +42,14 @@ class Recipe:
     forward_x, forward_w: a `Quantizer`, or None for an operand as it is.
     dx_g, dx_w: of the gradient of x.
     dw_g, dw_x: of the gradient of w.
+    from_forward: whether w for dx and x for dw are what the forward product left of them, its codes
+      times scales in their own dtype, so that dx_w and dw_x quantize that. It is computed again
+      from w and x, with the same bits: nothing else is kept for the backward pass.
 
   Raises:
-    TypeError: an attribute is no `Quantizer` and not None.
-    ValueError: the operands of one product are rotated differently, which would be another product.
+    TypeError: an attribute is no `Quantizer` and not None; from_forward is no bool.
+    ValueError: the operands of one product are rotated differently, which would be another product;
+      from_forward, though the forward product rotates its operands.
 
   Example:
     >>> import dataclasses
@@ -62,13 +69,15 @@ class Recipe:
   dx_w: Quantizer | None = None
   dw_g: Quantizer | None = None
   dw_x: Quantizer | None = None
+  from_forward: bool = dataclasses.field(default=False, kw_only=True)
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
+    check_bool(FUNCTION, "from_forward", self.from_forward)
+    for name in OPERANDS:
+      value = getattr(self, name)
       if value is not None and not isinstance(value, Quantizer):
         raise TypeError(
-          f"{FUNCTION}: {field.name} must be a jaxqq.Quantizer, or None for an operand as it is, "
+          f"{FUNCTION}: {name} must be a jaxqq.Quantizer, or None for an operand as it is, "
           f"got {value!r}."
         )
     for product in PRODUCTS:
@@ -79,6 +88,12 @@ class Recipe:
           f"{FUNCTION}: {first} has the rotation {one} and {second} the rotation {other}, which "
           "would not be the same product; rotate both alike, or neither."
         )
+    forward = self.forward_x and self.forward_x.rotation
+    if self.from_forward and forward is not None:
+      raise ValueError(
+        f"{FUNCTION}: from_forward is True, but forward_x and forward_w have the rotation "
+        f"{forward}, and what they leave is not x and w; use rotation None, or from_forward False."
+      )
 
   def of(self, product: Product) -> tuple[Quantizer | None, Quantizer | None]:
     """The two operands of "forward" (x, w), "dx" (g, w) or "dw" (g, x)."""
@@ -102,10 +117,15 @@ class Recipe:
                       forward, and w in dx.
       "mxfp8"         e4m3 for all six, gradients too, in rows of 32 to nearest, whose scales are
                       rounded up.
+      "quartet2"      Quartet II's: x and w forward in rows of 16 with four over six. For dx and dw
+                      g, and what the forward product left of w and x, are rotated by 128, with
+                      unbiased scales in rows of 16.
 
     In "nvfp4" rotations have random signs, and the scales of g are rounded up, so that no element
     is clipped: see `Quantizer`. The paper also keeps some layers in bfloat16, which is for a model
-    to say.
+    to say. In "quartet2" dx and dw have signs of their own, where the paper's code has the same for
+    both, elements half way between two round to even, as in its CUDA kernels, and chances are
+    multiples of 2**-16.
 
     Args:
       name: one of these.
@@ -121,7 +141,8 @@ class Recipe:
       True
 
     Source: arXiv:2509.25149 and TransformerEngine's NVFP4BlockScaling ("nvfp4"); arXiv:2512.02010
-    ("nvfp4-4over6"); arXiv:2506.08027 ("mxfp8").
+    ("nvfp4-4over6"); arXiv:2506.08027 ("mxfp8"); arXiv:2601.22813 and its code
+    (IST-DASLab/Quartet-II at 8776a90: schemes/quartet_2.py; "quartet2").
     """
     if not isinstance(name, str) or name not in _NAMED:
       raise ValueError(
@@ -234,8 +255,15 @@ def _four_over_six() -> Recipe:
   )
 
 
+def _quartet2() -> Recipe:
+  row = Quantizer("nvfp4", scale="four_over_six")
+  unbiased = Quantizer("nvfp4", rotation=128, scale="unbiased")
+  return Recipe(row, row, *4 * [unbiased], from_forward=True)
+
+
 _NAMED: dict[str, Recipe] = {
   "nvfp4": _nvidia(),
   "nvfp4-4over6": _four_over_six(),
   "mxfp8": Recipe.of_mode("mxfp8", "quantized"),
+  "quartet2": _quartet2(),
 }

@@ -11,9 +11,12 @@ straight-through.
 
 Every matrix of a batch is a tensor of its own, with its own amax, and places that begin anew. A key
 has streams for each operand of each product, and for the signs that the two operands of a product
-share. Rows of zeros are added where an axis that is summed over is no whole number of groups or
-rotations. What runs a product on a device `planned` says, by a table of rows as the plain
-product's. The last row is the definition, plain jnp, which XLA splits over devices by itself.
+share. By a recipe that says `from_forward`, w for dx and x for dw are first quantized as for the
+forward product, by its streams, and what is left of them is multiplied.
+
+Rows of zeros are added where an axis that is summed over is no whole number of groups or rotations.
+What runs a product on a device `planned` says, by a table of rows as the plain product's. The last
+row is the definition, plain jnp, which XLA splits over devices by itself.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from jaxqq._formats import FORMATS
 from jaxqq._gradient import is_zero, summed_to
 from jaxqq._kernels.plan import Device, Implementation, Plan
 from jaxqq._kernels.quantizer import HOPPER_PRODUCT, RecipeProblem
-from jaxqq._quantize import dequantize_to_multiply
+from jaxqq._quantize import dequantize_groups, dequantize_to_multiply
 from jaxqq._quantizer import (
   Quantizer,
   Streams,
@@ -68,6 +71,11 @@ class Params:
   @property
   def quantizers(self) -> tuple[Quantizer | None, Quantizer | None]:
     return self.recipe.of(self.product)
+
+  @property
+  def is_from_forward(self) -> bool:
+    """Whether the second operand is what the forward product left of it."""
+    return self.recipe.from_forward and self.product != "forward"
 
 
 _STRAIGHT_THROUGH = Recipe()
@@ -117,6 +125,8 @@ def planned(ops: Operands, params: Params, platform: str, what_splits: str | Non
 
   what_splits: why a kernel would not see whole operands, or None.
   """
+  if what_splits is None and params.is_from_forward:
+    what_splits = "its second operand is what the forward product left of it"
   problem = RecipeProblem.of(
     params.quantizers, ops, params.out_dtype, params.precision, what_splits
   )
@@ -164,8 +174,10 @@ def _product(
   ops: Operands, params: Params, platform: str, streams: tuple[Streams, Streams]
 ) -> jax.Array:
   first, second = params.quantizers
-  x, w = _whole_groups(ops.x, ops.w, first, second)
   arithmetic = arithmetic_of(platform)
+  if params.is_from_forward:
+    ops = dataclasses.replace(ops, w=_left_by_forward(ops, params, arithmetic))
+  x, w = _whole_groups(ops.x, ops.w, first, second)
   x_hat, of_x = _left_of(x, first, streams[0], arithmetic)
   w_hat, of_w = _left_of(w, second, streams[1], arithmetic)
   exact_in_16_bits = first is not None and second is not None
@@ -207,10 +219,11 @@ def _whole_groups(
 ) -> tuple[jax.Array, jax.Array]:
   multiple = max(1 if q is None else q.multiple for q in (first, second))
   missing = -x.shape[-1] % multiple
-  if not missing:
-    return x, w
-  x, w = (jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]) for a in (x, w))
-  return x, w
+  return (_with_zeros(x, missing), _with_zeros(w, missing)) if missing else (x, w)
+
+
+def _with_zeros(a: jax.Array, count: int) -> jax.Array:
+  return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, count)])
 
 
 def _left_of(
@@ -222,6 +235,32 @@ def _left_of(
   """What is left of an operand, in float32 without its global scale, and that, of each matrix."""
   if quantizer is None:
     return a, None
+  codes, scales, global_scale = _quantized(a, quantizer, streams, arithmetic)
+  return dequantize_to_multiply(codes, scales, FORMATS[quantizer.mode]), global_scale
+
+
+def _left_by_forward(ops: Operands, params: Params, arithmetic: Arithmetic) -> jax.Array:
+  """Of the second operand (..., k, n) of a gradient's product, or (..., k, m), in its dtype."""
+  index = 1 if params.product == "dx" else 0
+  quantizer = params.recipe.of("forward")[index]
+  if quantizer is None:
+    return ops.w
+  rounding = _streams(ops, dataclasses.replace(params, product="forward"))[index]
+  a = jnp.swapaxes(ops.w, -1, -2)
+  k = a.shape[-1]
+  padded = _with_zeros(a, -k % quantizer.multiple)
+  codes, scales, global_scale = _quantized(padded, quantizer, Streams(rounding), arithmetic)
+  hat = dequantize_groups(codes, scales, FORMATS[quantizer.mode], global_scale)
+  if a.dtype != jnp.float32:  # a conversion to 16 bits and back XLA drops; this it does not
+    info = jnp.finfo(a.dtype)
+    hat = lax.reduce_precision(hat, info.nexp, info.nmant)
+  return jnp.swapaxes(hat[..., :k].astype(a.dtype), -1, -2)
+
+
+def _quantized(
+  a: jax.Array, quantizer: Quantizer, streams: Streams, arithmetic: Arithmetic
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Codes, scales, and the global scale of each matrix."""
   key, rotation_key = streams.rounding, streams.rotation
   keys = [own for own in (key, rotation_key) if own is not None]
   if keys and quantizer.needs_key:  # each makes a matrix of its own
@@ -232,8 +271,7 @@ def _left_of(
   a = rotated(quantizer, a, rotation_key)
   global_scale = global_scale_of(quantizer, a, axes=(-2, -1))
   random = random_of(quantizer, key, a.shape)
-  codes, scales = quantized(quantizer, a, global_scale, random, arithmetic)
-  return dequantize_to_multiply(codes, scales, FORMATS[quantizer.mode]), global_scale
+  return *quantized(quantizer, a, global_scale, random, arithmetic), global_scale
 
 
 def _tangent_product(

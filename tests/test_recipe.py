@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from jaxqq import Quantizer, Recipe, _recipe_product
+from jaxqq._recipe import OPERANDS
 from jaxqq._reference import Operands
 from tests.support import oracle, recipes
 from tests.support.examples import load_example
@@ -30,6 +31,7 @@ M, N, K = 24, 48, 64  # M is no whole number of groups of mxfp8, nor are both of
 ROW, SQUARE = Spec(), Spec(square=True)
 STOCHASTIC = Spec(rounding="stochastic")
 FOUR_OVER_SIX = Spec(scale="four_over_six")
+UNBIASED = Spec(rotation=128, scale="unbiased")
 # x and w forward; g and w for dx; g and x for dw: as the papers have them.
 PUBLISHED = {
   "nvfp4": (
@@ -42,6 +44,7 @@ PUBLISHED = {
     *(Spec(rounding="stochastic", rotation=16), Spec(rotation=16)),
   ),
   "mxfp8": 6 * (Spec("mxfp8"),),
+  "quartet2": (FOUR_OVER_SIX, FOUR_OVER_SIX, *4 * (UNBIASED,)),
 }
 OTHERS = {
   "all random": Recipe(
@@ -49,6 +52,7 @@ OTHERS = {
     *4 * [Quantizer("nvfp4", rounding="stochastic", rotation=32)],
   ),
   "forward as it is": dataclasses.replace(Recipe.named("nvfp4"), forward_x=None, forward_w=None),
+  "dequantized w and x": Recipe(*2 * [Quantizer(rounding="stochastic")], from_forward=True),
   "g alone": Recipe(dx_g=Quantizer(rounding="stochastic"), dw_g=Quantizer(rounding="stochastic")),
 }
 
@@ -60,7 +64,7 @@ def recipe_of(name):
 def specs_of(name):
   if name in PUBLISHED:
     return PUBLISHED[name]
-  values = (getattr(OTHERS[name], field.name) for field in dataclasses.fields(Recipe))
+  values = (getattr(OTHERS[name], field) for field in OPERANDS)
   return [None if value is None else Spec.of(value) for value in values]
 
 
@@ -96,19 +100,24 @@ def all_three(recipe, x, w, g, key):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_named_recipes_are_the_published_ones(name):
-  values = [getattr(Recipe.named(name), field.name) for field in dataclasses.fields(Recipe)]
-  assert tuple(map(Spec.of, values)) == PUBLISHED[name]
+  recipe = Recipe.named(name)
+  assert tuple(Spec.of(getattr(recipe, field)) for field in OPERANDS) == PUBLISHED[name]
+  assert recipe.from_forward == (name == "quartet2")
   assert Recipe.named(name) == recipe_of(name) and hash(Recipe.named(name)) == hash(recipe_of(name))
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS])
 def test_six_operands_in_three_products(name, operands):
   """Each product is that of the dequantized operands, quantized as the formulas have it."""
-  x, w, g = operands
+  dtype = np.dtype(oracle.DTYPES["bfloat16" if name == "quartet2" else "float32"])
+  x, w, g = (a.astype(dtype) for a in operands)
   data = np.asarray(jax.random.key_data(KEY))
   outs = all_three(recipe_of(name), x, w, g, KEY)
-  pairs = ((x, w), (g, w.T), (g.T, x.T))
-  specs = specs_of(name)
+  specs, left = specs_of(name), (x, w)
+  if recipe_of(name).from_forward:  # in their own dtype
+    left = (recipes.left_of(a, specs[i], data, (i, 2)).astype(dtype) for i, a in enumerate(left))
+  x_left, w_left = left
+  pairs = ((x, w), (g, w_left.T), (g.T, x_left.T))
   for index, (out, pair) in enumerate(zip(outs, pairs, strict=True)):
     first, second, of_signs = range(3 * index, 3 * index + 3)
     hats = [
@@ -118,6 +127,16 @@ def test_six_operands_in_three_products(name, operands):
     longest = max(hat.shape[-1] for hat in hats)  # with zeros up to whole groups
     hats = [np.pad(hat, [(0, 0), (0, longest - hat.shape[-1])]) for hat in hats]
     oracle.assert_within_bound(np.asarray(out), *oracle.product(*hats))
+
+
+def test_gradients_of_what_the_forward_product_left(operands):
+  """Of each matrix of a batch, by the same random bits: seen by ones on a diagonal."""
+  recipe = Recipe(forward_w=Quantizer(rounding="stochastic"), from_forward=True)
+  w = jnp.stack([operands[1], operands[1]])
+  x, g = (jnp.broadcast_to(jnp.eye(K, n), (2, K, n)) for n in (K, N))
+  left, dx, _ = jax.jit(functools.partial(all_three, recipe))(x, w, g, KEY)
+  np.testing.assert_allclose(dx[:, :N], left.swapaxes(1, 2), rtol=1e-6)
+  assert (left[0] != left[1]).any()
 
 
 @pytest.mark.parametrize("backward", ["straight_through", "quantized"])
@@ -371,6 +390,46 @@ def test_on_many_devices():
   assert kinds == {"all-reduce"}  # of amaxes, and of sums over rows
 
 
+@pytest.fixture(scope="module")
+def of_quartet2(operands):
+  """Operands in bfloat16, four keys, and the three products by each."""
+  operands = [jnp.asarray(a, jnp.bfloat16) for a in operands]
+  keys = jax.random.split(KEY, 4)
+  outs = [all_three(Recipe.named("quartet2"), *operands, key) for key in keys]
+  assert all((outs[0][i] != outs[1][i]).any() for i in (1, 2))
+  return operands, keys, [np.stack(part).astype(np.float32) for part in zip(*outs, strict=True)]
+
+
+def assert_same_bits(outs, want):
+  """Of operands: sums of a product may be in another order, and are then rounded to bfloat16."""
+  for out, right in zip(outs, want, strict=True):
+    out = np.asarray(out, np.float32).reshape(right.shape)
+    np.testing.assert_allclose(out, right, rtol=2**-7, atol=1e-5 * np.abs(right).max())
+
+
+def test_quartet2_in_vmap_and_scan(of_quartet2):
+  operands, keys, want = of_quartet2
+  each = jax.vmap(lambda key: all_three(Recipe.named("quartet2"), *operands, key))
+  _, outs = jax.lax.scan(lambda c, keys: (c, each(keys)), 0, keys.reshape(2, 2))
+  assert_same_bits(outs, want)
+
+
+def test_quartet2_of_zeros(of_quartet2):
+  """Also those of a CPU, where 2688 / 0 is infinite."""
+  (x, w, g), keys, _ = of_quartet2
+  outs = all_three(Recipe.named("quartet2"), x, w, jnp.zeros_like(g), keys[0])
+  assert not outs[1].any() and not outs[2].any()
+
+
+def test_quartet2_on_many_devices(of_quartet2):
+  """Also where a split cuts rotations."""
+  operands, keys, want = of_quartet2
+  specs = P("data"), P("tensor"), P("data", "tensor")
+  placed = [place(a, spec) for a, spec in zip(operands, specs, strict=True)]
+  outs = all_three(Recipe.named("quartet2"), *placed, keys[0])
+  assert_same_bits(outs, [part[0] for part in want])
+
+
 def test_on_explicit_axes(operands):
   x, w, g = operands
   recipe = Recipe.named("nvfp4")
@@ -423,6 +482,12 @@ def refused(error, function, words, call):
   [
     ({"dx_g": "nvfp4"}, TypeError, ["dx_g must be a jaxqq.Quantizer", "'nvfp4'"]),
     ({"dw_g": Quantizer(rotation=16)}, ValueError, ["dw_g", "16", "dw_x", "None", "rotate both"]),
+    ({"from_forward": 1}, TypeError, ["from_forward must be True or False", "1"]),
+    (
+      {**dict.fromkeys(OPERANDS[:2], Quantizer(rotation=16)), "from_forward": True},
+      ValueError,
+      ["from_forward is True", "forward_x", "rotation 16"],
+    ),
   ],
 )
 def test_wrong_recipes(attributes, error, words):
@@ -490,6 +555,7 @@ def test_explain():
   assert own == jaxqq.explain(x, x, mode="mxfp8", backward="quantized", device="cpu")
   explain = functools.partial(jaxqq.explain, x, x, key=KEY)
   assert explain(recipe="nvfp4", device="cpu").plan.name == "xla"
+  assert explain(recipe="quartet2", device="cpu").plan.name == "xla"
   quantize = Quantizer(rounding="stochastic").quantize
   by_quantizer = jaxqq.explain(quantize, x, KEY, device="cuda")
   if jax.__version_info__ < (0, 11):
@@ -498,6 +564,9 @@ def test_explain():
   else:
     assert by_quantizer.plan.name == "hopper_quantizer"
     assert explain(recipe="nvfp4", device="cuda").plan.name == "hopper_recipe"
+    assert explain(recipe="quartet2", device="cuda").plan.name == "hopper_recipe"  # forward
+    unbiased = jaxqq.explain(Recipe.named("quartet2").dx_g.quantize, x, KEY, device="cuda")
+    assert unbiased.plan.name == "xla" and "no kernel corrects scales" in unbiased
     own = explain(recipe=dataclasses.replace(Recipe.named("nvfp4"), forward_x=None), device="cuda")
     assert own.plan.name == "xla" and "not quantized" in own
   assert "quantize" in jaxqq.explain(quantize, x, KEY, axis=-2, device="cpu")

@@ -78,6 +78,7 @@ def test_product(recipe, product, shape):
     (Recipe(Quantizer(rounding="stochastic")), "not quantized"),
     (dataclasses.replace(NVIDIA, forward_x=Quantizer("mxfp8")), "two modes"),
     (Recipe(*2 * [Quantizer(square=True, rotation=128)]), "squares rotates up to 64"),
+    (Recipe(*2 * [Quantizer(rotation=64, scale="unbiased")]), "no kernel corrects scales"),
   ],
 )
 def test_what_no_kernel_takes(recipe, why):
@@ -85,8 +86,13 @@ def test_what_no_kernel_takes(recipe, why):
   params = _recipe_product.Params(recipe, np.dtype(oracle.DTYPES["bfloat16"]), None)
   plan = _recipe_product.planned(Operands(spec, spec), params, "cuda")
   assert plan.name == "xla" and why in plan.refusals[0]
+  params = dataclasses.replace(
+    params, recipe=dataclasses.replace(NVIDIA, from_forward=True), product="dx"
+  )
+  plan = _recipe_product.planned(Operands(spec, spec, transposed=("w",)), params, "cuda")
+  assert plan.name == "xla" and "what the forward product left" in plan.refusals[0]
   batch = jax.ShapeDtypeStruct((3, 64, 256), jnp.bfloat16)
-  params = dataclasses.replace(params, recipe=NVIDIA)
+  params = dataclasses.replace(params, recipe=NVIDIA, product="forward")
   plan = _recipe_product.planned(Operands(batch, batch), params, "cuda")
   assert plan.name == "xla" and "several matrices" in plan.refusals[0]
 
