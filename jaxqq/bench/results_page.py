@@ -119,9 +119,9 @@ hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 row
     "Weights alone at the layers of many models on an H200",
     ("h200_weights.json",),
     """\
-`quantized_matmul`: packed w, x in bfloat16 as it is. Tables as above. Of 16 rows few shapes are
-measured yet.""",
-    "python -m jaxqq.bench --suite weights --modes nvfp4 mxfp4 mxfp8",
+`quantized_matmul`: packed w, x in bfloat16 as it is. Tables as above. All modes are multiplied in
+16 bits, at bfloat16's rate of the tensor cores.""",
+    "python -m jaxqq.bench --suite weights --modes nvfp4 mxfp4 mxfp8 --processes 15",
   ),
   Section(
     "Gradients on an H200",
