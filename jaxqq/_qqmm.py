@@ -303,16 +303,20 @@ def product_by_recipe(operands: Operands, params: dict[str, Any]) -> jax.Array:
 
 def placed_product(
   function: str,
-  operands: Operands,
-  params: dict[str, Any],
+  operands: Any,
+  params: Any,
   out_sharding: OutSharding,
-  multiply: Callable[[Operands, dict[str, Any]], jax.Array],
+  multiply: Callable[[Any, Any], jax.Array],
+  rebuild: Callable[[Any, Any], Any] = unflatten,
 ) -> jax.Array:
-  """What `checked` returns, multiplied, where out_sharding says."""
+  """What `checked` returns, multiplied, where out_sharding says.
+
+  rebuild: operands of their names and arrays.
+  """
   names = operands.names
 
   def of_arrays(*arrays: Any) -> jax.Array:
-    return multiply(unflatten(names, arrays), params)
+    return multiply(rebuild(names, arrays), params)
 
   out_sharding = checked_out_sharding(function, out_sharding)
   with errors_of(function):

@@ -116,21 +116,28 @@ def over_explicit_axes(
     unflatten(names, avals), layout, dims_of(out.sharding, out.ndim), out.shape, dict(mesh.shape)
   )
   specs = split.operand_specs(names, avals, layout)
+  own = Partition(split.part(product, names, out.dtype), specs, split.out_spec())
+  return over_parts(own, out.sharding)
+
+
+def over_parts(own: Partition, sharding: NamedSharding) -> Callable[..., jax.Array]:
+  """What devices compute, each from its parts, as a function of whole arrays in explicit axes."""
+  mesh = sharding.mesh
 
   def whole(*values: jax.Array) -> jax.Array:
     placed = (
       jax.sharding.reshard(value, NamedSharding(mesh, spec))
-      for value, spec in zip(values, specs, strict=True)
+      for value, spec in zip(values, own.operand_specs, strict=True)
     )
     result = jax.shard_map(
-      split.part(product, names, out.dtype),
+      own.part,
       mesh=mesh,
-      in_specs=specs,
-      out_specs=split.out_spec(),
+      in_specs=own.operand_specs,
+      out_specs=own.out_specs,
       axis_names=set(mesh.explicit_axes),
       check_vma=False,
     )(*placed)
-    return jax.sharding.reshard(result, out.sharding)
+    return jax.sharding.reshard(result, sharding)
 
   return whole
 
