@@ -178,13 +178,15 @@ def _explain_product(
   return _sentences(heading, plan, target, about_split)
 
 
-def _explain_ragged_qqmm(device: Any, **arguments: Any) -> Explanation:
+def _explain_ragged_qqmm(device: Any, *, out_sharding: Any, **arguments: Any) -> Explanation:
+  checked_out_sharding("explain", out_sharding)
   return _explain_ragged("ragged_qqmm", device, *checked_ragged("explain", **arguments))
 
 
 def _explain_ragged_quantized_matmul(
-  device: Any, *, global_scale: Any, **arguments: Any
+  device: Any, *, global_scale: Any, out_sharding: Any, **arguments: Any
 ) -> Explanation:
+  checked_out_sharding("explain", out_sharding)
   of_w = {"global_scale_w": global_scale, "global_scale_x": None, "backward": BACKWARDS[0]}
   checked_arguments = checked_ragged("explain", **arguments, **of_w, quantize_input=False)
   return _explain_ragged("ragged_quantized_matmul", device, *checked_arguments)

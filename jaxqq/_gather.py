@@ -9,14 +9,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq._checks import check_bool, describe
 from jaxqq._formats import Mode
 from jaxqq._gradient import Backward
+from jaxqq._out_sharding import OutSharding, checked_out_sharding, placed
 from jaxqq._qqmm import DEFAULT_MODE, checked, is_by_rows
 from jaxqq._ragged import as_ragged, checked_integers, ragged_product
-from jaxqq._reference import Operands, with_ndim
+from jaxqq._ragged_explicit import batch_dims, mesh_of, spec_of
+from jaxqq._reference import Operands, unflatten, with_ndim
 from jaxqq._weight import QuantizedWeight
 
 
@@ -36,6 +39,7 @@ def gather_qqmm(
   backward: Backward = "straight_through",
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
+  out_sharding: OutSharding = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies matrices of x and w that indices name: `qqmm` of x[lhs_indices], w[rhs_indices].
@@ -69,6 +73,9 @@ def gather_qqmm(
     backward: as for `ragged_qqmm`, a group being all that is multiplied with one matrix of w.
     precision: as for `qqmm`.
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+    out_sharding: where the result goes, as for `qqmm`. On explicit axes indices say how the first
+      axes of the result are split, or where there are none, batch axes; M and N are split as in x
+      and w. What that leaves open, as K that is split in both, is told here.
     implementation: what computes it, as for `ragged_qqmm`.
 
   Returns:
@@ -118,8 +125,44 @@ def gather_qqmm(
   of_x = _scale_of_x(function, global_scale_x, operands)
   operands = dataclasses.replace(operands, global_scale_x=of_x)
   lhs, rhs = _checked_indices(function, lhs_indices, rhs_indices, operands)
-  by_rows = is_by_rows(global_scale_x)
-  return _gathered(operands, params, lhs, rhs, is_sorted, by_rows, implementation)
+  by_rows, names = is_by_rows(global_scale_x), operands.names
+
+  def of_arrays(lhs: jax.Array, rhs: jax.Array, *arrays: jax.Array) -> jax.Array:
+    own = unflatten(names, arrays)
+    return _gathered(own, params, lhs, rhs, is_sorted, by_rows, implementation)
+
+  out_sharding = checked_out_sharding(function, out_sharding)
+  arrays = (lhs, rhs, *map(jnp.asarray, operands.flatten()))
+  mesh = mesh_of([jax.typeof(a) for a in arrays])
+  if not mesh.explicit_axes:
+    return placed(of_arrays(*arrays), out_sharding)
+  if out_sharding is None:
+    indices = {"lhs": lhs, "rhs": rhs}
+    given = {name for name, a in (("lhs", lhs_indices), ("rhs", rhs_indices)) if a is not None}
+    spec = _spec_of_types(function, operands, indices, given)
+    out_sharding = NamedSharding(mesh, spec)
+  # Sorted, gathered and put back: no types say how that is split.
+  told = jax.sharding.auto_axes(of_arrays, axes=mesh.explicit_axes, out_sharding=out_sharding)
+  out: jax.Array = told(*arrays)
+  return out
+
+
+def _spec_of_types(
+  function: str, operands: Operands, indices: dict[str, jax.Array], given: set[str]
+) -> PartitionSpec:
+  """How the result is split. Indices that are not given are those of batch axes."""
+  batch = batch_dims(indices["lhs"].ndim)
+  typed = []
+  for name, a, dims, of in (("x", operands.x, "mk", "lhs"), ("w", operands.w, "nk", "rhs")):
+    aval = jax.typeof(jnp.asarray(a))
+    count = aval.ndim - 2
+    own = "." * count
+    if of not in given:
+      axes = zip(batch[len(batch) - count :], aval.shape, strict=False)
+      own = "".join("." if size == 1 else dim for dim, size in axes)
+    typed.append((name, aval, own + dims))
+  typed += [(f"{name}_indices", jax.typeof(a), batch) for name, a in indices.items()]
+  return spec_of(function, typed, batch + "mn", "k")
 
 
 def _gathered(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -16,17 +17,19 @@ from jaxqq._checks import as_array, describe
 from jaxqq._formats import Mode
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._kernels.ragged import RAGGED
+from jaxqq._out_sharding import OutSharding
 from jaxqq._qqmm import (
   DEFAULT_MODE,
   NAME,
   check_implementation,
   checked,
   is_by_rows,
+  placed_product,
   product_by_rows,
 )
 from jaxqq._ragged_primitive import Params
 from jaxqq._ragged_primitive import ragged_qqmm as bind
-from jaxqq._ragged_reference import RaggedOperands
+from jaxqq._ragged_reference import RaggedOperands, unflatten
 from jaxqq._reference import Operands
 from jaxqq._weight import QuantizedWeight
 
@@ -46,6 +49,7 @@ def ragged_qqmm(
   backward: Backward = "straight_through",
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
+  out_sharding: OutSharding = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies rows of x in groups, each group by a matrix w of its own: `qqmm` for experts.
@@ -86,6 +90,9 @@ def ragged_qqmm(
       without rows has a gradient of 0, as has a row of no group.
     precision: as for `qqmm`.
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+    out_sharding: where the result goes, as for `qqmm`. On explicit axes it is needed where x and w
+      are both split along K, or M of x and N of w over one axis of the mesh. Rows of the result are
+      split as those of x, columns as those of w; experts may be split over any axis.
     implementation: what computes the product, by its name in `explain` or the beginning of one:
       "hopper", "hopper_skinny", "xla". Where it cannot, lowering fails and says why. "xla" computes
       the gradients, too; those of the others are computed by the first that can. None takes the
@@ -112,8 +119,9 @@ def ragged_qqmm(
 
   Source: `jax.lax.ragged_dot`, whose rhs is (G, K, N).
   """
+  function = "ragged_qqmm"
   operands, params = checked_ragged(
-    "ragged_qqmm",
+    function,
     x,
     w,
     group_sizes,
@@ -129,7 +137,8 @@ def ragged_qqmm(
     preferred_element_type,
     implementation=implementation,
   )
-  return ragged_product(operands, params, by_rows=is_by_rows(global_scale_x))
+  by_rows = is_by_rows(global_scale_x)
+  return placed_ragged(function, operands, params, out_sharding, by_rows=by_rows)
 
 
 def ragged_quantized_matmul(
@@ -145,6 +154,7 @@ def ragged_quantized_matmul(
   group_offset: ArrayLike | None = None,
   precision: lax.PrecisionLike = None,
   preferred_element_type: DTypeLike | None = None,
+  out_sharding: OutSharding = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies rows of x, as they are, in groups, each by a block-quantized matrix of its own.
@@ -168,6 +178,7 @@ def ragged_quantized_matmul(
     group_offset: the group of w[0], as for `ragged_qqmm`.
     precision: as for `quantized_matmul`.
     preferred_element_type: float32, float16 or bfloat16: the dtype of the result. None is x's.
+    out_sharding: where the result goes, as for `ragged_qqmm`.
     implementation: what computes it, as for `ragged_qqmm`.
 
   Returns:
@@ -187,8 +198,9 @@ def ragged_quantized_matmul(
 
   Source: `jax.lax.ragged_dot`, and `mlx.core.quantized_matmul` with transpose=True.
   """
+  function = "ragged_quantized_matmul"
   operands, params = checked_ragged(
-    "ragged_quantized_matmul",
+    function,
     x,
     w,
     group_sizes,
@@ -205,7 +217,20 @@ def ragged_quantized_matmul(
     quantize_input=False,
     implementation=implementation,
   )
-  return ragged_product(operands, params)
+  return placed_ragged(function, operands, params, out_sharding)
+
+
+def placed_ragged(
+  function: str,
+  operands: RaggedOperands,
+  params: Params,
+  out_sharding: OutSharding,
+  *,
+  by_rows: bool = False,
+) -> jax.Array:
+  """What `checked_ragged` returns, multiplied, where out_sharding says."""
+  multiply = functools.partial(ragged_product, by_rows=by_rows)
+  return placed_product(function, operands, params, out_sharding, multiply, unflatten)
 
 
 def ragged_product(operands: RaggedOperands, params: Params, *, by_rows: bool = False) -> jax.Array:

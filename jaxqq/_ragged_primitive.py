@@ -30,14 +30,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jaxqq import _kernels, _primitive, _rounding
-from jaxqq._compat import ShardingTypeError
 from jaxqq._formats import FORMATS, Format
 from jaxqq._global_scales import scale_that_reaches, unscaled
 from jaxqq._gradient import is_zero, refuse_gradient_of_packed, summed_to
 from jaxqq._kernels.problem import Contracted, RaggedProblem, obstacle
 from jaxqq._kernels.ragged import RAGGED
+from jaxqq._ragged_explicit import out_sharding, over_explicit_axes, with_batch
 from jaxqq._ragged_reference import NUM_AXES, RaggedOperands, in_groups, unflatten
-from jaxqq._ragged_split import layout_of, partitioned
+from jaxqq._ragged_split import Layout, layout_of, partitioned
 from jaxqq._sharding import vary_alike
 
 ragged_qqmm_p = Primitive("ragged_qqmm")
@@ -141,16 +141,15 @@ def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> An
   rows = {"k": (problem.m, problem.n), "n": (problem.m, problem.k)}
   matrices = problem.groups, problem.n, problem.k
   shape = (*ops.batch_shape, *rows.get(problem.contracted, matrices))
-  for name, aval in zip(operands, avals, strict=True):
-    if any(axes is not None for axes in aval.sharding.spec):
-      raise ShardingTypeError(
-        f"{params.function}: {name} is split over explicit axes of a mesh "
-        f"({aval.str_short(short_dtypes=True)}), which a ragged product has no rule for; reshard "
-        "it with jax.sharding.reshard, or multiply within jax.shard_map, each device its groups."
-      )
-  sharding = ops.x.sharding.update(spec=jax.sharding.PartitionSpec(*(None for _ in shape)))
+  layout = with_batch(_layout(problem), len(ops.batch_shape))
+  sharding = out_sharding(params.function, operands, avals, layout, problem.groups)
   manual = ops.x.manual_axis_type
   return jax.core.ShapedArray(shape, params.out_dtype, sharding=sharding, manual_axis_type=manual)
+
+
+def _layout(problem: RaggedProblem) -> Layout:
+  has_w_hat = problem.is_packed or problem.quantize_w
+  return layout_of(problem.contracted, problem.fmt, quantize=problem.quantize, has_w_hat=has_w_hat)
 
 
 # Lowering
@@ -170,18 +169,21 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], params: Params) -
   def whole(*values: jax.Array) -> jax.Array:
     return product(unflatten(operands, values), problem.groups, params.out_dtype)
 
-  split = None
-  is_empty = 0 in (size for aval in (*ctx.avals_in, *ctx.avals_out) for size in aval.shape)
-  if not (is_empty or shapes.batch_shape) and _primitive.is_partitioned_by_xla(ctx):
-    layout = layout_of(
-      problem.contracted,
-      problem.fmt,
-      quantize=problem.quantize,
-      has_w_hat=problem.is_packed or problem.quantize_w,
-    )
-    sizes = (problem.groups, problem.m)
-    split = partitioned(product, operands, layout, *sizes, params.out_dtype, _label(params))
-  return mlir.lower_fun(split or whole, multiple_results=False)(ctx, *args)
+  def zeros(*_: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(jnp.zeros(out.shape, out.dtype), out.sharding)
+
+  (out,), sizes = ctx.avals_out, (problem.groups, problem.m)
+  is_empty = 0 in (size for aval in (*ctx.avals_in, out) for size in aval.shape)
+  run = whole
+  if out.sharding.mesh.explicit_axes and is_empty:  # sums of nothing, or rows of no group
+    run = zeros
+  elif out.sharding.mesh.explicit_axes:
+    layout = with_batch(_layout(problem), len(shapes.batch_shape))
+    run = over_explicit_axes(product, operands, layout, *sizes, ctx.avals_in, out)
+  elif not (is_empty or shapes.batch_shape) and _primitive.is_partitioned_by_xla(ctx):
+    layout = _layout(problem)
+    run = partitioned(product, operands, layout, *sizes, params.out_dtype, _label(params))
+  return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
 
 
 def _label(params: Params) -> str:
@@ -253,11 +255,19 @@ def _transpose(cotangent: Any, *args: Any, operands: tuple[str, ...], params: Pa
   wrt = "x" if ad.is_undefined_primal(ops.x) else "w"
   if is_zero(cotangent):
     return [None for _ in operands]
-  pull = _pulled_to_x if wrt == "x" else _pulled_to_w
   target = getattr(ops, wrt).aval
-  known = dataclasses.replace(ops, **{wrt: None})
-  result = pull(cotangent, known, target, dataclasses.replace(params, wrt=None))
-  result = summed_to(result, target.shape).astype(target.dtype)
+  names = [name for name in operands if name != wrt]
+  own = dataclasses.replace(params, wrt=None)
+
+  def pull(cotangent: jax.Array, *values: jax.Array) -> jax.Array:
+    of_wrt = _pulled_to_x if wrt == "x" else _pulled_to_w
+    result = of_wrt(cotangent, unflatten(names, values), target, own)
+    return summed_to(result, target.shape).astype(target.dtype)
+
+  explicit = target.sharding.mesh.explicit_axes
+  if explicit:  # what is summed may be split, and how is not told twice
+    pull = jax.sharding.auto_axes(pull, axes=explicit, out_sharding=target.sharding)
+  result = pull(cotangent, *(getattr(ops, name) for name in names))
   return [result if name == wrt else None for name in operands]
 
 

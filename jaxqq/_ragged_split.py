@@ -26,7 +26,7 @@ from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, S
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxqq._formats import Format
-from jaxqq._ragged_reference import RaggedOperands, unflatten
+from jaxqq._ragged_reference import NUM_AXES, RaggedOperands, unflatten
 from jaxqq._sharding import Partition, split_by_xla
 from jaxqq._split import Axes, dims_of, to_spec
 
@@ -44,11 +44,15 @@ class Layout:
   contracted: str
   units: Mapping[str, int]  # how many numbers along an axis no split may part
   whole: str = ""  # dims that may not be split
+  batch: str = ""  # batch axes of the output, its first dims: capital letters
 
   def of(self, name: str, shape: Sequence[int], groups: int) -> str:
     """Those of an operand; a dot for an axis of none of them, such as one scale for all groups."""
-    dims = self.operands.get(name, "." * len(shape))
-    return "." if dims == "g" and tuple(shape) != (groups,) else dims
+    count = len(shape) - NUM_AXES[name]
+    own = self.batch[len(self.batch) - count :]
+    batch = "".join("." if size == 1 else dim for dim, size in zip(own, shape, strict=False))
+    dims = self.operands.get(name, "." * NUM_AXES[name])
+    return batch + ("." if dims == "g" and tuple(shape[count:]) != (groups,) else dims)
 
   def unit(self, dim: str) -> int:
     return self.units.get(dim, 1)
@@ -175,9 +179,9 @@ def part_of(
 def sizes_of_part(sizes: jax.Array, rows: int, index: Any, parts: int) -> jax.Array:
   """How many rows of each group are in one of so many equal parts of all rows."""
   count = rows // parts
-  ends = jnp.minimum(lax.associative_scan(jnp.add, jnp.clip(sizes, 0, rows)), rows)
-  ends = jnp.clip(ends - index * count, 0, count)
-  return ends - jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+  running = lax.associative_scan(jnp.add, jnp.clip(sizes, 0, rows), axis=sizes.ndim - 1)
+  ends = jnp.clip(jnp.minimum(running, rows) - index * count, 0, count)
+  return ends - jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
 
 
 def partitioned(

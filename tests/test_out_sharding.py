@@ -26,6 +26,7 @@ X, W = (oracle.random(RNG, shape, "float32") for shape in ((16, 256), (32, 256))
 KINDS = pytest.mark.parametrize(
   "kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
 )
+ALL = np.int32([16])  # rows of the one group
 OF_ROWS = (((1,), (1,)), ((), ()))
 
 
@@ -136,6 +137,11 @@ def test_bad_out_sharding(error, words, out_sharding):
   calls = {
     "qqmm": lambda: jaxqq.qqmm(X, W, out_sharding=out_sharding),
     "explain": lambda: jaxqq.explain(X, W, out_sharding=out_sharding),
+    "ragged_qqmm": lambda: jaxqq.ragged_qqmm(X, W[None], ALL, out_sharding=out_sharding),
+    "ragged_quantized_matmul": lambda: jaxqq.ragged_quantized_matmul(
+      X, W[None], ALL, out_sharding=out_sharding
+    ),
+    "gather_qqmm": lambda: jaxqq.gather_qqmm(X, W, out_sharding=out_sharding),
     "dot_general": lambda: jaxqq.dot_general()(X, W, OF_ROWS, out_sharding=out_sharding),
     "dot_general.einsum": lambda: jaxqq.dot_general().einsum(
       "mk,nk->mn", X, W, out_sharding=out_sharding

@@ -158,6 +158,7 @@ def test_a_file_imports_only_from_files_above_it():
     *(
       "_dot_general",
       "_ragged_split",
+      "_ragged_explicit",
       "_ragged_primitive",
       "_ragged",
       "_stacked_layer",

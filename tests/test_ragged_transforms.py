@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from tests.support.jaxprs import count
 from tests.support.operands import data
-from tests.support.sharding import collectives, place_explicit, sharding_error
+from tests.support.sharding import collectives
 
 G, M, N, K = 3, 12, 16, 64
 SIZES = np.int32([5, 0, 6])
@@ -240,9 +240,3 @@ def test_automatic_axes_are_split_by_xla(of_x, of_w):
   )
   for a, b in zip(jax.tree.leaves(f(*placed)), jax.tree.leaves(f(x, w)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_explicit_axes_are_refused():
-  x, w = np.ones((8, K), np.float32), np.ones((G, N, K), np.float32)
-  with pytest.raises(sharding_error(), match=r"ragged_qqmm: x is split over explicit axes"):
-    mxfp8(place_explicit(x, P("data")), place_explicit(w, P()), place_explicit(SIZES, P()))
