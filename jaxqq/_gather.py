@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxqq._checks import check_bool, describe
 from jaxqq._formats import Mode
 from jaxqq._gradient import Backward
-from jaxqq._out_sharding import OutSharding, checked_out_sharding, placed
+from jaxqq._out_sharding import OutSharding, checked_out_sharding, told
 from jaxqq._qqmm import DEFAULT_MODE, checked, is_by_rows
 from jaxqq._ragged import as_ragged, checked_integers, ragged_product
 from jaxqq._ragged_explicit import batch_dims, mesh_of, spec_of
@@ -134,17 +134,12 @@ def gather_qqmm(
   out_sharding = checked_out_sharding(function, out_sharding)
   arrays = (lhs, rhs, *map(jnp.asarray, operands.flatten()))
   mesh = mesh_of([jax.typeof(a) for a in arrays])
-  if not mesh.explicit_axes:
-    return placed(of_arrays(*arrays), out_sharding)
-  if out_sharding is None:
+  if out_sharding is None and mesh.explicit_axes:  # sorted, gathered and put back
     indices = {"lhs": lhs, "rhs": rhs}
     given = {name for name, a in (("lhs", lhs_indices), ("rhs", rhs_indices)) if a is not None}
     spec = _spec_of_types(function, operands, indices, given)
     out_sharding = NamedSharding(mesh, spec)
-  # Sorted, gathered and put back: no types say how that is split.
-  told = jax.sharding.auto_axes(of_arrays, axes=mesh.explicit_axes, out_sharding=out_sharding)
-  out: jax.Array = told(*arrays)
-  return out
+  return told(of_arrays, out_sharding, *arrays)
 
 
 def _spec_of_types(

@@ -44,18 +44,32 @@ def produced(
   except ShardingTypeError:
     if out_sharding is None:
       raise
-    told: jax.Array = jax.sharding.auto_axes(product, out_sharding=out_sharding)(*operands)
-    return told
+    return told(product, out_sharding, *operands)
   return placed(out, out_sharding)
+
+
+def told(function: Callable[..., jax.Array], out_sharding: OutSharding, *args: Any) -> jax.Array:
+  """function(*args), where out_sharding says; what is within, XLA splits as it would.
+
+  args: arrays, trees of them, or None.
+  """
+  if out_sharding is None or not (explicit := _mesh_of(out_sharding).explicit_axes):
+    return placed(function(*args), out_sharding)
+  out: jax.Array = jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_sharding)(*args)
+  return out
 
 
 def placed(out: jax.Array, out_sharding: OutSharding) -> jax.Array:
   if out_sharding is None:
     return out
-  mesh = getattr(out_sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
-  if mesh.are_all_axes_auto:
+  if _mesh_of(out_sharding).are_all_axes_auto:
     return lax.with_sharding_constraint(out, out_sharding)
   return jax.sharding.reshard(out, out_sharding)
+
+
+def _mesh_of(out_sharding: OutSharding) -> Any:
+  mesh = getattr(out_sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
+  return getattr(mesh, "abstract_mesh", mesh)
 
 
 @contextlib.contextmanager

@@ -73,9 +73,7 @@ KINDS = {
   "mxfp8": mxfp8,
   "packed": jaxqq.ragged_qqmm,
   "weights": functools.partial(jaxqq.ragged_quantized_matmul, mode="mxfp4"),
-  "quantized": functools.partial(
-    jaxqq.ragged_qqmm, global_scale_x="amax", global_scale_w="amax", backward="quantized"
-  ),
+  "quantized": functools.partial(mxfp8, backward="quantized"),
 }
 OF_K = P(None, "tensor"), P(None, None, "tensor")
 # What is multiplied; x (M, K), w (G, N, K), sizes; out_sharding; how the result is split

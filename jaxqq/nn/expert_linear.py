@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq._checks import as_array, describe
@@ -16,9 +18,12 @@ from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
-from jaxqq._qqmm import DEFAULT_MODE, is_by_rows, product, product_by_rows
+from jaxqq._out_sharding import OutSharding, checked_out_sharding, produced, told
+from jaxqq._qqmm import DEFAULT_MODE, is_by_rows, placed_product, product, product_by_rows
 from jaxqq._qqmm import checked as checked_plain
-from jaxqq._ragged import checked_groups, checked_ragged, ragged_product
+from jaxqq._ragged import checked_groups, checked_ragged, placed_ragged
+from jaxqq._ragged_explicit import mesh_of, spec_of
+from jaxqq._split import dims_of, to_spec
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import COPIED, NO_NUMBERS, QuantizedLayer
 from jaxqq.nn.kernel import KernelAxes
@@ -87,16 +92,27 @@ class ExpertLinear(nnx.Module):
     self.bias = nnx.data(None) if einsum.bias is None else einsum.bias
 
   def __call__(
-    self, inputs: jax.Array, group_sizes: ArrayLike, group_offset: ArrayLike | None = None
+    self,
+    inputs: jax.Array,
+    group_sizes: ArrayLike,
+    group_offset: ArrayLike | None = None,
+    out_sharding: OutSharding = None,
   ) -> jax.Array:
     """As for `QQExpertLinear`."""
-    check_inputs("ExpertLinear", inputs, ("M", self.in_features))
+    function = "ExpertLinear"
+    check_inputs(function, inputs, ("M", self.in_features))
     kernel = self.kernel[...]
-    sizes, offset = checked_groups("ExpertLinear", group_sizes, group_offset, kernel.shape[0])
+    sizes, offset = checked_groups(function, group_sizes, group_offset, kernel.shape[0])
+    out_sharding = checked_out_sharding(function, out_sharding)
     bias = None if self.bias is None else self.bias[...]
     x, w, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-    y = self._ragged(x, w, sizes, None if group_offset is None else offset)
-    return y if bias is None else y + bias_of_rows(bias, sizes, offset, y.shape[0])
+    own = None if group_offset is None else offset
+    mesh = mesh_of([jax.typeof(a) for a in (x, w)])
+    if out_sharding is None and mesh.explicit_axes:  # of which `ragged_dot` has no rule
+      typed = [("inputs", jax.typeof(x), "mk"), ("kernel", jax.typeof(w), "gkn")]
+      out_sharding = NamedSharding(mesh, spec_of(function, typed, "mn", "k"))
+    y = told(self._ragged, out_sharding, x, w, sizes, own)
+    return y if bias is None else with_bias(y, bias, sizes, offset)
 
   def _ragged(self, x: jax.Array, w: jax.Array, sizes: jax.Array, offset: Any) -> jax.Array:
     first = None
@@ -111,16 +127,17 @@ class ExpertLinear(nnx.Module):
     y: jax.Array = lax.ragged_dot(x, w, sizes, **options)
     return y if first is None else jnp.roll(y, first, axis=0)
 
-  def buffers(self, inputs: jax.Array) -> jax.Array:
+  def buffers(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
     """As for `QQExpertLinear`."""
     kernel = self.kernel[...]
-    check_inputs("ExpertLinear.buffers", inputs, (kernel.shape[0], "C", self.in_features))
+    function = "ExpertLinear.buffers"
+    check_inputs(function, inputs, (kernel.shape[0], "C", self.in_features))
+    out_sharding = checked_out_sharding(function, out_sharding)
     bias = None if self.bias is None else self.bias[...]
     x, w, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-    y: jax.Array = jnp.einsum(
-      EINSUM, x, w, precision=self.precision, preferred_element_type=self.preferred_element_type
-    )
-    return y if bias is None else y + bias[:, None, :]
+    options = {"precision": self.precision, "preferred_element_type": self.preferred_element_type}
+    y = produced(functools.partial(jnp.einsum, EINSUM, **options), out_sharding, x, w)
+    return y if bias is None else with_bias_of_buffers(y, bias)
 
 
 class QQExpertLinear(QuantizedLayer):
@@ -263,7 +280,11 @@ class QQExpertLinear(QuantizedLayer):
     return KernelAxes(shape, batch=(0,), free=(2,), contracting=(1,))
 
   def __call__(
-    self, inputs: jax.Array, group_sizes: ArrayLike, group_offset: ArrayLike | None = None
+    self,
+    inputs: jax.Array,
+    group_sizes: ArrayLike,
+    group_offset: ArrayLike | None = None,
+    out_sharding: OutSharding = None,
   ) -> jax.Array:
     """Rows in groups, (M, in_features) to (M, out_features); rows of no expert become zeros.
 
@@ -272,6 +293,7 @@ class QQExpertLinear(QuantizedLayer):
       group_sizes: integers, (num_experts,): how many rows each expert has.
       group_offset: the expert of the layer's first kernel, where it has fewer than there are sizes,
         those of one device of many: rows of the others become zeros.
+      out_sharding: where the result goes, as for `ragged_qqmm`.
     """
     function = type(self).__name__
     check_inputs(function, inputs, ("M", self.in_features))
@@ -284,14 +306,15 @@ class QQExpertLinear(QuantizedLayer):
       *(self.dot_general.backward, self.precision, self.preferred_element_type),
       self.quantize_input,
     )
-    y = ragged_product(operands, params, by_rows=is_by_rows(of_x))
-    return y if bias is None else y + bias_of_rows(bias, sizes, offset, y.shape[0])
+    y = placed_ragged(function, operands, params, out_sharding, by_rows=is_by_rows(of_x))
+    return y if bias is None else with_bias(y, bias, sizes, offset)
 
-  def buffers(self, inputs: jax.Array) -> jax.Array:
+  def buffers(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
     """Buffers of so many rows for each expert: the einsum "ecd,edf->ecf" of the same kernels.
 
     Args:
       inputs: (num_experts, C, in_features), C being the capacity of each expert.
+      out_sharding: where the result goes, as for `qqmm`.
 
     Returns:
       (num_experts, C, out_features).
@@ -306,8 +329,9 @@ class QQExpertLinear(QuantizedLayer):
       self.dot_general.implementation,
       self.quantize_input,
     )
-    y = (product_by_rows if is_by_rows(of_x) else product)(operands, params)
-    return y if bias is None else y + bias[:, None, :]
+    multiply = product_by_rows if is_by_rows(of_x) else product
+    y = placed_product(function, operands, params, out_sharding, multiply)
+    return y if bias is None else with_bias_of_buffers(y, bias)
 
   def _num_matrices(self) -> int:
     """How many experts are here, which inside of a `jax.shard_map` may be a device's own."""
@@ -340,6 +364,27 @@ def check_inputs(function: str, inputs: Any, shape: tuple[int | str, ...]) -> No
   if not fits:
     right = ", ".join(map(str, shape))
     raise ValueError(f"{function}: inputs must have shape ({right}), got {describe(inputs)}.")
+
+
+def with_bias(
+  y: jax.Array, bias: jax.Array, group_sizes: jax.Array, group_offset: jax.Array
+) -> jax.Array:
+  """y + the bias of each row, split as y is."""
+  own = functools.partial(bias_of_rows, count=y.shape[0])
+  sharding = jax.typeof(y).sharding
+  if not sharding.mesh.explicit_axes:
+    return y + own(bias, group_sizes, group_offset)
+  return y + told(own, sharding, bias, group_sizes, group_offset)
+
+
+def with_bias_of_buffers(y: jax.Array, bias: jax.Array) -> jax.Array:
+  """(E, C, N) + (E, N), split as the former is."""
+  bias, sharding = bias[:, None, :], jax.typeof(y).sharding
+  if sharding.mesh.explicit_axes:
+    experts, _, columns = dims_of(sharding, 3)
+    sharding = NamedSharding(sharding.mesh, to_spec([experts, (), columns]))
+    bias = jax.sharding.reshard(bias, sharding)
+  return y + bias
 
 
 def bias_of_rows(

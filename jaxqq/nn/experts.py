@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from jaxqq._checks import as_array, check_bool, describe
 from jaxqq._formats import Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
+from jaxqq._out_sharding import OutSharding, checked_out_sharding, placed, told
+from jaxqq._ragged_explicit import mesh_of
+from jaxqq._split import dims_of, to_spec
 from jaxqq.nn.expert_linear import ExpertLinear, QQExpertLinear, check_inputs
 
 Linear = ExpertLinear | QQExpertLinear
@@ -90,6 +94,7 @@ class Experts(nnx.Module):
     weights: ArrayLike | None = None,
     *,
     group_offset: ArrayLike | None = None,
+    out_sharding: OutSharding = None,
   ) -> jax.Array:
     """Tokens through the experts that each of them takes.
 
@@ -100,6 +105,8 @@ class Experts(nnx.Module):
       weights: floats, (..., top), by which results are summed, in float32. Not normalized here.
       group_offset: the first expert that is here, where the layer has fewer than num_experts, say
         those of one device of many: others count as zeros, so that the sum over devices is whole.
+      out_sharding: where the result goes, as for `qqmm`. On explicit axes None is as inputs are
+        split.
 
     Returns:
       (..., features); without weights (..., top, features).
@@ -110,7 +117,33 @@ class Experts(nnx.Module):
     """
     function = type(self).__name__
     numbers, factors = self._checked(function, inputs, experts, weights)
-    tokens = jnp.asarray(inputs).reshape(-1, self.features)
+    out_sharding = checked_out_sharding(function, out_sharding)
+    x = jnp.asarray(inputs)
+    mesh = mesh_of([jax.typeof(a) for a in (x, numbers)])
+    if not mesh.explicit_axes:
+      return placed(self._of_tokens(x, numbers, factors, group_offset), out_sharding)
+    if out_sharding is None:
+      *of_tokens, of_features = dims_of(jax.typeof(x).sharding, x.ndim)
+      top = [()] if factors is None else []
+      out_sharding = NamedSharding(mesh, to_spec([*of_tokens, *top, of_features]))
+    graph, state = nnx.split(self)
+    leaves, tree = jax.tree.flatten(state)
+    offset = None if group_offset is None else jnp.asarray(group_offset)
+
+    def whole(leaves: Any, *args: Any) -> jax.Array:
+      return nnx.merge(graph, jax.tree.unflatten(tree, leaves))._of_tokens(*args)
+
+    return told(whole, out_sharding, leaves, x, numbers, factors, offset)
+
+  def _of_tokens(
+    self,
+    inputs: jax.Array,
+    numbers: jax.Array,
+    factors: jax.Array | None,
+    group_offset: ArrayLike | None,
+  ) -> jax.Array:
+    """Sorted by expert, multiplied in groups, put back in their order and summed."""
+    tokens = inputs.reshape(-1, self.features)
     top, shape = numbers.shape[-1], numbers.shape
     chosen = numbers.reshape(-1)
     is_one = (chosen >= 0) & (chosen < self.num_experts)
@@ -162,7 +195,11 @@ class Experts(nnx.Module):
     return numbers, jnp.asarray(factors)
 
   def grouped(
-    self, inputs: jax.Array, group_sizes: ArrayLike, group_offset: ArrayLike | None = None
+    self,
+    inputs: jax.Array,
+    group_sizes: ArrayLike,
+    group_offset: ArrayLike | None = None,
+    out_sharding: OutSharding = None,
   ) -> jax.Array:
     """Rows that are sorted by expert, (M, features) to (M, features), as for `QQExpertLinear`.
 
@@ -170,19 +207,34 @@ class Experts(nnx.Module):
       inputs: (M, features).
       group_sizes: integers, (num_experts,): how many rows each expert has.
       group_offset: as in a call.
+      out_sharding: where the result goes, as for `ragged_qqmm`: that of down_proj.
     """
     check_inputs(f"{type(self).__name__}.grouped", inputs, ("M", self.features))
-    return self._through(lambda layer, x: layer(x, group_sizes, group_offset), inputs)
 
-  def buffers(self, inputs: jax.Array) -> jax.Array:
-    """Buffers of so many rows for each expert, (num_experts, C, features) to the same shape."""
-    return self._through(lambda layer, x: layer.buffers(x), inputs)
+    def product(layer: Linear, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
+      return layer(x, group_sizes, group_offset, out_sharding)
 
-  def _through(self, product: Callable[[Linear, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return self._through(product, inputs, out_sharding)
+
+  def buffers(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
+    """Buffers of so many rows for each expert, (num_experts, C, features) to the same shape.
+
+    out_sharding is where the result goes, as for `qqmm`.
+    """
+
+    def product(layer: Linear, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
+      return layer.buffers(x, out_sharding)
+
+    return self._through(product, inputs, out_sharding)
+
+  def _through(
+    self, product: Callable[..., jax.Array], x: jax.Array, out_sharding: OutSharding
+  ) -> jax.Array:
     up = product(self.up_proj, x)
     if self.gate_proj is None:
-      return product(self.down_proj, self.activation(up))
-    return product(self.down_proj, self.activation(product(self.gate_proj, x)) * up)
+      return product(self.down_proj, self.activation(up), out_sharding)
+    x = self.activation(product(self.gate_proj, x)) * up
+    return product(self.down_proj, x, out_sharding)
 
 
 class QQExperts(Experts):
