@@ -29,8 +29,9 @@ from jaxqq._qqmm import checked, checked_qqmm_by_recipe, qqmm
 from jaxqq._quantized_matmul import checked_weights, quantized_matmul
 from jaxqq._quantizer import Quantizer
 from jaxqq._ragged import checked_ragged, ragged_qqmm, ragged_quantized_matmul
-from jaxqq._ragged_primitive import Params, problem_of
+from jaxqq._ragged_primitive import Params, layout_of_problem, problem_of
 from jaxqq._ragged_reference import RaggedOperands
+from jaxqq._ragged_split import described as described_ragged
 from jaxqq._reference import Operands, matrix_ndim
 from jaxqq._split import described, named_sharding
 from jaxqq._stacked_layer import checked_layer
@@ -203,14 +204,19 @@ def _explain_layer(function: str, device: Any, arguments: dict[str, Any]) -> Exp
 def _explain_ragged(
   function: str, device: Any, operands: RaggedOperands, params: Params
 ) -> Explanation:
-  """As the operands are on one device, which a caller splits over several."""
+  """As the operands of one device are."""
   target = _kernels.device_of(_platform(operands.x, device))
-  problem = problem_of(operands, dataclasses.replace(params, function=function))
+  params = dataclasses.replace(params, function=function)
+  whole = problem_of(operands, params)
+  part, about_split = described_ragged(operands, layout_of_problem(whole), whole.groups)
+  sums = dataclasses.replace(params, out_dtype=np.dtype(np.float32))
+  is_sum = part.x.shape[-1] < operands.x.shape[-1]
+  problem = problem_of(part, sums if is_sum else params, params.out_dtype)
   plan = _kernels.plan(problem, target, RAGGED, chosen=params.implementation)
   w_words = _of("w", operands.w)
   w_words += " quantized on the fly" if operands.scales is None else " packed"
   heading = f"{function} {params.mode}, {_of('x', operands.x)}, {w_words}"
-  return _sentences(heading, plan, target, [])
+  return _sentences(heading, plan, target, about_split)
 
 
 def _explain_quantize(device: Any, *, axis: int, **arguments: Any) -> Explanation:

@@ -141,13 +141,13 @@ def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> An
   rows = {"k": (problem.m, problem.n), "n": (problem.m, problem.k)}
   matrices = problem.groups, problem.n, problem.k
   shape = (*ops.batch_shape, *rows.get(problem.contracted, matrices))
-  layout = with_batch(_layout(problem), len(ops.batch_shape))
+  layout = with_batch(layout_of_problem(problem), len(ops.batch_shape))
   sharding = out_sharding(params.function, operands, avals, layout, problem.groups)
   manual = ops.x.manual_axis_type
   return jax.core.ShapedArray(shape, params.out_dtype, sharding=sharding, manual_axis_type=manual)
 
 
-def _layout(problem: RaggedProblem) -> Layout:
+def layout_of_problem(problem: RaggedProblem) -> Layout:
   has_w_hat = problem.is_packed or problem.quantize_w
   return layout_of(problem.contracted, problem.fmt, quantize=problem.quantize, has_w_hat=has_w_hat)
 
@@ -178,10 +178,10 @@ def _lowering(ctx: Any, *args: Any, operands: tuple[str, ...], params: Params) -
   if out.sharding.mesh.explicit_axes and is_empty:  # sums of nothing, or rows of no group
     run = zeros
   elif out.sharding.mesh.explicit_axes:
-    layout = with_batch(_layout(problem), len(shapes.batch_shape))
+    layout = with_batch(layout_of_problem(problem), len(shapes.batch_shape))
     run = over_explicit_axes(product, operands, layout, *sizes, ctx.avals_in, out)
   elif not (is_empty or shapes.batch_shape) and _primitive.is_partitioned_by_xla(ctx):
-    layout = _layout(problem)
+    layout = layout_of_problem(problem)
     run = partitioned(product, operands, layout, *sizes, params.out_dtype, _label(params))
   return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
 

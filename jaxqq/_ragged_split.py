@@ -28,7 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxqq._formats import Format
 from jaxqq._ragged_reference import NUM_AXES, RaggedOperands, unflatten
 from jaxqq._sharding import Partition, split_by_xla
-from jaxqq._split import Axes, dims_of, to_spec
+from jaxqq._split import Axes, dims_of, dims_of_spec, named_sharding, to_spec, words
 
 # What a product of one device is: operands, the matrices that it has, the dtype of its result.
 Product = Callable[[RaggedOperands, int, np.dtype], jax.Array]
@@ -182,6 +182,34 @@ def sizes_of_part(sizes: jax.Array, rows: int, index: Any, parts: int) -> jax.Ar
   running = lax.associative_scan(jnp.add, jnp.clip(sizes, 0, rows), axis=sizes.ndim - 1)
   ends = jnp.clip(jnp.minimum(running, rows) - index * count, 0, count)
   return ends - jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
+
+
+def described(ops: RaggedOperands, layout: Layout, groups: int) -> tuple[RaggedOperands, list[str]]:
+  """What one device multiplies of a product of rows with w: shapes, and a sentence about it.
+
+  As far as it can be seen from the operands, if nothing else is asked of the output.
+  """
+  pairs = [(a, named_sharding(a)) for a in ops.flatten()]
+  typed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=own) for a, own in pairs]
+  mesh_shape = next((dict(s.mesh.shape) for _, s in pairs if s is not None and s.mesh.size > 1), {})
+  out_shape = (ops.x.shape[0], ops.w.shape[1])
+  wanted = _propagated(ops.names, typed, layout, groups)
+  split = split_of(ops.names, typed, wanted, out_shape, layout, groups, mesh_shape)
+  parts = []
+  for a, spec in zip(typed, split.specs(ops.names, typed, layout, groups), strict=True):
+    ways = (math.prod(mesh_shape[axis] for axis in axes) for axes in dims_of_spec(tuple(spec)))
+    local = tuple(size // way for size, way in zip(a.shape, ways, strict=True))
+    parts.append(jax.ShapeDtypeStruct(local, a.dtype))
+  own = unflatten(ops.names, parts)
+  if not mesh_shape:
+    return own, []
+  sentence = (
+    f"Split over {math.prod(mesh_shape.values())} devices ({mesh_shape}): each multiplies x "
+    f"{own.x.shape} with w {own.w.shape}"
+  )
+  if summed := (*split.summed, *(split.scattered[1] if split.scattered else ())):
+    sentence += f", and results are summed over {words(summed)}"
+  return own, [f"{sentence}."]
 
 
 def partitioned(

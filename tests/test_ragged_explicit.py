@@ -234,6 +234,22 @@ def test_batch_axes_that_are_split_differently():
   check_sentence(str(caught.value), "gather_qqmm", ["'data'", "'tensor'", "out_sharding="])
 
 
+@pytest.mark.parametrize("put", [place, place_explicit])
+def test_explain_tells_what_one_device_multiplies(put):
+  x, sentence = (
+    np.asarray(X, jnp.bfloat16),
+    "Split over 8 devices ({'data': 4, 'tensor': 2}): each ",
+  )
+  explained = functools.partial(jaxqq.explain, jaxqq.ragged_qqmm, device="cuda")
+  text = explained(put(x, P("tensor")), put(W, P("data")), SIZES)
+  part = "multiplies x (12, 64) with w (1, 32, 64), and results are summed over 'data'."
+  assert text.endswith(sentence + part)
+  text = explained(put(x, P("data", "tensor")), put(W, P(None, None, "tensor")), SIZES)
+  part = "multiplies x (6, 32) with w (4, 32, 32), and results are summed over 'tensor'."
+  assert text.endswith(sentence + part)
+  assert "explicit" not in text  # of a device's part no kernel is refused for its sharding
+
+
 def test_explain_takes_it():
   sharding = NamedSharding(explicit_mesh(), P())
   for product in (jaxqq.ragged_qqmm, jaxqq.ragged_quantized_matmul):
