@@ -37,9 +37,9 @@ SIZES = np.int32([2, 0, 5, 1])
 
 @functools.cache
 def parts_of(kind):
-  """A layer with biases of numbers: its graph, parameters and the rest."""
-  options = {"use_bias": True, "bias_init": nnx.initializers.normal(), "gated": False}
-  options["rngs"] = nnx.Rngs(0)
+  """A layer, some with biases of numbers: its graph, parameters and the rest."""
+  options = {"use_bias": kind != "mxfp8", "gated": False, "rngs": nnx.Rngs(0)}
+  options["bias_init"] = nnx.initializers.normal()
   if kind == "plain":
     layer = jaxqq.nn.Experts(E, K, N, **options)
   else:

@@ -78,8 +78,7 @@ KINDS = {
 OF_K = P(None, "tensor"), P(None, None, "tensor")
 # What is multiplied; x (M, K), w (G, N, K), sizes; out_sharding; how the result is split
 CASES = {
-  "experts": ("mxfp8", P(), P("data"), P("data"), None, (None, None)),
-  "rows and experts": ("mxfp8", P("tensor"), P("data"), P(), None, ("tensor", None)),
+  "rows and experts": ("mxfp8", P("tensor"), P("data"), P("data"), None, ("tensor", None)),
   "the same axis": ("weights", P("data"), P("data"), P(), None, ("data", None)),
   "rows and columns": ("quantized", P("data"), P(None, "tensor"), P(), None, ("data", "tensor")),
   "K of x": ("packed", P(None, "tensor"), P("data"), P("data"), None, (None, None)),
