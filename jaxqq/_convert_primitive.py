@@ -23,8 +23,8 @@ from jaxqq import _kernels, _primitive
 from jaxqq._convert_split import Function, Shapes, out_avals, over_explicit_axes, partitioned
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
-from jaxqq._kernels.conversions import Conversion
 from jaxqq._kernels.plan import Implementation
+from jaxqq._kernels.problem import Conversion
 
 quantize_p = Primitive("quantize")
 dequantize_p = Primitive("dequantize")

@@ -20,8 +20,8 @@ from jaxqq._convert_split import described as described_conversion
 from jaxqq._formats import FORMATS
 from jaxqq._gradient import BACKWARDS
 from jaxqq._kernels import conversions
-from jaxqq._kernels.conversions import Conversion
 from jaxqq._kernels.plan import TARGET, Device, Implementation, Plan
+from jaxqq._kernels.problem import Conversion
 from jaxqq._kernels.ragged import RAGGED
 from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import How, planned

@@ -9,9 +9,8 @@ import jax
 from jax.interpreters import mlir
 
 from jaxqq import _kernels, _primitive
-from jaxqq._kernels.plan import Implementation, Plan
-from jaxqq._kernels.problem import obstacle
-from jaxqq._kernels.quantizer import HOPPER_QUANTIZER, Quantizing, QuantizingPlan
+from jaxqq._kernels.plan import FunctionPlan, Implementation, Plan
+from jaxqq._kernels.problem import Quantizing, obstacle
 from jaxqq._quantizer import Quantizer, Streams, definition, quantizer_p
 
 
@@ -22,12 +21,12 @@ def _by_xla(
 
 
 QUANTIZER: tuple[Implementation, ...] = (
-  HOPPER_QUANTIZER,
+  *_kernels.rows_of("quantizer"),
   Implementation(
     name="xla",
     summary="XLA, from the definition (jaxqq/_quantizer.py)",
     platforms=None,
-    plan=lambda problem, device: QuantizingPlan(problem, _by_xla),
+    plan=lambda problem, device: FunctionPlan(problem, _by_xla),
   ),
 )
 

@@ -37,7 +37,7 @@ from jaxqq import _kernels, _primitive, _random_bits
 from jaxqq._formats import FORMATS
 from jaxqq._gradient import is_zero, summed_to
 from jaxqq._kernels.plan import Device, Implementation, Plan
-from jaxqq._kernels.quantizer import HOPPER_PRODUCT, RecipeProblem
+from jaxqq._kernels.problem import RecipeProblem
 from jaxqq._quantize import dequantize_groups, dequantize_to_multiply
 from jaxqq._quantizer import (
   Quantizer,
@@ -130,7 +130,7 @@ def planned(ops: Operands, params: Params, platform: str, what_splits: str | Non
   problem = RecipeProblem.of(
     params.quantizers, ops, params.out_dtype, params.precision, what_splits
   )
-  table = HOPPER_PRODUCT, _definition_of(params, platform)
+  table = *_kernels.rows_of("recipe"), _definition_of(params, platform)
   device = _kernels.device_of(platform)
   return _kernels.plan(problem, device, table, chosen=params.implementation)
 
@@ -140,8 +140,6 @@ def run(ops: Operands, params: Params, platform: str, what_splits: str | None = 
   of_x_bits, of_w_bits, of_signs = _streams(ops, params)
   streams = Streams(of_x_bits, of_signs), Streams(of_w_bits, of_signs)
   plan = planned(ops, params, platform, what_splits)
-  if plan.implementation is HOPPER_PRODUCT:
-    streams = tuple(jax.tree.map(lambda key: key.reshape(2), own) for own in streams)
   return _finished(plan.kernel.run(ops, streams), ops, params)
 
 

@@ -19,6 +19,7 @@ import jaxqq
 from jaxqq import _kernels
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import conversions
+from jaxqq._kernels.problem import Conversion
 from tests.support import oracle
 
 if jax.__version_info__ < (0, 11):
@@ -196,7 +197,7 @@ def test_rows_of_the_tables_agree(name, shape, scaled):
     platform = {0: "cuda", -1: "cpu"}[row]
 
     def f(*arrays):
-      problem = conversions.Conversion.of(FORMATS["nvfp4"], names, arrays, *dtype)
+      problem = Conversion.of(FORMATS["nvfp4"], names, arrays, *dtype)
       plan = _kernels.plan(problem, _kernels.device_of(platform), table)
       assert plan.implementation is table[row]
       return plan.run(arrays)

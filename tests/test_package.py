@@ -187,16 +187,22 @@ KERNELS = (
     "block_scaled_dot",
     "hopper.tiles",
     "hopper.costs",
+    "hopper.mainloops.table",
     "hopper.plan",
     "hopper.ragged_plan",
-    "ragged",
+    "hopper.conversion_plan",
+    "hopper.quantizer_plan",
+    "hopper.rows",
     "__init__",
+    "ragged",
+    "conversions",
   ),
   *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
   *("ptx.rounding", "ptx.random_bits", "ptx.rotation", "ptx.reshape", "ptx.loads", "ptx.scales"),
   *("ptx.expand", "ptx.expand_in_order"),
   *("ptx.expand_sixteens", "ptx.stores", "ptx.handover", "ptx.wgmma", "ptx.mma"),
   *("pipeline", "stream_k", "epilogue", "quantize.groups", "grouped"),
+  "quantize.elements",
   *("quantize.codes", "quantize.parts", "quantize.squares", "quantize.packed"),
   *("quantize.exact", "quantize.rebased"),
   *("quantize.group_rescale", "quantize.columns", "quantize.amax", "quantize.code_words"),
@@ -205,7 +211,6 @@ KERNELS = (
   *("mainloops.in_order", "mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
   "mainloops.sixteens",
   *("gemm", "dequant_gemm", "staged_gemm", "skinny_gemm", "row_sums", "launch"),
-  *("conversions", "quantizer"),
 )
 
 
@@ -213,7 +218,7 @@ def test_a_file_of_the_kernels_imports_only_from_files_above_it():
   order = [
     name
     if name in ("plan", "problem", "xla", "block_scaled_dot", "ragged", "__init__")
-    or name in ("conversions", "quantizer")
+    or name == "conversions"
     or name[:3] == "hop"
     else f"hopper.{name}"
     for name in KERNELS

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxqq._formats import FORMATS, Format
-from jaxqq._kernels.plan import Device, Implementation, Unsupported
+from jaxqq._kernels.plan import Device, Implementation, Rows, Unsupported
 from jaxqq._kernels.problem import Problem, fold
 from jaxqq._quantize import pack, quantize_groups
 from jaxqq._reference import Operands, times_alpha
@@ -101,3 +101,5 @@ PRODUCT = Implementation(
   platforms=("cuda",),
   plan=_plan,
 )
+
+ROWS = Rows(product=(PRODUCT,))

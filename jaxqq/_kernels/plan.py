@@ -98,6 +98,38 @@ class Plan:
     return self.kernel.run(operands)
 
 
+@dataclasses.dataclass(frozen=True)
+class FunctionPlan:
+  """A problem, and the function that runs it."""
+
+  problem: Any
+  function: Callable[..., Any]  # of the problem, and of what `run` gets
+  details: str | None = None
+
+  def run(self, *operands: Any) -> Any:
+    return self.function(self.problem, *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What the GPUs of one architecture have kernels for: its rows in each table.
+
+  Attributes:
+    product: of `qqmm` and `quantized_matmul`.
+    ragged: of products of rows in groups, and their gradients.
+    quantize, dequantize: of the functions of these names.
+    quantizer: of `Quantizer.quantize`.
+    recipe: of the products of a `Recipe`.
+  """
+
+  product: tuple[Implementation, ...] = ()
+  ragged: tuple[Implementation, ...] = ()
+  quantize: tuple[Implementation, ...] = ()
+  dequantize: tuple[Implementation, ...] = ()
+  quantizer: tuple[Implementation, ...] = ()
+  recipe: tuple[Implementation, ...] = ()
+
+
 TURNED_OFF = "JAXQQ_DISABLE"  # names of rows, or what they begin with, and commas between them
 
 

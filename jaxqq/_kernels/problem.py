@@ -1,4 +1,4 @@
-"""One product as the choice of a kernel sees it, and its operands as a kernel takes them."""
+"""What there is to compute, as the choice of a kernel sees it; operands as a kernel takes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 
 from jaxqq._formats import Format
-from jaxqq._reference import Operands
+from jaxqq._quantizer import Quantizer
+from jaxqq._reference import TRANSPOSED, Operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,102 @@ def tiles_of_a_group(rows: int, block_m: int) -> float:
   """How many tiles a group takes, on average, if groups have up to a quarter more or fewer rows."""
   sizes = (rows * (0.75 + 0.5 * (i + 0.5) / 16) for i in range(16))
   return sum(math.ceil(size / block_m) for size in sizes) / 16
+
+
+# Conversions
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+  """One `quantize` or `dequantize`, as far as the choice of an implementation depends on it."""
+
+  fmt: Format
+  names: tuple[str, ...]  # of the arrays, as the primitives' parameter `operands` has them
+  shapes: tuple[tuple[Any, ...], ...]
+  obstacle: str | None  # what no kernel takes, if there is such
+  out_dtype: np.dtype | None = None  # that `dequantize` rounds to
+
+  @classmethod
+  def of(
+    cls,
+    fmt: Format,
+    names: tuple[str, ...],
+    arrays: Sequence[Any],  # or their shapes and dtypes
+    out_dtype: np.dtype | None = None,
+  ) -> Conversion:
+    scale = arrays[-1] if names[-1] == "global_scale" else None
+    shapes = tuple(tuple(a.shape) for a in arrays)
+    return cls(fmt, names, shapes, obstacle(arrays, (scale,)), out_dtype)
+
+  @property
+  def is_transposed(self) -> bool:
+    return self.names[0].endswith(TRANSPOSED)
+
+  @property
+  def has_global_scale(self) -> bool:
+    return self.names[-1] == "global_scale"
+
+  @property
+  def batch_shape(self) -> tuple[int, ...]:
+    shapes = [shape[:-2] for shape in self.shapes]
+    if self.has_global_scale:
+      shapes[-1] = self.shapes[-1]
+    return lax.broadcast_shapes(*shapes)
+
+  @property
+  def rows(self) -> int:
+    return self.shapes[0][-1 if self.is_transposed else -2]
+
+  @property
+  def is_one_matrix(self) -> bool:
+    return all(size == 1 for size in self.shapes[0][:-2])
+
+  def in_order(self, w: jax.Array) -> jax.Array:
+    """With groups along its last axis."""
+    return jnp.swapaxes(w, -1, -2) if self.is_transposed else w
+
+
+# Quantizers, and the products of a recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizing:
+  """One array that a `Quantizer` quantizes, as far as the choice of an implementation depends."""
+
+  quantizer: Quantizer
+  shape: tuple[Any, ...]  # of one matrix, as it is stored
+  is_transposed: bool
+  obstacle: str | None
+  function: str = "Quantizer.quantize"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeProblem:
+  """One product of a recipe, on one device."""
+
+  quantizers: tuple[Quantizer | None, Quantizer | None]
+  operands: Operands  # shapes and dtypes
+  out_dtype: np.dtype
+  precision: jax.lax.Precision | None
+  obstacle: str | None
+  function: str = "qqmm"
+
+  @classmethod
+  def of(
+    cls,
+    quantizers: tuple[Quantizer | None, Quantizer | None],
+    operands: Operands,
+    out_dtype: np.dtype,
+    precision: jax.lax.Precision | None,
+    what_splits: str | None,
+  ) -> RecipeProblem:
+    """what_splits: what no kernel may see the parts of, or None."""
+    found = what_splits or obstacle((operands.x, operands.w), ())
+    if found is None and any(math.prod(shape) > 1 for shape in operands.batch_shapes):
+      found = "there are several matrices, each a tensor of its own"
+    x, w = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (operands.x, operands.w))
+    shapes = dataclasses.replace(operands, x=x, w=w, key=None)
+    return cls(quantizers, shapes, out_dtype, precision, found)
 
 
 # Operands: one batch axis, and whole steps of k

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxqq._kernels import xla
-from jaxqq._kernels.hopper import ragged_plan
+from jaxqq._kernels import rows_of, xla
 from jaxqq._kernels.plan import Device, Implementation, from_table
 from jaxqq._kernels.problem import Problem, RaggedProblem
 from jaxqq._ragged_reference import RaggedOperands, rows_times_matrices, sums_of_rows
@@ -68,7 +67,7 @@ def _plan(problem: RaggedProblem, device: Device) -> Any:
 
 
 RAGGED: tuple[Implementation, ...] = (
-  *ragged_plan.IMPLEMENTATIONS,
+  *rows_of("ragged"),
   Implementation(
     name="xla",
     summary=(

@@ -383,7 +383,12 @@ def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype, monke
 
 def test_the_planner_knows_what_a_step_takes():
   for name, mainloop in launch.MAINLOOPS.items():
-    assert plan.STEPS[name] == (mainloop.step_k, 4 * mainloop.words, mainloop.groups)
+    step = plan.STEPS[name]
+    assert (step.k, step.bytes, step.scales) == (
+      mainloop.step_k,
+      4 * mainloop.words,
+      mainloop.groups,
+    )
 
 
 # Every code under every scale: x is the identity, so that the product is w itself.

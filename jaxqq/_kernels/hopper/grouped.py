@@ -26,7 +26,8 @@ from jax.experimental import pallas as pl
 from jaxqq._kernels.hopper.pipeline import GroupTiles, arrays
 from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH
 from jaxqq._kernels.hopper.quantize.groups import make_kernel, positions, store_gmem
-from jaxqq._kernels.hopper.tiles import cdiv, num_group_tiles
+from jaxqq._kernels.hopper.ragged_plan import num_group_tiles
+from jaxqq._kernels.hopper.tiles import cdiv
 from jaxqq._ragged_reference import Groups, RaggedOperands
 
 _TILES = 128  # a CTA: one a thread

@@ -19,13 +19,11 @@ from jaxqq._kernels.hopper import (
   skinny_gemm,
   staged_gemm,
 )
-from jaxqq._kernels.hopper.dequant_gemm import PackedOperand
 from jaxqq._kernels.hopper.epilogue import alpha_operand
-from jaxqq._kernels.hopper.mainloops import blockdiag, in_order
-from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
-from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
+from jaxqq._kernels.hopper.mainloops import blockdiag
+from jaxqq._kernels.hopper.mainloops.table import packed_operand, packed_operands
 from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
-from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, packed_operand
+from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype
 from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
@@ -128,11 +126,7 @@ def product_of_exact(
   return _run_gemm(plan, ready)[0]
 
 
-MAINLOOPS: dict[str, type[PackedOperand]] = {
-  "packed_e2m1": PackedE2M1,
-  "rebased_e4m3": RebasedE4M3,
-  **in_order.OPERANDS,
-}
+MAINLOOPS = packed_operands()
 
 
 def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands, grid: Grid | None = None) -> jax.Array:

@@ -37,12 +37,16 @@ import numpy as np
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.costs import (
   CLUSTERS,
-  DEQUANT_E2M1,
-  DEQUANT_E4M3,
   GEMM,
   SKINNY_E2M1,
   STREAM_K_GAIN,
   Timed,
+)
+from jaxqq._kernels.hopper.mainloops.table import (
+  STEPS,
+  packed_operand,
+  skinny_mainloop,
+  skinny_rows,
 )
 from jaxqq._kernels.hopper.tiles import (
   DEQUANT_STORE,
@@ -73,7 +77,8 @@ class WidePlan:
 
   Attributes:
     kernel: the file in this folder that has it.
-    mainloop: what becomes of w: ready in memory, or expanded in registers (`mainloops/`).
+    mainloop: what becomes of w, ready in memory or expanded in registers: a name of
+      `mainloops.table.STEPS`.
     fp8: operands are e4m3 codes, rebased, and the epilogue multiplies by the scales of both
       operands' rows; else they are exact 16 bit floats, and it multiplies by alpha.
     tiles: what was chosen.
@@ -82,15 +87,7 @@ class WidePlan:
   """
 
   kernel: Literal["gemm", "dequant_gemm", "staged_gemm"]
-  mainloop: Literal[
-    "ready",
-    "packed_e2m1",
-    "rebased_e4m3",
-    "in_order_nvfp4",
-    "in_order_nvfp4_float16",
-    "in_order_mxfp4",
-    "in_order_mxfp8",
-  ]
+  mainloop: str
   fp8: bool
   tiles: WideTiles
   estimate_us: float
@@ -133,7 +130,7 @@ class SkinnyPlan:
   """A product of up to 64 rows of x.
 
   Attributes:
-    mainloop: what becomes of w (`mainloops/`).
+    mainloop: what becomes of w: a name of `mainloops.table.skinny_mainloops`.
     block: what is loaded of w at once.
     padded_m: rows of x, or columns of block-diagonal x, in shared memory.
     blockdiag: of the mainloop of that name.
@@ -141,7 +138,7 @@ class SkinnyPlan:
     tiles, problem, device: as of `WidePlan`.
   """
 
-  mainloop: Literal["blockdiag", "expanded", "group_sums", "in_order", "quantized", "sixteens"]
+  mainloop: str
   block: KBlock
   padded_m: int
   blockdiag: BlockDiagonal | None
@@ -329,21 +326,13 @@ def expected_us(plan: WidePlan) -> float:
 def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]:
   """A plan for each of the tiles that can be."""
   kernel, mainloop = _wide_kernel(problem, device, fp8)
-  candidates, step_k = {  # of k, that costs count
-    "ready": (GEMM, 128),
-    "packed_e2m1": (DEQUANT_E2M1, 64),
-    "rebased_e4m3": (DEQUANT_E4M3, 128),
-    "in_order_nvfp4": (DEQUANT_E2M1, 64),
-    "in_order_nvfp4_float16": (DEQUANT_E2M1, 64),
-    "in_order_mxfp4": (DEQUANT_E2M1, 64),
-    "in_order_mxfp8": (DEQUANT_E2M1, 64),
-  }[mainloop]
-  out_bytes, k_steps = problem.out_dtype.itemsize, cdiv(problem.k, step_k)
+  step, out_bytes = STEPS[mainloop], problem.out_dtype.itemsize
+  k_steps = cdiv(problem.k, step.k)
   plans: dict[WideTiles, WidePlan] = {}
   ways: list[tuple[int, bool]] = [(cluster, False) for cluster in CLUSTERS]
   if kernel == "dequant_gemm" and not problem.in_groups:
     ways.append((1, True))
-  for timed, (cluster, stream_k) in itertools.product(candidates, ways):
+  for timed, (cluster, stream_k) in itertools.product(step.costs, ways):
     tiles = WideTiles(
       block_m=timed.block_m,
       block_n=timed.block_n,
@@ -407,17 +396,6 @@ def _has_registers(tiles: WideTiles, problem: Problem) -> bool:
   return is_narrow or not problem.wants_exact_sums
 
 
-# What a step takes of a row of w, as the classes in `mainloops/` have it, which import Pallas:
-# elements of k, bytes of words, scales. Of w that is ready, a swizzled row and no scales.
-STEPS = {
-  "ready": (128, 128, 0),
-  "packed_e2m1": (64, 32, 4),
-  "rebased_e4m3": (128, 128, 4),
-  "in_order_nvfp4": (64, 32, 4),
-  "in_order_nvfp4_float16": (64, 32, 4),
-  "in_order_mxfp4": (64, 32, 2),
-  "in_order_mxfp8": (64, 64, 2),
-}
 _SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 _MAX_STAGES = 9
 MIN_STREAM_K_STEPS = 8  # of a CTA
@@ -439,14 +417,14 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
     out_bytes: of a number of the result.
   """
   block_m, block_n = tiles.block_m, tiles.block_n
-  step_k, bytes_of_w, scales = STEPS[mainloop]
+  step = STEPS[mainloop]
   from_cluster = 4 * (tiles.cluster - 1) * tiles.own_m * block_n
   piece = out_bytes * block_n * (GEMM_STORE if mainloop == "ready" else DEQUANT_STORE)
 
   def size(stages: int, store_stages: int) -> int:
-    blocks = cdiv(k, step_k), SCALES // scales if scales else 0
-    slots = scale_slots(*blocks, stages, stream_k=tiles.stream_k) if scales else 0
-    loads = stages * (128 * block_m + bytes_of_w * block_n) + slots * SCALES * block_n
+    blocks = cdiv(k, step.k), SCALES // step.scales if step.scales else 0
+    slots = scale_slots(*blocks, stages, stream_k=tiles.stream_k) if step.scales else 0
+    loads = stages * (128 * block_m + step.bytes * block_n) + slots * SCALES * block_n
     return loads + from_cluster + store_stages * piece
 
   for stages, store_stages in itertools.product(range(_MAX_STAGES, 2, -1), (2, 1)):
@@ -476,16 +454,6 @@ def _staging_pays(problem: Problem, device: Device, fp8: bool) -> bool:
   return STAGED_WAVE * waves <= cdiv(whole.num_tiles, device.num_sms)
 
 
-def packed_operand(problem: Problem) -> Any:
-  """Which of `mainloops/` expands packed w to 16 bits."""
-  fmt = problem.fmt
-  if fmt.scale_is_power_of_two:
-    return f"in_order_{fmt.mode}"
-  if problem.quantize_input:
-    return "packed_e2m1"
-  return "in_order_nvfp4_float16" if problem.x_dtype == np.float16 else "in_order_nvfp4"
-
-
 def fp8_plan(problem: Problem, device: Device) -> WidePlan:
   check_fp8(problem, device)
   return _wide(problem, device, fp8=True)
@@ -503,11 +471,6 @@ MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling ev
 SWIZZLED_BYTES = 128  # as TMA_BYTES, for Mosaic GPU of what is swizzled on its way
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
-MAX_BLOCKDIAG_ROWS = 4  # with more, scaling the sums of every group takes longer than expanding w
-# Of "sixteens", an instruction of a warp; with more rows these, of a warpgroup, are faster.
-MAX_ROWS_OF_SIXTEENS = {"expanded": 8, "in_order": 24}
-MAX_ROWS_OF_SIXTEENS_IN_GROUPS = 24  # of a tile, with a quarter more than a group has on average
-BLOCKDIAG_MIN_K = 1024  # what its quantizer takes at once
 # With more rows, w waits for x to be quantized in the kernel.
 MAX_ROWS_QUANTIZED = 8
 MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
@@ -515,7 +478,7 @@ MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
 
 def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   check_product(problem, device)
-  rows, is_packed = _skinny_rows(problem), problem.is_packed
+  rows, is_packed = skinny_rows(problem), problem.is_packed
   if not is_packed and problem.transposed:
     raise Unsupported("w is not packed, and an operand's contracted axis comes first")
   if not is_packed and not problem.quantize_input:
@@ -526,7 +489,7 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
     raise Unsupported(
       f"{rows} rows of x are multiplied with one matrix w, and it is for at most {MAX_SKINNY_ROWS}"
     )
-  mainloop = _skinny_mainloop(problem)
+  mainloop = skinny_mainloop(problem)
   block = _k_block(problem, mainloop)
   if problem.k < block.k:
     raise Unsupported(f"k = {problem.k}, and it loads {block.k} of k at once")
@@ -563,30 +526,6 @@ def _in_rows(problem: Problem, block: KBlock) -> bool:
   return problem.in_groups or any(problem.k % size for size in of_tile)
 
 
-def _skinny_rows(problem: Problem) -> int:
-  """Of x in a tile: all of them, or a quarter more than a group has on average."""
-  return math.ceil(1.25 * problem.rows) if problem.in_groups else problem.rows
-
-
-def _skinny_mainloop(problem: Problem) -> Any:
-  """The field `mainloop` of a plan."""
-  if not problem.is_packed:
-    return "quantized"
-  if problem.fmt.scale_is_power_of_two and problem.fmt.bits == 8 and problem.quantize_input:
-    return "group_sums"
-  one_matrix = problem.shares_w or math.prod(problem.x_batch) == 1
-  one_matrix = one_matrix and not problem.in_groups
-  is_interleaved = packed_operand(problem) == "packed_e2m1"  # as of `ptx/expand.py`
-  few = problem.rows <= MAX_BLOCKDIAG_ROWS and problem.k >= BLOCKDIAG_MIN_K
-  if one_matrix and few and is_interleaved:
-    return "blockdiag"
-  mainloop = "expanded" if is_interleaved else "in_order"
-  most = MAX_ROWS_OF_SIXTEENS[mainloop]
-  if problem.in_groups:
-    most = MAX_ROWS_OF_SIXTEENS_IN_GROUPS
-  return "sixteens" if problem.fmt.bits == 4 and _skinny_rows(problem) <= most else mainloop
-
-
 def _k_block(problem: Problem, mainloop: str) -> KBlock:
   fmt, k = problem.fmt, SKINNY_BLOCK_K
   if mainloop == "quantized":
@@ -618,7 +557,7 @@ def _skinny_tiles(
   In groups, "sixteens" has tiles of twice as many rows of w, since every tile loads x again.
   """
   k_steps = cdiv(problem.k, block.k)
-  x_bytes = _x_bytes(mainloop, block, padded_m, _skinny_rows(problem))
+  x_bytes = _x_bytes(mainloop, block, padded_m, skinny_rows(problem))
 
   def tiles_of(block_n: int, workers: int, cluster: int) -> SkinnyTiles | None:
     """None where they do not fit."""

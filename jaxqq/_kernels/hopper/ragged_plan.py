@@ -25,12 +25,12 @@ import numpy as np
 
 from jaxqq._kernels.hopper import plan as of_one_matrix
 from jaxqq._kernels.hopper.costs import GEMM
+from jaxqq._kernels.hopper.mainloops.table import skinny_rows
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan
 from jaxqq._kernels.hopper.tiles import (
   Grid,
   WideTiles,
   cdiv,
-  num_group_tiles,
 )
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, RaggedProblem, tiles_of_a_group
@@ -40,6 +40,11 @@ from jaxqq._ragged_reference import RaggedOperands
 # a CTA may have only first tiles of groups, or only last ones, which take less time.
 GROUP_WIDTH = 5
 MAX_TILE_ROWS = 32  # of a tile: with more, larger tiles of w are no slower
+
+
+def num_group_tiles(rows: int, segments: int, block_m: int) -> int:
+  """How many tiles there can be of rows in groups: each segment, one group or none, ends in one."""
+  return rows // block_m + min(segments, rows)
 
 
 def _grid(problem: RaggedProblem, n: int, block_m: int, block_n: int, device: Device) -> Grid:
@@ -139,7 +144,7 @@ def _skinny(problem: RaggedProblem, device: Device) -> RaggedPlan:
   own = check(problem, device)
   if not problem.is_packed:
     raise Unsupported("w is not packed")
-  rows = math.ceil(1.25 * own.m)
+  rows = skinny_rows(own)
   if rows > MAX_TILE_ROWS:
     raise Unsupported(
       f"groups have {own.m} rows on average, and it is for tiles of up to {MAX_TILE_ROWS}"

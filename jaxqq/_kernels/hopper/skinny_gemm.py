@@ -36,12 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper import epilogue, pipeline
-from jaxqq._kernels.hopper.mainloops.blockdiag import BlockDiagonalX
-from jaxqq._kernels.hopper.mainloops.expanded import Expanded
-from jaxqq._kernels.hopper.mainloops.group_sums import GroupSums
-from jaxqq._kernels.hopper.mainloops.in_order import InOrder
-from jaxqq._kernels.hopper.mainloops.quantized import Quantized
-from jaxqq._kernels.hopper.mainloops.sixteens import Sixteens
+from jaxqq._kernels.hopper.mainloops.table import skinny_mainloops
 from jaxqq._kernels.hopper.pipeline import (
   GroupTile,
   GroupTiles,
@@ -65,15 +60,6 @@ from jaxqq._kernels.hopper.quantize.code_words import first_of_factors
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
-
-MAINLOOPS: dict[str, type[Mainloop]] = {
-  "blockdiag": BlockDiagonalX,
-  "expanded": Expanded,
-  "group_sums": GroupSums,
-  "in_order": InOrder,
-  "quantized": Quantized,
-  "sixteens": Sixteens,
-}
 
 
 class Mainloop(Protocol):
@@ -196,7 +182,7 @@ class _SkinnyGemm:
       self.x_transforms = tile_transforms(self.x_columns, self.x_dtype)
     if not plan.in_rows:
       self.w_transforms = tile_transforms(self.w_columns, self.w_dtype)
-    self.mainloop = MAINLOOPS[plan.mainloop]
+    self.mainloop = skinny_mainloops()[plan.mainloop]
     self.block_n = plan.tiles.block_n
 
   def padded(self, operands: Operands) -> Operands:

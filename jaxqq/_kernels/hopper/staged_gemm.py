@@ -27,7 +27,7 @@ from jax import lax
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper import dequant_gemm, gemm
 from jaxqq._kernels.hopper.ptx.reshape import words_as_codes
-from jaxqq._kernels.hopper.quantize.codes import E4M3
+from jaxqq._kernels.hopper.quantize.elements import E4M3
 from jaxqq._kernels.hopper.quantize.group_rescale import rescale_half
 from jaxqq._kernels.hopper.quantize.groups import (
   DEFAULT_CONFIG,

@@ -18,11 +18,6 @@ def cdiv(a: int, b: int) -> int:
   return -(-a // b)
 
 
-def num_group_tiles(rows: int, segments: int, block_m: int) -> int:
-  """How many tiles there can be of rows in groups: each segment, one group or none, ends in one."""
-  return rows // block_m + min(segments, rows)
-
-
 def power_of_two_from(a: int) -> int:
   return 1 << (a - 1).bit_length()
 

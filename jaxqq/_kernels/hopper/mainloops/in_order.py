@@ -8,7 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper.plan import packed_operand
+from jaxqq._kernels.hopper.mainloops.table import packed_operand, packed_operands
 from jaxqq._kernels.hopper.ptx import expand_in_order as expand
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.layouts import whole_rows
@@ -74,14 +74,6 @@ class InOrderMxfp8(_Operand):
     return expand.e4m3_in_order(words, scales)
 
 
-OPERANDS: dict[str, Any] = {  # as plans name them
-  "in_order_nvfp4": InOrderNvfp4,
-  "in_order_nvfp4_float16": InOrderNvfp4Float16,
-  "in_order_mxfp4": InOrderMxfp4,
-  "in_order_mxfp8": InOrderMxfp8,
-}
-
-
 class InOrder:
   """Steps of 64 of k, of `skinny_gemm`: the next operand is made while one is multiplied."""
 
@@ -90,8 +82,8 @@ class InOrder:
     """sums + the product of one block of k."""
     del rows
     (sums,) = sums
-    packed, kernel = OPERANDS[packed_operand(cta.plan.problem)], cta.kernel
-    pieces, promote = cta.w_pieces(stage), cta.tiles.promote
+    packed: Any = packed_operands()[packed_operand(cta.plan.problem)]
+    kernel, pieces, promote = cta.kernel, cta.w_pieces(stage), cta.tiles.promote
     all_scales = None if scales is None else bytes_of_words(scales[0], whole_rows(packed.groups))
     count = cta.plan.block.words // packed.words
 

@@ -39,7 +39,7 @@ def blockdiag_operand(
 
   Args:
     a: float32, float16 or bfloat16, (m, k) with m up to blockdiag.rows, k a multiple of 256 from
-      `plan.BLOCKDIAG_MIN_K` on.
+      `mainloops.table.BLOCKDIAG_MIN_K` on.
     fmt: nvfp4.
     global_scale: None, or a float32 scalar.
 

@@ -31,12 +31,16 @@ from jaxqq._kernels.hopper.ptx.rounding import (
   whole_units,
   words_of_first_bits,
 )
+from jaxqq._kernels.hopper.quantize.elements import (
+  SIGN,
+  as_bits,
+  as_float,
+  element_of,
+  round_to_e2m1,
+)
 from jaxqq._kernels.hopper.quantize.groups import per_group, positions
 from jaxqq._quantize import ERROR_BITS, RAISED, SMALL, is_amax, raised_of, scales_of_power_of_two
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-_SIGN = np.int32(-(2**31))
-_ONE_BITS = 0x3F800000
 _EXPONENT_FIELD = 0x7F800000
 _FLOAT32_MAX = np.finfo(np.float32).max
 # Of 2**-126, raised: beside such a number a global scale of 0 is no amax.
@@ -208,7 +212,7 @@ def better_scales(
     return magnitudes * per_group(by.factor, a)
 
   number = jnp.minimum(scaled(four), _FLOAT32_MAX)
-  of_six, of_four = (_round_to_e2m1(scaled(by))[0] for by in (six, four))
+  of_six, of_four = (round_to_e2m1(scaled(by))[0] for by in (six, four))
   ratio = per_group(divided(six.scale, four.scale, fmt.scale_bits, layout), a)
   # No fused operation may take a product before it is rounded: minima stand between.
   errors = (jnp.minimum(of_six * ratio, _FLOAT32_MAX) - number, of_four - number)
@@ -276,31 +280,10 @@ def _over_scale(enc: jax.Array | None, scale: jax.Array) -> jax.Array:
   return factor if enc is None else jnp.minimum(factor, _FLOAT32_MAX)
 
 
-def _round_to_e2m1(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Magnitudes to e2m1, to nearest even and saturating: the values, and bits that hold codes.
-
-  Adding 2**(exponent + 22) leaves float32 one bit after the leading one, or a step of 0.5
-  below 1, and the hardware rounds. No fused multiply-add may take the product before it
-  is rounded: the minimum stands between.
-  """
-  magnitudes = jnp.minimum(magnitudes, 6.0)
-  exponents = jnp.maximum(as_bits(magnitudes), _ONE_BITS) & _EXPONENT_FIELD
-  shifter = as_float(exponents + (22 << 23))
-  shifted = magnitudes + shifter
-  return shifted - shifter, as_bits(shifted)
-
-
 def codes_of(a: jax.Array, scales: Scales, fmt: Format) -> jax.Array:
   """int32 codes, signs included; of blank groups, anything."""
   a, factor = _raised(a, scales), per_group(scales.factor, a)
-  if fmt.element == E4M3:
-    codes = (a * factor).astype(E4M3)
-    return lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
-  _, bits = _round_to_e2m1(jnp.abs(a) * factor)
-  # The shifted number counts halves, wholes or twos in its last bits, and its exponent field,
-  # 149 to 151, says which: a step of two codes each.
-  codes = (bits & 7) + ((bits >> 22) - 2 * 149)
-  return codes | ((as_bits(a) >> 28) & 8)
+  return element_of(fmt).codes(a, factor)
 
 
 def words_of(
@@ -317,7 +300,7 @@ def words_of(
     words = jnp.sum(codes, axis=-1, dtype=jnp.int32)
   else:
     magnitudes, stochastic = _stochastic(a, scales, fmt, layout, random)
-    codes = stochastic.first_bits(magnitudes) | (as_bits(a) & _SIGN)
+    codes = stochastic.first_bits(magnitudes) | (as_bits(a) & SIGN)
     words = words_of_first_bits(codes, fmt.bits, layout)
   return jnp.where(per_group(scales.blank, words), 0, words)
 
@@ -349,13 +332,9 @@ def values_of(
   if random is not None:
     magnitudes, stochastic = _stochastic(a, scales, fmt, layout, random)
     values = stochastic.values(magnitudes)
-    return as_float(as_bits(values) | (as_bits(a) & _SIGN)) * scale
+    return as_float(as_bits(values) | (as_bits(a) & SIGN)) * scale
   a = _raised(a, scales)
-  if fmt.element == E4M3:
-    return (a * factor).astype(E4M3).astype(jnp.float32) * scale
-  rounded, _ = _round_to_e2m1(jnp.abs(a) * factor)
-  sign = per_group(jnp.where(scales.blank, 0, _SIGN), a)
-  return as_float(as_bits(rounded) | (as_bits(a) & sign)) * scale
+  return element_of(fmt).values(a, factor, scales.blank) * scale
 
 
 def scalars_of(global_scale: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -391,11 +370,3 @@ def amax_or_nan(global_scale: jax.Array) -> jax.Array:
 
 def _is_amax(global_scale: jax.Array) -> jax.Array:
   return (global_scale >= 0) & (global_scale <= _FLOAT32_MAX)
-
-
-def as_bits(a: jax.Array) -> jax.Array:
-  return lax.bitcast_convert_type(a, jnp.int32)
-
-
-def as_float(bits: jax.Array) -> jax.Array:
-  return lax.bitcast_convert_type(bits, jnp.float32)

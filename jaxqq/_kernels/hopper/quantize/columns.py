@@ -31,7 +31,6 @@ from jaxqq._kernels.hopper.ptx.reshape import regroup
 from jaxqq._kernels.hopper.ptx.rotation import rotated_in_thread
 from jaxqq._kernels.hopper.ptx.rounding import over_lanes
 from jaxqq._kernels.hopper.quantize.codes import (
-  E4M3,
   Scales,
   amax_bits_of,
   finite_bits,
@@ -39,6 +38,7 @@ from jaxqq._kernels.hopper.quantize.codes import (
   values_of,
   words_of,
 )
+from jaxqq._kernels.hopper.quantize.elements import E4M3
 from jaxqq._kernels.hopper.quantize.exact import check_dtype
 from jaxqq._kernels.hopper.quantize.groups import (
   VECTOR,

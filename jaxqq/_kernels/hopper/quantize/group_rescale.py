@@ -18,7 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
-from jaxqq._kernels.hopper.quantize.codes import E4M3, power, rebasing_bits
+from jaxqq._kernels.hopper.quantize.codes import power, rebasing_bits
+from jaxqq._kernels.hopper.quantize.elements import E4M3
 from jaxqq._kernels.hopper.quantize.groups import (
   DEFAULT_CONFIG,
   TuningConfig,

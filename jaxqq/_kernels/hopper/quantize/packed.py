@@ -15,11 +15,8 @@ from jax import lax
 
 from jaxqq import _rounding
 from jaxqq._formats import Format
-from jaxqq._kernels.hopper.quantize.codes import (
-  E4M3,
-  power,
-  words_of,
-)
+from jaxqq._kernels.hopper.quantize.codes import power, words_of
+from jaxqq._kernels.hopper.quantize.elements import element_of
 from jaxqq._kernels.hopper.quantize.groups import (
   DEFAULT_CONFIG,
   TuningConfig,
@@ -158,7 +155,7 @@ def _dequantize_kernel(
   shifts = (positions(shape, view.layout) * fmt.bits).astype(jnp.uint32)
   codes = (words >> shifts) & np.uint32((1 << fmt.bits) - 1)
   factor, power = (ref[0] for ref in scalars) if scalars else (None, None)
-  values = _decode(codes, fmt) * per_group(_decode_scales(scales, fmt, factor), codes)
+  values = element_of(fmt).decode(codes) * per_group(_decode_scales(scales, fmt, factor), codes)
   if power is not None:  # apart from the factor, which it would take out of float32's range
     values = values * power
   store_gmem(out_ref.at[rows], values.astype(out_ref.dtype))
@@ -170,12 +167,3 @@ def _decode_scales(byte: jax.Array, fmt: Format, factor: jax.Array | None) -> ja
     return scale if factor is None else scale * factor
   exponents = byte.astype(jnp.int32)
   return jnp.where(exponents == fmt.scale_nan, jnp.float32(np.nan), power(exponents))
-
-
-def _decode(codes: jax.Array, fmt: Format) -> jax.Array:
-  if fmt.element == E4M3:
-    return lax.bitcast_convert_type(codes.astype(jnp.uint8), E4M3).astype(jnp.float32)
-  # As float16, whose exponent field then ends where theirs does: 2**-14 of their value.
-  bits = ((codes & 7) << 9) | ((codes & 8) << 12)
-  halves = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
-  return halves.astype(jnp.float32) * jnp.float32(2.0**14)

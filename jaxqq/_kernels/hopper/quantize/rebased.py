@@ -18,12 +18,12 @@ from jaxqq import _rounding
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.rounding import thread_amax_bits
 from jaxqq._kernels.hopper.quantize.codes import (
-  E4M3,
   finite_bits,
   inverse_power,
   power,
   rebasing_bits,
 )
+from jaxqq._kernels.hopper.quantize.elements import E4M3
 from jaxqq._kernels.hopper.quantize.groups import (
   DEFAULT_CONFIG,
   TuningConfig,

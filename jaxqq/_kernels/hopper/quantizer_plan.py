@@ -1,28 +1,23 @@
-"""What runs a `Quantizer`, and the products of a `Recipe`: tables of rows as the product's.
+"""What a `Quantizer`, and the products of a `Recipe`, get on Hopper.
 
-    QUANTIZER         an array, to codes and scales
-    recipe products   x and w, each by its quantizer, to exact operands of one `gemm`
-
-`refusal` is the one place that says which quantizers have kernels. The last rows, XLA's, are the
-definitions, which the primitives have (`_quantizer.py`, `_recipe_product.py`).
+`refusal` is the one place that says which quantizers have kernels. In a product x and w become
+exact operands, each by its quantizer, of one `gemm`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxqq import _random_bits, _rounding
 from jaxqq._formats import FORMATS, Format
 from jaxqq._kernels.hopper.plan import WidePlan, check_hopper, exact_dtype, exact_plan
-from jaxqq._kernels.plan import Device, Implementation, Unsupported
-from jaxqq._kernels.problem import Problem, obstacle
+from jaxqq._kernels.plan import Device, FunctionPlan, Implementation, Unsupported
+from jaxqq._kernels.problem import Problem, Quantizing, RecipeProblem
 from jaxqq._quantizer import Quantizer, Streams, global_scale_of
 from jaxqq._reference import Operands
 
@@ -51,39 +46,15 @@ def refusal(quantizer: Quantizer, *, is_transposed: bool, is_packed: bool) -> st
 # Quantizers
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantizing:
-  """One array that a `Quantizer` quantizes, as far as the choice of an implementation depends."""
-
-  quantizer: Quantizer
-  shape: tuple[Any, ...]  # of one matrix, as it is stored
-  is_transposed: bool
-  obstacle: str | None
-  function: str = "Quantizer.quantize"
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizingPlan:
-  """A quantizer, and the function that runs it."""
-
-  problem: Quantizing
-  function: Callable[..., list[jax.Array]]
-  details: str | None = None
-
-  def run(self, a: jax.Array, streams: Streams, amax: jax.Array | None) -> list[jax.Array]:
-    """Packed codes, scale bytes, and the global scale of modes that have one."""
-    return self.function(self.problem, a, streams, amax)
-
-
-def _plan_quantizing(problem: Quantizing, device: Device) -> QuantizingPlan:
+def _plan_quantizing(problem: Quantizing, device: Device) -> FunctionPlan:
   check_hopper(problem.obstacle, device)
   reason = refusal(problem.quantizer, is_transposed=problem.is_transposed, is_packed=True)
   if reason is not None:
     raise Unsupported(reason)
-  return QuantizingPlan(problem, _quantize_by_kernel)
+  return FunctionPlan(problem, _quantize_by_kernel)
 
 
-HOPPER_QUANTIZER = Implementation(
+QUANTIZER = Implementation(
   name="hopper_quantizer",
   summary="a kernel that reads the array once, and one before it for the amax, if that is wanted",
   platforms=("cuda",),
@@ -147,35 +118,6 @@ def _amax(a: jax.Array, fmt: Format, signs: jax.Array | None, is_transposed: boo
 
 
 @dataclasses.dataclass(frozen=True)
-class RecipeProblem:
-  """One product of a recipe, on one device."""
-
-  quantizers: tuple[Quantizer | None, Quantizer | None]
-  operands: Operands  # shapes and dtypes
-  out_dtype: np.dtype
-  precision: jax.lax.Precision | None
-  obstacle: str | None
-  function: str = "qqmm"
-
-  @classmethod
-  def of(
-    cls,
-    quantizers: tuple[Quantizer | None, Quantizer | None],
-    operands: Operands,
-    out_dtype: np.dtype,
-    precision: jax.lax.Precision | None,
-    what_splits: str | None,
-  ) -> RecipeProblem:
-    """what_splits: what no kernel may see the parts of, or None."""
-    found = what_splits or obstacle((operands.x, operands.w), ())
-    if found is None and any(math.prod(shape) > 1 for shape in operands.batch_shapes):
-      found = "there are several matrices, each a tensor of its own"
-    x, w = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (operands.x, operands.w))
-    shapes = dataclasses.replace(operands, x=x, w=w, key=None)
-    return cls(quantizers, shapes, out_dtype, precision, found)
-
-
-@dataclasses.dataclass(frozen=True)
 class RecipePlan:
   """Two quantizers, and the kernel of the product."""
 
@@ -194,6 +136,7 @@ class RecipePlan:
     """out (..., m, n)."""
     from jaxqq._kernels.hopper import launch
 
+    streams = jax.tree.map(lambda key: key.reshape(2), streams)  # of one matrix
     ready = []
     for name, quantizer, own in zip(("x", "w"), self.problem.quantizers, streams, strict=True):
       assert quantizer is not None
@@ -240,7 +183,7 @@ def _plan_product(problem: RecipeProblem, device: Device) -> RecipePlan:
   return RecipePlan(problem, exact_plan(of_gemm, device))
 
 
-HOPPER_PRODUCT = Implementation(
+RECIPE = Implementation(
   name="hopper_recipe",
   summary=(
     "16 bit tensor cores on exact operands: a kernel quantizes each of x and w as the recipe says, "
