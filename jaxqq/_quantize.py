@@ -139,7 +139,7 @@ def encoding_of(
     no_amax = ~is_amax(global_scale)
     global_scale, power = raised_of(global_scale, arithmetic)
     enc = arithmetic.divide(jnp.float32(fmt.largest_value), global_scale)
-    power, enc = arithmetic.apart((power, enc))
+    power, enc = arithmetic.hoisted((power, enc))
     poisoned = poisoned | no_amax
     poisoned = poisoned | (of_zeros & (amax_bits >= _rounding.SMALLEST_NORMAL_BITS))
     amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
@@ -310,7 +310,7 @@ def alpha_factors(
     quotient = jnp.float32(1)
     if global_scale is not None:
       global_scale = lax.expand_dims(global_scale, range(ndim - jnp.ndim(global_scale)))
-      quotient, raised = arithmetic.apart(decoding(global_scale, fmt, arithmetic))
+      quotient, raised = arithmetic.hoisted(decoding(global_scale, fmt, arithmetic))
       exponent = exponent + raised
     bits = lax.bitcast_convert_type(quotient, jnp.int32)
     is_number = (bits > 0) & (bits < _rounding.INFINITY_BITS)

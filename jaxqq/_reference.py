@@ -168,7 +168,7 @@ def dequantized(operands: Operands, fmt: Format) -> jax.Array:
 def dequantized_for(dtype: np.dtype, ops: Operands, fmt: Format) -> jax.Array:
   """w_hat without its global scale, to be multiplied with an operand of this dtype.
 
-  bfloat16 holds such a w exactly, so that it can meet a bfloat16 operand on the matrix units. w is
+  bfloat16 holds such a w exactly, so that matrix units can multiply it by a bfloat16 operand. w is
   packed, or quantized here along its last axis.
   """
   if ops.scales is None:
@@ -258,7 +258,7 @@ def times_alpha(
     factors = alpha_factors(of_x, row_scales, fmt, arithmetic=arithmetic)
     first, second = (factor[..., None, :] for factor in factors)
   # Two constants in a row XLA would multiply by each other, and underflow.
-  first, second = lax.optimization_barrier(first), arithmetic.apart(second)
+  first, second = lax.optimization_barrier(first), arithmetic.hoisted(second)
   ndim = max(sums.ndim, first.ndim)
   first, second = (with_ndim(factor, ndim) for factor in (first, second))
   return with_ndim(sums, ndim) * first * second

@@ -120,14 +120,14 @@ class Arithmetic:
 
   Attributes:
     divide: `divide`, of what has quotients in range.
-    scaled: `scaled` by a power of 64 or 0, of what is no less than 2**-40 if that is 0, or else may
-      become any number below 2**-103.
-    apart: what is computed once for a matrix, kept out of the loops over its elements.
+    scaled: `scaled`, by a power of 0 or 64. By 0 of numbers of 2**-40 or more; else results below
+      2**-103 may be any number below 2**-103.
+    hoisted: what is computed once for a matrix, kept out of the loops over its elements.
   """
 
   divide: Callable[..., jax.Array]
   scaled: Callable[[jax.Array, jax.Array], jax.Array]
-  apart: Callable[[Any], Any]
+  hoisted: Callable[[Any], Any]
 
 
 def arithmetic_of(platform: str) -> Arithmetic:

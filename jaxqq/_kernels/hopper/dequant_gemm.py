@@ -19,8 +19,8 @@ One CTA an SM, with a producer and two to four compute warpgroups (`pipeline.py`
 - In a cluster, up to 8 CTAs have a part of k each of one tile. In the end they exchange sums
   through shared memory (`ptx/cluster.py`), and each adds up and stores its share of the rows.
 - With stream-K, CTAs have as many steps each, of one tile after the other (`stream_k.py`).
-- In groups, where a tile has more than 128 rows of x, a group's last one of up to 128 loads and
-  multiplies no more than these (`FEW_ROWS`).
+- In groups, where a tile has more than 128 rows of x, a group's last tile loads and multiplies 128,
+  if it has no more (`TAIL_ROWS`).
 - The epilogue multiplies by alpha, or by the scales of both operands' rows, in float32, and writes
   tiles transposed.
 """
@@ -62,7 +62,7 @@ from jaxqq._kernels.hopper.tiles import (
   scale_slots,
 )
 
-FEW_ROWS = 128  # of x, for which a tile of a group takes less time than with all
+TAIL_ROWS = 128  # of x: of a group's last tile, if it has no more
 HANDED_OVER = 64  # rows of x whose sums of other CTAs are added at a time
 PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
 
@@ -188,8 +188,9 @@ class _DequantGemm:
     sizes = range(8, DEQUANT_STORE + 1, 8)  # rows of x that a CTA stores at a time
     self.store_m = max(s for s in sizes if tiles.own_m % s == 0 and tiles.block_m % s == 0)
     # Tiles of a group's last rows, of which fewer are loaded and multiplied.
-    self.has_few_rows = self.has_groups and tiles.block_m > FEW_ROWS
+    self.has_short_tails = self.has_groups and tiles.block_m > TAIL_ROWS
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
+    assert not self.ping_pong or tiles.block_n == 2 * ROWS, "two warpgroups multiply in turn"
     self.has_row_scales = operands.x_scales is not None
     self.steps_a_block = SCALES // mainloop.groups  # of scales
     self.blocks_a_tile = cdiv(self.k_steps, self.steps_a_block)
@@ -239,7 +240,7 @@ class _DequantGemm:
       if is_staged
       else None,
       cluster.dsmem_buffer(tiles.own_m, others, warpgroups) if others else None,
-      plgpu.Barrier(num_barriers=stages, num_arrivals=3 + self.has_few_rows),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=3 + self.has_short_tails),
       plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
     )
 
@@ -325,8 +326,8 @@ class _Cta:
 
       @pl.loop(0, self.walk.num_tiles)
       def _tile(t: Any) -> None:
-        if kernel.has_few_rows:
-          self.multiply_few_or_most(t)
+        if kernel.has_short_tails:
+          self.multiply_tail_or_whole(t)
         else:
           self.multiply(self.walk.tile(t), self.tiles.block_m)
 
@@ -339,7 +340,7 @@ class _Cta:
           zeros = pipeline.walk_of_zeros(kernel.grid, self.gmem.groups)
           epilogue.store_zeros(zeros, self.out, self.tiles.block_m, self.first_row)
 
-  def multiply_few_or_most(self, t: Any) -> None:
+  def multiply_tail_or_whole(self, t: Any) -> None:
     """The t-th tile, by the code for a group's last rows or by that for others.
 
     The tile is computed anew for each: to share it takes registers, and without enough of them
@@ -350,16 +351,16 @@ class _Cta:
       return self.walk.tile(recomputed(t))
 
     def few() -> None:
-      self.multiply(tile(), FEW_ROWS)
+      self.multiply(tile(), TAIL_ROWS)
 
     def most() -> None:
       self.multiply(tile(), self.tiles.block_m)
 
     if self.kernel.ping_pong:
-      lax.cond(tile().rows <= FEW_ROWS, few, most)
+      lax.cond(tile().rows <= TAIL_ROWS, few, most)
     else:
-      pl.when(tile().rows <= FEW_ROWS)(few)
-      pl.when(tile().rows > FEW_ROWS)(most)
+      pl.when(tile().rows <= TAIL_ROWS)(few)
+      pl.when(tile().rows > TAIL_ROWS)(most)
 
   def multiply(self, tile: Tile, rows: int) -> None:
     """A tile of up to so many rows of x."""
@@ -391,11 +392,11 @@ class _Cta:
       x = of_matrix.at[pl.ds(tile.row(self.tiles.block_m) + first, rows), ks]
       plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage, pl.ds(first, rows)], full)
 
-    if self.kernel.has_few_rows and isinstance(tile, GroupTile):
-      load_x(0, FEW_ROWS)
-      more = functools.partial(load_x, FEW_ROWS, self.tiles.block_m - FEW_ROWS)
-      pl.when(tile.rows > FEW_ROWS)(more)
-      pl.when(tile.rows <= FEW_ROWS)(lambda: plgpu.barrier_arrive(full))
+    if self.kernel.has_short_tails and isinstance(tile, GroupTile):
+      load_x(0, TAIL_ROWS)
+      more = functools.partial(load_x, TAIL_ROWS, self.tiles.block_m - TAIL_ROWS)
+      pl.when(tile.rows > TAIL_ROWS)(more)
+      pl.when(tile.rows <= TAIL_ROWS)(lambda: plgpu.barrier_arrive(full))
     else:
       load_x(0, self.tiles.block_m)
 

@@ -1,9 +1,9 @@
 """What sums are multiplied by before they are stored, with no step out of float32's range.
 
-Sums times two scales may fit float32 where sums times one of them do not: 2**120 and 2**-120. A
-scale's first factor, up to 2**64, keeps sums well within the range, whatever they are. The rest of
-it, which nearly always is 1, comes after the other operand's scale. So no product leaves float32's
-range unless the last one does.
+Sums times one scale, 2**120, may leave float32's range although sums times both, 2**120 and
+2**-120, do not. So each scale is split into two factors. A scale's first factor, up to 2**64, keeps
+sums well within the range, whatever they are. The rest of it, which nearly always is 1, comes after
+the other operand's scale. So no product leaves float32's range unless the last one does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tiles of a product of rows in groups: which rows a tile has, and which matrix it meets.
+"""The tiles of a product of rows in groups: which rows a tile has, and its matrix.
 
 A tile has rows of one group. It begins at any row, with the group or where the tile before it ends:
 
@@ -7,8 +7,8 @@ A tile has rows of one group. It begins at any row, with the group or where the 
     zeros     |                                            | 0 | 1       |
 
 How many there are is known on the device alone, so the tables have room for as many as there can
-be. One kernel makes both. Each of its CTAs goes through all groups, and its threads, which have a
-tile each, keep what they find of their own. Products of the same groups share the tables.
+be. One kernel makes both: a thread has one tile, every CTA goes through all groups, and a thread
+keeps what it finds of its tile. Products of the same groups share the tables.
 """
 
 from __future__ import annotations

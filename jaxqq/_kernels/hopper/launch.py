@@ -278,7 +278,7 @@ def ragged(plan: RaggedPlan, operands: RaggedOperands) -> jax.Array:
 
 
 def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) -> Operands:
-  """Where all rows meet one matrix, that one alone of what is padded or rebased first.
+  """Where all rows are multiplied by one matrix, that one alone of what is padded or rebased first.
 
   Kernels take an operand of one matrix as all groups'. Of an index out of range, rows have no
   tiles.

@@ -355,10 +355,11 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
 
 
 def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:
-  """Whether stream-K has a time, steps for every CTA, and no short tiles or many waves of them.
+  """Whether stream-K has a measured time, and may gain.
 
-  Of those a wave ends while the next one begins, and takes less time than the costs say. Of many
-  CTAs a tile, whoever ends it adds up the sums of all.
+  Every CTA gets enough steps. Tiles are not short, and waves are few: those overlap, so that
+  without stream-K they take less time than the costs say. And few CTAs share a tile, since the last
+  one adds up the sums of all.
   """
   return (
     timed.stream_k is not None
@@ -389,8 +390,8 @@ def _can_share(
 def _has_registers(tiles: WideTiles, problem: Problem) -> bool:
   """Whether sums fit into registers.
 
-  Exact sums are those of a step and of all steps: there is room with two warpgroups, which may
-  multiply in turn, or with three of up to 64 rows of x.
+  Exact sums are two accumulators, of a step and of all steps. There is room with two warpgroups,
+  in ping-pong where x has many rows, or with three and up to 64 rows of x.
   """
   is_narrow = tiles.block_n <= 2 * ROWS or (tiles.block_n <= 3 * ROWS and tiles.block_m <= ROWS)
   return is_narrow or not problem.wants_exact_sums

@@ -9,9 +9,9 @@ round its compute warpgroups:
     warpgroup 2, ...
 
 - The producer has the TMA keep all of shared memory full: packed words and scales of w, or its
-  numbers, and of x what belongs to them, in one block of k. Where x meets packed w with so few rows
-  that their quantization is little work, a compute warpgroup does that itself, while it waits for
-  its block of w (`quantize/in_kernel.py`).
+  numbers, and of x what belongs to them, in one block of k. Where packed w is multiplied by so few
+  rows of x that their quantization is little work, a compute warpgroup does that itself, while it
+  waits for its block of w (`quantize/in_kernel.py`).
 - A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, the tile's rows of w by all of
   x, 64 at a time. The mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums`,
   `in_order`, `quantized`, `sixteens`.
@@ -56,7 +56,7 @@ from jaxqq._kernels.hopper.ptx.layouts import (
   tile_transforms,
 )
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum, load_scale_bytes, load_scale_words
-from jaxqq._kernels.hopper.quantize.code_words import first_of_factors
+from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
@@ -341,7 +341,7 @@ class _Cta:
     if kernel.quantizer is None:
       copy(gmem.x, x_rows, kernel.x_columns, smem.x)
     if gmem.x_scales is not None and isinstance(tile, GroupTile):
-      copy_index, first = first_of_factors(tile.first)
+      copy_index, first = first_of_scales(tile.first)
       source = gmem.x_scales.at[copy_index, ki, :, pl.ds(first, self.plan.padded_m)]
       plgpu.copy_gmem_to_smem(source, smem.x_scales.at[stage], full)
     elif gmem.x_scales is not None:

@@ -1,7 +1,7 @@
 """out = x_hat w_hat^T from packed w, expanded a panel of rows at a time, for many rows of x.
 
-Where packed w meets many tiles of x, `dequant_gemm` expands it anew for each of them. Here two
-kernels run in turn, and each number of w is expanded once (staged dequantization):
+Where packed w is multiplied by many tiles of x, `dequant_gemm` expands it anew for each of them.
+Here two kernels run in turn, and each number of w is expanded once (staged dequantization):
 
     expand w[0:4096]  |  gemm -> out[:, 0:4096]  |  expand w[4096:8192]  |  gemm -> ...
 

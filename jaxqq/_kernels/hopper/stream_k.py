@@ -8,10 +8,10 @@ one goes with the two before it. Of three CTAs and four tiles of six steps, each
     tiles    |      0      |      1      |      2      |      3      |
     CTAs     |        0         |        1         |        2        |
 
-A CTA goes through its range backwards. First comes the beginning of a tile that the next CTA
-ends: its sums go to memory, and a flag says so. Last comes the end of a tile that earlier CTAs
-began: this CTA adds up, always in the same order, and stores the result. So a CTA waits for those
-before it alone, which the device starts no later, and they did that part first.
+A CTA goes through its range backwards. First comes the beginning of a tile that the next CTA ends:
+its sums go to memory, and a flag says so. Last comes the end of a tile that earlier CTAs began:
+this CTA adds up, always in the same order, and stores the result. So a CTA waits only for CTAs of
+lower numbers. The device starts those no later, and they publish their sums first.
 
 A CTA has the tiles of whole waves, which are numbered before these, afterwards. Source: Osama et
 al., Stream-K (arXiv 2301.03598).

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
-TMA_BYTES = 16  # a multiple of which rows in memory are apart
+TMA_BYTES = 16  # the stride of rows in memory is a multiple of this
 GEMM_STORE = 64  # rows and columns that a warpgroup of `gemm` stores at a time
 DEQUANT_STORE = 32  # rows of x, with 64 of w, that one of `dequant_gemm` does, at most
 SCALES = 32  # bytes of a row's scales that `dequant_gemm` loads at once: less is no cheaper
@@ -93,8 +93,8 @@ def scale_slots(
 ) -> int:
   """Blocks of scales that the stages of `dequant_gemm` use at once, and the one being loaded.
 
-  A block belongs to the steps of one tile. It is loaded when step `num_stages` before it is done.
-  With stream-K a CTA ends one tile and begins another within a block: of each, it may have a step.
+  A block belongs to the steps of one tile. It is loaded when the step `num_stages` earlier is done.
+  With stream-K two tiles may each have a step under way within a block.
   """
   tiles = range(num_stages // k_steps + 3)
   blocks = cdiv(k_steps, steps_a_block)

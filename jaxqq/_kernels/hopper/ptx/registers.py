@@ -106,9 +106,9 @@ def words(a: Any) -> list[Any]:
 
 
 def recomputed(number: Any) -> Any:
-  """The same int32, of which the compiler does not know: it keeps nothing that was made of it.
+  """The same int32, by an instruction that the compiler cannot look into.
 
-  What is needed before and after a loop would have a register meanwhile.
+  So what is made of it before a loop and after it is computed twice, and has no register meanwhile.
   """
   if interpreting():
     return number

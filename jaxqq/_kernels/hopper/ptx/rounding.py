@@ -156,9 +156,10 @@ def _largest_bits(registers: list[Any], dtype: Any) -> Any:
 class Stochastic:
   """`jaxqq._rounding.encode_stochastic` of float32 magnitudes that are no larger than a code.
 
-  Times a power of two, the smallest normal number of a code is float32's. Then the codes' bits are
-  float32's first ones, below the normal range too, and what a last place has of random bits is
-  added behind them. What is cut off by that multiplication counts for less than these.
+  Magnitudes are multiplied by a power of two that makes the code's smallest normal number
+  float32's. Then the first bits of the float32 are the code, below the normal range too. Random
+  bits are added just below its last place. The bits that the multiplication cuts off lie below
+  those.
 
   Attributes:
     dtype: of the code.

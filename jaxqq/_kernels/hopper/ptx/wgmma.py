@@ -128,9 +128,9 @@ def add_promoted(
 ) -> jax.Array:
   """totals + a b^T over one step, by two warpgroups in ping-pong: added outside the tensor cores.
 
-  A left operand in registers keeps its warpgroup from running ahead: it is past an instruction
-  for the tensor cores when they are about to begin it. So this goes part by part of b's rows,
-  with two parts under way, and is one block, which no compiler puts in another order:
+  With the left operand in registers a warpgroup cannot run ahead: it passes a wgmma only when the
+  tensor cores are about to begin it. So this goes part by part of b's rows, with two parts under
+  way, and is one block, which no compiler puts in another order:
 
       tensor cores    | part 0 | part 1 | part 2 | part 3 | part 0 of the other warpgroup | ...
       this warpgroup  | begin 0, 1 | add 0, begin 2 | add 1, begin 3, arrive | add 2 | add 3

@@ -91,7 +91,7 @@ def _kernel(
     store_gmem(factors_ref.at[i, here, shifts + row - i], scales.scale)
 
 
-def first_of_factors(row: Any) -> tuple[Any, Any]:
-  """Of shifted factors: the copy, and its column, from which a row's is the first."""
+def first_of_scales(row: Any) -> tuple[Any, Any]:
+  """The copy of the shifted scales, and its column, at which those of rows from `row` on begin."""
   copy = lax.rem(row, jnp.int32(SHIFTS))
   return copy, row + SHIFTS - copy

@@ -172,7 +172,7 @@ def rescale_rows(
 def rescale_byte(distance: jax.Array) -> jax.Array:
   """`rebasing_bits` in a byte: the upper byte of float16, whose two highest bits are free.
 
-  Those are the two highest bits of the lower byte, which 2**-17 and 2**-18 have alone.
+  Those hold the two highest bits of the lower byte, which are set in 2**-17 and 2**-18 alone.
   """
   bits = rebasing_bits(distance)
   return (bits >> 8) | (bits & _LOWER_BITS)

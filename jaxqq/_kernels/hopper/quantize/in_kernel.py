@@ -1,7 +1,7 @@
 """Few rows of x, quantized by `skinny_gemm` itself: no launch of their own.
 
-A compute warpgroup quantizes the part of x that its block of w meets, while that block is still on
-its way, and leaves it in shared memory as the tensor cores take it:
+A compute warpgroup quantizes the part of x that its block of w is multiplied by, while that block
+is still on its way, and leaves it in shared memory as the tensor cores take it:
 
     warpgroup 0   | x for block 0 | wait for w | multiply | x for block 4 | wait for w | ...
 
