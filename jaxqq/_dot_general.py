@@ -38,6 +38,7 @@ from jaxqq._contraction import (
   sizes,
 )
 from jaxqq._formats import FORMATS, Format, Mode
+from jaxqq._given import DEFAULT_MODE, is_default_mode
 from jaxqq._global_scales import (
   DEFAULT,
   GlobalScale,
@@ -49,9 +50,7 @@ from jaxqq._global_scales import (
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, errors_of, produced
 from jaxqq._qqmm import (
-  DEFAULT_MODE,
   check_implementation,
-  is_default_mode,
   product,
   product_by_recipe,
   product_by_rows,

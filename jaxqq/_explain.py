@@ -18,7 +18,7 @@ from jaxqq._convert import checked_dequantize, checked_quantize, dequantize, qua
 from jaxqq._convert_split import Shapes
 from jaxqq._convert_split import described as described_conversion
 from jaxqq._formats import FORMATS
-from jaxqq._gradient import BACKWARDS
+from jaxqq._given import Given
 from jaxqq._kernels import conversions
 from jaxqq._kernels.plan import TARGET, Device, Implementation, Plan
 from jaxqq._kernels.problem import Conversion
@@ -26,7 +26,7 @@ from jaxqq._kernels.ragged import RAGGED
 from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import How, planned
 from jaxqq._qqmm import checked, checked_qqmm_by_recipe, qqmm
-from jaxqq._quantized_matmul import checked_weights, quantized_matmul
+from jaxqq._quantized_matmul import quantized_matmul
 from jaxqq._quantizer import Quantizer
 from jaxqq._ragged import checked_ragged, ragged_qqmm, ragged_quantized_matmul
 from jaxqq._ragged_primitive import Params, layout_of_problem, problem_of
@@ -115,16 +115,14 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
   return explained(device, **call.arguments)
 
 
-def _explain_qqmm(
-  device: Any, out_sharding: Any, recipe: Any, key: Any, **arguments: Any
-) -> Explanation:
-  checked_out_sharding("explain", out_sharding)
-  if isinstance(arguments["w"], StackedLayer):
-    placed = {"out_sharding": out_sharding, "recipe": recipe, "key": key}
-    return _explain_layer("qqmm", device, arguments | placed)
-  if recipe is None and key is None:
-    return _explain_product("qqmm", device, *checked("explain", **arguments))
-  by_recipe = checked_qqmm_by_recipe("explain", recipe, key, **arguments)
+def _explain_qqmm(device: Any, **arguments: Any) -> Explanation:
+  given = Given(**arguments)
+  checked_out_sharding("explain", given.out_sharding)
+  if isinstance(given.w, StackedLayer):
+    return _explain_ragged("qqmm", device, *checked_layer("explain", given))
+  if given.recipe is None and given.key is None:
+    return _explain_product("qqmm", device, *checked("explain", given))
+  by_recipe = checked_qqmm_by_recipe("explain", given)
   if "mode" not in by_recipe.params:
     return _explain_recipe(device, by_recipe.operands, by_recipe.params["params"])
   return _explain_product("qqmm", device, by_recipe.operands, by_recipe.params)
@@ -151,12 +149,13 @@ def _explain_quantizer(
   return _sentences(heading, plan, target, [])
 
 
-def _explain_quantized_matmul(device: Any, out_sharding: Any, **arguments: Any) -> Explanation:
-  checked_out_sharding("explain", out_sharding)
-  if isinstance(arguments["w"], StackedLayer):
-    renamed = {"global_scale_w": arguments["global_scale"], "out_sharding": out_sharding}
-    return _explain_layer("quantized_matmul", device, arguments | renamed)
-  return _explain_product("quantized_matmul", device, *checked_weights("explain", **arguments))
+def _explain_quantized_matmul(device: Any, global_scale: Any, **arguments: Any) -> Explanation:
+  function = "quantized_matmul"
+  given = Given(**arguments, global_scale_w=global_scale, quantize_input=False)
+  checked_out_sharding("explain", given.out_sharding)
+  if isinstance(given.w, StackedLayer):
+    return _explain_ragged(function, device, *checked_layer("explain", given))
+  return _explain_product(function, device, *checked("explain", given))
 
 
 def _explain_product(
@@ -179,26 +178,22 @@ def _explain_product(
   return _sentences(heading, plan, target, about_split)
 
 
-def _explain_ragged_qqmm(device: Any, *, out_sharding: Any, **arguments: Any) -> Explanation:
-  checked_out_sharding("explain", out_sharding)
-  return _explain_ragged("ragged_qqmm", device, *checked_ragged("explain", **arguments))
+def _explain_ragged_qqmm(
+  device: Any, *, group_sizes: Any, group_offset: Any, **arguments: Any
+) -> Explanation:
+  given = Given(**arguments)
+  checked_out_sharding("explain", given.out_sharding)
+  operands, params = checked_ragged("explain", given, group_sizes, group_offset)
+  return _explain_ragged("ragged_qqmm", device, operands, params)
 
 
 def _explain_ragged_quantized_matmul(
-  device: Any, *, global_scale: Any, out_sharding: Any, **arguments: Any
+  device: Any, *, global_scale: Any, group_sizes: Any, group_offset: Any, **arguments: Any
 ) -> Explanation:
-  checked_out_sharding("explain", out_sharding)
-  of_w = {"global_scale_w": global_scale, "global_scale_x": None, "backward": BACKWARDS[0]}
-  checked_arguments = checked_ragged("explain", **arguments, **of_w, quantize_input=False)
-  return _explain_ragged("ragged_quantized_matmul", device, *checked_arguments)
-
-
-def _explain_layer(function: str, device: Any, arguments: dict[str, Any]) -> Explanation:
-  quantizes = function == "qqmm"
-  checked_arguments = checked_layer(
-    "explain", arguments["x"], arguments["w"], arguments, quantize_input=quantizes
-  )
-  return _explain_ragged(function, device, *checked_arguments)
+  given = Given(**arguments, global_scale_w=global_scale, quantize_input=False)
+  checked_out_sharding("explain", given.out_sharding)
+  operands, params = checked_ragged("explain", given, group_sizes, group_offset)
+  return _explain_ragged("ragged_quantized_matmul", device, operands, params)
 
 
 def _explain_ragged(

@@ -14,9 +14,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq._checks import check_bool, describe
 from jaxqq._formats import Mode
+from jaxqq._given import DEFAULT_MODE, Given
 from jaxqq._gradient import Backward
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, told
-from jaxqq._qqmm import DEFAULT_MODE, checked, is_by_rows
+from jaxqq._qqmm import checked, is_by_rows
 from jaxqq._ragged import as_ragged, checked_integers, ragged_product
 from jaxqq._ragged_explicit import batch_dims, mesh_of, spec_of
 from jaxqq._reference import Operands, unflatten, with_ndim
@@ -100,22 +101,21 @@ def gather_qqmm(
   Source: `mlx.core.gather_qqmm`, which has no gradient.
   """
   function = "gather_qqmm"
-  operands, params = checked(
-    function,
+  given = Given(
     x,
     w,
     scales,
-    group_size,
-    bits,
-    mode,
-    global_scale_x,
-    global_scale_w,
-    backward,
-    precision,
-    preferred_element_type,
-    None,
+    group_size=group_size,
+    bits=bits,
+    mode=mode,
+    global_scale_x=global_scale_x,
+    global_scale_w=global_scale_w,
+    backward=backward,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
     broadcasts=False,
   )
+  operands, params = checked(function, given)
   is_sorted = check_bool(function, "sorted_indices", sorted_indices)
   if len(operands.x.shape) < 2:
     raise ValueError(
@@ -136,8 +136,10 @@ def gather_qqmm(
   mesh = mesh_of([jax.typeof(a) for a in arrays])
   if out_sharding is None and mesh.explicit_axes:  # sorted, gathered and put back
     indices = {"lhs": lhs, "rhs": rhs}
-    given = {name for name, a in (("lhs", lhs_indices), ("rhs", rhs_indices)) if a is not None}
-    spec = _spec_of_types(function, operands, indices, given)
+    has_indices = {
+      name for name, a in (("lhs", lhs_indices), ("rhs", rhs_indices)) if a is not None
+    }
+    spec = _spec_of_types(function, operands, indices, has_indices)
     out_sharding = NamedSharding(mesh, spec)
   return told(of_arrays, out_sharding, *arrays)
 

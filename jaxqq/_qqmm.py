@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jaxqq._checks import (
   names,
 )
 from jaxqq._formats import FORMATS, Format, Mode
+from jaxqq._given import DEFAULT_MODE, Given, is_default_mode
 from jaxqq._global_scales import amax_of_each_matrix, by_rows, unscaled
 from jaxqq._gradient import BACKWARDS, Backward
 from jaxqq._kernels import IMPLEMENTATIONS
@@ -44,17 +45,6 @@ from jaxqq._weight import STACKED_LAYER, QuantizedWeight, StackedLayer
 
 # By this name policies of `jax.checkpoint` save a product. It lowers to nothing.
 NAME = "qqmm"
-
-
-class _DefaultMode(str):
-  """A mode that nobody asked for, so that a `QuantizedWeight` may bring another."""
-
-
-DEFAULT_MODE = cast(Mode, _DefaultMode("nvfp4"))
-
-
-def is_default_mode(mode: Any) -> bool:
-  return isinstance(mode, _DefaultMode)
 
 
 def qqmm(
@@ -145,57 +135,29 @@ def qqmm(
 
   Source: `mlx.core.qqmm`.
   """
-  if isinstance(w, StackedLayer):
-    given = {
-      "scales": scales,
-      "group_size": group_size,
-      "bits": bits,
-      "mode": mode,
-      "global_scale_x": global_scale_x,
-      "global_scale_w": global_scale_w,
-      "backward": backward,
-      "precision": precision,
-      "preferred_element_type": preferred_element_type,
-      "out_sharding": out_sharding,
-      "implementation": implementation,
-      "recipe": recipe,
-      "key": key,
-    }
-    return STACKED_LAYER["product"]("qqmm", x, w, given)
-  if recipe is not None or key is not None:
-    operands, params, by_recipe = checked_qqmm_by_recipe(
-      "qqmm",
-      recipe,
-      key,
-      x,
-      w,
-      scales,
-      group_size,
-      bits,
-      mode,
-      global_scale_x,
-      global_scale_w,
-      backward,
-      precision,
-      preferred_element_type,
-      implementation,
-    )
-    return placed_product("qqmm", operands, params, out_sharding, by_recipe)
-  operands, params = checked(
-    "qqmm",
+  given = Given(
     x,
     w,
     scales,
-    group_size,
-    bits,
-    mode,
-    global_scale_x,
-    global_scale_w,
-    backward,
-    precision,
-    preferred_element_type,
-    implementation,
+    group_size=group_size,
+    bits=bits,
+    mode=mode,
+    global_scale_x=global_scale_x,
+    global_scale_w=global_scale_w,
+    backward=backward,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+    out_sharding=out_sharding,
+    implementation=implementation,
+    recipe=recipe,
+    key=key,
   )
+  if isinstance(w, StackedLayer):
+    return STACKED_LAYER["product"]("qqmm", given)
+  if recipe is not None or key is not None:
+    operands, params, by_recipe = checked_qqmm_by_recipe("qqmm", given)
+    return placed_product("qqmm", operands, params, out_sharding, by_recipe)
+  operands, params = checked("qqmm", given)
   multiply = product_by_rows if is_by_rows(global_scale_x) else product
   return placed_product("qqmm", operands, params, out_sharding, multiply)
 
@@ -208,36 +170,20 @@ class ByRecipe(NamedTuple):
   multiply: Callable[[Operands, dict[str, Any]], jax.Array]
 
 
-def checked_qqmm_by_recipe(
-  function: str,
-  recipe: Any,
-  key: Any,
-  x: Any,
-  w: Any,
-  scales: Any,
-  group_size: Any,
-  bits: Any,
-  mode: Any,
-  global_scale_x: Any,
-  global_scale_w: Any,
-  backward: Any,
-  precision: Any,
-  preferred_element_type: Any,
-  implementation: Any,
-) -> ByRecipe:
+def checked_qqmm_by_recipe(function: str, given: Given) -> ByRecipe:
   """As `checked_by_recipe`; what a recipe says by itself may not be given beside it."""
-  if recipe is None:
+  if given.recipe is None:
     raise ValueError(
       f"{function}: a key was given without a recipe, which it is for; leave it out."
     )
   beside = {
-    "mode": None if is_default_mode(mode) else mode,
-    "scales": scales,
-    "group_size": group_size,
-    "bits": bits,
-    "global_scale_x": global_scale_x,
-    "global_scale_w": global_scale_w,
-    "backward": None if backward == BACKWARDS[0] else backward,
+    "mode": None if is_default_mode(given.mode) else given.mode,
+    "scales": given.scales,
+    "group_size": given.group_size,
+    "bits": given.bits,
+    "global_scale_x": given.global_scale_x,
+    "global_scale_w": given.global_scale_w,
+    "backward": None if given.backward == BACKWARDS[0] else given.backward,
   }
   for name, value in beside.items():
     if value is not None:
@@ -245,55 +191,50 @@ def checked_qqmm_by_recipe(
         f"{function}: {name} was given with a recipe, which says how operands are quantized; leave "
         f"{name} out."
       )
-  how = (precision, preferred_element_type, implementation)
-  return checked_by_recipe(function, x, w, recipe, key, *how)
+  return checked_by_recipe(function, given)
 
 
-def checked_by_recipe(
-  function: str,
-  x: Any,
-  w: Any,
-  recipe: Any,
-  key: Any,
-  precision: Any,
-  preferred_element_type: Any,
-  implementation: Any,
-) -> ByRecipe:
+def checked_by_recipe(function: str, given: Given) -> ByRecipe:
   """`qqmm` by a recipe, by the plain product where that is the same; or the caller's error."""
-  recipe = checked_recipe(function, recipe)
+  recipe, w = checked_recipe(function, given.recipe), given.w
   if isinstance(w, QuantizedWeight):
     raise ValueError(
       f"{function}: w is {w!r}, but a recipe quantizes w itself; pass w unquantized, or leave the "
       "recipe out."
     )
-  x, w = as_array(function, "x", x), as_array(function, "w", w)
+  x, w = as_array(function, "x", given.x), as_array(function, "w", w)
   check_dtype(function, "w", w, FLOATS)
-  words = checked_key(function, recipe, key)
-  how = (precision, preferred_element_type, implementation)
+  words = checked_key(function, recipe, given.key)
   plain = recipe.as_mode()
   if plain is not None:
     mode, backward = plain
     amax = "amax" if FORMATS[mode].has_global_scale else None
-    of_plain = checked(function, x, w, None, None, None, mode, amax, amax, backward, *how)
-    return ByRecipe(*of_plain, product)
+    by_mode = dataclasses.replace(
+      given, x=x, w=w, mode=mode, backward=backward, global_scale_x=amax, global_scale_w=amax
+    )
+    return ByRecipe(*checked(function, by_mode), product)
   check_dtype(function, "x", x, FLOATS)
   _check_w(function, w, None, FORMATS["nvfp4"])
   for name, array, quantizer in (("x", x, recipe.forward_x), ("w", w, recipe.forward_w)):
     if quantizer is not None:
       check_groups(function, name, array, FORMATS[quantizer.mode])
   _check_shapes(function, x, w, None, FORMATS["nvfp4"], broadcasts=True)
-  if check_implementation(function, implementation) not in (None, "xla"):
+  implementation = check_implementation(function, given.implementation)
+  if implementation not in (None, "xla"):
     raise ValueError(
-      f"{function}: implementation is {implementation!r}, but of a recipe only 'xla' may be asked "
-      "for; leave implementation out."
+      f"{function}: implementation is {given.implementation!r}, but of a recipe only 'xla' may be "
+      "asked for; leave implementation out."
     )
-  out_dtype = np.dtype(x.dtype)
-  if preferred_element_type is not None:
-    out_dtype = check_out_dtype(function, preferred_element_type)
-  params = RecipeParams(
-    recipe, out_dtype, check_precision(function, precision), implementation=implementation
-  )
+  out_dtype = _out_dtype(function, x, given.preferred_element_type)
+  precision = check_precision(function, given.precision)
+  params = RecipeParams(recipe, out_dtype, precision, implementation=implementation)
   return ByRecipe(Operands(x, w, key=words), {"params": params}, product_by_recipe)
+
+
+def _out_dtype(function: str, x: Any, preferred_element_type: Any) -> np.dtype:
+  if preferred_element_type is None:
+    return np.dtype(x.dtype)
+  return check_out_dtype(function, preferred_element_type)
 
 
 def product_by_recipe(operands: Operands, params: dict[str, Any]) -> jax.Array:
@@ -360,73 +301,51 @@ def _product(operands: Operands, params: dict[str, Any]) -> jax.Array:
   return out.squeeze(-2) if is_vector else out
 
 
-def checked(
-  function: str,
-  x: Any,
-  w: Any,
-  scales: Any,
-  group_size: Any,
-  bits: Any,
-  mode: Any,
-  global_scale_x: Any,
-  global_scale_w: Any,
-  backward: Any,
-  precision: Any,
-  preferred_element_type: Any,
-  implementation: Any,
-  quantize_input: bool = True,
-  broadcasts: bool = True,
-) -> tuple[Operands, dict[str, Any]]:
-  """The operands and the primitive's parameters, or the error that the caller should see.
-
-  Where x is not quantized, global_scale_x is None, and that of w is `global_scale` to the caller.
-  Where indices say which matrices are multiplied, batch axes need not broadcast.
-  """
-  row_scales, name_of_scale = None, "global_scale_w" if quantize_input else "global_scale"
+def checked(function: str, given: Given) -> tuple[Operands, dict[str, Any]]:
+  """The operands and the primitive's parameters, or the error that the caller should see."""
+  w, mode, scales, row_scales = given.w, given.mode, given.scales, None
+  global_scale_x, global_scale_w = given.global_scale_x, given.global_scale_w
   if isinstance(w, QuantizedWeight):
-    mode = _mode_of(function, w, mode, scales, global_scale_w, name_of_scale)
-    if quantize_input:
+    mode = _mode_of(function, given)
+    if given.quantize_input:
       global_scale_x = _global_scale_of_x(function, w, global_scale_x)
-    packed = w._operands(x, global_scale_x)
+    packed = w._operands(given.x, global_scale_x)
     w, scales, global_scale_w = packed.w, packed.scales, packed.global_scale_w
     row_scales = packed.row_scales
-  fmt = check_format(function, mode, group_size, bits)
-  x, w = as_array(function, "x", x), as_array(function, "w", w)
+  fmt = check_format(function, mode, given.group_size, given.bits)
+  x, w = as_array(function, "x", given.x), as_array(function, "w", w)
   check_dtype(function, "x", x, FLOATS)
   check_groups(function, "x", x, fmt)
   scales = _check_w(function, w, scales, fmt)
-  _check_shapes(function, x, w, scales, fmt, broadcasts)
+  _check_shapes(function, x, w, scales, fmt, given.broadcasts)
   if is_by_rows(global_scale_x):
     check_has_global_scale(function, "global_scale_x", fmt)
     has_none = global_scale_w is None and row_scales is None
     global_scale_x = None if has_none else unscaled(fmt)
   is_one_of_two = (global_scale_x is None) != (global_scale_w is None)
-  if quantize_input and row_scales is None and is_one_of_two:
-    missing, given = ("x", "w") if global_scale_x is None else ("w", "x")
-    check_has_global_scale(function, f"global_scale_{given}", fmt)
+  if given.quantize_input and row_scales is None and is_one_of_two:
+    missing, has = ("x", "w") if global_scale_x is None else ("w", "x")
+    check_has_global_scale(function, f"global_scale_{has}", fmt)
     raise ValueError(
-      f"{function}: global_scale_{given} was given without global_scale_{missing}; give both, "
+      f"{function}: global_scale_{has} was given without global_scale_{missing}; give both, "
       f"each the amax of its tensor ({fmt.largest_value:g} is no scale), or neither."
     )
   batch_of_w = tuple(w.shape[:-2])
   global_scale_x = _global_scale(function, "global_scale_x", global_scale_x, x, fmt, batch_of_w)
-  global_scale_w = _global_scale(function, name_of_scale, global_scale_w, w, fmt, batch_of_w)
-  if not isinstance(backward, str) or backward not in BACKWARDS:
+  global_scale_w = _global_scale(function, given.name_of_scale, global_scale_w, w, fmt, batch_of_w)
+  if not isinstance(given.backward, str) or given.backward not in BACKWARDS:
     raise ValueError(
-      f"{function}: unknown backward {backward!r}; it must be one of "
+      f"{function}: unknown backward {given.backward!r}; it must be one of "
       f"{', '.join(repr(name) for name in BACKWARDS)}."
     )
-  out_dtype = np.dtype(x.dtype)
-  if preferred_element_type is not None:
-    out_dtype = check_out_dtype(function, preferred_element_type)
   operands = Operands(x, w, scales, global_scale_x, global_scale_w, row_scales=row_scales)
   return operands, {
     "mode": fmt.mode,
-    "out_dtype": out_dtype,
-    "backward": backward,
-    "precision": check_precision(function, precision),
-    "implementation": check_implementation(function, implementation),
-    "quantize_input": quantize_input,
+    "out_dtype": _out_dtype(function, x, given.preferred_element_type),
+    "backward": given.backward,
+    "precision": check_precision(function, given.precision),
+    "implementation": check_implementation(function, given.implementation),
+    "quantize_input": given.quantize_input,
   }
 
 
@@ -468,21 +387,16 @@ def _global_scale(
   return amax_of_each_matrix(jnp.asarray(a), batch_ndim)
 
 
-def _mode_of(
-  function: str,
-  w: QuantizedWeight,
-  mode: Any,
-  scales: Any,
-  global_scale_w: Any,
-  name_of_scale: str,
-) -> str:
+def _mode_of(function: str, given: Given) -> str:
   """The mode that w was quantized in; nothing that w brings may be given once more."""
-  if not is_default_mode(mode) and mode != w.mode:
+  w: QuantizedWeight = given.w
+  if not is_default_mode(given.mode) and given.mode != w.mode:
     raise ValueError(
-      f"{function}: mode {mode!r} was given with a QuantizedWeight of mode {w.mode!r}; "
+      f"{function}: mode {given.mode!r} was given with a QuantizedWeight of mode {w.mode!r}; "
       "leave mode out."
     )
-  for name, value in (("scales", scales), (name_of_scale, global_scale_w)):
+  brought = {"scales": given.scales, given.name_of_scale: given.global_scale_w}
+  for name, value in brought.items():
     if value is not None:
       raise ValueError(
         f"{function}: {name} was given with w a QuantizedWeight, which brings its own; "

@@ -12,10 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq._checks import as_array
 from jaxqq._formats import Mode
-from jaxqq._gradient import BACKWARDS
+from jaxqq._given import DEFAULT_MODE, Given
 from jaxqq._out_sharding import OutSharding
-from jaxqq._qqmm import DEFAULT_MODE, checked, placed_product, product, qqmm
-from jaxqq._reference import Operands
+from jaxqq._qqmm import checked, placed_product, product, qqmm
 from jaxqq._weight import MATMUL, STACKED_LAYER, QuantizedWeight, StackedLayer
 
 
@@ -87,66 +86,24 @@ def quantized_matmul(
   Source: `mlx.core.quantized_matmul` with transpose=True. It has no global scale, takes packed w
   only, and its biases, its transpose=False and its mode "affine" are not here.
   """
-  if isinstance(w, StackedLayer):
-    given = {
-      "scales": scales,
-      "group_size": group_size,
-      "bits": bits,
-      "mode": mode,
-      "global_scale_w": global_scale,
-      "precision": precision,
-      "preferred_element_type": preferred_element_type,
-      "out_sharding": out_sharding,
-      "implementation": implementation,
-    }
-    return STACKED_LAYER["product"]("quantized_matmul", x, w, given)
   function = "quantized_matmul"
-  operands, params = checked_weights(
-    function,
+  given = Given(
     x,
     w,
     scales,
-    group_size,
-    bits,
-    mode,
-    global_scale,
-    precision,
-    preferred_element_type,
-    implementation,
-  )
-  return placed_product(function, operands, params, out_sharding, product)
-
-
-def checked_weights(
-  function: str,
-  x: Any,
-  w: Any,
-  scales: Any,
-  group_size: Any,
-  bits: Any,
-  mode: Any,
-  global_scale: Any,
-  precision: Any,
-  preferred_element_type: Any,
-  implementation: Any,
-) -> tuple[Operands, dict[str, Any]]:
-  """The operands and the primitive's parameters, or the error that the caller should see."""
-  return checked(
-    function,
-    x,
-    w,
-    scales,
-    group_size,
-    bits,
-    mode,
-    None,
-    global_scale,
-    BACKWARDS[0],
-    precision,
-    preferred_element_type,
-    implementation,
+    group_size=group_size,
+    bits=bits,
+    mode=mode,
+    global_scale_w=global_scale,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+    out_sharding=out_sharding,
+    implementation=implementation,
     quantize_input=False,
   )
+  if isinstance(w, StackedLayer):
+    return STACKED_LAYER["product"](function, given)
+  return placed_product(function, *checked(function, given), out_sharding, product)
 
 
 def _matmul(w: QuantizedWeight, x: Any) -> jax.Array:

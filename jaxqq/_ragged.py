@@ -15,11 +15,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxqq._checks import as_array, describe
 from jaxqq._formats import Mode
-from jaxqq._gradient import BACKWARDS, Backward
+from jaxqq._given import DEFAULT_MODE, Given
+from jaxqq._gradient import Backward
 from jaxqq._kernels.ragged import RAGGED
 from jaxqq._out_sharding import OutSharding
 from jaxqq._qqmm import (
-  DEFAULT_MODE,
   NAME,
   check_implementation,
   checked,
@@ -120,23 +120,21 @@ def ragged_qqmm(
   Source: `jax.lax.ragged_dot`, whose rhs is (G, K, N).
   """
   function = "ragged_qqmm"
-  operands, params = checked_ragged(
-    function,
+  given = Given(
     x,
     w,
-    group_sizes,
-    group_offset,
     scales,
-    group_size,
-    bits,
-    mode,
-    global_scale_x,
-    global_scale_w,
-    backward,
-    precision,
-    preferred_element_type,
+    group_size=group_size,
+    bits=bits,
+    mode=mode,
+    global_scale_x=global_scale_x,
+    global_scale_w=global_scale_w,
+    backward=backward,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
     implementation=implementation,
   )
+  operands, params = checked_ragged(function, given, group_sizes, group_offset)
   by_rows = is_by_rows(global_scale_x)
   return placed_ragged(function, operands, params, out_sharding, by_rows=by_rows)
 
@@ -199,24 +197,20 @@ def ragged_quantized_matmul(
   Source: `jax.lax.ragged_dot`, and `mlx.core.quantized_matmul` with transpose=True.
   """
   function = "ragged_quantized_matmul"
-  operands, params = checked_ragged(
-    function,
+  given = Given(
     x,
     w,
-    group_sizes,
-    group_offset,
     scales,
-    group_size,
-    bits,
-    mode,
-    None,
-    global_scale,
-    BACKWARDS[0],
-    precision,
-    preferred_element_type,
-    quantize_input=False,
+    group_size=group_size,
+    bits=bits,
+    mode=mode,
+    global_scale_w=global_scale,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
     implementation=implementation,
+    quantize_input=False,
   )
+  operands, params = checked_ragged(function, given, group_sizes, group_offset)
   return placed_ragged(function, operands, params, out_sharding)
 
 
@@ -247,25 +241,10 @@ def ragged_product(operands: RaggedOperands, params: Params, *, by_rows: bool = 
 
 
 def checked_ragged(
-  function: str,
-  x: Any,
-  w: Any,
-  group_sizes: Any,
-  group_offset: Any,
-  scales: Any,
-  group_size: Any,
-  bits: Any,
-  mode: Any,
-  global_scale_x: Any,
-  global_scale_w: Any,
-  backward: Any,
-  precision: Any,
-  preferred_element_type: Any,
-  quantize_input: bool = True,
-  implementation: Any = None,
+  function: str, given: Given, group_sizes: Any, group_offset: Any
 ) -> tuple[RaggedOperands, Params]:
   """The operands and the primitive's parameters, or the error that the caller should see."""
-  x = as_array(function, "x", x)
+  x, w = as_array(function, "x", given.x), given.w
   if len(x.shape) != 2:
     raise ValueError(
       f"{function}: x must have two dimensions, (M, K), the rows of one group after the other, got "
@@ -279,23 +258,9 @@ def checked_ragged(
       f"{repr(w) if isinstance(w, QuantizedWeight) else describe(w)}."
     )
   group_sizes, group_offset = checked_groups(function, group_sizes, group_offset, w.shape[0])
-  operands, params = checked(
-    function,
-    x,
-    w,
-    scales,
-    group_size,
-    bits,
-    mode,
-    global_scale_x,
-    global_scale_w,
-    backward,
-    precision,
-    preferred_element_type,
-    None,
-    quantize_input,
-  )
-  return as_ragged(function, operands, params, group_sizes, group_offset, implementation)
+  plain = dataclasses.replace(given, x=x, w=w, implementation=None)
+  operands, params = checked(function, plain)
+  return as_ragged(function, operands, params, group_sizes, group_offset, given.implementation)
 
 
 def as_ragged(

@@ -154,7 +154,15 @@ def test_a_file_imports_only_from_files_above_it():
     *("_split", "_sharding", "_out_sharding", "_primitive", "_quantizer_lowering"),
     "_convert_split",
     *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
-    *("_gradient", "_recipe_product", "_qqmm", "_quantized_matmul", "_einsum", "_contraction"),
+    *(
+      "_gradient",
+      "_given",
+      "_recipe_product",
+      "_qqmm",
+      "_quantized_matmul",
+      "_einsum",
+      "_contraction",
+    ),
     *(
       "_dot_general",
       "_ragged_split",

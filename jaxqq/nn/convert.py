@@ -12,9 +12,9 @@ from flax import nnx
 from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
+from jaxqq._given import DEFAULT_MODE
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
-from jaxqq._qqmm import DEFAULT_MODE
 from jaxqq._recipe import Recipe
 from jaxqq.nn.base import Packed, QuantizedLayer, check_rngs, full_name, packing, why_not
 from jaxqq.nn.expert_linear import QQExpertLinear

@@ -16,11 +16,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxqq._checks import as_array, describe
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
+from jaxqq._given import DEFAULT_MODE, Given
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, produced, told
-from jaxqq._qqmm import DEFAULT_MODE, is_by_rows, placed_product, product, product_by_rows
 from jaxqq._qqmm import checked as checked_plain
+from jaxqq._qqmm import is_by_rows, placed_product, product, product_by_rows
 from jaxqq._ragged import checked_groups, checked_ragged, placed_ragged
 from jaxqq._ragged_explicit import mesh_of, spec_of
 from jaxqq._split import dims_of, to_spec
@@ -300,13 +301,10 @@ class QQExpertLinear(QuantizedLayer):
     matrices = self._num_matrices()
     sizes, offset = checked_groups(function, group_sizes, group_offset, matrices)
     x, kernel, bias = self._promoted(inputs)
-    w, mode, of_x, of_w = self._weight_and_scales(kernel)
-    operands, params = checked_ragged(
-      *(function, x, w, sizes, offset, None, None, None, mode, of_x, of_w),
-      *(self.dot_general.backward, self.precision, self.preferred_element_type),
-      self.quantize_input,
-    )
-    y = placed_ragged(function, operands, params, out_sharding, by_rows=is_by_rows(of_x))
+    given = self._given(x, kernel)
+    operands, params = checked_ragged(function, given, sizes, offset)
+    by_rows = is_by_rows(given.global_scale_x)
+    y = placed_ragged(function, operands, params, out_sharding, by_rows=by_rows)
     return y if bias is None else with_bias(y, bias, sizes, offset)
 
   def buffers(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
@@ -322,14 +320,9 @@ class QQExpertLinear(QuantizedLayer):
     function = f"{type(self).__name__}.buffers"
     check_inputs(function, inputs, (self._num_matrices(), "C", self.in_features))
     x, kernel, bias = self._promoted(inputs)
-    w, mode, of_x, of_w = self._weight_and_scales(kernel)
-    operands, params = checked_plain(
-      *(function, x, w, None, None, None, mode, of_x, of_w),
-      *(self.dot_general.backward, self.precision, self.preferred_element_type),
-      self.dot_general.implementation,
-      self.quantize_input,
-    )
-    multiply = product_by_rows if is_by_rows(of_x) else product
+    given = self._given(x, kernel)
+    operands, params = checked_plain(function, given)
+    multiply = product_by_rows if is_by_rows(given.global_scale_x) else product
     y = placed_product(function, operands, params, out_sharding, multiply)
     return y if bias is None else with_bias_of_buffers(y, bias)
 
@@ -337,6 +330,22 @@ class QQExpertLinear(QuantizedLayer):
     """How many experts are here, which inside of a `jax.shard_map` may be a device's own."""
     held: Any = self.weight if self.kernel is None else self.kernel
     return int(held.shape[0])
+
+  def _given(self, x: jax.Array, kernel: jax.Array) -> Given:
+    """What the layer gives to a product."""
+    w, mode, of_x, of_w = self._weight_and_scales(kernel)
+    return Given(
+      x,
+      w,
+      mode=mode,
+      global_scale_x=of_x,
+      global_scale_w=of_w,
+      backward=self.dot_general.backward,
+      precision=self.precision,
+      preferred_element_type=self.preferred_element_type,
+      implementation=self.dot_general.implementation,
+      quantize_input=self.quantize_input,
+    )
 
   def _weight_and_scales(self, kernel: jax.Array) -> tuple[Any, Mode, Any, Any]:
     """w, its mode, and the global scales of inputs and w, as `ragged_qqmm` takes them."""

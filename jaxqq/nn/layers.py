@@ -15,10 +15,10 @@ from jax.typing import DTypeLike
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
+from jaxqq._given import DEFAULT_MODE
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._out_sharding import OutSharding, placed
-from jaxqq._qqmm import DEFAULT_MODE
 from jaxqq._recipe import Recipe
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import NO_NUMBERS, QuantizedLayer

@@ -20,9 +20,9 @@ from jax.typing import DTypeLike
 from jaxqq import _einsum
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import Mode
+from jaxqq._given import DEFAULT_MODE
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
-from jaxqq._qqmm import DEFAULT_MODE
 from jaxqq._recipe import Recipe
 from jaxqq._weight import BEFORE_FLATTEN, LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum
