@@ -201,7 +201,8 @@ class TestChoice:
       (8192, False, "gemm"),
     ):
       text = of(m, 8192, 8192, "mxfp8", packed)
-      assert text.plan.kernel.kernel == kernel and f"{kernel} with" in text
+      own = text.plan.kernel
+      assert own.kernel == kernel and f"{kernel} ({own.mainloop}) with" in text
       assert ("a panel at a time" in text) == (kernel == "staged_gemm")
 
   def test_few_rows_have_a_kernel_of_their_own(self):
@@ -217,6 +218,18 @@ class TestChoice:
     ):
       assert "a kernel that streams w" not in text
       assert f"hopper_skinny: {reason}" in text
+
+  @pytest.mark.parametrize(
+    ("k", "words"),
+    [
+      (2880, "loaded in rows of 128 bytes since K is no multiple of 256, scales by threads"),
+      (3072, None),
+    ],
+  )
+  def test_why_a_k_is_loaded_in_rows(self, k, words):
+    text = of(8, 512, k, "nvfp4", True)
+    assert "skinny_gemm (sixteens) with" in text
+    assert words in text if words else "in rows of 128 bytes" not in text
 
   def test_a_vector_is_one_row(self):
     w, row = (

@@ -117,7 +117,8 @@ class WidePlan:
       time = f", about {self.estimate_us:.0f} us on an H200"
       if cdiv(k, step) * step // group_size % TMA_BYTES:
         padded += ", scales of w padded along K by XLA"
-    return f"{self.kernel} with {self.tiles}{time}{staged}{padded}{_for_sms(self.device)}"
+    how = f"({self.mainloop}) with {self.tiles}{time}{staged}{padded}"
+    return f"{self.kernel} {how}{_for_sms(self.device)}"
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -168,8 +169,14 @@ class SkinnyPlan:
     x = ", x quantized in the kernel" if self.quantizes_x else ""
     what = [name for name in ("x", "w", "scales") if self.padded_k(name) > self.problem.k]
     padded = f", {' and '.join(what)} padded along K by XLA" if what else ""
-    how = f"{self.block} {self.tiles}{blockdiag}{x}{padded}"
-    return f"{self.kernel} with {how}{_for_sms(self.device)}"
+    layout = ""
+    if self.in_rows:
+      unit = math.lcm(*_tile_units(self.problem, self.block))
+      why = "groups begin at any row" if self.problem.in_groups else f"K is no multiple of {unit}"
+      layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
+      layout += ", scales by threads" if self.threads_load_scales else ""
+    how = f"({self.mainloop}) with {self.block} {self.tiles}{blockdiag}{x}{layout}{padded}"
+    return f"{self.kernel} {how}{_for_sms(self.device)}"
 
   def padded_k(self, name: str) -> int:
     """K of x, w or scales as the kernel takes them: past their end, loads are zeros.
@@ -523,8 +530,12 @@ def _in_rows(problem: Problem, block: KBlock) -> bool:
   """As of `SkinnyPlan`: in groups, or where tiles would take padded w or padded scales."""
   if not problem.is_packed:
     return False
-  of_tile = 8 * SWIZZLED_BYTES // block.bits, TMA_BYTES * problem.fmt.group_size
-  return problem.in_groups or any(problem.k % size for size in of_tile)
+  return problem.in_groups or any(problem.k % size for size in _tile_units(problem, block))
+
+
+def _tile_units(problem: Problem, block: KBlock) -> tuple[int, int]:
+  """What K has to be a multiple of, for tiles of w and for the TMA to load scales."""
+  return 8 * SWIZZLED_BYTES // block.bits, TMA_BYTES * problem.fmt.group_size
 
 
 def _k_block(problem: Problem, mainloop: str) -> KBlock:
