@@ -162,21 +162,29 @@ def test_generates_the_tokens_with_the_largest_logits(mode):
   ("mode", "quantize_input"), [*((mode, True) for mode in MODES), ("nvfp4", False)]
 )
 def test_the_model_of_flax_is_the_same(mode, quantize_input):
-  """Logits to the bit, tokens, and bytes; a block is packed before the next one is made."""
+  """Logits to the bit, tokens, and bytes; a block is packed before the next one is made.
+
+  Packed ones run one layer at the sizes of SMALL, which are those of `test_main`'s programs.
+  """
   cfg = dataclasses.replace(decoder.TINY, mode=mode, quantize_input=quantize_input)
   kinds = []
   models = decoder.make_params(cfg, 3), decoder_nnx.make_model(cfg, 3, lambda: kinds.append(mode))
   assert len(kinds) == cfg.layers
-  results = []
-  for model in models:
-    cache, logits = decoder.prefill(model, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
-    _, tokens = decoder.decode(model, cache, decoder.greedy(logits), STEPS, cfg)
-    results.append((logits, tokens, decoder.num_bytes(model), decoder.linear_bytes(model)))
-  for by_hand, of_flax in zip(*results, strict=True):
-    np.testing.assert_array_equal(by_hand, of_flax)
+  for size in (decoder.num_bytes, decoder.linear_bytes):
+    assert size(models[0]) == size(models[1])
   linears = [layer for _, layer in nnx.iter_graph(models[1]) if hasattr(layer, "in_features")]
   assert len(linears) == 4 * cfg.layers + 1
   assert all(type(layer) is (QQLinear if mode in PACKED else nnx.Linear) for layer in linears)
+  if mode in PACKED:
+    cfg = dataclasses.replace(cfg, layers=1)
+    models = decoder.make_params(cfg, 3), decoder_nnx.make_model(cfg, 3)
+  results = []
+  for model in models:
+    cache, logits = decoder.prefill(model, random_tokens(cfg, 4), 4 + 3, cfg)
+    _, tokens = decoder.decode(model, cache, decoder.greedy(logits), 3, cfg)
+    results.append((logits, tokens))
+  for by_hand, of_flax in zip(*results, strict=True):
+    np.testing.assert_array_equal(by_hand, of_flax)
 
 
 @pytest.mark.usefixtures("quick_compiles")
