@@ -112,6 +112,11 @@ def run(layer, *args):
   return layer(*args)
 
 
+@jax.jit
+def each_and_total(layer, x, numbers, weights):
+  return layer(x, numbers), layer(x, numbers, weights)
+
+
 def routed(seed=4, dtype="float32"):
   """Tokens, numbers of their experts (some none at all), and weights."""
   rng = np.random.default_rng(seed)
@@ -157,7 +162,7 @@ def test_tokens_are_those_of_every_expert_in_float64(gated):
     trip = lambda a: oracle.round_trip(a, "mxfp8")  # noqa: E731
     of_all = dense(layer, x.reshape(-1, K), *([] if kind is jaxqq.nn.Experts else [trip]))
     want = chosen_of(of_all, numbers)
-    each, total = run(layer, x, numbers), run(layer, x, numbers, weights)
+    each, total = each_and_total(layer, x, numbers, weights)
     assert each.shape == (3, 3, TOP, K) and total.shape == (3, 3, K)
     # A hidden number on the edge of two codes may be rounded to either.
     tolerance = 1e-5 if kind is jaxqq.nn.Experts else 2e-3
@@ -231,17 +236,18 @@ def test_trains_packs_and_is_trained_further():
   graph, params, rest = nnx.split(layer, nnx.Param, ...)
   of_params = lambda params: nnx.merge(graph, params, rest)(x, numbers, weights)  # noqa: E731
   falls(lambda params: jnp.mean((of_params(params) - target) ** 2), params)
-  before = run(layer, x, numbers, weights)
+  _, before = each_and_total(layer, x, numbers, weights)
   jaxqq.nn.pack(layer)
-  np.testing.assert_array_equal(run(layer, x, numbers, weights), before)
+  each, total = each_and_total(layer, x, numbers, weights)
+  np.testing.assert_array_equal(total, before)
   of_both = nnx.grad(lambda layer, weights: jnp.sum(layer(x, numbers, weights)), argnums=(0, 1))
   of_packed, of_weights = nnx.jit(of_both)(layer, weights)
   paths = {".".join(map(str, path)) for path in nnx.to_flat_state(of_packed).paths}
   assert paths == {f"{name}_proj.bias" for name in ("up", "down")}
-  want = jnp.sum(run(layer, x, numbers), axis=-1)
-  np.testing.assert_allclose(of_weights, want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(of_weights, np.sum(each, axis=-1), rtol=1e-4, atol=1e-4)
   jaxqq.nn.unpack(layer)
-  np.testing.assert_allclose(run(layer, x, numbers, weights), before, rtol=1e-4, atol=1e-4)
+  _, total = each_and_total(layer, x, numbers, weights)
+  np.testing.assert_allclose(total, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_is_converted():
@@ -263,10 +269,12 @@ def test_a_model_is_converted():
   assert len(report.converted) == 3 and not report.lossy
   assert model.experts.up_proj.kernel is kernel
   x, numbers, weights = routed()
-  want = run(experts(jaxqq.nn.QQExperts), x, numbers, weights)
-  np.testing.assert_array_equal(run(model.experts, x, numbers, weights), want)
+  _, want = each_and_total(experts(jaxqq.nn.QQExperts), x, numbers, weights)
+  _, total = each_and_total(model.experts, x, numbers, weights)
+  np.testing.assert_array_equal(total, want)
   jaxqq.nn.pack(model)
-  np.testing.assert_array_equal(run(model.experts, x, numbers, weights), want)
+  _, total = each_and_total(model.experts, x, numbers, weights)
+  np.testing.assert_array_equal(total, want)
 
   abstract = nnx.eval_shape(Model)
   report = jaxqq.nn.quantize_model(abstract, packed=True, predicate=keep)

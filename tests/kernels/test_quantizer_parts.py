@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -59,13 +60,27 @@ def amax_for(quantizer, a):
   return np.max(np.abs(a), where=np.isfinite(a), initial=np.float32(0))
 
 
-@functools.partial(jax.jit, static_argnums=0)  # a program for each, not one for each operation
+rotated = jax.jit(_quantizer.rotated, static_argnums=0)
+random_of = jax.jit(_quantizer.random_of, static_argnums=(0, 2))
+
+
 def wanted(quantizer, a, amax):
-  """int32 codes and scales, by the definition."""
-  rotated = _quantizer.rotated(quantizer, jnp.asarray(a), ROTATION_KEY)
-  random = _quantizer.random_of(quantizer, ROUNDING_KEY, a.shape)
+  """int32 codes and scales, by the definition, step by step: quantizers share the steps' programs.
+
+  And so do small arrays, with zeros up to one shape. Bits are those of places, squares may be cut.
+  """
+  rows, columns = a.shape
+  whole = a if rows > 144 or columns > 192 else np.pad(a, [(0, 144 - rows), (0, 192 - columns)])
+  random = None
+  if quantizer.is_stochastic:
+    random = random_of(STOCHASTIC, ROUNDING_KEY, whole.shape)
+  if quantizer.rotation is not None:
+    whole = rotated(Quantizer(rotation=quantizer.rotation), whole, ROTATION_KEY)
+  unrotated = dataclasses.replace(quantizer, rotation=None)
   scalar = None if amax is None else jnp.float32(amax)
-  return _quantizer.quantized(quantizer, rotated, scalar, random)
+  codes, scales = _quantizer.quantized(unrotated, jnp.asarray(whole), scalar, random)
+  groups = columns // FORMATS[quantizer.mode].group_size
+  return np.asarray(codes)[:rows, :columns], np.asarray(scales)[:rows, :groups]
 
 
 def arguments(quantizer):
@@ -138,16 +153,21 @@ def test_exact_operand(quantizer, kernel):
   check_exact(interpreted, quantizer, numbers_for(quantizer, (33, 192), "bfloat16"), kernel)
 
 
-def check_rotated_amax(run, a, size):
-  signs = np.asarray(_random_bits.signs(ROTATION_KEY, size))
-  rotated = _quantizer.rotated(Quantizer(rotation=size), jnp.asarray(a), ROTATION_KEY)
-  want = np.abs(np.asarray(rotated, np.float32)).max()
-  fmt = FORMATS["nvfp4"]
-  rows = run(lambda a: amaxes.rotated_amax(a, fmt, signs), a)
-  columns = run(
-    lambda a: amaxes.rotated_amax_of_transpose(a, fmt, signs), np.ascontiguousarray(a.T)
+@functools.cache
+def rotated_amaxes(size):
+  """By the kernels of rows and of columns: functions of an array."""
+  signs, fmt = np.asarray(_random_bits.signs(ROTATION_KEY, size)), FORMATS["nvfp4"]
+  return (
+    lambda a: amaxes.rotated_amax(a, fmt, signs),
+    lambda a: amaxes.rotated_amax_of_transpose(a, fmt, signs),
   )
-  np.testing.assert_array_equal([rows, columns], want)
+
+
+def check_rotated_amax(run, a, size):
+  want = np.abs(np.asarray(rotated(Quantizer(rotation=size), a, ROTATION_KEY), np.float32)).max()
+  of_rows, of_columns = rotated_amaxes(size)
+  found = run(of_rows, a), run(of_columns, np.ascontiguousarray(a.T))
+  np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize("size", [16, 64])
@@ -173,7 +193,7 @@ KERNELS = (
 def test_numbers_far_from_one(quantizer, exponent):
   """Tensors that are raised, and of large numbers; but not subnormal ones, which a CPU has not."""
   rng = np.random.default_rng(7)
-  a = np.ldexp(rng.uniform(1, 4, (5, 64)) * rng.choice([-1, 1], (5, 64)), exponent)
+  a = np.ldexp(rng.uniform(1, 4, (33, 96)) * rng.choice([-1, 1], (33, 96)), exponent)
   for check, kernel in KERNELS:
     check(interpreted, quantizer, a.astype(np.float32), kernel)
 
@@ -181,7 +201,7 @@ def test_numbers_far_from_one(quantizer, exponent):
 @pytest.mark.parametrize("amax", [0.0, 1e-3, np.nan, -1.0])
 def test_an_amax_that_is_given(amax):
   """Larger numbers are clipped; of what is no amax, or 0, all is NaN."""
-  a = numbers_for(STOCHASTIC, (5, 64), "float32")
+  a = numbers_for(STOCHASTIC, (33, 96), "float32")
   for check, kernel in KERNELS:
     check(interpreted, STOCHASTIC, a, kernel, np.float32(amax))
 
@@ -190,18 +210,21 @@ def test_an_amax_that_is_given(amax):
 @pytest.mark.parametrize("quantizer", [BOTH, Quantizer(scale="four_over_six"), SQUARE], ids=str)
 def test_the_method_quantize(quantizer, is_transposed):
   """As on a GPU, with the array's own amax; leading axes of rows are rows."""
-  a = np.nan_to_num(numbers_for(quantizer, (64, 64), "float32"), posinf=0, neginf=0)
-  a = jnp.asarray(a if quantizer.square or is_transposed else a.reshape(4, 16, 64))
+  rows = np.nan_to_num(numbers_for(quantizer, (64, 64), "float32"), posinf=0, neginf=0)
+  batch = () if quantizer.square or is_transposed else (4,)
+  a = jnp.asarray(rows.T if is_transposed else rows.reshape(*batch, -1, 64))
   streams = _quantizer.Streams(
     ROUNDING_KEY if quantizer.is_stochastic else None,
     ROTATION_KEY if quantizer.rotation else None,
   )
-  how = (streams, None, quantizer, is_transposed)
+  how = (streams, None, quantizer)
   with interpreted_device():
     plan = _quantizer_lowering.planned(quantizer, a, is_transposed, "cuda")
-    found = jax.jit(lambda a: _quantizer_lowering.run(a, *how, "cuda"))(a)
+    found = jax.jit(lambda a: _quantizer_lowering.run(a, *how, is_transposed, "cuda"))(a)
   assert plan.name == "hopper_quantizer"
-  for own, want in zip(found, _quantizer.definition(a, *how), strict=True):
+  *wanted, of_all = _quantizer.definition(rows, *how, False)
+  wanted = [want.reshape(*batch, -1, want.shape[-1]) for want in wanted]
+  for own, want in zip(found, [*wanted, of_all], strict=True):
     np.testing.assert_array_equal(own, want)
 
 
