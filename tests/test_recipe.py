@@ -106,19 +106,17 @@ def test_named_recipes_are_the_published_ones(name):
   assert Recipe.named(name) == recipe_of(name) and hash(Recipe.named(name)) == hash(recipe_of(name))
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS])
-def test_six_operands_in_three_products(name, operands):
-  """Each product is that of the dequantized operands, quantized as the formulas have it."""
-  dtype = np.dtype(oracle.DTYPES["bfloat16" if name == "quartet2" else "float32"])
-  x, w, g = (a.astype(dtype) for a in operands)
+def products(name, x, w, g):
+  """y, dx and dw of the dequantized operands, quantized as the formulas have it, in float64.
+
+  Each with what bounds the error of its sums.
+  """
   data = np.asarray(jax.random.key_data(KEY))
-  outs = all_three(recipe_of(name), x, w, g, KEY)
   specs, left = specs_of(name), (x, w)
   if recipe_of(name).from_forward:  # in their own dtype
-    left = (recipes.left_of(a, specs[i], data, (i, 2)).astype(dtype) for i, a in enumerate(left))
+    left = (recipes.left_of(a, specs[i], data, (i, 2)).astype(a.dtype) for i, a in enumerate(left))
   x_left, w_left = left
-  pairs = ((x, w), (g, w_left.T), (g.T, x_left.T))
-  for index, (out, pair) in enumerate(zip(outs, pairs, strict=True)):
+  for index, pair in enumerate(((x, w), (g, w_left.T), (g.T, x_left.T))):
     first, second, of_signs = range(3 * index, 3 * index + 3)
     hats = [
       recipes.left_of(a, spec, data, (own, of_signs))
@@ -126,7 +124,16 @@ def test_six_operands_in_three_products(name, operands):
     ]
     longest = max(hat.shape[-1] for hat in hats)  # with zeros up to whole groups
     hats = [np.pad(hat, [(0, 0), (0, longest - hat.shape[-1])]) for hat in hats]
-    oracle.assert_within_bound(np.asarray(out), *oracle.product(*hats))
+    yield oracle.product(*hats)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS])
+def test_six_operands_in_three_products(name, operands):
+  dtype = np.dtype(oracle.DTYPES["bfloat16" if name == "quartet2" else "float32"])
+  x, w, g = (a.astype(dtype) for a in operands)
+  outs = all_three(recipe_of(name), x, w, g, KEY)
+  for out, want in zip(outs, products(name, x, w, g), strict=True):
+    oracle.assert_within_bound(np.asarray(out), *want)
 
 
 def test_gradients_of_what_the_forward_product_left(operands):
@@ -164,25 +171,35 @@ def test_what_qqmm_has_without_one_are_recipes(mode, backward, operands):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
-def test_on_matrix_units(precision, operands):
-  """Off a CPU, operands that 16 bits hold exactly are multiplied in them for 16-bit results."""
+PRECISIONS = (None, jax.lax.Precision.HIGHEST)
+
+
+def multiply_on_tpu(x, w, precision):
+  bfloat16 = np.dtype(oracle.DTYPES["bfloat16"])
+  params = _recipe_product.Params(Recipe.named("nvfp4-4over6"), bfloat16, precision)
+  ops = Operands(x, w, key=jnp.zeros(4, jnp.uint32))
+  return _recipe_product.run(ops, params, platform="tpu")
+
+
+@pytest.fixture(scope="module")
+def on_tpu(operands):
+  """Operands in bfloat16, and their products by one program, which quantizes once."""
   x, w = (a.astype(oracle.DTYPES["bfloat16"]) for a in operands[:2])
-  recipe = Recipe.named("nvfp4-4over6")
-  params = _recipe_product.Params(recipe, np.dtype(oracle.DTYPES["bfloat16"]), precision)
+  outs = jax.jit(lambda x, w: [multiply_on_tpu(x, w, precision) for precision in PRECISIONS])(x, w)
+  return x, w, dict(zip(PRECISIONS, map(np.asarray, outs), strict=True))
 
-  def multiply(x, w):
-    ops = Operands(x, w, key=jnp.zeros(4, jnp.uint32))
-    return _recipe_product.run(ops, params, platform="tpu")
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_on_matrix_units(precision, on_tpu):
+  """Off a CPU, operands that 16 bits hold exactly are multiplied in them for 16-bit results."""
+  x, w, outs = on_tpu
   dtype = np.dtype(np.float32 if precision else oracle.DTYPES["bfloat16"])
-  equations = jax.make_jaxpr(multiply)(x, w).eqns
+  equations = jax.make_jaxpr(functools.partial(multiply_on_tpu, precision=precision))(x, w).eqns
   (dot,) = (own for own in equations if own.primitive.name == "dot_general")
   assert [operand.aval.dtype for operand in dot.invars] == 2 * [dtype]
   specs = specs_of("nvfp4-4over6")[:2]
   hats = [recipes.left_of(a, spec, None, (0, 0)) for a, spec in zip((x, w), specs, strict=True)]
-  out = np.asarray(jax.jit(multiply)(x, w))
-  oracle.assert_within_bound(out, *oracle.product(*hats), highest=precision is not None)
+  oracle.assert_within_bound(outs[precision], *oracle.product(*hats), highest=precision is not None)
 
 
 def test_small_cotangents_are_kept(operands):
@@ -200,11 +217,17 @@ def test_small_cotangents_are_kept(operands):
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_dtypes(dtype, operands):
   x, w, g = (a.astype(oracle.DTYPES[dtype]) for a in operands)
-  outs = all_three(Recipe.named("nvfp4"), x, w.astype(np.float32), g, KEY)
+  outs = all_three.lower(Recipe.named("nvfp4"), x, w.astype(np.float32), g, KEY).out_info
   assert [out.dtype for out in outs] == [x.dtype, x.dtype, np.float32]
-  whole = jaxqq.qqmm(x, w, recipe="nvfp4", key=KEY, preferred_element_type="float32")
-  assert whole.dtype == np.float32
-  np.testing.assert_allclose(np.asarray(outs[0], np.float32), whole, rtol=2**-8, atol=1e-6)
+
+  @jax.jit
+  def both(x, w):  # by one program, which quantizes once
+    whole = jaxqq.qqmm(x, w, recipe="nvfp4", key=KEY, preferred_element_type="float32")
+    return product(Recipe.named("nvfp4"), x, w.astype(jnp.float32)), whole
+
+  y, whole = both(x, w)
+  assert y.dtype == x.dtype and whole.dtype == np.float32
+  np.testing.assert_allclose(np.asarray(y, np.float32), whole, rtol=2**-8, atol=1e-6)
 
 
 # Transformations
@@ -380,12 +403,12 @@ def test_on_many_devices():
   """The amax is the whole tensor's and the bits are those of its places. No operand moves."""
   recipe = Recipe.named("nvfp4")
   operands = [numbers(shape, i) for i, shape in enumerate(((128, 32), (64, 32), (128, 64)))]
-  want = all_three(recipe, *operands, KEY)
   specs = P("data"), P("tensor"), P("data", "tensor")
   placed = [place(a, spec) for a, spec in zip(operands, specs, strict=True)]
   compiled = all_three.lower(recipe, *placed, KEY).compile()
-  for out, right in zip(compiled(*placed, KEY), want, strict=True):
-    np.testing.assert_allclose(out, right, rtol=1e-5, atol=1e-4)
+  for out, want in zip(compiled(*placed, KEY), products("nvfp4", *operands), strict=True):
+    oracle.assert_within_bound(np.asarray(out), *want)
+    np.testing.assert_allclose(out, want[0], rtol=1e-5, atol=1e-4)
   kinds = {kind for kind, _ in collectives(compiled)}
   assert kinds == {"all-reduce"}  # of amaxes, and of sums over rows
 
@@ -452,7 +475,7 @@ def test_on_explicit_axes(operands):
 def test_within_shard_map_a_part_is_a_tensor(operands):
   x, w, g = operands
   recipe = OTHERS["g alone"]
-  halves = [all_three(recipe, x[i : i + 12], w, g[i : i + 12], KEY) for i in (0, 12)]
+  halves = [products("g alone", x[i : i + 12], w, g[i : i + 12]) for i in (0, 12)]
   two = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
   mapped = jax.jit(
     jax.shard_map(
@@ -463,6 +486,7 @@ def test_within_shard_map_a_part_is_a_tensor(operands):
     )
   )
   y, dx, dw = mapped(x, w, g)
+  halves = [[exact for exact, _ in half] for half in halves]
   np.testing.assert_allclose(y, np.concatenate([half[0] for half in halves]), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(dx, np.concatenate([half[1] for half in halves]), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(dw, halves[0][2] + halves[1][2], rtol=1e-5, atol=1e-4)
