@@ -210,8 +210,12 @@ def test_layers_in_stacks_are_the_same(mode, quantize_input):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
 @pytest.mark.parametrize("mode", PACKED)
 def test_no_layer_of_a_stack_is_copied(mode):
-  """On a GPU: a kernel reads one of the packed matrices where they are."""
-  cfg = dataclasses.replace(decoder.Config(), layers=3, vocab=128, mode=mode, scan=True)
+  """On a GPU: a kernel reads one of the packed matrices where they are.
+
+  Matrices are of two shapes only, so that they share kernels.
+  """
+  sizes = {"layers": 3, "vocab": 128, "kv_heads": 16, "ffn": 4096}
+  cfg = dataclasses.replace(decoder.Config(), **sizes, mode=mode, scan=True)
   params = jax.eval_shape(lambda: decoder.make_params(cfg, 3))
   cache = jax.eval_shape(lambda: decoder.empty_cache(cfg, BATCH, 8))
   token = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
