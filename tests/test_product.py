@@ -3,6 +3,7 @@ leaves x as it is."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -24,49 +25,77 @@ PACKED = (False, True)
 SHAPES += [(m, n, k) for m, n in ((1, 130), (33, 5), (130, 33)) for k in (None, 512, 4096)]
 
 
-def check(x, w, product, *, precision=None, **how):
-  args, kwargs, x_hat, w_hat = operands(x, w, product, **how)
-  out = product(*jax.device_put(args), **kwargs, precision=precision)
-  assert out.dtype == x.dtype
-  exact, mag = oracle.product(x_hat, w_hat)
-  # The reference keeps the bound of HIGHEST whatever is asked for.
-  oracle.assert_within_bound(np.asarray(out), exact, mag, highest=True)
-  return np.asarray(out), exact
+@functools.partial(jax.jit, static_argnums=0)
+def multiplied(calls, given):
+  """Products, each with a precision, of (args, kwargs)."""
+  return [
+    product(*args, **kwargs, precision=precision)
+    for (product, precision), (args, kwargs) in zip(calls, given, strict=True)
+  ]
 
 
-def shapes_by_program():
-  """Every size of n of what is the same else: one program takes half of the time of so many."""
-  sizes = {}
-  for product, (m, n, k), packed in (case.values for case in crossed(SHAPES, PACKED)):
-    sizes.setdefault((product, m, k, packed), []).append(n)
-  for (product, m, k, packed), ns in sizes.items():
-    name = f"{product}-{m}-{'_'.join(map(str, ns))}-{k}-{packed}"
-    yield pytest.param(product, m, ns, k, packed, id=name)
+def check(cases):
+  """Each of [(product, x, w, how)] within its bound; [(its result, what is exact)].
+
+  All by one program, which takes a third of the time to compile of so many.
+  """
+  calls, given, hats = [], [], []
+  for product, x, w, how in cases:
+    how = {"precision": None, **how}
+    calls.append((product, how.pop("precision")))
+    args, kwargs, *own_hats = operands(x, w, product, **how)
+    given.append((args, kwargs))
+    hats.append(own_hats)
+  outs = map(np.asarray, multiplied(tuple(calls), given))
+  results = []
+  for (product, x, w, how), out, own_hats in zip(cases, outs, hats, strict=True):
+    exact, mag = oracle.product(*own_hats)
+    try:
+      assert out.dtype == x.dtype
+      # The reference keeps the bound of HIGHEST whatever is asked for.
+      oracle.assert_within_bound(out, exact, mag, highest=True)
+    except AssertionError as error:
+      error.add_note(f"{product} of {x.dtype}{x.shape} and {w.dtype}{w.shape}, {how}")
+      raise
+    results.append((out, exact))
+  return results
+
+
+def by_program(cases):
+  """{what is the same: the other values of all cases that have it}, from pairs of the two."""
+  found = {}
+  for same, other in cases:
+    found.setdefault(same, []).append(other)
+  return found
+
+
+def shapes():
+  """Every size of m and n of what is the same else."""
+  cases = (case.values for case in crossed(SHAPES, PACKED))
+  sizes = by_program(((product, k, packed), (m, n)) for product, (m, n, k), packed in cases)
+  return [pytest.param(*same, own, id="-".join(map(str, same))) for same, own in sizes.items()]
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize(("product", "m", "ns", "k", "packed"), list(shapes_by_program()))
-def test_shapes(product, m, ns, k, packed):
+@pytest.mark.parametrize(("product", "k", "packed", "sizes"), shapes())
+def test_shapes(product, k, packed, sizes):
   k = k or oracle.MODES[product.mode].group
-  args, hats = [], []
-  for n in ns:
+  cases = []
+  for m, n in sizes:
     rng = np.random.default_rng(m * 1000 + n)
     x, w = (oracle.random(rng, (rows, k), "float32") for rows in (m, n))
-    own_args, _, *own_hats = operands(x, w, product, packed=packed)
-    args.append(own_args)
-    hats.append(own_hats)
-  outs = jax.jit(lambda args: [product(*own) for own in args])(args)
-  for n, out, own_hats in zip(ns, outs, hats, strict=True):
+    cases.append((product, x, w, {"packed": packed}))
+  for (m, n), (out, _) in zip(sizes, check(cases), strict=True):
     assert (out.shape, out.dtype) == ((m, n), np.float32)
-    # The reference keeps the bound of HIGHEST whatever is asked for.
-    oracle.assert_within_bound(np.asarray(out), *oracle.product(*own_hats), highest=True)
 
 
-@pytest.mark.parametrize("data", [oracle.random, oracle.with_outliers])
-@pytest.mark.parametrize(
-  ("product", "w_dtype", "x_dtype", "how"),
-  [
-    *crossed(oracle.DTYPES, oracle.DTYPES, ("on the fly", "packed"), every=3),
+def dtypes():
+  """Every pair of dtypes, of x and of w, of what is the same else."""
+  combinations = (
+    *(
+      case.values
+      for case in crossed(oracle.DTYPES, oracle.DTYPES, ("on the fly", "packed"), every=3)
+    ),
     *(
       (Product("nvfp4", quantizes_x), w_dtype, x_dtype, how)
       for how in ("global", "packed global")
@@ -74,26 +103,35 @@ def test_shapes(product, m, ns, k, packed):
       for x_dtype in oracle.DTYPES
       for quantizes_x in (True, False)[: 1 + (w_dtype == x_dtype)]
     ),
-  ],
-  ids=str,
-)
-def test_dtypes(product, how, x_dtype, w_dtype, data):
-  rng = np.random.default_rng(11)
-  # Small, so that float16 holds the sums of outliers.
-  x = (data(rng, (33, 512), "float32") / 64).astype(oracle.DTYPES[x_dtype])
-  w = (data(rng, (65, 512), "float32") / 64).astype(oracle.DTYPES[w_dtype])
-  out, exact = check(x, w, product, packed="packed" in how, global_scale="global" in how)
+  )
+  pairs = by_program(((product, how), (x, w)) for product, w, x, how in combinations)
+  return [pytest.param(*same, own, id="-".join(map(str, same))) for same, own in pairs.items()]
+
+
+@pytest.mark.parametrize("data", [oracle.random, oracle.with_outliers])
+@pytest.mark.parametrize(("product", "how", "pairs"), dtypes())
+def test_dtypes(product, how, pairs, data):
+  cases = []
+  for x_dtype, w_dtype in pairs:
+    rng = np.random.default_rng(11)
+    # Small, so that float16 holds the sums of outliers.
+    x = (data(rng, (33, 512), "float32") / 64).astype(oracle.DTYPES[x_dtype])
+    w = (data(rng, (65, 512), "float32") / 64).astype(oracle.DTYPES[w_dtype])
+    cases.append((product, x, w, {"packed": "packed" in how, "global_scale": "global" in how}))
+  results = check(cases)
   if data is oracle.random:
-    norm_bound = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 4e-4}[x_dtype]
-    assert oracle.relative_error(out, exact) <= norm_bound
+    for (x_dtype, _), (out, exact) in zip(pairs, results, strict=True):
+      norm_bound = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 4e-4}[x_dtype]
+      assert oracle.relative_error(out, exact) <= norm_bound
 
 
-@pytest.mark.parametrize("precision", [None, HIGHEST, jax.lax.Precision.DEFAULT])
 @pytest.mark.parametrize("x_dtype", oracle.DTYPES)
-def test_precision(x_dtype, precision):
+def test_precision(x_dtype):
   rng = np.random.default_rng(12)
   x, w = oracle.random(rng, (17, 256), x_dtype), oracle.random(rng, (31, 256), "float32")
-  check(x, w, Product("mxfp8", quantizes_x=x_dtype != "float16"), precision=precision)
+  product = Product("mxfp8", quantizes_x=x_dtype != "float16")
+  precisions = (None, HIGHEST, jax.lax.Precision.DEFAULT)
+  check([(product, x, w, {"precision": precision}) for precision in precisions])
 
 
 @pytest.mark.parametrize("product", [jaxqq.qqmm, jaxqq.quantized_matmul])
@@ -130,18 +168,17 @@ def test_preferred_element_type(kind, x_dtype, dtype):
     return kind(x, w, preferred_element_type=dtype)
 
   @jax.jit
-  def with_gradients(x, w):
+  def with_gradients(x, w, packed):
     out, pull = jax.vjp(product, x, w)
-    return out, *pull(jnp.ones_like(out))
+    again = kind.function(x, packed, preferred_element_type=jnp.dtype(dtype))
+    return out, *pull(jnp.ones_like(out)), again
 
-  out, dx, dw = with_gradients(x, w)
+  out, dx, dw, again = with_gradients(x, w, jaxqq.quantize_weight(w, kind.mode))
   out = np.asarray(out)
   assert out.dtype == oracle.DTYPES[dtype]
   exact, mag = oracle.product(kind.x_hat(x), oracle.round_trip(w, kind.mode))
   oracle.assert_within_bound(out, exact, mag)
   assert dx.dtype == x.dtype and dw.dtype == jnp.float32
-  packed = jaxqq.quantize_weight(w, kind.mode)
-  again = kind.function(x, packed, preferred_element_type=jnp.dtype(dtype))
   np.testing.assert_array_equal(again, out)
 
 
@@ -153,8 +190,7 @@ def test_group_scales_far_apart(product):
   powers = np.linspace(-reach, reach, 64).round().repeat(oracle.MODES[product.mode].group)
   x = (rng.standard_normal((9, powers.size)) * 2.0**powers).astype(np.float32)
   w = (rng.standard_normal((7, powers.size)) * 2.0**-powers).astype(np.float32)
-  check(x, w, product)
-  check(x, w, product, packed=True)
+  check([(product, x, w, {"packed": packed}) for packed in PACKED])
 
 
 @pytest.mark.parametrize("quantizes_x", [True, False])
@@ -164,7 +200,7 @@ def test_global_scales_of_every_size(magnitude, quantizes_x):
   rng = np.random.default_rng(14)
   x = (rng.standard_normal((9, 512)) * magnitude).astype(np.float32)
   w = (rng.standard_normal((7, 512)) * 1e-15).astype(np.float32)
-  out, exact = check(x, w, Product("nvfp4", quantizes_x), global_scale=True)
+  [(out, exact)] = check([(Product("nvfp4", quantizes_x), x, w, {"global_scale": True})])
   assert oracle.relative_error(out, exact) <= 1e-5
 
 
@@ -178,16 +214,18 @@ def test_golden(case, dtype):
   mode = case.removesuffix("g")
   x, w = (GOLDEN[name].astype(oracle.DTYPES[SHORT[dtype]]) for name in "xw")
   scales = (amax(x), amax(w)) if case.endswith("g") else (None, None)
-  for rows in (5,) if case == "nvfp4g" else (1, 5):
-    name = f"{case}.{dtype}.y{rows}"
+  sizes = (5,) if case == "nvfp4g" else (1, 5)
+  parts = [x[8 : 8 + rows] for rows in sizes]
+  global_scales = {"global_scale_x": scales[0], "global_scale_w": scales[1]}
+  outs = jax.jit(lambda parts, w: [jaxqq.qqmm(x, w, mode=mode, **global_scales) for x in parts])(
+    parts, w
+  )
+  for rows, part, out in zip(sizes, parts, outs, strict=True):
     exact, mag = oracle.product(
-      oracle.round_trip(x[8 : 8 + rows], mode, scales[0]), oracle.round_trip(w, mode, scales[1])
+      oracle.round_trip(part, mode, scales[0]), oracle.round_trip(w, mode, scales[1])
     )
     bound = {"f32": 1e-5, "bf16": 3e-3, "f16": 1.5e-3}[dtype]
-    assert oracle.relative_error(GOLDEN[name], exact) <= bound
-    out = jaxqq.qqmm(
-      x[8 : 8 + rows], w, mode=mode, global_scale_x=scales[0], global_scale_w=scales[1]
-    )
+    assert oracle.relative_error(GOLDEN[f"{case}.{dtype}.y{rows}"], exact) <= bound
     oracle.assert_within_bound(np.asarray(out), exact, mag)
 
 
@@ -202,15 +240,22 @@ BATCHES = [
 ]
 
 
+def crossed_by_product(*values):
+  """(product, the combinations of values that it is crossed with)."""
+  combinations = by_program((case.values[0], case.values[1:]) for case in crossed(*values))
+  return [pytest.param(*of_one, id=str(of_one[0])) for of_one in combinations.items()]
+
+
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize(("product", "batches", "packed"), crossed(BATCHES, PACKED))
-def test_batch_axes_broadcast(product, batches, packed):
-  rng, (x_batch, w_batch) = np.random.default_rng(15), batches
-  x, w = (
-    oracle.random(rng, (*x_batch, 5, 64), "float32"),
-    oracle.random(rng, (*w_batch, 7, 64), "float32"),
-  )
-  check(x, w, product, packed=packed)
+@pytest.mark.parametrize(("product", "combinations"), crossed_by_product(BATCHES, PACKED))
+def test_batch_axes_broadcast(product, combinations):
+  cases = []
+  for (x_batch, w_batch), packed in combinations:
+    rng = np.random.default_rng(15)
+    x = oracle.random(rng, (*x_batch, 5, 64), "float32")
+    w = oracle.random(rng, (*w_batch, 7, 64), "float32")
+    cases.append((product, x, w, {"packed": packed}))
+  check(cases)
 
 
 @pytest.mark.parametrize("product", [PRODUCTS[0], PRODUCTS[-1]], ids=str)
@@ -228,11 +273,12 @@ def test_a_vector(w_batch, product):
 def test_scales_as_float8(product):
   rng = np.random.default_rng(17)
   x, w = oracle.random(rng, (5, 64), "bfloat16"), oracle.random(rng, (7, 64), "bfloat16")
-  packed, scales = jaxqq.quantize(w, mode=product.mode)
-  out = product(x, packed, scales)
-  as_float8 = np.asarray(scales).view(oracle.MODES[product.mode].scale)
-  np.testing.assert_array_equal(product(x, packed, as_float8), out)
-  np.testing.assert_array_equal(product(x, w), out)
+  packed, scales = oracle.quantize(w, product.mode)
+  as_float8 = scales.view(oracle.MODES[product.mode].scale)
+  products = jax.jit(lambda *ws: [product(x, *args) for args in ws])
+  out, *others = products((packed, scales), (packed, as_float8), (w,))
+  for other in others:
+    np.testing.assert_array_equal(other, out)
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
@@ -242,21 +288,26 @@ def test_what_is_not_finite_stays_in_its_row(product):
   x[1, 3], w[2, 5] = np.nan, np.inf
   nan = np.zeros((5, 7), bool)
   nan[1], nan[:, 2] = True, True
-  np.testing.assert_array_equal(np.isnan(product(x, w)), nan)
-  np.testing.assert_array_equal(np.isnan(product(x, *jaxqq.quantize(w, mode=product.mode))), nan)
+  products = jax.jit(lambda *ws: [product(x, *args) for args in ws])
+  for out in products((w,), oracle.quantize(w, product.mode)):
+    np.testing.assert_array_equal(np.isnan(out), nan)
 
 
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
-  ("product", "rows", "packed"), crossed([(1, 130), (2, 130), (130, 1), (1, 1)], PACKED)
+  ("product", "combinations"),
+  crossed_by_product([(1, 130), (2, 130), (130, 1), (1, 1)], PACKED),
 )
-def test_single_rows_of_one_sign_and_many_magnitudes(product, rows, packed):
+def test_single_rows_of_one_sign_and_many_magnitudes(product, combinations):
   """Sums without cancellation show what the order of summation costs."""
-  rng, (m, n) = np.random.default_rng(21), rows
-  k, group = 14336, oracle.MODES[product.mode].group
-  powers = (2.0 ** rng.integers(-8, 8, k // group)).repeat(group)
-  x, w = (np.abs(rng.standard_normal((rows, k)) * powers).astype(np.float32) for rows in (m, n))
-  check(x, w, product, packed=packed)
+  cases = []
+  for sizes, packed in combinations:
+    rng = np.random.default_rng(21)
+    k, group = 14336, oracle.MODES[product.mode].group
+    powers = (2.0 ** rng.integers(-8, 8, k // group)).repeat(group)
+    x, w = (np.abs(rng.standard_normal((size, k)) * powers).astype(np.float32) for size in sizes)
+    cases.append((product, x, w, {"packed": packed}))
+  check(cases)
 
 
 def test_zeros_give_zeros():
@@ -293,16 +344,23 @@ def test_the_reference_asks_for_float32_products(packed, product):
 
 
 @pytest.mark.parametrize("mode", oracle.MODES)
-@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
-def test_no_bit_of_x_is_lost(x_dtype, mode):
+def test_no_bit_of_x_is_lost(mode):
   """A w of one 1 a row picks x out, bit by bit; qqmm rounds it to codes."""
-  rng, m = np.random.default_rng(22), oracle.MODES[mode]
-  x = oracle.random(rng, (5, 64), x_dtype)
+  m = oracle.MODES[mode]
+  xs = [oracle.random(np.random.default_rng(22), (5, 64), x_dtype) for x_dtype in oracle.DTYPES]
   packed = oracle.pack(np.eye(64).astype(m.element).view(np.uint8), mode)
   scales = np.ones((64, 64 // m.group), m.scale)
-  out = np.asarray(jaxqq.quantized_matmul(x, packed, scales, mode=mode))
-  np.testing.assert_array_equal(out.view(np.uint8), x.view(np.uint8))
-  assert (np.asarray(jaxqq.qqmm(x, packed, scales, mode=mode)) != x).any()
+
+  @jax.jit
+  def products(xs, packed, scales):
+    functions = jaxqq.quantized_matmul, jaxqq.qqmm
+    return [[f(x, packed, scales, mode=mode) for f in functions] for x in xs]
+
+  for x, outs in zip(xs, products(xs, packed, scales), strict=True):
+    out, rounded = map(np.asarray, outs)
+    assert out.dtype == rounded.dtype == x.dtype
+    np.testing.assert_array_equal(out.view(np.uint8), x.view(np.uint8))
+    assert (rounded != x).any()
 
 
 @pytest.mark.parametrize("mode", ["mxfp8", "mxfp4"])
@@ -315,5 +373,4 @@ def test_float16_beside_scales_beyond_its_range(mode, exponent):
     w[:, :32] *= np.float32(2.0**exponent)
   else:  # what it is multiplied by is 0, or the result would be infinite
     w[:, :32], x[:, :32] = w[:, :32] * np.float32(2.0**exponent), 0
-  for packed in (False, True):
-    check(x, w, Product(mode, False), packed=packed)
+  check([(Product(mode, False), x, w, {"packed": packed}) for packed in PACKED])
