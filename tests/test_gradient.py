@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -28,11 +29,27 @@ def data(*shapes, seed=20):
   return [oracle.random(rng, shape, "float32") for shape in shapes]
 
 
+def gradients(product, backward, operands):
+  """(dx, dw) of each of some x, w, g, by one program."""
+
+  @jax.jit
+  def cotangents(operands):
+    f = functools.partial(product, backward=backward)
+    return [jax.vjp(f, x, w)[1](g) for x, w, g in operands]
+
+  return jax.tree.map(np.asarray, cotangents(operands))
+
+
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 def test_quantized_backward_reproduces_mlx(mode):
   x, w, g = (GOLDEN[name] for name in "xwg")
-  y, pullback = jax.vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward="quantized"), x, w)
-  for name, value in zip(("y", "dx", "dw"), (y, *pullback(jnp.asarray(g))), strict=True):
+
+  @jax.jit
+  def with_gradients(x, w, g):
+    y, pullback = jax.vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward="quantized"), x, w)
+    return y, *pullback(g)
+
+  for name, value in zip(("y", "dx", "dw"), with_gradients(x, w, g), strict=True):
     assert oracle.relative_error(value, GOLDEN[f"{mode}.vjp.{name}"]) <= 1e-6
 
 
@@ -94,29 +111,41 @@ def test_global_scales(backward, packed):
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 7), (16, 48), (33, 100), (0, 8), (8, 0)])
 @pytest.mark.parametrize("mode", MODES)
-def test_quantized_backward_pads_to_whole_groups(mode, m, n):
-  x, w, g = data((m, 64), (n, 64), (m, n))
-  dx, dw = vjp(lambda x, w: jaxqq.qqmm(x, w, mode=mode, backward="quantized"), x, w, g=g)
-  assert dx.shape == x.shape and dw.shape == w.shape
-  np.testing.assert_allclose(dx, quantized_product(g, w.T, mode), rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(dw, quantized_product(g.T, x.T, mode), rtol=1e-5, atol=1e-5)
+def test_quantized_backward_pads_to_whole_groups(mode):
+  sizes = (1, 1), (5, 7), (16, 48), (33, 100), (0, 8), (8, 0)
+  operands = [data((m, 64), (n, 64), (m, n)) for m, n in sizes]
+  for (x, w, g), (dx, dw) in zip(
+    operands, gradients(Product(mode), "quantized", operands), strict=True
+  ):
+    assert dx.shape == x.shape and dw.shape == w.shape
+    np.testing.assert_allclose(dx, quantized_product(g, w.T, mode), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, quantized_product(g.T, x.T, mode), rtol=1e-5, atol=1e-5)
+
+
+BATCHES = [((2, 3), ()), ((2, 3), (3,)), ((), (4,)), ((3,), (2, 1)), ((2, 3), (2, 3))]
+
+
+@functools.cache
+def gradients_of_batches(backward):
+  """{batches: (x, w, g), (dx, dw)}, by one program."""
+  shapes = [
+    ((*x_batch, 32, 96), (*w_batch, 64, 96), (*np.broadcast_shapes(x_batch, w_batch), 32, 64))
+    for x_batch, w_batch in BATCHES
+  ]
+  operands = [data(*of_batch) for of_batch in shapes]
+  found = gradients(Product("mxfp8", backward != "weights"), backward, operands)
+  return dict(zip(BATCHES, zip(operands, found, strict=True), strict=True))
 
 
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("backward", ["straight_through", "quantized", "weights"])
-@pytest.mark.parametrize(
-  ("x_batch", "w_batch"),
-  [((2, 3), ()), ((2, 3), (3,)), ((), (4,)), ((3,), (2, 1)), ((2, 3), (2, 3))],
-)
+@pytest.mark.parametrize(("x_batch", "w_batch"), BATCHES)
 def test_batch_axes(x_batch, w_batch, backward):
   """Gradients of a broadcast operand are sums over the axes it was broadcast along."""
-  mode, (m, n, k) = "mxfp8", (32, 64, 96)
+  mode = "mxfp8"
   product = Product(mode, backward != "weights")
-  out_batch = np.broadcast_shapes(x_batch, w_batch)
-  x, w, g = data((*x_batch, m, k), (*w_batch, n, k), (*out_batch, m, n))
-  dx, dw = vjp(lambda x, w: product(x, w, backward=backward), x, w, g=g)
+  (x, w, g), (dx, dw) = gradients_of_batches(backward)[x_batch, w_batch]
   assert dx.shape == x.shape and dw.shape == w.shape
   # m and n are whole groups, so summing over more rows is summing products.
   g_t, x_t, w_t = (np.swapaxes(a, -1, -2) for a in (g, x, w))
@@ -130,20 +159,31 @@ def test_batch_axes(x_batch, w_batch, backward):
     assert oracle.relative_error(grad, full.sum(axes).reshape(grad.shape)) <= 1e-6
 
 
+# w's dtypes and x's.
+PAIRS = {backward: list(itertools.product(oracle.DTYPES, oracle.DTYPES)) for backward in BACKWARDS}
+PAIRS["weights"] = list(itertools.pairwise((*oracle.DTYPES, "float32", "bfloat16")))
+
+
+@functools.cache
+def gradients_of_dtypes(backward):
+  """{dtypes: (x, w, g), (dx, dw)}, by one program."""
+  operands = []
+  for w_dtype, x_dtype in PAIRS[backward]:
+    x, w, g = data((16, 64), (32, 64), (16, 32))
+    x, w = x.astype(oracle.DTYPES[x_dtype]), w.astype(oracle.DTYPES[w_dtype])
+    operands.append((x, w, g.astype(x.dtype)))
+  found = gradients(Product("mxfp8", backward != "weights"), backward, operands)
+  return dict(zip(PAIRS[backward], zip(operands, found, strict=True), strict=True))
+
+
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("backward", "w_dtype", "x_dtype"),
-  [
-    *itertools.product(BACKWARDS, oracle.DTYPES, oracle.DTYPES),
-    *(("weights", *pair) for pair in itertools.pairwise((*oracle.DTYPES, "float32", "bfloat16"))),
-  ],
+  [(backward, *pair) for backward, pairs in PAIRS.items() for pair in pairs],
 )
 def test_gradients_have_the_dtype_of_their_operand(x_dtype, w_dtype, backward):
   product = Product("mxfp8", backward != "weights")
-  x, w, g = data((16, 64), (32, 64), (16, 32))
-  x, w = x.astype(oracle.DTYPES[x_dtype]), w.astype(oracle.DTYPES[w_dtype])
-  g = g.astype(x.dtype)
-  dx, dw = vjp(lambda x, w: product(x, w, backward=backward), x, w, g=g)
+  (x, w, g), (dx, dw) = gradients_of_dtypes(backward)[w_dtype, x_dtype]
   assert dx.dtype == x.dtype and dw.dtype == w.dtype
   as_f64 = [np.asarray(a, np.float64) for a in (x, w, g)]
   if backward == "quantized":
@@ -166,13 +206,18 @@ def test_forward_mode_is_straight_through(product, backward):
     return product(x, w, backward=backward)
 
   want = dx.astype(np.float64) @ product.w_of_dx(w).T + x.astype(np.float64) @ dw.T
-  y, tangent = jax.jvp(f, (x, w), (dx, dw))
-  np.testing.assert_array_equal(y, f(x, w))
-  assert oracle.relative_error(tangent, want) <= 1e-6
-  y, linear = jax.linearize(f, x, w)
-  np.testing.assert_array_equal(y, f(x, w))
-  assert oracle.relative_error(linear(dx, dw), want) <= 1e-6
-  (jacobian,) = jax.jacfwd(lambda w: f(x[:2], w), argnums=(0,))(w)
+
+  @jax.jit
+  def derivatives(x, w, dx, dw):
+    linearized, linear = jax.linearize(f, x, w)
+    (jacobian,) = jax.jacfwd(lambda w: f(x[:2], w), argnums=(0,))(w)
+    return jax.jvp(f, (x, w), (dx, dw)), (linearized, linear(dx, dw)), jacobian
+
+  *both, jacobian = derivatives(x, w, dx, dw)
+  out = jax.jit(f)(x, w)
+  for y, tangent in both:
+    np.testing.assert_array_equal(y, out)
+    assert oracle.relative_error(tangent, want) <= 1e-6
   want = np.einsum("mk,no->mnok", x[:2].astype(np.float64), np.eye(7))
   assert oracle.relative_error(jacobian, want) <= 1e-6
 
@@ -202,12 +247,16 @@ def test_second_derivatives(product, backward):
   # derivative in the direction v is (x v^T)^T x.
   x64, v64 = x.astype(np.float64), v.astype(np.float64)
   want = (x64 @ v64.T).T @ x64
-  hvps = {
-    "forward over reverse": jax.jvp(jax.grad(loss), (w,), (v,))[1],
-    "reverse over reverse": jax.grad(lambda w: jnp.vdot(jax.grad(loss)(w), v))(w),
-    "reverse over forward": jax.grad(lambda w: jax.jvp(loss, (w,), (v,))[1])(w),
-  }
-  for name, hvp in hvps.items():
+
+  @jax.jit
+  def hvps(w):
+    return {
+      "forward over reverse": jax.jvp(jax.grad(loss), (w,), (v,))[1],
+      "reverse over reverse": jax.grad(lambda w: jnp.vdot(jax.grad(loss)(w), v))(w),
+      "reverse over forward": jax.grad(lambda w: jax.jvp(loss, (w,), (v,))[1])(w),
+    }
+
+  for name, hvp in hvps(w).items():
     if backward == "straight_through" or name == "forward over reverse":
       assert oracle.relative_error(hvp, want) <= 2e-6, name
     else:
@@ -223,17 +272,19 @@ def test_mixed_second_derivatives(product, backward):
   def dw(x):
     return jax.grad(lambda w: jnp.vdot(g, product(x, w, backward=backward)))(w)
 
-  tangent = jax.jvp(dw, (x,), (dx,))[1]
-  assert oracle.relative_error(tangent, g.T.astype(np.float64) @ dx) <= 1e-6
-
   def tangent_of(x, w):
     return jax.jvp(lambda x: product(x, w), (x,), (dx,))[1]
 
+  @jax.jit
+  def derivatives(x, w, dx):
+    second = jax.jvp(lambda w: tangent_of(x, w), (w,), (w,))[1]
+    return jax.jvp(dw, (x,), (dx,))[1], *jax.vjp(tangent_of, x, w)[1](g), second
+
+  tangent, grad_x, grad_w, second = map(np.asarray, derivatives(x, w, dx))
+  assert oracle.relative_error(tangent, g.T.astype(np.float64) @ dx) <= 1e-6
   # y' = dx w^T (x as it is: dx w_hat^T): straight-through in w, independent of x.
-  grad_x, grad_w = vjp(tangent_of, x, w, g=g)
   assert not grad_x.any()
   assert oracle.relative_error(grad_w, g.T.astype(np.float64) @ dx) <= 1e-6
-  _, second = jax.jvp(lambda w: tangent_of(x, w), (w,), (w,))
   assert oracle.relative_error(second, dx.astype(np.float64) @ w.T) <= 1e-6
 
 
@@ -248,12 +299,16 @@ def test_the_gradient_of_the_gradient_of_x_as_it_is(w_batch):
   def dx(x, w, g):
     return jax.vjp(lambda x: product(x, w), x)[1](g)[0]
 
-  got = jax.grad(lambda *a: jnp.vdot(v, dx(*a)), (0, 1, 2))(*map(jnp.asarray, (x, w, g)))
+  @jax.jit
+  def derivatives(x, w, g):
+    gradients = jax.grad(lambda *a: jnp.vdot(v, dx(*a)), (0, 1, 2))(x, w, g)
+    return gradients, jax.jvp(dx, (x, w, g), (x, u, h))[1]
+
+  got, tangent = jax.tree.map(np.asarray, derivatives(x, w, g))
   v64, w_hat = v.astype(np.float64), product.w_of_dx(w)
   assert not got[0].any()
   assert oracle.relative_error(got[1], np.swapaxes(g, -1, -2).astype(np.float64) @ v64) <= 1e-6
   assert oracle.relative_error(got[2], v64 @ np.swapaxes(w_hat, -1, -2)) <= 1e-6
-  tangent = jax.jvp(dx, (x, w, g), (x, u, h))[1]
   want = h.astype(np.float64) @ w_hat + g.astype(np.float64) @ u
   assert oracle.relative_error(tangent, want.sum(0) if w_batch else want) <= 1e-6
 
