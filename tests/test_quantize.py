@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,7 +22,20 @@ MODES = tuple(oracle.MODES)
 def check_bits(w, mode, global_scale=None, *, jit=True):
   """quantize(w) has the oracle's bits."""
   with jax.disable_jit(not jit):
-    packed, scales = jaxqq.quantize(w, mode=mode, global_scale=global_scale)
+    got = jaxqq.quantize(w, mode=mode, global_scale=global_scale)
+  return check_bits_of(got, w, mode, global_scale)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def there_and_back(ws, mode):
+  """Each w quantized, and that as float32: several by one program."""
+  quantized = [jaxqq.quantize(w, mode=mode) for w in ws]
+  return [(own, jaxqq.dequantize(*own, mode=mode, dtype=jnp.float32)) for own in quantized]
+
+
+def check_bits_of(got, w, mode, global_scale=None):
+  """The codes and scales that were got of w are the oracle's."""
+  packed, scales = got
   want_codes, want_scales = oracle.quantize_codes(np.asarray(w), mode, global_scale)
   assert packed.dtype == np.uint32 and scales.dtype == np.uint8
   np.testing.assert_array_equal(np.asarray(scales), want_scales)
@@ -117,11 +132,17 @@ def test_scale_boundaries(mode):
   check_bits(groups, mode)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_extremes(mode, dtype):
-  """Zeros of both signs, subnormals, the largest numbers, all in one array."""
-  info = ml_dtypes.finfo(oracle.DTYPES[dtype])
+def test_extremes(mode):
+  """Zeros of both signs, subnormals, the largest numbers, all in one array of each dtype."""
+  ws = [extremes(dtype) for dtype in oracle.DTYPES.values()]
+  for w, (got, _) in zip(ws, there_and_back(ws, mode), strict=True):
+    check_bits_of(got, w, mode)
+    check_bits(w, mode, jit=False)
+
+
+def extremes(dtype):
+  info = ml_dtypes.finfo(dtype)
   rows = [
     0.0,
     -0.0,
@@ -131,30 +152,27 @@ def test_extremes(mode, dtype):
     -float(info.max),
     float(np.finfo(np.float32).smallest_subnormal) * 1000,
   ]
-  w = np.zeros((2 * len(rows), 64), oracle.DTYPES[dtype])
+  w = np.zeros((2 * len(rows), 64), dtype)
   for i, value in enumerate(rows):
     w[i] = value
     w[len(rows) + i, ::7] = value
-  for jit in (True, False):
-    check_bits(w, mode, jit=jit)
+  return w
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_not_finite_poisons_its_group(mode, dtype):
+def test_what_is_not_finite_poisons_its_group(mode):
   m = oracle.MODES[mode]
-  rng = np.random.default_rng(3)
-  w = oracle.random(rng, (4, 4 * m.group), dtype)
-  w[0, 3] = np.nan
-  w[1, m.group] = np.inf
-  w[2, 4 * m.group - 1] = -np.inf
-  check_bits(w, mode)
-  packed, scales = jaxqq.quantize(w, mode=mode)
-  values = np.asarray(jaxqq.dequantize(packed, scales, mode=mode, dtype=jnp.float32))
+  ws = [oracle.random(np.random.default_rng(3), (4, 4 * m.group), dtype) for dtype in oracle.DTYPES]
+  for w in ws:
+    w[0, 3] = np.nan
+    w[1, m.group] = np.inf
+    w[2, 4 * m.group - 1] = -np.inf
   nan = np.zeros((4, 4), bool)
   nan[0, 0] = nan[1, 1] = nan[2, 3] = True
-  np.testing.assert_array_equal(np.isnan(values), np.repeat(nan, m.group, axis=1))
-  assert (np.asarray(scales)[nan] == (0x7F if mode == "nvfp4" else 0xFF)).all()
+  for w, (got, values) in zip(ws, there_and_back(ws, mode), strict=True):
+    check_bits_of(got, w, mode)
+    np.testing.assert_array_equal(np.isnan(values), np.repeat(nan, m.group, axis=1))
+    assert (np.asarray(got[1])[nan] == (0x7F if mode == "nvfp4" else 0xFF)).all()
 
 
 @pytest.mark.parametrize("global_scale", [np.nan, np.inf, -1.0])
@@ -184,41 +202,48 @@ def test_global_scales_of_every_size(magnitude):
     check_bits(w, "nvfp4", global_scale, jit=False)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-@pytest.mark.parametrize("scales_as", ["uint8", "float8"])
 @pytest.mark.parametrize("mode", MODES)
-def test_dequantize_every_code_under_every_scale(mode, scales_as, dtype):
+def test_dequantize_every_code_under_every_scale(mode):
+  """Scales as uint8 and as float8, to every dtype."""
   m = oracle.MODES[mode]
   codes = np.resize(np.arange(1 << m.bits, dtype=np.uint8), max(1 << m.bits, m.group))
   codes = np.broadcast_to(codes, (256, codes.size))
   scales = np.broadcast_to(
     np.arange(256, dtype=np.uint8)[:, None], (256, codes.shape[1] // m.group)
   )
-  out = jaxqq.dequantize(
-    oracle.pack(codes, mode),
-    np.ascontiguousarray(scales).view(m.scale) if scales_as == "float8" else scales,
-    mode=mode,
-    dtype=oracle.DTYPES[dtype],
-  )
-  assert out.dtype == oracle.DTYPES[dtype]
-  exact = oracle.values(np.ascontiguousarray(codes), np.ascontiguousarray(scales), mode)
-  with np.errstate(all="ignore"):
-    want = exact.astype(np.float32).astype(oracle.DTYPES[dtype])
-  np.testing.assert_array_equal(np.asarray(out).astype(np.float64), want.astype(np.float64))
-  assert (np.signbit(np.asarray(out, np.float32)) == np.signbit(want.astype(np.float32)))[
-    ~np.isnan(exact)
-  ].all()
+  codes, scales = map(np.ascontiguousarray, (codes, scales))
+
+  @jax.jit
+  def dequantized(packed, *scales):
+    return [
+      {
+        dtype: jaxqq.dequantize(packed, own, mode=mode, dtype=oracle.DTYPES[dtype])
+        for dtype in oracle.DTYPES
+      }
+      for own in scales
+    ]
+
+  exact = oracle.values(codes, scales, mode)
+  for outs in dequantized(oracle.pack(codes, mode), scales, scales.view(m.scale)):
+    for dtype, out in outs.items():
+      assert out.dtype == oracle.DTYPES[dtype]
+      with np.errstate(all="ignore"):
+        want = exact.astype(np.float32).astype(oracle.DTYPES[dtype])
+      np.testing.assert_array_equal(np.asarray(out).astype(np.float64), want.astype(np.float64))
+      assert (np.signbit(np.asarray(out, np.float32)) == np.signbit(want.astype(np.float32)))[
+        ~np.isnan(exact)
+      ].all()
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_any_number_of_axes_and_size_zero(mode):
   group = oracle.MODES[mode].group
   rng = np.random.default_rng(5)
-  for shape in [(group,), (3, 0), (0, group), (2, 3, 2 * group), (2, 1, 3, 2, group), (0,)]:
-    w = oracle.random(rng, shape, "float32")
-    check_bits(w, mode)
-    packed, scales = jaxqq.quantize(jnp.asarray(w), mode=mode)
-    assert jaxqq.dequantize(packed, scales, mode=mode).shape == shape
+  shapes = (group,), (3, 0), (0, group), (2, 3, 2 * group), (2, 1, 3, 2, group), (0,)
+  ws = [oracle.random(rng, shape, "float32") for shape in shapes]
+  for w, (got, values) in zip(ws, there_and_back(ws, mode), strict=True):
+    check_bits_of(got, w, mode)
+    assert values.shape == w.shape
 
 
 @pytest.mark.parametrize("mode", oracle.MODES)

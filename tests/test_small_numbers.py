@@ -104,21 +104,37 @@ def check_product(out, exact, mag, lost=0.0):
 )
 def test_product(how, amax_x):
   """Of constants, XLA would multiply one factor by the other."""
-  for amax_w in AMAXES if how == "jit" else (1e-45, 3e-35, 1e-20, 1e-17, 1.0, 3e38):
-    x, w, scale_x, scale_w = operands(amax_x, amax_w)
+  amaxes = AMAXES if how == "jit" else (1e-45, 3e-35, 1e-20, 1e-17, 1.0, 3e38)
+  given = [operands(amax_x, amax_w) for amax_w in amaxes]
+  if how == "constants":
+    outs = products_of_constants(given)
+  elif how == "packed":
+    weights = [
+      jaxqq.quantize_weight(w, global_scale=jnp.asarray(scale_w)) for _, w, _, scale_w in given
+    ]
+    outs = [
+      jaxqq.qqmm(x, weight, global_scale_x=scale_x)
+      for (x, _, scale_x, _), weight in zip(given, weights, strict=True)
+    ]
+  else:
+    with jax.disable_jit(how == "eager"):
+      outs = [qqmm(*own) for own in given]
+  for (x, w, scale_x, scale_w), out in zip(given, outs, strict=True):
     exact, mag = oracle.product(
       oracle.round_trip(x, "nvfp4", scale_x), oracle.round_trip(w, "nvfp4", scale_w)
     )
-    if how == "constants":
-      out = jax.jit(lambda x, w, a=scale_x, b=scale_w: jaxqq.qqmm(
-        x, w, global_scale_x=a, global_scale_w=b))(x, w)  # fmt: skip
-    elif how == "packed":
-      weight = jaxqq.quantize_weight(w, global_scale=jnp.asarray(scale_w))
-      out = jaxqq.qqmm(x, weight, global_scale_x=scale_x)
-    else:
-      with jax.disable_jit(how == "eager"):
-        out = qqmm(x, w, scale_x, scale_w)
     check_product(out, exact, mag)
+
+
+def products_of_constants(given):
+  """The scales are the program's, which is one for all."""
+
+  @jax.jit
+  def products(pairs):
+    how = [{"global_scale_x": a, "global_scale_w": b} for _, _, a, b in given]
+    return [jaxqq.qqmm(x, w, **own) for (x, w), own in zip(pairs, how, strict=True)]
+
+  return products([own[:2] for own in given])
 
 
 @jax.jit
