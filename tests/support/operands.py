@@ -94,7 +94,7 @@ def amax(a):
 
 def arguments(w, mode, packed):
   """What stands for w among the arguments of qqmm: itself, or its codes and scales."""
-  return jaxqq.quantize(w, mode=mode) if packed else (w,)
+  return oracle.quantize(np.asarray(w), mode) if packed else (w,)
 
 
 def operands(x, w, product, *, packed=False, global_scale=False):
