@@ -159,7 +159,7 @@ def test_per_example_gradients(mode, backward):
   per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
   one = jax.jit(jax.grad(loss))
   want = [one(w, x[i], g[i]) for i in range(4)]
-  np.testing.assert_allclose(per_example(w, x, g), np.stack(want), **CLOSE)
+  np.testing.assert_allclose(jax.jit(per_example)(w, x, g), np.stack(want), **CLOSE)
   n = 2 if backward == "quantized" else 1
   assert equations(per_example, w, x, g) == {"qqmm": n, "scan": 0, "while": 0}
 
@@ -168,19 +168,23 @@ def test_per_example_gradients(mode, backward):
 def test_per_example_gradients_with_global_scales(backward):
   """Each example has scales of its own, and in the quantized backward its own amax of g."""
   x, w, g = data((4, 5, 64), (7, 64), (4, 5, 7))
-  x, g = (a * 4.0 ** jnp.arange(4.0).reshape(4, 1, 1) for a in (x, g))
-  sx, sw = jnp.max(jnp.abs(x), axis=(1, 2)), amax(w)
+  x, g = (a * np.float32(4) ** np.arange(4, dtype=np.float32).reshape(4, 1, 1) for a in (x, g))
+  sx, sw = np.abs(x).max(axis=(1, 2)), amax(w)
 
   def loss(w, x, sx, g):
     y = jaxqq.qqmm(x, w, global_scale_x=sx, global_scale_w=sw, backward=backward)
     return jnp.vdot(g, y)
 
-  per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0))(w, x, sx, g)
+  @jax.jit
+  def gradients(w, x, sx, g):
+    per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0))(w, x, sx, g)
+    # The other order: one gradient of the sum, along whose axis the scales differ.
+    return per_example, jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0, 0, 0))(w, x, sx, g)))(w)
+
+  per_example, total = gradients(w, x, sx, g)
   one = jax.jit(jax.grad(loss))
   want = np.stack([one(w, x[i], sx[i], g[i]) for i in range(4)])
   np.testing.assert_allclose(per_example, want, rtol=1e-5, atol=1e-3)
-  # The other order: one gradient of the sum, along whose axis the scales differ.
-  total = jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0, 0, 0))(w, x, sx, g)))(w)
   np.testing.assert_allclose(total, want.sum(0), rtol=1e-5, atol=1e-2)
 
 
@@ -200,14 +204,14 @@ def test_scan_and_remat(product, packed, backward):
       x, _ = layer(x, tuple(a[i] for a in args))
     return jnp.sum(x**2)
 
+  def scanned(body):
+    return lambda x, args: jnp.sum(jax.lax.scan(body, x, args)[0] ** 2)
+
   wrt = (0,) if packed else (0, 1)
-  want = jax.value_and_grad(looped, argnums=wrt)(x, args)
-  for body in (layer, jax.checkpoint(layer)):
-
-    def scanned(x, args, body=body):
-      return jnp.sum(jax.lax.scan(body, x, args)[0] ** 2)
-
-    got = jax.jit(jax.value_and_grad(scanned, argnums=wrt))(x, args)
+  ways = looped, scanned(layer), scanned(jax.checkpoint(layer))
+  all_of_them = jax.jit(lambda *a: [jax.value_and_grad(f, argnums=wrt)(*a) for f in ways])
+  want, *others = all_of_them(x, args)
+  for got in others:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
@@ -332,7 +336,7 @@ def test_with_64_bit_types_enabled(product, packed):
   x, w = data((5, 64), (7, 64))
   want = product(x, *arguments(w, product.mode, packed))
   with jax.enable_x64(True):
-    args = arguments(w, product.mode, packed)
+    args = jaxqq.quantize(w, mode=product.mode) if packed else (w,)
 
     @jax.jit
     def with_gradient(x, *args):
