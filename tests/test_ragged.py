@@ -105,21 +105,24 @@ def test_global_scales(packed):
     pairs = [oracle.quantize(a, "nvfp4", scale) for a, scale in zip(w, of_w, strict=True)]
     args = tuple(map(np.stack, zip(*pairs, strict=True)))
 
-  def out(of_x, of_w):
-    how = {"global_scale_x": of_x, "global_scale_w": of_w}
-    return jax.jit(lambda x, sizes, *args: call(PRODUCTS[0], x, args[0], sizes, *args[1:], **how))(
-      x, np.int32(sizes), *args
-    )
-
-  check(out(amax(x), of_w), hat(x, amax(x)), w_hat, of_row)
-  x_hat = np.concatenate([hat(x[of_row == i], of_x[i]) for i in range(G)])
-  check(out(of_x, of_w), x_hat, w_hat, of_row)
+  ways = [(amax(x), of_w), (of_x, of_w)]
   if not packed:
-    np.testing.assert_array_equal(out("amax", "amax"), out(amax(x), of_w))
-    check(out(amax(x), amax(w)), hat(x, amax(x)), hat(w, amax(w)), of_row)
-  weights = call(
-    Product("nvfp4", False), x, args[0], sizes_of(sizes), *args[1:], global_scale_w=of_w
-  )
+    ways += [("amax", "amax"), (amax(x), amax(w))]
+
+  @jax.jit
+  def products(x, sizes, w, *scales):
+    weights = call(Product("nvfp4", False), x, w, sizes, *scales, global_scale_w=of_w)
+    how = [{"global_scale_x": a, "global_scale_w": b} for a, b in ways]
+    return weights, *(call(PRODUCTS[0], x, w, sizes, *scales, **own) for own in how)
+
+  weights, of_one, of_groups, *others = products(x, np.int32(sizes), *args)
+  check(of_one, hat(x, amax(x)), w_hat, of_row)
+  x_hat = np.concatenate([hat(x[of_row == i], of_x[i]) for i in range(G)])
+  check(of_groups, x_hat, w_hat, of_row)
+  if not packed:
+    by_amax, of_one_w = others
+    np.testing.assert_array_equal(by_amax, of_one)
+    check(of_one_w, hat(x, amax(x)), hat(w, amax(w)), of_row)
   check(weights, x.astype(np.float64), w_hat, of_row)
 
 

@@ -79,7 +79,7 @@ def test_rows_in_groups_by_xla(seeds):
 
 
 def assert_gradients_are_right(seeds):
-  found = {seed: gradients.run(gradients.gradient_of(seed)) for seed in seeds}
+  found = dict(zip(seeds, gradients.run(list(map(gradients.gradient_of, seeds))), strict=True))
   failed = [f"{wrong}\n  {gradients.again(seed)}" for seed, wrong in found.items() if wrong]
   assert not failed, "\n".join(failed)
 

@@ -70,24 +70,32 @@ def cotangent(gradient: Gradient) -> np.ndarray:
   return data.array(rng, gradient.g, (*p.batch, p.m, p.n), 0, oracle.DTYPES[p.x_dtype])
 
 
-def pulled(gradient: Gradient, args: tuple[Any, ...], g: np.ndarray) -> dict[str, np.ndarray]:
-  """What jaxqq has: dx, and dw of an unquantized w."""
+def pulled(
+  gradients: list[Gradient], operands: list[tuple[tuple[Any, ...], np.ndarray]]
+) -> list[dict[str, np.ndarray]]:
+  """What jaxqq has, of (arguments, g) each: dx, and dw of an unquantized w. By one program."""
   import jax
 
   from tests.support.products import product_of
 
-  p = gradient.case.program
-  wrt = 1 if p.packed else 2
+  def pull(gradient, args, g):
+    p = gradient.case.program
+    wrt = 1 if p.packed else 2
 
-  @jax.jit
-  def pull(g, *args):
     def f(*some):
       how = {"backward": gradient.backward} if p.quantize_input else {}
       return product_of(p, **how)(*some, *args[wrt:])
 
     return jax.vjp(f, *args[:wrt])[1](g)
 
-  return {f"d{name}": np.asarray(a) for name, a in zip("xw", pull(g, *args), strict=False)}
+  @jax.jit
+  def pull_all(operands):
+    return [pull(each, *own) for each, own in zip(gradients, operands, strict=True)]
+
+  return [
+    {f"d{name}": np.asarray(a) for name, a in zip("xw", of_one, strict=False)}
+    for of_one in pull_all(operands)
+  ]
 
 
 # What is right
@@ -123,14 +131,23 @@ def dequantized(arrays: cases.Arrays) -> np.ndarray:
   return arrays.w_codes.view(m.element).astype(np.float32) * scales.repeat(m.group, axis=-1)
 
 
-def run(gradient: Gradient) -> str:
+def run(gradients: list[Gradient]) -> list[str]:
+  """What is wrong with each gradient, or ''."""
+  arrays = [cases.arrays_of(gradient.case) for gradient in gradients]
+  cotangents = [cotangent(gradient) for gradient in gradients]
+  args = [own.args for own in arrays]
+  got = pulled(gradients, list(zip(args, cotangents, strict=True)))
+  return list(map(wrong_with, gradients, arrays, cotangents, got))
+
+
+def wrong_with(
+  gradient: Gradient, arrays: cases.Arrays, g: np.ndarray, got: dict[str, np.ndarray]
+) -> str:
   """What is wrong with a gradient, or ''."""
   import jax
 
   p = gradient.case.program
-  arrays, g = cases.arrays_of(gradient.case), cotangent(gradient)
   w = dequantized(arrays) if p.packed or not p.quantize_input else arrays.w
-  got = pulled(gradient, arrays.args, g)
   g_scale = np.float32(np.max(np.abs(g.astype(np.float32)))) if p.global_scales else None
   quantized = gradient.backward == "quantized"
   on_cpu = jax.default_backend() == "cpu"
@@ -163,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
   args = p.parse_args(argv)
   failures = 0
   for seed in range(args.seed, args.seed + args.count):
-    if wrong := run(gradient_of(seed)):
+    [wrong] = run([gradient_of(seed)])
+    if wrong:
       failures += 1
       print(f"FAILED {wrong}\n  {gradient_of(seed)}\n  {again(seed)}", flush=True)
   print(f"{args.count} gradients, {failures} failures")
