@@ -325,7 +325,7 @@ def test_a_wrong_tile_is_noticed(monkeypatch):
     return dataclasses.replace(tiles, matrix=(tiles.matrix + 1) % 5)
 
   monkeypatch.setattr(grouped, "group_tiles", wrong)
-  program = FEW["mxfp4"]
+  program = FEW["mxfp8, a last block"]
   with pytest.raises(AssertionError, match="of the bound"):
     check(program, [RaggedCase(program, (0, 9, 0, 20, 3))], "hopper_skinny")
 
