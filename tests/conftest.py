@@ -60,11 +60,27 @@ def _optimized_where_marked(request):
   compiling.emit_quickly(quickly)
 
 
+MOST_MEMORY = 2 << 30  # bytes, of a process
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_what_was_compiled():
-  """Hundreds of small programs, for eight devices, add up to gigabytes."""
+  """Hundreds of small programs, for eight devices, add up to gigabytes.
+
+  Forgetting them takes time, and so does making again what modules share.
+  """
   yield
-  jax.clear_caches()
+  if _memory() > MOST_MEMORY:
+    jax.clear_caches()
+
+
+def _memory():
+  """Bytes that this process holds; infinite where that is not known."""
+  try:
+    with open("/proc/self/statm") as file:
+      return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  except OSError:
+    return float("inf")
 
 
 @pytest.fixture
