@@ -7,6 +7,8 @@ import os
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Before numpy loads it. Its threads wait in a loop that takes a core from other processes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Before it takes a GPU's memory: other processes of a test need some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

@@ -13,6 +13,7 @@ import pytest
 import jaxqq
 from jaxqq import _kernels
 from jaxqq._formats import FORMATS
+from jaxqq._given import Given
 from jaxqq._kernels.ragged import RAGGED
 from jaxqq._ragged import checked_ragged
 from jaxqq._ragged_primitive import Params
@@ -107,21 +108,8 @@ def problem_of(mode, tokens, top, groups, n, k, dtype=jnp.bfloat16, packed=True,
   if packed:
     w = shape((groups, n, k * fmt.bits // 32), jnp.uint32)
     scales = shape((groups, n, k // fmt.group_size), jnp.uint8)
-  arguments = {"global_scale_x": None, "global_scale_w": None, "precision": None, **how}
-  operands, params = checked_ragged(
-    "explain",
-    shape((rows, k), dtype),
-    w,
-    shape((groups,), jnp.int32),
-    None,
-    scales,
-    None,
-    None,
-    mode,
-    backward="straight_through",
-    preferred_element_type=None,
-    **arguments,
-  )
+  given = Given(shape((rows, k), dtype), w, scales, mode=mode, **how)
+  operands, params = checked_ragged("explain", given, shape((groups,), jnp.int32), None)
   return operands, problem_of_operands(operands, params)
 
 
