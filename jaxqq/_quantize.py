@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from jax import lax
 from jaxqq import _rounding
 from jaxqq._formats import Format, significant_bits
 from jaxqq._rounding import ANYWHERE, Arithmetic
+
+# Of the bits of magnitudes, the codes of a dtype.
+Encode: TypeAlias = Callable[[jax.Array, np.dtype], jax.Array]
 
 # A tensor whose amax is below 2**-SMALL is quantized and dequantized as 2**RAISED times itself:
 # then 2688 / amax, and every number that gets a code, is in the normal range of float32. All else
@@ -112,8 +116,7 @@ def encoding_of(
   *,
   amax_bits: jax.Array | None = None,
   largest: float | None = None,
-  rounds_scales_up: bool = False,
-  zero_becomes_one: bool = False,
+  encode: Encode = _rounding.encode,
 ) -> Encoding:
   """How the groups of `a`, which has all batch axes of its global scale, are quantized.
 
@@ -121,9 +124,7 @@ def encoding_of(
     each group's own amax.
   largest: the element that they are mapped to, None for the format's largest; of scales that are
     no powers of two.
-  rounds_scales_up: so that no element is larger than that; powers of two are so always.
-  zero_becomes_one: whether a scale that rounds to 0 is 1 instead, if the global scale is not 0: the
-    group's codes are zeros, of numbers below its smallest element.
+  encode: how these are rounded; powers of two are always rounded up.
 
   A group is poisoned, and its scale NaN, if it is not finite, and under a global scale that is no
   amax: negative, not finite, or 0 beside a number of 2**-126 or more.
@@ -149,10 +150,7 @@ def encoding_of(
     scales = scales_of_power_of_two(amax_bits, fmt)
     power = 127 - scales  # from -126 to 127: a finite amax has a scale of at most 253
   else:
-    encode = _rounding.encode_up if rounds_scales_up else _rounding.encode
     largest = fmt.element_max if largest is None else largest
-    if zero_becomes_one:
-      encode = _encode_zero_as_one
     scales, factor = _scales_of_float(amax_bits, fmt, enc, arithmetic, largest, encode)
     if of_zeros is not None:
       scales = jnp.where(of_zeros, 0, scales)
@@ -171,7 +169,7 @@ def _scales_of_float(
   enc: jax.Array | None,
   arithmetic: Arithmetic,
   largest: float,
-  encode: Callable[[jax.Array, np.dtype], jax.Array],
+  encode: Encode,
 ) -> tuple[jax.Array, jax.Array]:
   """s = scale(amax / largest * enc), and enc / s."""
   amax = lax.bitcast_convert_type(amax_bits, jnp.float32)
@@ -185,11 +183,6 @@ def _scales_of_float(
   factor = arithmetic.divide(enc, _rounding.decode(scales, fmt.scale), fmt.scale_bits)
   # Else XLA may divide again for every element.
   return scales, lax.optimization_barrier(factor)
-
-
-def _encode_zero_as_one(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-  codes = _rounding.encode(bits, dtype)
-  return jnp.where(codes == 0, int(np.array(1, dtype).view(np.uint8)), codes)
 
 
 def scales_of_power_of_two(amax_bits: jax.Array, fmt: Format) -> jax.Array:

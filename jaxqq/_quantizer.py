@@ -446,13 +446,13 @@ def quantized(
   if quantizer.square:
     over_block = functools.partial(_over_squares, size=fmt.group_size)
   amax_bits = over_block(amax_bits_of(groups), jnp.max)
-  encode = functools.partial(encoding_of, a, fmt, global_scale, arithmetic, amax_bits=amax_bits)
+  encoded = functools.partial(encoding_of, a, fmt, global_scale, arithmetic, amax_bits=amax_bits)
   if quantizer.scale == "four_over_six":
-    six, four = encode(largest=6.0), encode(largest=4.0)
+    six, four = encoded(largest=6.0), encoded(largest=4.0)
     return _better(a, groups, six, four, fmt, over_block, arithmetic)
   if quantizer.scale == "unbiased":
     assert random is not None and quantizer.rotation is not None
-    encoding = encode(largest=_unbiased.ELEMENT_MAX, zero_becomes_one=True)
+    encoding = encoded(largest=_unbiased.ELEMENT_MAX, encode=_unbiased.encode)
     codes = encoding.codes(a, fmt)
     numbers = jnp.where(encoding.blank, 0, encoding.magnitudes(groups)).reshape(a.shape)
     numbers = lax.bitcast_convert_type(numbers, jnp.float32)
@@ -460,7 +460,9 @@ def quantized(
     return codes, _unbiased.corrected_scales(
       numbers, elements, scales, random, quantizer.rotation, fmt, arithmetic
     )
-  encoding = encode(rounds_scales_up=quantizer.is_stochastic)
+  # Rounded up, so that no element is larger than a code.
+  encode = _rounding.encode_up if quantizer.is_stochastic else _rounding.encode
+  encoding = encoded(encode=encode)
   return encoding.codes(a, fmt, random), encoding.scales.squeeze(-1)
 
 

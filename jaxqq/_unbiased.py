@@ -33,6 +33,12 @@ SCALE_MAX = 255.99
 _LARGEST_NUMBER = np.float32(2.0**15)
 
 
+def encode(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+  """As `_rounding.encode`, but 1 for 0: then all codes of the group are zeros."""
+  codes = _rounding.encode(bits, dtype)
+  return jnp.where(codes == 0, int(np.array(1, dtype).view(np.uint8)), codes)
+
+
 def corrected_scales(
   numbers: jax.Array,
   elements: jax.Array,
