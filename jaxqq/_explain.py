@@ -25,7 +25,7 @@ from jaxqq._kernels.problem import Conversion
 from jaxqq._kernels.ragged import RAGGED
 from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._primitive import How, planned
-from jaxqq._qqmm import checked, checked_qqmm_by_recipe, qqmm
+from jaxqq._qqmm import checked, checked_by_recipe, qqmm
 from jaxqq._quantized_matmul import quantized_matmul
 from jaxqq._quantizer import Quantizer
 from jaxqq._ragged import checked_ragged, ragged_qqmm, ragged_quantized_matmul
@@ -117,15 +117,25 @@ def explain(*args: Any, device: jax.Device | str | None = None, **kwargs: Any) -
 
 def _explain_qqmm(device: Any, **arguments: Any) -> Explanation:
   given = Given(**arguments)
+  if (given.recipe is None and given.key is None) or isinstance(given.w, StackedLayer):
+    return _explain_plain("qqmm", device, given)
   checked_out_sharding("explain", given.out_sharding)
-  if isinstance(given.w, StackedLayer):
-    return _explain_ragged("qqmm", device, *checked_layer("explain", given))
-  if given.recipe is None and given.key is None:
-    return _explain_product("qqmm", device, *checked("explain", given))
-  by_recipe = checked_qqmm_by_recipe("explain", given)
+  by_recipe = checked_by_recipe("explain", given)
   if "mode" not in by_recipe.params:
     return _explain_recipe(device, by_recipe.operands, by_recipe.params["params"])
   return _explain_product("qqmm", device, by_recipe.operands, by_recipe.params)
+
+
+def _explain_quantized_matmul(device: Any, global_scale: Any, **arguments: Any) -> Explanation:
+  given = Given(**arguments, global_scale_w=global_scale, quantize_input=False)
+  return _explain_plain("quantized_matmul", device, given)
+
+
+def _explain_plain(function: str, device: Any, given: Given) -> Explanation:
+  checked_out_sharding("explain", given.out_sharding)
+  if isinstance(given.w, StackedLayer):
+    return _explain_groups(function, device, *checked_layer("explain", given))
+  return _explain_product(function, device, *checked("explain", given))
 
 
 def _explain_recipe(device: Any, operands: Operands, params: _recipe_product.Params) -> Explanation:
@@ -149,15 +159,6 @@ def _explain_quantizer(
   return _sentences(heading, plan, target, [])
 
 
-def _explain_quantized_matmul(device: Any, global_scale: Any, **arguments: Any) -> Explanation:
-  function = "quantized_matmul"
-  given = Given(**arguments, global_scale_w=global_scale, quantize_input=False)
-  checked_out_sharding("explain", given.out_sharding)
-  if isinstance(given.w, StackedLayer):
-    return _explain_ragged(function, device, *checked_layer("explain", given))
-  return _explain_product(function, device, *checked("explain", given))
-
-
 def _explain_product(
   function: str, device: Any, operands: Operands, params: dict[str, Any]
 ) -> Explanation:
@@ -178,25 +179,27 @@ def _explain_product(
   return _sentences(heading, plan, target, about_split)
 
 
-def _explain_ragged_qqmm(
-  device: Any, *, group_sizes: Any, group_offset: Any, **arguments: Any
+def _explain_ragged_qqmm(device: Any, **arguments: Any) -> Explanation:
+  return _explain_ragged("ragged_qqmm", device, **arguments)
+
+
+def _explain_ragged_quantized_matmul(
+  device: Any, *, global_scale: Any, **arguments: Any
+) -> Explanation:
+  of_w = {"global_scale_w": global_scale, "quantize_input": False}
+  return _explain_ragged("ragged_quantized_matmul", device, **arguments, **of_w)
+
+
+def _explain_ragged(
+  function: str, device: Any, *, group_sizes: Any, group_offset: Any, **arguments: Any
 ) -> Explanation:
   given = Given(**arguments)
   checked_out_sharding("explain", given.out_sharding)
   operands, params = checked_ragged("explain", given, group_sizes, group_offset)
-  return _explain_ragged("ragged_qqmm", device, operands, params)
+  return _explain_groups(function, device, operands, params)
 
 
-def _explain_ragged_quantized_matmul(
-  device: Any, *, global_scale: Any, group_sizes: Any, group_offset: Any, **arguments: Any
-) -> Explanation:
-  given = Given(**arguments, global_scale_w=global_scale, quantize_input=False)
-  checked_out_sharding("explain", given.out_sharding)
-  operands, params = checked_ragged("explain", given, group_sizes, group_offset)
-  return _explain_ragged("ragged_quantized_matmul", device, operands, params)
-
-
-def _explain_ragged(
+def _explain_groups(
   function: str, device: Any, operands: RaggedOperands, params: Params
 ) -> Explanation:
   """As the operands of one device are."""

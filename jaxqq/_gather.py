@@ -145,7 +145,7 @@ def gather_qqmm(
 
 
 def _spec_of_types(
-  function: str, operands: Operands, indices: dict[str, jax.Array], given: set[str]
+  function: str, operands: Operands, indices: dict[str, jax.Array], has_indices: set[str]
 ) -> PartitionSpec:
   """How the result is split. Indices that are not given are those of batch axes."""
   batch = batch_dims(indices["lhs"].ndim)
@@ -154,7 +154,7 @@ def _spec_of_types(
     aval = jax.typeof(jnp.asarray(a))
     count = aval.ndim - 2
     own = "." * count
-    if of not in given:
+    if of not in has_indices:
       axes = zip(batch[len(batch) - count :], aval.shape, strict=False)
       own = "".join("." if size == 1 else dim for dim, size in axes)
     typed.append((name, aval, own + dims))

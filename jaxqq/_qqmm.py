@@ -155,7 +155,7 @@ def qqmm(
   if isinstance(w, StackedLayer):
     return STACKED_LAYER["product"]("qqmm", given)
   if recipe is not None or key is not None:
-    operands, params, by_recipe = checked_qqmm_by_recipe("qqmm", given)
+    operands, params, by_recipe = checked_by_recipe("qqmm", given)
     return placed_product("qqmm", operands, params, out_sharding, by_recipe)
   operands, params = checked("qqmm", given)
   multiply = product_by_rows if is_by_rows(global_scale_x) else product
@@ -170,32 +170,9 @@ class ByRecipe(NamedTuple):
   multiply: Callable[[Operands, dict[str, Any]], jax.Array]
 
 
-def checked_qqmm_by_recipe(function: str, given: Given) -> ByRecipe:
-  """As `checked_by_recipe`; what a recipe says by itself may not be given beside it."""
-  if given.recipe is None:
-    raise ValueError(
-      f"{function}: a key was given without a recipe, which it is for; leave it out."
-    )
-  beside = {
-    "mode": None if is_default_mode(given.mode) else given.mode,
-    "scales": given.scales,
-    "group_size": given.group_size,
-    "bits": given.bits,
-    "global_scale_x": given.global_scale_x,
-    "global_scale_w": given.global_scale_w,
-    "backward": None if given.backward == BACKWARDS[0] else given.backward,
-  }
-  for name, value in beside.items():
-    if value is not None:
-      raise ValueError(
-        f"{function}: {name} was given with a recipe, which says how operands are quantized; leave "
-        f"{name} out."
-      )
-  return checked_by_recipe(function, given)
-
-
 def checked_by_recipe(function: str, given: Given) -> ByRecipe:
   """`qqmm` by a recipe, by the plain product where that is the same; or the caller's error."""
+  _check_beside_recipe(function, given)
   recipe, w = checked_recipe(function, given.recipe), given.w
   if isinstance(w, QuantizedWeight):
     raise ValueError(
@@ -229,6 +206,29 @@ def checked_by_recipe(function: str, given: Given) -> ByRecipe:
   precision = check_precision(function, given.precision)
   params = RecipeParams(recipe, out_dtype, precision, implementation=implementation)
   return ByRecipe(Operands(x, w, key=words), {"params": params}, product_by_recipe)
+
+
+def _check_beside_recipe(function: str, given: Given) -> None:
+  """What a recipe says by itself may not be given with it, nor a key without one."""
+  if given.recipe is None:
+    raise ValueError(
+      f"{function}: a key was given without a recipe, which it is for; leave it out."
+    )
+  beside = {
+    "mode": None if is_default_mode(given.mode) else given.mode,
+    "scales": given.scales,
+    "group_size": given.group_size,
+    "bits": given.bits,
+    "global_scale_x": given.global_scale_x,
+    "global_scale_w": given.global_scale_w,
+    "backward": None if given.backward == BACKWARDS[0] else given.backward,
+  }
+  for name, value in beside.items():
+    if value is not None:
+      raise ValueError(
+        f"{function}: {name} was given with a recipe, which says how operands are quantized; leave "
+        f"{name} out."
+      )
 
 
 def _out_dtype(function: str, x: Any, preferred_element_type: Any) -> np.dtype:
