@@ -12,8 +12,6 @@ import pytest
 
 import jaxqq
 from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, pipeline, plan, stream_k
-from jaxqq._kernels.hopper.mainloops.in_order import InOrderMxfp8
-from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
 from jaxqq._kernels.hopper.tiles import Grid
 from jaxqq._kernels.hopper.tiles import WideTiles as T
 from tests.support import oracle
@@ -48,11 +46,11 @@ pytestmark = needs_kernels
 
 MAINLOOPS = {
   "e2m1": launch.MAINLOOPS["packed_e2m1"],
-  "e4m3": RebasedE4M3,
+  "e4m3": launch.MAINLOOPS["rebased_e4m3"],
   "nvfp4": launch.MAINLOOPS["in_order_nvfp4"],
   "nvfp4 f16": launch.MAINLOOPS["in_order_nvfp4_float16"],
   "mxfp4": launch.MAINLOOPS["in_order_mxfp4"],
-  "mxfp8": InOrderMxfp8,
+  "mxfp8": launch.MAINLOOPS["in_order_mxfp8"],
 }
 MODES = {which: which.split()[0] for which in MAINLOOPS} | {"e2m1": "nvfp4", "e4m3": "mxfp8"}
 # bfloat16 holds the largest code times that.
@@ -367,7 +365,7 @@ def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype, monke
 
   def f(operands):
     return dequant_gemm.dequant_gemm(
-      operands, InOrderMxfp8, out_dtype, tiles, grid_of(tiles, 1, m, 136)
+      operands, MAINLOOPS["mxfp8"], out_dtype, tiles, grid_of(tiles, 1, m, 136)
     )
 
   jaxpr = jax.make_jaxpr(f)(operands).jaxpr
@@ -520,7 +518,7 @@ def interpreted_operand(words, scales, mainloop):
   n, steps = words.shape[0], words.shape[1] // mainloop.words
 
   def a_tile(words, scales):
-    if mainloop is RebasedE4M3:
+    if mainloop is MAINLOOPS["e4m3"]:
       scales = jax.lax.bitcast_convert_type(scales, jnp.uint32)
     return mainloop.expand(words, scales)
 

@@ -109,9 +109,9 @@ def test_random(seed):
 
 def test_a_broken_kernel_is_noticed(monkeypatch):
   """Packed w, expanded, is off by a part in sixteen."""
-  from jaxqq._kernels.hopper.mainloops.in_order import InOrderMxfp8
+  from jaxqq._kernels.hopper.mainloops.in_order import InOrderOperand
 
-  right = InOrderMxfp8.expand
-  monkeypatch.setattr(InOrderMxfp8, "expand", lambda *args: right(*args) * 1.0625)
+  right = InOrderOperand.expand
+  monkeypatch.setattr(InOrderOperand, "expand", lambda *args: right(*args) * 1.0625)
   with pytest.raises(AssertionError, match="of the bound"):
     check(Program("mxfp8", 5, 40, 32, packed=True, highest=True), "hopper_exact")

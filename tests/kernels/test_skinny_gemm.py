@@ -13,8 +13,8 @@ import pytest
 import jaxqq
 from jaxqq._formats import FORMATS
 from jaxqq._kernels.hopper.mainloops.blockdiag import UNIT
-from jaxqq._kernels.hopper.mainloops.in_order import InOrderNvfp4
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
+from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import code_words
 from jaxqq._kernels.hopper.skinny_gemm import Operands, skinny_gemm
@@ -122,7 +122,7 @@ def check_skinny(run, name):
     x_as_is, x_factors = {"bf16": BF16, "f16": F16}[dtype], None
     x, unit = x.astype(x_as_is), 1.0
     if mode == "nvfp4":
-      block, unit = KBlock(256, 4, 16), 2.0**InOrderNvfp4.unit_exponent
+      block, unit = KBlock(256, 4, 16), 2.0**E2M1_UNIT
       codes, scales = e2m1_operand(rng, bw, n, k)
     else:
       block = KBlock(512, 4 if mode == "mxfp4" else 8, 32)

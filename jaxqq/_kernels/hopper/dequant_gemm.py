@@ -70,23 +70,36 @@ PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registe
 class PackedOperand(Protocol):
   """Packed w as the left operand of the tensor cores: 64 rows and `step_k` of k at a time."""
 
-  dtype: Any  # of the operand, and of x
-  interleaved: bool  # whether x is to be, in every 64 of k (`ptx/expand.py`)
-  step_k: int
-  words: int  # uint32 a row and step
-  groups: int
-  unit_exponent: int  # what the product is to be multiplied by, a power of two
+  @property
+  def dtype(self) -> Any:
+    """Of the operand, and of x."""
 
-  @staticmethod
-  def load_words(ref: Any) -> Any:
+  @property
+  def interleaved(self) -> bool:
+    """Whether x is to be, in every 64 of k (`ptx/expand.py`)."""
+
+  @property
+  def step_k(self) -> int: ...
+
+  @property
+  def words(self) -> int:
+    """Of uint32, a row and step."""
+
+  @property
+  def groups(self) -> int:
+    """Scales, a row and step."""
+
+  @property
+  def unit_exponent(self) -> int:
+    """Of the power of two that the product is to be multiplied by."""
+
+  def load_words(self, ref: Any) -> Any:
     """From shared memory, in the layout that `expand` takes."""
 
-  @staticmethod
-  def load_scales(ref: Any) -> Any:
+  def load_scales(self, ref: Any) -> Any:
     """From shared memory: `groups` a row."""
 
-  @staticmethod
-  def expand(words: Any, scales: Any) -> Any:
+  def expand(self, words: Any, scales: Any) -> Any:
     """(64, step_k) in the layout of a left operand."""
 
 
@@ -126,7 +139,7 @@ class Place:
 
 
 def dequant_gemm(
-  operands: Operands, mainloop: type[PackedOperand], out_dtype: Any, tiles: WideTiles, grid: Grid
+  operands: Operands, mainloop: PackedOperand, out_dtype: Any, tiles: WideTiles, grid: Grid
 ) -> jax.Array:
   """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows."""
   kernel = _DequantGemm(operands, mainloop, out_dtype, tiles, grid)
@@ -171,7 +184,7 @@ class _DequantGemm:
   def __init__(
     self,
     operands: Operands,
-    mainloop: type[PackedOperand],
+    mainloop: PackedOperand,
     out_dtype: Any,
     tiles: WideTiles,
     grid: Grid,

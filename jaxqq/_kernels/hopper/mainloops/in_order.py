@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper.mainloops.table import packed_operand, packed_operands
+from jaxqq._formats import Format
+from jaxqq._kernels.hopper.mainloops.table import STEP_K, packed_operand, packed_operands
 from jaxqq._kernels.hopper.ptx import expand_in_order as expand
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.layouts import whole_rows
@@ -16,62 +18,35 @@ from jaxqq._kernels.hopper.ptx.loads import load_words_of_rows
 from jaxqq._kernels.hopper.ptx.scales import bytes_of_words
 
 
-class _Operand:
-  """64 rows and 64 of k a step."""
+@dataclasses.dataclass(frozen=True)
+class InOrderOperand:
+  """64 rows and 64 of k a step, of a format's codes and scales, beside x of a dtype."""
 
-  dtype = jnp.dtype(jnp.bfloat16)
+  fmt: Format
+  dtype: np.dtype  # of x, and of the operand
   interleaved = False
-  step_k = 64
-  unit_exponent = 0
-  groups: int
+  step_k = STEP_K
 
-  @staticmethod
-  def load_words(ref: Any) -> Any:
+  @property
+  def words(self) -> int:
+    return STEP_K // self.fmt.codes_per_word
+
+  @property
+  def groups(self) -> int:
+    return STEP_K // self.fmt.group_size
+
+  @property
+  def unit_exponent(self) -> int:
+    return 0 if self.fmt.scale_is_power_of_two else expand.E2M1_UNIT
+
+  def load_words(self, ref: Any) -> Any:
     return plgpu.load(ref, layout=expand.WORDS, optimized=False)
 
-  @classmethod
-  def load_scales(cls, ref: Any) -> Any:
-    return plgpu.load(ref, layout=whole_rows(cls.groups), optimized=False)
+  def load_scales(self, ref: Any) -> Any:
+    return plgpu.load(ref, layout=whole_rows(self.groups), optimized=False)
 
-
-class _E2M1(_Operand):
-  """8 words a row."""
-
-  words = 8
-
-  @classmethod
-  def expand(cls, words: Any, scales: Any) -> Any:
-    return expand.e2m1_in_order(words, scales, cls.dtype)
-
-
-class InOrderNvfp4(_E2M1):
-  """4 scales a row, beside bfloat16."""
-
-  groups = 4
-  unit_exponent = expand.E2M1_UNIT
-
-
-class InOrderNvfp4Float16(InOrderNvfp4):
-  """The same beside float16."""
-
-  dtype = jnp.dtype(jnp.float16)
-
-
-class InOrderMxfp4(_E2M1):
-  """2 scales a row, beside bfloat16."""
-
-  groups = 2
-
-
-class InOrderMxfp8(_Operand):
-  """16 words and 2 scales a row, beside bfloat16."""
-
-  words = 16
-  groups = 2
-
-  @staticmethod
-  def expand(words: Any, scales: Any) -> Any:
-    return expand.e4m3_in_order(words, scales)
+  def expand(self, words: Any, scales: Any) -> Any:
+    return expand.IN_ORDER[self.fmt.element](words, scales, self.dtype)
 
 
 class InOrder:
@@ -82,7 +57,7 @@ class InOrder:
     """sums + the product of one block of k."""
     del rows
     (sums,) = sums
-    packed: Any = packed_operands()[packed_operand(cta.plan.problem)]
+    packed = packed_operands()[packed_operand(cta.plan.problem)]
     kernel, pieces, promote = cta.kernel, cta.w_pieces(stage), cta.tiles.promote
     all_scales = None if scales is None else bytes_of_words(scales[0], whole_rows(packed.groups))
     count = cta.plan.block.words // packed.words

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
+from jaxqq._formats import FORMATS, Format
 from jaxqq._kernels.hopper.costs import DEQUANT_E2M1, DEQUANT_E4M3, GEMM, Timed
 from jaxqq._kernels.problem import Problem
 
@@ -38,14 +40,29 @@ class Step:
   costs: tuple[Timed, ...]
 
 
+STEP_K = 64  # of what is expanded to 16 bits
+
+
+def _in_order(fmt: Format, dtype: Any) -> str:
+  """The name of the mainloop beside x of a dtype in the order of memory."""
+  return f"in_order_{fmt.mode}" + ("_float16" if dtype == np.float16 else "")
+
+
+# Scales that are powers of two may leave float16's range.
+IN_ORDER: dict[str, tuple[Format, np.dtype]] = {
+  _in_order(fmt, dtype): (fmt, np.dtype(dtype))
+  for fmt in FORMATS.values()
+  for dtype in (ml_dtypes.bfloat16, np.float16)[: 1 if fmt.scale_is_power_of_two else 2]
+}
+
 STEPS: dict[str, Step] = {
   "ready": Step(128, 128, 0, GEMM),
-  "packed_e2m1": Step(64, 32, 4, DEQUANT_E2M1),
+  "packed_e2m1": Step(STEP_K, 32, 4, DEQUANT_E2M1),
   "rebased_e4m3": Step(128, 128, 4, DEQUANT_E4M3),
-  "in_order_nvfp4": Step(64, 32, 4, DEQUANT_E2M1),
-  "in_order_nvfp4_float16": Step(64, 32, 4, DEQUANT_E2M1),
-  "in_order_mxfp4": Step(64, 32, 2, DEQUANT_E2M1),
-  "in_order_mxfp8": Step(64, 64, 2, DEQUANT_E2M1),
+  **{
+    name: Step(STEP_K, STEP_K * fmt.bits // 8, STEP_K // fmt.group_size, DEQUANT_E2M1)
+    for name, (fmt, _) in IN_ORDER.items()
+  },
 }
 
 
@@ -53,23 +70,20 @@ def packed_operand(problem: Problem) -> str:
   """What expands packed w to 16 bits."""
   fmt = problem.fmt
   if fmt.scale_is_power_of_two:
-    return f"in_order_{fmt.mode}"
-  if problem.quantize_input:
-    return "packed_e2m1"
-  return "in_order_nvfp4_float16" if problem.x_dtype == np.float16 else "in_order_nvfp4"
+    return _in_order(fmt, ml_dtypes.bfloat16)
+  return "packed_e2m1" if problem.quantize_input else _in_order(fmt, problem.x_dtype)
 
 
-def packed_operands() -> dict[str, type[PackedOperand]]:
-  """The classes of `dequant_gemm`."""
-  from jaxqq._kernels.hopper.mainloops import in_order, packed_e2m1, packed_e4m3
+def packed_operands() -> dict[str, PackedOperand]:
+  """Those of `dequant_gemm`."""
+  from jaxqq._kernels.hopper.mainloops.in_order import InOrderOperand
+  from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
+  from jaxqq._kernels.hopper.mainloops.packed_e4m3 import RebasedE4M3
 
   return {
-    "packed_e2m1": packed_e2m1.PackedE2M1,
-    "rebased_e4m3": packed_e4m3.RebasedE4M3,
-    "in_order_nvfp4": in_order.InOrderNvfp4,
-    "in_order_nvfp4_float16": in_order.InOrderNvfp4Float16,
-    "in_order_mxfp4": in_order.InOrderMxfp4,
-    "in_order_mxfp8": in_order.InOrderMxfp8,
+    "packed_e2m1": PackedE2M1(),
+    "rebased_e4m3": RebasedE4M3(),
+    **{name: InOrderOperand(*own) for name, own in IN_ORDER.items()},
   }
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
@@ -51,13 +53,21 @@ def e2m1_in_order(words: Any, scales: Any, dtype: Any) -> Any:
   return left_operand(body, (words, scales), (WORDS, whole_rows(scales.shape[1])), dtype)
 
 
-def e4m3_in_order(words: Any, scales: Any) -> Any:
+def e4m3_in_order(words: Any, scales: Any, dtype: Any) -> Any:
   """Words (64, 16), WORDS, times powers of two, bytes (64, 2), `whole_rows`: bfloat16 (64, 64)."""
+  assert dtype == jnp.bfloat16
   if interpreting():
     values = lax.bitcast_convert_type(codes_of_words(words, 8).astype(jnp.uint8), E4M3)
     return times_scales(values.astype(jnp.float32), scales, jnp.bfloat16)
   layouts = WORDS, whole_rows(2)
   return left_operand(_e4m3_in_order, (words, scales), layouts, jnp.bfloat16)
+
+
+# By the element.
+IN_ORDER: dict[np.dtype, Callable[[Any, Any, Any], Any]] = {
+  np.dtype(ml_dtypes.float4_e2m1fn): e2m1_in_order,
+  E4M3: e4m3_in_order,
+}
 
 
 # On MLIR values
