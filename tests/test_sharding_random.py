@@ -53,7 +53,7 @@ CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}  # of the largest element
 
 def whole_numbers(xp: Any, shape: tuple[int, ...], salt: int) -> Any:
   """-2 ... 2, hashed from the place: the same from numpy and from jax.numpy inside of jit."""
-  bits = xp.arange(math.prod(shape), dtype=np.uint32) + np.uint32(salt * 7919)
+  bits = xp.arange(math.prod(shape), dtype=np.uint32) + np.uint32(salt * 7919 % 2**32)
   for factor in (2654435761, 2246822519):
     bits = bits * np.uint32(factor)
     bits = bits ^ (bits >> np.uint32(15))
