@@ -32,10 +32,10 @@ QUANTIZER: tuple[Implementation, ...] = (
 
 
 def planned(
-  quantizer: Quantizer, a: Any, is_transposed: bool, platform: str, what_splits: str | None = None
+  quantizer: Quantizer, a: Any, is_transposed: bool, platform: str, why_not: str | None = None
 ) -> Plan:
   """What quantizes an array, or one of that shape and dtype."""
-  found = what_splits or obstacle((a,), ())
+  found = why_not or obstacle((a,), ())
   batch = a.shape[:-2]
   if found is None and math.prod(batch) > 1 and (quantizer.square or is_transposed):
     found = "there are several matrices"
@@ -50,10 +50,10 @@ def run(
   quantizer: Quantizer,
   is_transposed: bool,
   platform: str,
-  what_splits: str | None = None,
+  why_not: str | None = None,
 ) -> list[jax.Array]:
   """As it is planned for one device."""
-  plan = planned(quantizer, a, is_transposed, platform, what_splits)
+  plan = planned(quantizer, a, is_transposed, platform, why_not)
   if plan.implementation.platforms is None:
     return plan.kernel.run(a, streams, amax)
   matrix = a.reshape(-1, a.shape[-1])

@@ -120,26 +120,24 @@ def _bind(primitive: Primitive, operands: Operands, params: Params) -> jax.Array
 # What they compute
 
 
-def planned(ops: Operands, params: Params, platform: str, what_splits: str | None = None) -> Plan:
+def planned(ops: Operands, params: Params, platform: str, why_not: str | None = None) -> Plan:
   """What runs a product on one device, of arrays or their shapes and dtypes.
 
-  what_splits: why a kernel would not see whole operands, or None.
+  why_not: why no kernel may take it, such as that XLA splits its operands; or None.
   """
-  if what_splits is None and params.is_from_forward:
-    what_splits = "its second operand is what the forward product left of it"
-  problem = RecipeProblem.of(
-    params.quantizers, ops, params.out_dtype, params.precision, what_splits
-  )
+  if why_not is None and params.is_from_forward:
+    why_not = "its second operand is what the forward product left of it"
+  problem = RecipeProblem.of(params.quantizers, ops, params.out_dtype, params.precision, why_not)
   table = *_kernels.rows_of("recipe"), _definition_of(params, platform)
   device = _kernels.device_of(platform)
   return _kernels.plan(problem, device, table, chosen=params.implementation)
 
 
-def run(ops: Operands, params: Params, platform: str, what_splits: str | None = None) -> jax.Array:
+def run(ops: Operands, params: Params, platform: str, why_not: str | None = None) -> jax.Array:
   """The product as it is planned."""
   of_x_bits, of_w_bits, of_signs = _streams(ops, params)
   streams = Streams(of_x_bits, of_signs), Streams(of_w_bits, of_signs)
-  plan = planned(ops, params, platform, what_splits)
+  plan = planned(ops, params, platform, why_not)
   return _finished(plan.kernel.run(ops, streams), ops, params)
 
 
@@ -273,9 +271,9 @@ def _quantized(
 
 
 def _tangent_product(
-  ops: Operands, params: Params, platform: str, what_splits: str | None = None
+  ops: Operands, params: Params, platform: str, why_not: str | None = None
 ) -> jax.Array:
-  del platform, what_splits
+  del platform, why_not
   ops = ops.untransposed()
   return _finished(matmul(ops.x, jnp.swapaxes(ops.w, -1, -2)), ops, params)
 

@@ -247,10 +247,10 @@ class RecipeProblem:
     operands: Operands,
     out_dtype: np.dtype,
     precision: jax.lax.Precision | None,
-    what_splits: str | None,
+    why_not: str | None,
   ) -> RecipeProblem:
-    """what_splits: what no kernel may see the parts of, or None."""
-    found = what_splits or obstacle((operands.x, operands.w), ())
+    """why_not: why no kernel may take it, beside what operands tell; or None."""
+    found = why_not or obstacle((operands.x, operands.w), ())
     if found is None and any(math.prod(shape) > 1 for shape in operands.batch_shapes):
       found = "there are several matrices, each a tensor of its own"
     x, w = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (operands.x, operands.w))
