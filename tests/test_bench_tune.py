@@ -76,19 +76,20 @@ def made_up(timed):
         grid = Grid(*sizes, cluster=cluster, stream_k=stream_k)
         if stream_k and not grid.dealt_tiles:
           continue
-        times[tile] = timed.time(grid, cdiv(k, 64))
+        times[tile] = timed.time(grid, cdiv(k, 64 * timed.parts), timed.parts)
   return times
 
 
 def test_the_costs_that_times_were_made_of_are_found():
-  want = costs.Timed(128, 192, 0.5, 4.0, 9.0, (0.6, 12.0))
-  other = costs.Timed(64, 128, 0.3, 5.0, 8.0, (0.4, 11.0))
+  before = costs.DEQUANT_E2M1[0].launch_us, costs.DEQUANT_E2M1[0].x_us
+  want = costs.Timed(128, 192, 0.5, 1.0, 5.0, (0.6, 8.0), 2, *before)
+  other = costs.Timed(64, 128, 0.3, 1.0, 4.0, (0.4, 7.0), 4, *before)
   times = made_up(want) | made_up(other)
   assert tune.fitted(times, "nvfp4") == [other, want]
   assert tune.fitted(times, "mxfp8") == []
   # Of few times a step may seem to take less with stream-K, where it can but take as long.
-  (found,) = tune.fitted(made_up(dataclasses.replace(want, stream_k=(0.4, 12.0))), "nvfp4")
-  assert found.stream_k[0] == want.step_us and found.stream_k[1] < 12.0
+  (found,) = tune.fitted(made_up(dataclasses.replace(want, stream_k=(0.4, 8.0))), "nvfp4")
+  assert found.stream_k[0] == want.part_us and found.stream_k[1] < 8.0
   few = dict(list(made_up(want).items())[:2])
   assert tune.fitted(few, "nvfp4") == []
 

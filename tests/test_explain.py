@@ -159,9 +159,9 @@ class TestChoice:
     """Of packed w, in rows of whole 16 bytes: K in steps of 256 (nvfp4) or 512 (mxfp8)."""
     for mode, whole in (("nvfp4", 256), ("mxfp8", 512)):
       for k in (whole, 3 * whole, whole // 2, whole + 128):
-        told = "scales of w padded along K by XLA" in of(100, 512, k, mode, True)
+        told = "scales padded along K by XLA" in of(100, 512, k, mode, True)
         assert told == bool(k % whole), (mode, k)
-      assert "scales of w padded" not in of(100, 512, whole // 2, mode, False)
+      assert "scales padded" not in of(100, 512, whole // 2, mode, False)
 
   def test_clusters_run_at_once(self):
     """18 of six CTAs did not: 256 x 1024 x 4096 took twice as long as the costs said."""
@@ -172,20 +172,29 @@ class TestChoice:
     assert [plan.device.num_clusters(size) for size in (2, 3, 4, 6)] == [66, 33, 29, 16]
 
   def test_padded_k_is_told(self):
-    """In fp8 loads go past the end of K; 16 bit operands are padded to whole steps."""
+    """Loads go past the end of K, but of w's rows of other than 16 bytes, and interleaved x."""
     for packed, m in ((True, 100), (True, 4096), (False, 256)):
       assert "K padded" not in of(m, 512, 2880, "mxfp8", packed)
-    exact = of(100, 512, 2880 + 32, "mxfp8", True, jnp.float32)
-    assert "K padded to a multiple of 64 by XLA" in exact
+    assert "K padded to a multiple of 64 by XLA" in of(100, 512, 2880 + 32, "nvfp4", False)
+    for k, mode, names in (
+      (2880, "nvfp4", "scales"),
+      (2816 + 32, "nvfp4", "x and scales"),
+      (2816 + 16, "nvfp4", "x and w and scales"),
+      (2816 + 32, "mxfp8", "scales"),
+    ):
+      text = of(100, 512, k, mode, True, jnp.float32)
+      assert f", {names} padded along K by XLA" in text, (k, mode)
 
   def test_few_rows_go_where_they_are_faster(self):
-    """33 to 64 rows: rebased codes in mxfp8, and in nvfp4 large tiles where w has many rows."""
+    """Rebased codes from 33 rows on in mxfp8; in nvfp4 from 9 on tiles, where w has many rows."""
     for m, n, mode, kernel in (
       (32, 8192, "mxfp8", "skinny_gemm"),
       (33, 8192, "mxfp8", "dequant_gemm"),
-      (64, 8192, "nvfp4", "skinny_gemm"),
+      (64, 4096, "nvfp4", "skinny_gemm"),
       (64, 28672, "nvfp4", "dequant_gemm"),
-      (32, 28672, "nvfp4", "skinny_gemm"),
+      (16, 8192, "nvfp4", "skinny_gemm"),
+      (16, 28672, "nvfp4", "dequant_gemm"),
+      (8, 28672, "nvfp4", "skinny_gemm"),
     ):
       assert of(m, n, 4096, mode, True).plan.kernel.kernel == kernel
     text = of(64, 28672, 4096, "nvfp4", True)

@@ -126,19 +126,29 @@ SHARED = [
   for highest in (False, True)
   for m, n in ((96, 128), (96, 1024), (200, 1024), (256, 4096), (65, 2056), (128, 3080))
 ]
-LARGE_TILES = [
-  Program(mode, m, n, k, dtype, packed=True, highest=highest)
-  for mode in ("nvfp4", "mxfp8")
-  for dtype, highest in (("bfloat16", False), ("float16", True), ("float32", False))
-  for m, n, k in ((96, 28680, 256), (190, 16872, 320), (250, 16872, 320))
-] + [
-  Program(mode, m, n, k, packed=True)
-  for mode in ("nvfp4", "mxfp8")
-  for m, n, k in (
-    *((128, 12296, 320), (128, 20000, 256), (64, 33000, 512)),
-    *((100, 2056, 2048), (96, 20000, 256), (96, 4096, 1024), (190, 25000, 320)),
-  )
-]
+LARGE_TILES = (
+  [
+    Program(mode, m, n, k, dtype, packed=True, highest=highest)
+    for mode in ("nvfp4", "mxfp8")
+    for dtype, highest in (("bfloat16", False), ("float16", True), ("float32", False))
+    for m, n, k in ((96, 28680, 256), (190, 16872, 320), (250, 16872, 320))
+  ]
+  + [
+    Program(mode, m, n, k, packed=True)
+    for mode in ("nvfp4", "mxfp8")
+    for m, n, k in (
+      *((128, 12296, 320), (128, 20000, 256), (64, 33000, 512)),
+      *((100, 2056, 2048), (96, 20000, 256), (96, 4096, 1024), (190, 25000, 320)),
+    )
+  ]
+  + [  # few rows, whose steps have several parts
+    Program("nvfp4", m, n, k, packed=True)
+    for m, n, k in (
+      *((12, 20000, 320), (12, 28680, 256), (20, 20000, 2048), (20, 28680, 256)),
+      *((48, 20000, 512), (96, 20000, 1024), (200, 1024, 3072), (96, 2048, 7168)),
+    )
+  ]
+)
 # K that is no whole number of blocks: zeros past its end, with few rows.
 LAST_BLOCKS = [
   Program(mode, m, n, k, packed=packed)

@@ -27,6 +27,7 @@ import numpy as np
 from jaxqq import _kernels
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._kernels.hopper import costs, plan
+from jaxqq._kernels.hopper.mainloops.table import PARTS, Part
 from jaxqq._kernels.hopper.plan import WidePlan
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
 from jaxqq._kernels.problem import Problem
@@ -166,12 +167,12 @@ def write(path: pathlib.Path, times: dict[Tile, float]) -> None:
 
 # Costs
 
-_Terms = list[tuple[tuple[int, int], float]]  # `costs.counts` of a product, and its time
+# `costs.counts` of a product in parts, its time but for what comes before, and all of it
+_Terms = list[tuple[tuple[int, int], float, float]]
 
 
 def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
   """Costs of each tile with enough times, to least squares of the relative error."""
-  step_k = 128 if FORMATS[mode].bits == 8 else 64
   own = [(tile, us) for tile, us in times.items() if tile.mode == mode]
   sizes = sorted({(tile.block_m, tile.block_n) for tile, _ in own})
   found = []
@@ -180,38 +181,75 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
     for tile, us in own:
       if (tile.block_m, tile.block_n) == size:
         way = "stream_k" if tile.stream_k else "cluster" if tile.cluster > 1 else "alone"
-        terms[way].append((_terms(tile, step_k, num_sms), us))
+        terms[way].append((_terms(tile, num_sms), us - _before(tile), us))
+    line = _line(mode, *size)
     alone = _least_squares(terms["alone"])
     if alone is None:
       continue
-    step_us, tile_us = alone
+    part_us, tile_us = alone
+
     cluster_us = None
-    if terms["cluster"]:  # with the same steps, so that one number is left
-      rest = [us - steps * step_us for (steps, _), us in terms["cluster"]]
-      cluster_us = round(float(np.median(rest)), 1)
+    if terms["cluster"]:
+      cluster_us = round(_rest(terms["cluster"], part_us), 1)
     stream_k = _least_squares(terms["stream_k"])
-    if stream_k is not None and stream_k[0] < step_us:  # few times: no step is faster with it
-      rest = [us - steps * step_us for (steps, _), us in terms["stream_k"]]
-      stream_k = step_us, float(np.median(rest))
-    rounded = None if stream_k is None else (round(stream_k[0], 3), round(stream_k[1], 1))
-    timed = costs.Timed(*size, round(step_us, 3), round(tile_us, 1), cluster_us, rounded)
+    if stream_k is not None and stream_k[0] < part_us:  # few times: no part is faster with it
+      stream_k = part_us, _rest(terms["stream_k"], part_us)
+    timed = costs.Timed(
+      *size,
+      round(part_us, 3),
+      round(tile_us, 1),
+      cluster_us,
+      None if stream_k is None else (round(stream_k[0], 3), round(stream_k[1], 1)),
+      line.parts,
+      line.launch_us,
+      line.x_us,
+    )
     found.append(timed)
   return found
 
 
-def _terms(tile: Tile, step_k: int, num_sms: int) -> tuple[int, int]:
+def _line(mode: Mode, block_m: int, block_n: int) -> costs.Timed:
+  """The costs so far of a tile."""
+  lines = _part(mode).costs
+  unknown = costs.Timed(block_m, block_n, 0.0, 0.0)
+  return next((t for t in lines if (t.block_m, t.block_n) == (block_m, block_n)), unknown)
+
+
+def _part(mode: Mode) -> Part:
+  return PARTS["rebased_e4m3" if FORMATS[mode].bits == 8 else "packed_e2m1"]
+
+
+def _terms(tile: Tile, num_sms: int) -> tuple[int, int]:
+  """Parts of steps that follow each other, and how often a tile begins and ends."""
   sizes = 1, tile.m, tile.n, tile.block_m, tile.block_n
   grid = Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
-  return costs.counts(grid, cdiv(tile.k, step_k))
+  parts = _line(tile.mode, tile.block_m, tile.block_n).parts
+  steps, tiles = costs.counts(grid, cdiv(tile.k, parts * _part(tile.mode).k))
+  return steps * parts, tiles
+
+
+def _before(tile: Tile) -> float:
+  """How long x's quantizer and the launch take, by the costs so far."""
+  line = _line(tile.mode, tile.block_m, tile.block_n)
+  parts = cdiv(tile.k, line.parts * _part(tile.mode).k) * line.parts
+  return line.launch_us + tile.m * parts * line.x_us
+
+
+def _rest(terms: _Terms, part_us: float) -> float:
+  """What is left of times with parts that take as long as without clusters or stream-K."""
+  return float(np.median([us - parts * part_us for (parts, _), us, _ in terms]))
 
 
 def _least_squares(terms: _Terms) -> tuple[float, float] | None:
-  """The two costs, both positive; None of fewer than three times, or of times that say else."""
+  """The two costs, the second zero at least; None of fewer than three times."""
   if len(terms) < 3:
     return None
-  counts, us = np.array([count for count, _ in terms], float), np.array([us for _, us in terms])
-  found = np.linalg.lstsq(counts / us[:, None], np.ones(len(us)), rcond=None)[0]
-  return (float(found[0]), float(found[1])) if (found > 0).all() else None
+  counts, own, whole = (np.array(column, float) for column in zip(*terms, strict=True))
+  relative, share = counts / whole[:, None], own / whole
+  part_us, tile_us = np.linalg.lstsq(relative, share, rcond=None)[0]
+  if tile_us < 0:
+    part_us, tile_us = np.linalg.lstsq(relative[:, :1], share, rcond=None)[0][0], 0.0
+  return float(part_us), float(tile_us)
 
 
 def choices(times: dict[Tile, float]) -> list[tuple[float, Tile, Tile]]:

@@ -62,8 +62,8 @@ class Product:
 P = Product
 PRODUCTS = {
   "clusters": P("nvfp4", 256, 4096, 7168, "dequant_gemm", cluster=2),
-  "clusters of three": P("nvfp4", 256, 2048, 6144, "dequant_gemm", cluster=3),
-  "clusters, few rows": P("nvfp4", 96, 2880, 2880, "dequant_gemm", cluster=4),
+  "clusters of three": P("nvfp4", 96, 4096, 7168, "dequant_gemm", cluster=3),
+  "clusters, few rows": P("nvfp4", 64, 2880, 2880, "dequant_gemm", cluster=4),
   "clusters, 192 rows of w": P("nvfp4", 128, 5120, 8192, "dequant_gemm", cluster=4, block_n=192),
   "clusters, 256 rows of w": P("mxfp4", 64, 7168, 16384, "dequant_gemm", cluster=4, block_n=256),
   "clusters, fp8": P("mxfp8", 256, 4096, 7168, "dequant_gemm", cluster=2),
@@ -75,8 +75,12 @@ PRODUCTS = {
     "nvfp4", 128, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
   ),
   "stream-K, 256 rows of w": P(
-    "nvfp4", 64, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256
+    "nvfp4", 32, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256
   ),
+  "stream-K, 16 rows of x": P("nvfp4", 16, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256),
+  "16 rows of x": P("nvfp4", 16, 28672, 4096, "dequant_gemm", block_n=256),
+  "64 rows of x by 256": P("nvfp4", 64, 28672, 4096, "dequant_gemm", block_n=256),
+  "clusters, 64 rows of x by 256": P("nvfp4", 64, 7168, 16384, "dequant_gemm", 4, block_n=256),
   "stream-K, 192 rows of both": P(
     "nvfp4", 192, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
   ),

@@ -178,6 +178,16 @@ PACKED = {
   "e4m3, 256 of n": ("e4m3", BF16, (1, 2), 65, 300, 384, T(64, 3, True, block_n=256), {}),
   "e4m3, 96 of m": ("e4m3", F16, (1, 1), 97, 130, 256, T(96, 3, True, block_n=192), {}),
   "e4m3, 192 of m": ("e4m3", BF16, (1, 1), 200, 133, 384, T(192, 3, True), {}),
+  # Parts of a step; the last step has all of them, some, or a piece of its first
+  "e2m1, parts": ("e2m1", BF16, (2, 1), 70, 330, 512, T(64, 2, block_n=256, parts=4), {}),
+  "e2m1, 2 parts": ("e2m1", F32, (1, 2), 131, 133, 320, T(96, 4, block_n=192, parts=2), {}),
+  "e2m1, parts of less": ("e2m1", F16, (1, 1), 16, 133, 64, T(16, 6, parts=4), {}),
+  "e2m1, parts, long": ("e2m1", BF16, (1, 1), 33, 200, 1344, T(32, 5, parts=4), {}),
+  "nvfp4, parts": ("nvfp4", F16, (1, 1), 10, 300, 736, T(16, 4, block_n=192, parts=4), {}),
+  "nvfp4 f16, 2 parts": ("nvfp4 f16", F16, (2, 1), 67, 133, 224, T(128, 3, parts=2), {}),
+  "nvfp4, parts promoted": ("nvfp4", F32, (1, 1), 40, 133, 576, T(64, 3, True, parts=4), {}),
+  "mxfp4, parts": ("mxfp4", BF16, (1, 2), 35, 130, 672, T(64, 3, parts=4), {}),
+  "mxfp8, 2 parts": ("mxfp8", F32, (1, 1), 67, 133, 416, T(96, 3, True, parts=2), {}),
   "mxfp8, 160 of m": ("mxfp8", F32, (1, 1), 200, 133, 128, T(160, 2, False, 1), {}),
 }
 # Of stream-K the interpreter runs CTAs in their order, which its race detector does not know.
@@ -192,6 +202,10 @@ STREAM_K = {
     *(T(96, 4, block_n=256, stream_k=True), {"num_sms": 8}),
   ),
   "stream-K, long": ("mxfp8", BF16, (1, 1), 200, 300, 1344, T(256, 2, True, 1, stream_k=True), {}),
+  "stream-K, parts": (
+    *("e2m1", BF16, (1, 1), 70, 300, 1856),
+    *(T(64, 2, block_n=256, stream_k=True, parts=4), {"num_sms": 3}),
+  ),
   "stream-K, two steps each": (
     *("mxfp4", BF16, (5, 1), 33, 100, 384),
     *(T(64, 9, stream_k=True), {"num_sms": 13}),
@@ -224,6 +238,18 @@ CLUSTERS = {
   "e2m1 cluster of 3": ("e2m1", BF16, (1, 1), 90, 300, 704, T(96, 4, False, 1, 3, 192), {}),
   "e4m3 cluster, 192 of m": ("e4m3", BF16, (1, 1), 190, 300, 896, T(192, 3, True, 1, 2), {}),
   "e4m3 cluster, 256 of n": ("e4m3", F16, (2, 1), 70, 300, 1152, T(64, 3, True, 1, 4, 256), {}),
+  "e2m1 cluster, parts": (
+    *("e2m1", BF16, (1, 1), 60, 300, 2240),
+    *(T(64, 2, False, 1, 4, 192, parts=4), {}),
+  ),
+  "e2m1 cluster, 2 parts": (
+    *("e2m1", F16, (2, 1), 120, 300, 1472),
+    *(T(128, 3, False, 1, 4, 128, parts=2), {}),
+  ),
+  "mxfp8 cluster, 2 parts": (
+    *("mxfp8", BF16, (1, 1), 60, 300, 992),
+    *(T(64, 3, False, 1, 3, 128, parts=2), {}),
+  ),
   "nvfp4 cluster": ("nvfp4", BF16, (1, 1), 201, 133, 768, T(256, 3, False, 1, 4), {}),
   "nvfp4 f16 cluster": ("nvfp4 f16", F16, (1, 1), 60, 300, 704, T(64, 4, False, 1, 4, 256), {}),
   "mxfp4 cluster": ("mxfp4", BF16, (2, 1), 90, 300, 704, T(96, 4, False, 1, 3, 192), {}),
@@ -379,14 +405,11 @@ def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype, monke
   assert rows > math.gcd(tiles.own_m, tiles.block_m)  # of a piece
 
 
-def test_the_planner_knows_what_a_step_takes():
+def test_the_planner_knows_what_a_part_takes():
   for name, mainloop in launch.MAINLOOPS.items():
-    step = plan.STEPS[name]
-    assert (step.k, step.bytes, step.scales) == (
-      mainloop.step_k,
-      4 * mainloop.words,
-      mainloop.groups,
-    )
+    part = plan.PARTS[name]
+    of_part = mainloop.part_k, 4 * mainloop.words, mainloop.groups
+    assert (part.k, part.bytes, part.scales) == of_part
 
 
 # Every code under every scale: x is the identity, so that the product is w itself.

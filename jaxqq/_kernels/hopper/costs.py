@@ -1,8 +1,8 @@
-"""Tiles of the kernels for more than 64 rows, and how long they take on an H200.
+"""Tiles of `gemm` and `dequant_gemm`, and how long they take on an H200.
 
 A line is a tile; `plan.py` tries each in clusters of several sizes, and takes what takes least
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
-n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 64 to 1024 rows
+n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 16 to 1024 rows
 (../tuned/h200_tiles.json).
 """
 
@@ -15,25 +15,38 @@ from jaxqq._kernels.hopper.tiles import Grid, cdiv
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-  """A tile, and how long a CTA takes with it: its steps, and what begins and ends it."""
+  """A tile, and how long a CTA takes with it: parts of steps, and what begins and ends it.
+
+  A part is 128 bytes of k of x. A step is what is loaded at once.
+  """
 
   block_m: int
   block_n: int
-  step_us: float
+  part_us: float
   tile_us: float
   cluster_us: float | None = None  # instead, where a cluster exchanges sums; None: it cannot
-  stream_k: tuple[float, float] | None = None  # a step and the rest, with stream-K; None: without
+  stream_k: tuple[float, float] | None = None  # a part and the rest, with stream-K; None: without
+  parts: int = 1  # of a step
+  launch_us: float = 0.0  # once, before the first wave; 0: in what begins and ends a tile
+  x_us: float = 0.0  # of a part of a row of x, which is quantized before; 0: likewise
 
-  def time(self, grid: Grid, k_steps: int) -> float:
-    step_us, rest_us = self.step_us, self.tile_us
+  def time(self, grid: Grid, k_steps: int, parts: int = 1) -> float:
+    """Of a grid whose tiles have so many steps, of so many parts each."""
+    part_us, rest_us = self.part_us, self.tile_us
     if grid.cluster > 1:
       assert self.cluster_us is not None
       rest_us = self.cluster_us
     elif grid.stream_k:
       assert self.stream_k is not None
-      step_us, rest_us = self.stream_k
+      part_us, rest_us = self.stream_k
     steps, tiles = counts(grid, k_steps)
-    return steps * step_us + tiles * rest_us
+    before = self.launch_us + grid.batch * grid.m * k_steps * parts * self.x_us
+    return before + steps * parts * part_us + tiles * rest_us
+
+
+def _launched_in(us: float, x_us: float, *tiles: Timed) -> tuple[Timed, ...]:
+  """Tiles whose waves overlap, so that what comes before them takes a time of its own."""
+  return tuple(dataclasses.replace(timed, launch_us=us, x_us=x_us) for timed in tiles)
 
 
 def counts(grid: Grid, k_steps: int) -> tuple[int, int]:
@@ -57,28 +70,54 @@ GEMM = (
   Timed(128, 128, 0.45, 3.0),
 )
 
-# `skinny_gemm` with packed e2m1 codes and 33 to 64 rows of x; a step is 64 of k.
-SKINNY_E2M1 = Timed(64, 64, 0.145, 1.6, 3.8)
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """`skinny_gemm` with packed e2m1 codes, expanded: its tiles follow each other without a break."""
+
+  rows: int  # of x, up to
+  part_us: float  # 64 of k, of 64 rows of w
+  rest_us: float
+  cluster_us: float  # instead, where a cluster adds up sums
+
+  def time(self, grid: Grid, parts: int) -> float:
+    """Of a grid whose tiles have so many parts."""
+    own, _ = counts(grid, parts)
+    return own * self.part_us + (self.cluster_us if grid.cluster > 1 else self.rest_us)
+
+
+SKINNY_E2M1 = (
+  Streamed(16, 0.0908, 5.1, 5.9),
+  Streamed(32, 0.0992, 5.4, 6.9),
+  Streamed(64, 0.140, 6.0, 7.1),
+)
 
 # Expanding w takes as long for few rows of x as for many, so small tiles take more than their
 # share. Tiles of 192 or 256 rows of w have three or four warpgroups, and registers for fewer sums:
 # with 128 rows of x by 256, ptxas 13.0 serializes wgmma. In fp8, which sums a step apart, tiles of
-# 128 by 192 spill registers, and those of 64 by 256 gain nothing. Most of `step_us` and `tile_us`
-# are of an older fit, to fewer times; today's steps differ from them by up to 13%. With stream-K,
-# 64 rows by 192 in fp8 take longer in the survey of models, whose matrices are larger; the cost is
-# made for that.
-DEQUANT_E2M1 = (
-  Timed(64, 128, 0.312, 4.0, 5.5, (0.312, 9.5)),
-  Timed(64, 192, 0.438, 4.4, 5.5, (0.438, 9.5)),
-  Timed(64, 256, 0.560, 4.4, 6.3, (0.560, 12.0)),
-  Timed(96, 128, 0.375, 4.0, 5.7, (0.375, 10.5)),
-  Timed(96, 192, 0.514, 4.3, 6.6, (0.514, 12.5)),
-  Timed(96, 256, 0.634, 5.0, 9.6, (0.634, 16.2)),
-  Timed(128, 128, 0.417, 4.3, 6.1, (0.432, 11.7)),
-  Timed(128, 192, 0.549, 4.2, 6.8, (0.549, 18.0)),
-  Timed(192, 128, 0.510, 4.7, 7.4, (0.536, 15.9)),
-  Timed(192, 192, 0.714, 3.5, 12.3, (0.720, 20.0)),
-  Timed(256, 128, 0.610, 5.2, 9.5, (0.654, 17.6)),
+# 128 by 192 spill registers, and those of 64 by 256 gain nothing. Steps of four parts load rows of
+# w of 128 bytes, of two parts 64: with 32, tiles of up to 64 rows of x take 15 to 25% longer,
+# from 192 on as long.
+DEQUANT_E2M1 = _launched_in(
+  4.5,
+  4.5e-5,
+  Timed(16, 128, 0.207, 0.5, 1.3, (0.233, 3.5), 4),
+  Timed(16, 192, 0.272, 1.0, 2.3, (0.290, 4.3), 4),
+  Timed(16, 256, 0.354, 0.6, 2.4, (0.354, 4.3), 4),
+  Timed(32, 128, 0.213, 0.5, 1.3, (0.235, 3.7), 4),
+  Timed(32, 192, 0.287, 1.2, 3.2, (0.301, 4.9), 4),
+  Timed(32, 256, 0.381, 0.9, 2.4, (0.381, 5.5), 4),
+  Timed(64, 128, 0.250, 1.0, 2.1, (0.267, 4.7), 4),
+  Timed(64, 192, 0.338, 1.6, 3.3, (0.356, 6.1), 4),
+  Timed(64, 256, 0.453, 1.0, 4.4, (0.465, 8.5), 4),
+  Timed(96, 128, 0.309, 1.1, 3.0, (0.312, 6.4), 2),
+  Timed(96, 192, 0.427, 1.7, 3.0, (0.443, 6.4), 2),
+  Timed(96, 256, 0.556, 1.2, 4.8, (0.583, 6.6), 2),
+  Timed(128, 128, 0.358, 1.2, 4.0, (0.358, 7.5), 2),
+  Timed(128, 192, 0.508, 0.8, 3.1, (0.517, 5.8), 2),
+  Timed(192, 128, 0.488, 0.8, 2.8, (0.528, 11.0)),
+  Timed(192, 192, 0.673, 1.8, 6.4, (0.686, 13.0)),
+  Timed(256, 128, 0.628, 0.8, 3.9, (0.632, 12.6)),
 )
 DEQUANT_E4M3 = (
   Timed(64, 128, 0.534, 4.3, 5.3, (0.534, 10.0)),

@@ -2,17 +2,19 @@
 
 One CTA an SM, with a producer and two to four compute warpgroups (`pipeline.py`):
 
-    warpgroup 0, compute  | wgmma k       | wgmma k+1     | wgmma k+2     | ... | store
-                          |    expand k+1 |    expand k+2 |    expand k+3 | ...
+    warpgroup 0, compute  | wgmma p       | wgmma p+1     | wgmma p+2     | ... | store
+                          |    expand p+1 |    expand p+2 |    expand p+3 | ...
     warpgroup 1, compute      likewise
 
 - A compute warpgroup has 64 rows of w and all rows of the x tile: out^T = w_hat x_hat^T. It expands
-  the words of a step in its registers (`mainloops/`), from where the tensor cores take them, while
-  they work on the step before. No expanded w is ever written to memory.
+  the words of a part of a step in its registers (`mainloops/`), from where the tensor cores take
+  them, while they work on the part before. No expanded w is ever written to memory.
 - With few rows of x the tensor cores wait for expanded words. Then more warpgroups expand: two
-  have 232 registers a thread each, four have 104, which hold the sums of up to 96 rows.
+  have 240 registers a thread each, four have 112, which hold the sums of up to 96 rows. And a step
+  has several parts along k: they share its barriers, and a row of w is loaded 64 or 128 bytes at a
+  time, where loads of 32 would be what takes longest.
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
-  bit formats). With `promote` they cover one step, and are then added to float32 sums.
+  bit formats). With `promote` they cover one part, and are then added to float32 sums.
 - With 192 rows of x or more, two operands and the sums of a step do not fit in registers. Then
   two warpgroups multiply in ping-pong (`wgmma.add_promoted`): one expands while the other
   multiplies.
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -68,7 +71,7 @@ PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registe
 
 
 class PackedOperand(Protocol):
-  """Packed w as the left operand of the tensor cores: 64 rows and `step_k` of k at a time."""
+  """Packed w as the left operand of the tensor cores: 64 rows and `part_k` of k at a time."""
 
   @property
   def dtype(self) -> Any:
@@ -79,33 +82,33 @@ class PackedOperand(Protocol):
     """Whether x is to be, in every 64 of k (`ptx/expand.py`)."""
 
   @property
-  def step_k(self) -> int: ...
+  def part_k(self) -> int: ...
 
   @property
   def words(self) -> int:
-    """Of uint32, a row and step."""
+    """Of uint32, a row and part."""
 
   @property
   def groups(self) -> int:
-    """Scales, a row and step."""
+    """Scales, a row and part."""
 
   @property
   def unit_exponent(self) -> int:
     """Of the power of two that the product is to be multiplied by."""
 
-  def load_words(self, ref: Any) -> Any:
-    """From shared memory, in the layout that `expand` takes."""
+  def load_words(self, ref: Any, transforms: tuple[Any, ...], part: int) -> Any:
+    """Of a part of a piece of a step, from shared memory, in the layout that `expand` takes."""
 
   def load_scales(self, ref: Any) -> Any:
     """From shared memory: `groups` a row."""
 
   def expand(self, words: Any, scales: Any) -> Any:
-    """(64, step_k) in the layout of a left operand."""
+    """(64, part_k) in the layout of a left operand."""
 
 
 @pipeline.arrays
 class Operands:
-  # (b or 1, m, k) of mainloop.dtype, k a multiple of 16; interleaved, of mainloop.step_k.
+  # (b or 1, m, k) of mainloop.dtype, k a multiple of 16; interleaved, of mainloop.part_k.
   x: Any
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
@@ -120,8 +123,8 @@ class Operands:
 
 @pipeline.arrays
 class Scratch:
-  x: Any  # (stages, block_m, step_k)
-  w: Any  # (stages, block_n, words)
+  x: Any  # (stages, parts, block_m, part_k)
+  w: Any  # (stages, pieces, block_n, words): rows of up to 128 bytes
   scales: Any  # (slots, block_n, SCALES), each of several steps
   out: Any  # pieces of 64 rows of w on their way out; None where threads store them
   from_cluster: Any  # sums of the other CTAs, a slot each
@@ -196,7 +199,7 @@ class _DequantGemm:
     self.mainloop, self.tiles, self.grid = mainloop, tiles, grid
     self.out_dtype = jnp.dtype(out_dtype)
     self.compute_warpgroups = tiles.block_n // ROWS
-    self.k_steps = cdiv(x.shape[2], mainloop.step_k)  # of all CTAs that share a tile
+    self.k_steps = cdiv(x.shape[2], tiles.parts * mainloop.part_k)  # of CTAs that share a tile
     assert tiles.cluster == 1 or self.k_steps >= 2 * tiles.cluster, "every CTA has two steps"
     sizes = range(8, DEQUANT_STORE + 1, 8)  # rows of x that a CTA stores at a time
     self.store_m = max(s for s in sizes if tiles.own_m % s == 0 and tiles.block_m % s == 0)
@@ -205,7 +208,8 @@ class _DequantGemm:
     self.ping_pong = tiles.promote and tiles.block_m >= PING_PONG_ROWS
     assert not self.ping_pong or tiles.block_n == 2 * ROWS, "two warpgroups multiply in turn"
     self.has_row_scales = operands.x_scales is not None
-    self.steps_a_block = SCALES // mainloop.groups  # of scales
+    self.step_groups = tiles.parts * mainloop.groups
+    self.steps_a_block = SCALES // self.step_groups  # of scales
     self.blocks_a_tile = cdiv(self.k_steps, self.steps_a_block)
     self.slots = scale_slots(
       self.k_steps, self.steps_a_block, tiles.num_stages, stream_k=tiles.stream_k
@@ -213,13 +217,16 @@ class _DequantGemm:
     # Only 16 bit matrices can be transposed on their way to shared memory.
     self.can_stage_transpose = self.out_dtype.itemsize == 2
     self.writes_transpose = not self.can_stage_transpose and not self.has_groups
-    self.x_transforms = tile_transforms(mainloop.step_k, mainloop.dtype)
-    self.w_transforms = tile_transforms(mainloop.words, jnp.uint32)
-    past_end = x.shape[2] % mainloop.step_k != 0  # the last step goes there, and loads zeros
+    self.x_transforms = tile_transforms(mainloop.part_k, mainloop.dtype)
+    step_words = tiles.parts * mainloop.words
+    self.piece_words = min(ROW_BYTES // 4, step_words)
+    self.pieces = step_words // self.piece_words
+    self.w_transforms = tile_transforms(self.piece_words, jnp.uint32)
+    if self.has_groups or w.shape[2] % self.piece_words:
+      self.w_transforms = row_transforms(4 * self.piece_words)
+    past_end = x.shape[2] % mainloop.part_k != 0  # the last part goes there, and loads zeros
     if self.has_groups or past_end:  # in groups a tile begins at any row, too
       self.x_transforms = row_transforms()
-      if 4 * mainloop.words == ROW_BYTES:
-        self.w_transforms = row_transforms()
 
   def out_type(self) -> jax.ShapeDtypeStruct:
     """(b, m, n), or (b, n, m), and what the last pieces have beyond."""
@@ -237,23 +244,25 @@ class _DequantGemm:
   def scratch(self) -> Scratch:
     tiles, mainloop, stages = self.tiles, self.mainloop, self.tiles.num_stages
     warpgroups, others = self.compute_warpgroups, tiles.cluster - 1
-    words = (stages, tiles.block_n, mainloop.words)
+    loads = 1 + self.pieces + tiles.parts * (1 + self.has_short_tails)
     out = (ROWS, self.store_m) if self.writes_transpose else (self.store_m, ROWS)
     out_transforms = tile_transforms(out[1], self.out_dtype)
     if self.has_groups:
       out_transforms = row_transforms()
-    is_staged = self.can_stage_transpose or self.writes_transpose
+    is_staged, of_x = self.can_stage_transpose or self.writes_transpose, self.x_transforms
+
+    def smem(shape: tuple[int, ...], dtype: Any, transforms: Any = ()) -> Any:
+      return plgpu.SMEM(shape, dtype, transforms=transforms)
+
     return Scratch(
-      plgpu.SMEM(
-        (stages, tiles.block_m, mainloop.step_k), mainloop.dtype, transforms=self.x_transforms
-      ),
-      plgpu.SMEM(words, jnp.uint32, transforms=self.w_transforms),
-      plgpu.SMEM((self.slots, tiles.block_n, SCALES), jnp.uint8),
-      plgpu.SMEM((warpgroups, tiles.store_stages, *out), self.out_dtype, transforms=out_transforms)
+      smem((stages, tiles.parts, tiles.block_m, mainloop.part_k), mainloop.dtype, of_x),
+      smem((stages, self.pieces, tiles.block_n, self.piece_words), jnp.uint32, self.w_transforms),
+      smem((self.slots, tiles.block_n, SCALES), jnp.uint8),
+      smem((warpgroups, tiles.store_stages, *out), self.out_dtype, out_transforms)
       if is_staged
       else None,
       cluster.dsmem_buffer(tiles.own_m, others, warpgroups) if others else None,
-      plgpu.Barrier(num_barriers=stages, num_arrivals=3 + self.has_short_tails),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
       plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
     )
 
@@ -280,6 +289,10 @@ class _DequantGemm:
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
+
+
+def _nothing() -> None:
+  """What follows the last part."""
 
 
 class _Cta:
@@ -393,25 +406,29 @@ class _Cta:
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     gmem, full, mainloop = self.gmem, self.smem.full.at[stage], self.mainloop
     block, slot, is_first = self.scales_of(ki, tile)
-    ki = ki + self.steps_of(tile).first
     w_rows = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
-    words = pl.ds(ki * mainloop.words, mainloop.words)
-    w = gmem.w.at[batch_of(gmem.w, tile.batch), w_rows, words]
-    plgpu.copy_gmem_to_smem(w, self.smem.w.at[stage], full)
-    of_matrix = gmem.x.at[batch_of(gmem.x, tile.batch)]
-    ks = pl.ds(ki * mainloop.step_k, mainloop.step_k)
+    ki = ki + self.steps_of(tile).first
+    of_w = gmem.w.at[batch_of(gmem.w, tile.batch), w_rows]
+    pieces, size = self.kernel.pieces, self.kernel.piece_words
+    for piece in range(pieces):
+      words = of_w.at[:, pl.ds((ki * pieces + piece) * size, size)]
+      plgpu.copy_gmem_to_smem(words, self.smem.w.at[stage, piece], full)
+    of_x = gmem.x.at[batch_of(gmem.x, tile.batch)]
+    first_row = tile.row(self.tiles.block_m)
 
-    def load_x(first: int, rows: int) -> None:
-      x = of_matrix.at[pl.ds(tile.row(self.tiles.block_m) + first, rows), ks]
-      plgpu.copy_gmem_to_smem(x, self.smem.x.at[stage, pl.ds(first, rows)], full)
+    def load_x(part: int, first: int, rows: int) -> None:
+      ks = pl.ds((ki * self.tiles.parts + part) * mainloop.part_k, mainloop.part_k)
+      to = self.smem.x.at[stage, part, pl.ds(first, rows)]
+      plgpu.copy_gmem_to_smem(of_x.at[pl.ds(first_row + first, rows), ks], to, full)
 
-    if self.kernel.has_short_tails and isinstance(tile, GroupTile):
-      load_x(0, TAIL_ROWS)
-      more = functools.partial(load_x, TAIL_ROWS, self.tiles.block_m - TAIL_ROWS)
-      pl.when(tile.rows > TAIL_ROWS)(more)
-      pl.when(tile.rows <= TAIL_ROWS)(lambda: plgpu.barrier_arrive(full))
-    else:
-      load_x(0, self.tiles.block_m)
+    for part in range(self.tiles.parts):
+      if self.kernel.has_short_tails and isinstance(tile, GroupTile):
+        load_x(part, 0, TAIL_ROWS)
+        more = functools.partial(load_x, part, TAIL_ROWS, self.tiles.block_m - TAIL_ROWS)
+        pl.when(tile.rows > TAIL_ROWS)(more)
+        pl.when(tile.rows <= TAIL_ROWS)(lambda: plgpu.barrier_arrive(full))
+      else:
+        load_x(part, 0, self.tiles.block_m)
 
     @pl.when(is_first)
     def _scales() -> None:
@@ -445,14 +462,14 @@ class _Cta:
   # A tile's sums
 
   def first_place(self, tile: Tile) -> Place:
-    groups, steps = self.mainloop.groups, self.steps_of(tile)
+    groups, steps = self.kernel.step_groups, self.steps_of(tile)
     stage = pipeline.stage_of(steps.before, self.tiles.num_stages)
     slot = lax.rem(steps.blocks_before, jnp.int32(self.kernel.slots))
     return Place(stage, slot, lax.rem(steps.first * groups, jnp.int32(SCALES)))
 
   def place_after(self, place: Place) -> Place:
     """Of the next step of a tile."""
-    column = place.column + self.mainloop.groups
+    column = place.column + self.kernel.step_groups
     is_next = column == SCALES
     next_slot = pipeline.stage_after(place.slot, self.kernel.slots)
     return Place(
@@ -461,29 +478,49 @@ class _Cta:
       jnp.where(is_next, jnp.int32(0), column),
     )
 
-  def expanded(self, place: Place) -> Any:
-    """The operand of one step, from its packed words; x's is there then as well."""
+  def expanded(self, place: Place, part: int) -> Any:
+    """The operand of a part of a step, from its packed words; x's is there then as well."""
     mainloop, smem = self.mainloop, self.smem
-    plgpu.barrier_wait(smem.full.at[place.stage])
-    words = mainloop.load_words(smem.w.at[place.stage, self.own_rows])
-    columns = pl.ds(place.column, mainloop.groups)
+    if part == 0:
+      plgpu.barrier_wait(smem.full.at[place.stage])
+    piece, of_piece = divmod(part, self.tiles.parts // self.kernel.pieces)
+    own_words = smem.w.at[place.stage, piece, self.own_rows]
+    words = mainloop.load_words(own_words, self.kernel.w_transforms, of_piece)
+    columns = pl.ds(place.column + part * mainloop.groups, mainloop.groups)
     scales = mainloop.load_scales(smem.scales.at[place.slot, self.own_rows, columns])
     return mainloop.expand(words, scales)
 
-  def step(self, place: Place, a: Any, total: Any, following: Any) -> tuple[Any, Any]:
-    """total + a x_hat^T; meanwhile `following` expands the next step's a."""
+  def step(self, place: Place, a: Any, total: Any, after: Place | None) -> tuple[Any, Any]:
+    """total + one step's product, of whose first part a is; and the first of the step after."""
+    for part in range(self.tiles.parts):
+      following: Callable[[], Any] = _nothing
+      if part + 1 < self.tiles.parts:
+        following = functools.partial(self.expanded, place, part + 1)
+      elif after is not None:
+        following = functools.partial(self.expanded, after, 0)
+      total, a = self.part(place, part, a, total, following)
+    return total, a
+
+  def part(
+    self, place: Place, part: int, a: Any, total: Any, following: Callable[[], Any]
+  ) -> tuple[Any, Any]:
+    """total + a x_hat^T; meanwhile `following` expands the next part's a."""
     kernel, dtype = self.kernel, self.mainloop.dtype
-    b = self.smem.x.at[place.stage, pl.ds(0, total.shape[1])]
-    empty = self.smem.empty.at[place.stage]
+    b = self.smem.x.at[place.stage, part, pl.ds(0, total.shape[1])]
+
+    def release() -> None:
+      if part == self.tiles.parts - 1:
+        plgpu.barrier_arrive(self.smem.empty.at[place.stage])
+
     if kernel.ping_pong:
       total = wgmma.add_promoted(total, a, b, self.warpgroup, kernel.x_transforms, dtype)
-      plgpu.barrier_arrive(empty)
+      release()
       return total, following()
     promote = self.tiles.promote
     begun = wgmma.begin(a, b, kernel.x_transforms, dtype, sums=None if promote else total)
     next_a = following()
     (sums,) = wgmma.finish(begun, a, next_a)
-    plgpu.barrier_arrive(empty)
+    release()
     return total + sums if promote else sums, next_a
 
   def sums(self, tile: Tile, rows: int) -> tuple[Any, Any]:
@@ -492,11 +529,11 @@ class _Cta:
     def body(_: Any, state: Any) -> Any:
       place, a, total = state
       after = self.place_after(place)
-      total, a = self.step(place, a, total, lambda: self.expanded(after))
+      total, a = self.step(place, a, total, after)
       return after, a, total
 
     place = self.first_place(tile)
-    state = place, self.expanded(place), wgmma.zeros(rows)
+    state = place, self.expanded(place, 0), wgmma.zeros(rows)
     times = self.steps_of(tile).count - 1
     if not isinstance(times, int):
       # A count that is known at run time is two or more (clusters, stream-K). If the loop might not
@@ -506,7 +543,7 @@ class _Cta:
     w_scales = None
     if self.kernel.has_row_scales:  # here, so that they arrive while the last step is multiplied
       w_scales = self.load_w_scales(tile)
-    total, _ = self.step(place, a, total, lambda: None)
+    total, _ = self.step(place, a, total, None)
     return total, w_scales
 
   # The epilogue

@@ -21,7 +21,7 @@ from jaxqq._kernels.hopper import (
 )
 from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops import blockdiag
-from jaxqq._kernels.hopper.mainloops.table import packed_operand, packed_operands
+from jaxqq._kernels.hopper.mainloops.table import PART_K, packed_operand, packed_operands
 from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
 from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype
 from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
@@ -48,6 +48,8 @@ def wide(plan: WidePlan, operands: Operands) -> jax.Array:
   folded = fold(operands)
   if plan.fp8:  # loads go past the end of k
     ready = _rebased(plan, _with_even_scales(folded))
+  elif plan.kernel == "dequant_gemm":
+    ready = _exact(plan, _with_whole_rows(plan, folded))
   else:
     ready = _exact(plan, pad_k(folded, gemm.step_k(operand_dtype(plan.problem)), fmt))
   out = _KERNELS[plan.kernel](plan, ready)
@@ -72,7 +74,7 @@ def _exact(
     out = quantizer(
       matrix, fmt, _scalar(global_scale), dtype=operand_dtype(problem), interleave=interleave
     )
-    return out.reshape(a.shape[0], -1, operands.k)
+    return out.reshape(a.shape[0], -1, out.shape[-1])
 
   if x_hat is not None:
     x = x_hat
@@ -88,6 +90,21 @@ def _exact(
     alpha = alpha_operand(2.0**unit_exponent)
   w = operands.w if problem.is_packed else operand("w", operands.global_scale_w)
   return dequant_gemm.Operands(x, w, operands.scales, alpha)
+
+
+def _with_whole_rows(plan: WidePlan, operands: Operands) -> Operands:
+  """Zeros behind k where the TMA wants them, and where x is interleaved.
+
+  A row of w is whole units of the TMA's; else no copy of it is made, since loads go past its end.
+  """
+  fmt = plan.problem.fmt
+  operands = pad_k(operands, 8 * TMA_BYTES // fmt.bits, fmt)
+  missing = -operands.k % PART_K if MAINLOOPS[plan.mainloop].interleaved else 0
+  if not missing:
+    return operands
+  widths = [(0, 0)] * 3
+  widths[operands.axes("x")[1]] = (0, missing)
+  return dataclasses.replace(operands, x=jnp.pad(operands.x, widths))
 
 
 def _rebased(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
@@ -320,12 +337,11 @@ def _ragged_wide(
   plan: RaggedPlan, operands: Operands, of_rows: jax.Array | None, tiles: GroupTiles
 ) -> jax.Array:
   own = cast(WidePlan, plan.of_group)
-  dtype = operand_dtype(own.problem)
   if own.fp8:  # loads go past the end of k
     ready = _rebased(own, _with_even_scales(operands))
   else:
     if own.problem.is_packed:
-      operands = pad_k(operands, gemm.step_k(dtype), own.problem.fmt)
+      operands = _with_whole_rows(own, operands)
     x = None if of_rows is None else _quantized_by_rows(plan, operands.x, of_rows)
     ready = _exact(own, operands, x)
   ready = dataclasses.replace(ready, groups=tiles)

@@ -43,7 +43,8 @@ from jaxqq._kernels.hopper.costs import (
   Timed,
 )
 from jaxqq._kernels.hopper.mainloops.table import (
-  STEPS,
+  PART_K,
+  PARTS,
   packed_operand,
   skinny_mainloop,
   skinny_rows,
@@ -78,7 +79,7 @@ class WidePlan:
   Attributes:
     kernel: the file in this folder that has it.
     mainloop: what becomes of w, ready in memory or expanded in registers: a name of
-      `mainloops.table.STEPS`.
+      `mainloops.table.PARTS`.
     fp8: operands are e4m3 codes, rebased, and the epilogue multiplies by the scales of both
       operands' rows; else they are exact 16 bit floats, and it multiplies by alpha.
     tiles: what was chosen.
@@ -108,17 +109,28 @@ class WidePlan:
     staged = ""
     if self.kernel == "staged_gemm":
       staged = f", packed w expanded a panel at a time, of {self.panel_rows} rows"
-    step = 128 if self.fp8 else 64
-    k, group_size = self.problem.k, self.problem.fmt.group_size
-    is_padded = k % step and not self.fp8  # whose loads go past the end
-    padded = f", K padded to a multiple of {step} by XLA" if is_padded else ""
     time = ""
     if self.kernel == "dequant_gemm":  # else the time of what makes w ready is not known
       time = f", about {self.estimate_us:.0f} us on an H200"
-      if cdiv(k, step) * step // group_size % TMA_BYTES:
-        padded += ", scales of w padded along K by XLA"
-    how = f"({self.mainloop}) with {self.tiles}{time}{staged}{padded}"
+    how = f"({self.mainloop}) with {self.tiles}{time}{staged}{self._padded}"
     return f"{self.kernel} {how}{_for_sms(self.device)}"
+
+  @property
+  def _padded(self) -> str:
+    """What XLA copies, to add zeros."""
+    k, fmt = self.problem.k, self.problem.fmt
+    if self.kernel != "dequant_gemm":
+      is_padded = k % PART_K and not self.fp8  # whose loads go past the end
+      return f", K padded to a multiple of {PART_K} by XLA" if is_padded else ""
+    row = 8 * TMA_BYTES // fmt.bits
+    of_scales = cdiv(k, 128) * 128 if self.fp8 else cdiv(k, row) * row
+    copied = {
+      "x": self.mainloop == "packed_e2m1" and k % PART_K,
+      "w": k % row,
+      "scales": of_scales // fmt.group_size % TMA_BYTES,
+    }
+    names = [name for name, is_copied in copied.items() if is_copied]
+    return f", {' and '.join(names)} padded along K by XLA" if names else ""
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -333,22 +345,24 @@ def expected_us(plan: WidePlan) -> float:
 def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]:
   """A plan for each of the tiles that can be."""
   kernel, mainloop = _wide_kernel(problem, device, fp8)
-  step, out_bytes = STEPS[mainloop], problem.out_dtype.itemsize
-  k_steps = cdiv(problem.k, step.k)
+  part, out_bytes = PARTS[mainloop], problem.out_dtype.itemsize
   plans: dict[WideTiles, WidePlan] = {}
   ways: list[tuple[int, bool]] = [(cluster, False) for cluster in CLUSTERS]
   if kernel == "dequant_gemm" and not problem.in_groups:
     ways.append((1, True))
-  for timed, (cluster, stream_k) in itertools.product(step.costs, ways):
+  for timed, (cluster, stream_k) in itertools.product(part.costs, ways):
+    parts = timed.parts
+    k_steps = cdiv(problem.k, parts * part.k)
     tiles = WideTiles(
       block_m=timed.block_m,
       block_n=timed.block_n,
       promote=fp8 or problem.wants_exact_sums,
       cluster=cluster,
       stream_k=stream_k,
+      parts=parts,
     )
     grid = _wide_grid(problem, tiles, device)
-    if stream_k and not _can_deal_out(timed, grid, k_steps):
+    if stream_k and not _can_deal_out(timed, grid, k_steps, parts):
       continue
     if cluster > 1 and not _can_share(timed, tiles, grid, k_steps, problem, device):
       continue
@@ -356,12 +370,12 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
       continue
     with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
     if with_room is not None:
-      time = timed.time(grid, k_steps)
+      time = timed.time(grid, k_steps, parts)
       plans[with_room] = WidePlan(kernel, mainloop, fp8, with_room, time, problem, device)
   return list(plans.values())
 
 
-def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:
+def _can_deal_out(timed: Timed, grid: Grid, k_steps: int, parts: int) -> bool:
   """Whether stream-K has a measured time, and may gain.
 
   Every CTA gets enough steps. Tiles are not short, and waves are few: those overlap, so that
@@ -370,9 +384,9 @@ def _can_deal_out(timed: Timed, grid: Grid, k_steps: int) -> bool:
   """
   return (
     timed.stream_k is not None
-    and grid.dealt_tiles * k_steps >= MIN_STREAM_K_STEPS * grid.num_sms
+    and grid.dealt_tiles * k_steps * parts >= MIN_STREAM_K_PARTS * grid.num_sms
     and MAX_STREAM_K_SHARES * grid.dealt_tiles >= grid.num_sms
-    and k_steps >= MIN_STREAM_K_TILE_STEPS
+    and k_steps * parts >= MIN_STREAM_K_TILE_PARTS
     and grid.whole_waves <= 1
   )
 
@@ -406,15 +420,14 @@ def _has_registers(tiles: WideTiles, problem: Problem) -> bool:
 
 _SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 _MAX_STAGES = 9
-MIN_STREAM_K_STEPS = 8  # of a CTA
-MIN_STREAM_K_TILE_STEPS = 40
+_MIN_PARTS = 3  # of steps in shared memory: two are too few for any tile
+MIN_STREAM_K_PARTS = 8  # of steps, of a CTA
+MIN_STREAM_K_TILE_PARTS = 40
 MAX_STREAM_K_SHARES = 6  # CTAs a tile
 
 
 def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> WideTiles | None:
-  """With as many steps in shared memory as there is room for, or None if for no three.
-
-  Two are too few for any tile.
+  """With as many steps in shared memory as there is room for, or None if for too few.
 
   A step more is worth more than a second piece of the result on its way out.
 
@@ -425,17 +438,20 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
     out_bytes: of a number of the result.
   """
   block_m, block_n = tiles.block_m, tiles.block_n
-  step = STEPS[mainloop]
+  part = PARTS[mainloop]
   from_cluster = 4 * (tiles.cluster - 1) * tiles.own_m * block_n
   piece = out_bytes * block_n * (GEMM_STORE if mainloop == "ready" else DEQUANT_STORE)
 
   def size(stages: int, store_stages: int) -> int:
-    blocks = cdiv(k, step.k), SCALES // step.scales if step.scales else 0
-    slots = scale_slots(*blocks, stages, stream_k=tiles.stream_k) if step.scales else 0
-    loads = stages * (128 * block_m + step.bytes * block_n) + slots * SCALES * block_n
-    return loads + from_cluster + store_stages * piece
+    slots = 0
+    if part.scales:
+      steps, of_block = cdiv(k, tiles.parts * part.k), SCALES // (tiles.parts * part.scales)
+      slots = scale_slots(steps, of_block, stages, stream_k=tiles.stream_k)
+    loads = stages * tiles.parts * (128 * block_m + part.bytes * block_n)
+    return loads + slots * SCALES * block_n + from_cluster + store_stages * piece
 
-  for stages, store_stages in itertools.product(range(_MAX_STAGES, 2, -1), (2, 1)):
+  fewest = max(2, cdiv(_MIN_PARTS, tiles.parts))
+  for stages, store_stages in itertools.product(range(_MAX_STAGES, fewest - 1, -1), (2, 1)):
     if size(stages, store_stages) <= _SHARED_MEMORY:
       return dataclasses.replace(tiles, num_stages=stages, store_stages=store_stages)
   return None
@@ -516,8 +532,9 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   quantizes_x = few and block.k == SKINNY_BLOCK_K
   tiles = _skinny_tiles(problem, device, mainloop, block, padded_m)
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
-  if mainloop in ("expanded", "in_order") and rows > MAX_SKINNY_ROWS // 2:
-    own = SKINNY_E2M1.time(plan.grid, cdiv(problem.k, ROWS))
+  if mainloop == "expanded" or (mainloop == "in_order" and rows > MAX_SKINNY_ROWS // 2):
+    timed = next(timed for timed in SKINNY_E2M1 if rows <= timed.rows)
+    own = timed.time(plan.grid, cdiv(problem.k, PART_K))
     other = _wide(problem, device, fp8=False).estimate_us
     if other < own:
       raise Unsupported(

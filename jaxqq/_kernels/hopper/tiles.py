@@ -81,6 +81,7 @@ class WideTiles:
   cluster: int = 1  # CTAs that share a tile, each with a part of k: up to 8, of `gemm` 1
   block_n: int = 2 * ROWS  # rows of w a CTA; of `dequant_gemm` 64 a compute warpgroup
   stream_k: bool = False  # steps along k are dealt out to all CTAs evenly (`stream_k.py`)
+  parts: int = 1  # of `dequant_gemm`: of a step, loaded together and multiplied one by one
 
   @property
   def own_m(self) -> int:

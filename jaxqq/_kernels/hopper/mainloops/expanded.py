@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.ptx import wgmma
 
@@ -28,7 +30,8 @@ class Expanded:
     del rows
     (sums,) = sums
     packed = PackedE2M1
-    pieces = [packed.load_words(ref) for ref in cta.w_pieces(stage)]
+    layout = plgpu.Layout.WGMMA
+    pieces = [plgpu.load(ref, layout=layout, optimized=False) for ref in cta.w_pieces(stage)]
     all_scales = packed.load_scales(cta.smem.scales.at[stage]) if scales is None else scales[0]
     for step in range(cta.plan.block.words // packed.words):
       groups = slice(step * packed.groups, (step + 1) * packed.groups)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
-from jaxqq._kernels.hopper.mainloops.table import STEP_K, packed_operand, packed_operands
+from jaxqq._kernels.hopper.mainloops.table import PART_K, packed_operand, packed_operands
 from jaxqq._kernels.hopper.ptx import expand_in_order as expand
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.layouts import whole_rows
@@ -25,22 +25,22 @@ class InOrderOperand:
   fmt: Format
   dtype: np.dtype  # of x, and of the operand
   interleaved = False
-  step_k = STEP_K
+  part_k = PART_K
 
   @property
   def words(self) -> int:
-    return STEP_K // self.fmt.codes_per_word
+    return PART_K // self.fmt.codes_per_word
 
   @property
   def groups(self) -> int:
-    return STEP_K // self.fmt.group_size
+    return PART_K // self.fmt.group_size
 
   @property
   def unit_exponent(self) -> int:
     return 0 if self.fmt.scale_is_power_of_two else expand.E2M1_UNIT
 
-  def load_words(self, ref: Any) -> Any:
-    return plgpu.load(ref, layout=expand.WORDS, optimized=False)
+  def load_words(self, ref: Any, transforms: Any, part: int) -> Any:
+    return load_words_of_rows(ref, transforms, part * self.words, self.words)
 
   def load_scales(self, ref: Any) -> Any:
     return plgpu.load(ref, layout=whole_rows(self.groups), optimized=False)

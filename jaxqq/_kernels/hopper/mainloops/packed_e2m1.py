@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxqq._kernels.hopper.ptx import expand
 from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR
+from jaxqq._kernels.hopper.ptx.loads import load_pairs_of_rows
 
 # Codes become e4m3 numbers of 2**-6 their value (their exponent field ends up on e4m3's lowest
 # bits), and those float16. What is missing, the epilogue multiplies.
@@ -16,18 +17,18 @@ _CODES_EXPONENT = -6
 
 
 class PackedE2M1:
-  """64 rows and 64 of k a step: 8 words and 4 scales a row. x is interleaved (`ptx/expand.py`)."""
+  """64 rows and 64 of k: 8 words and 4 scales a row. x is interleaved (`ptx/expand.py`)."""
 
   dtype = jnp.dtype(jnp.float16)
   interleaved = True
-  step_k = 64
+  part_k = 64
   words = 8
   groups = 4
   unit_exponent = -_CODES_EXPONENT  # what the product misses
 
-  @staticmethod
-  def load_words(ref: Any) -> Any:
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+  @classmethod
+  def load_words(cls, ref: Any, transforms: Any, part: int) -> Any:
+    return load_pairs_of_rows(ref, transforms, part * cls.words)
 
   @staticmethod
   def load_scales(ref: Any) -> Any:

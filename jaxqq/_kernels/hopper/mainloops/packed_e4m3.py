@@ -12,17 +12,18 @@ from jaxqq._kernels.hopper.ptx.scales import scale_words
 
 
 class RebasedE4M3:
-  """64 rows and 128 of k a step: 32 words, and 4 bytes of `group_rescale` a row. x is in order."""
+  """64 rows and 128 of k: 32 words, and 4 bytes of `group_rescale` a row. x is in order."""
 
   dtype = jnp.dtype(jnp.float8_e4m3fn)
   interleaved = False
-  step_k = 128
+  part_k = 128
   words = 32
   groups = 4
   unit_exponent = 0
 
   @staticmethod
-  def load_words(ref: Any) -> Any:
+  def load_words(ref: Any, transforms: Any, part: int) -> Any:
+    del transforms, part  # a piece has one
     return plgpu.load(ref, layout=expand.REBASED_WORDS, optimized=False)
 
   @staticmethod

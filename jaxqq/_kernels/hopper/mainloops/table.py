@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-  """What a step takes of a row of w, as the classes have it.
+class Part:
+  """What a part of a step takes of a row of w, as the classes have it. Tiles say how many it has.
 
   Attributes:
-    k: elements.
+    k: elements: 128 bytes of x.
     bytes: of words; of w that is ready, a swizzled row.
     scales: how many; of w that is ready, none.
-    costs: of the tiles, which count such steps.
+    costs: of the tiles, which count such parts.
   """
 
   k: int
@@ -40,7 +40,7 @@ class Step:
   costs: tuple[Timed, ...]
 
 
-STEP_K = 64  # of what is expanded to 16 bits
+PART_K = 64  # of what is expanded to 16 bits
 
 
 def _in_order(fmt: Format, dtype: Any) -> str:
@@ -55,12 +55,12 @@ IN_ORDER: dict[str, tuple[Format, np.dtype]] = {
   for dtype in (ml_dtypes.bfloat16, np.float16)[: 1 if fmt.scale_is_power_of_two else 2]
 }
 
-STEPS: dict[str, Step] = {
-  "ready": Step(128, 128, 0, GEMM),
-  "packed_e2m1": Step(STEP_K, 32, 4, DEQUANT_E2M1),
-  "rebased_e4m3": Step(128, 128, 4, DEQUANT_E4M3),
+PARTS: dict[str, Part] = {
+  "ready": Part(128, 128, 0, GEMM),
+  "packed_e2m1": Part(PART_K, 32, 4, DEQUANT_E2M1),
+  "rebased_e4m3": Part(128, 128, 4, DEQUANT_E4M3),
   **{
-    name: Step(STEP_K, STEP_K * fmt.bits // 8, STEP_K // fmt.group_size, DEQUANT_E2M1)
+    name: Part(PART_K, PART_K * fmt.bits // 8, PART_K // fmt.group_size, DEQUANT_E2M1)
     for name, (fmt, _) in IN_ORDER.items()
   },
 }

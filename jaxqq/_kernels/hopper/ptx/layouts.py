@@ -69,14 +69,14 @@ def tile_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
   return tiling((TILE_ROWS, swizzle // itemsize)), transform(swizzle)
 
 
-def row_transforms() -> tuple[Any, ...]:
-  """The same bytes, of rows of 128 of them, that may be loaded from any row and column on.
+def row_transforms(row_bytes: int = ROW_BYTES) -> tuple[Any, ...]:
+  """The same bytes, of rows of up to 128 of them, that may be loaded from any row and column on.
 
   Mosaic GPU copies tiles as a whole: those of 8 rows from every eighth row of a matrix on, whose
   rows have to be whole tiles as well.
   """
   transform: Any = plgpu.SwizzleTransform
-  return (transform(ROW_BYTES),)
+  return (transform(row_bytes),)
 
 
 def tiles_in_rows(shape: tuple[int, ...], dtype: Any) -> Any:

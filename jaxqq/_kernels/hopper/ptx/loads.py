@@ -13,19 +13,19 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ROWS, TILE_ROWS, WARP, WARPS, whole_rows
-from jaxqq._kernels.hopper.ptx.registers import array, constant, smem_address
+from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, ROWS, TILE_ROWS, WARP, WARPS, whole_rows
+from jaxqq._kernels.hopper.ptx.registers import array, constant, lane_of_row, smem_address
 
 _VECTOR = 4  # words, which a swizzle leaves together
-_ROW_VECTORS = 8  # of a swizzled row, which 8 rows share a tile of
+_PAIRED = 8  # words of a row, of which its four threads have two each
 
 
 def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count: int) -> Any:
   """Words (64, count) from `first` on, in the layout `whole_rows(4)`.
 
   Args:
-    ref: uint32 (64, a multiple of 32), in shared memory; in no tiles (64, 32).
-    transforms: of it, with a swizzle of 128 bytes.
+    ref: uint32 (64, 8 or 16) or (64, a multiple of 32), in shared memory; in no tiles up to 32.
+    transforms: of it, with a swizzle of as many bytes, or of 128.
     first, count: multiples of 4.
   """
   if interpreting():
@@ -38,26 +38,66 @@ def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count:
   )
   def load(ctx: Any, ref: Any) -> Any:
     del ctx
-    kind = ir.MemRefType(ref.type)
-    (of_rows, of_columns, *_), _ = kind.get_strides_and_offset()
-    if kind.rank == 2:
-      of_rows *= TILE_ROWS
-    thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
-    warp = arith.shrui(thread, constant(5))
-    row = arith.andi(arith.shrui(thread, constant(2)), constant(TILE_ROWS - 1))
-    # 16 rows a warp: two tiles of 8, and a row of 128 bytes in each.
-    start = arith.addi(smem_address(ref), arith.muli(warp, constant(2 * 4 * of_rows)))
-    start = arith.addi(start, arith.muli(row, constant(128 + 16)))
+    of_row, of_rows, of_columns = _places(ref)
     registers = []
     for i in range(first // _VECTOR, (first + count) // _VECTOR):
-      column, swizzled = divmod(i, _ROW_VECTORS)
-      address = arith.xori(start, constant(16 * swizzled))
+      column, swizzled = divmod(i, _row_bytes(ref) // (4 * _VECTOR))
+      place = arith.addi(smem_address(ref), arith.xori(of_row, constant(16 * swizzled)))
       for half in range(2):
         offset = 4 * (column * of_columns + half * of_rows)
-        registers.append(load_words(arith.addi(address, constant(offset)), _VECTOR))
+        registers.append(load_words(arith.addi(place, constant(offset)), _VECTOR))
     return array(registers, (ROWS, count), layout, signed=False)
 
   return load(ref)
+
+
+def load_pairs_of_rows(ref: Any, transforms: tuple[Any, ...], first: int) -> Any:
+  """Words (64, 8) from `first` on, a multiple of 8, in the layout WGMMA: a thread has pairs.
+
+  Args:
+    ref, transforms: as of `load_words_of_rows`.
+  """
+  if interpreting():
+    return ref[...][:, first : first + _PAIRED]
+  layout = plgpu.Layout.WGMMA
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(transforms),),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, _PAIRED), np.dtype(jnp.uint32), layout=layout),
+  )
+  def load(ctx: Any, ref: Any) -> Any:
+    del ctx
+    of_row, of_rows, of_columns = _places(ref)
+    column, swizzled = divmod(4 * first, _row_bytes(ref))
+    # Of 32 bytes a row's threads have 8 each, two of every 16 that a swizzle leaves together.
+    own = arith.shli(lane_of_row(), constant(3))
+    place = arith.addi(smem_address(ref), arith.xori(of_row, arith.xori(own, constant(swizzled))))
+    offsets = [4 * (column * of_columns + half * of_rows) for half in range(2)]
+    registers = [load_words(arith.addi(place, constant(offset)), 2) for offset in offsets]
+    return array(registers, (ROWS, _PAIRED), layout, signed=False)
+
+  return load(ref)
+
+
+def _row_bytes(ref: Any) -> int:
+  """Of a row of a tile, all of which a swizzle exchanges vectors of."""
+  return 4 * int(ir.MemRefType(ref.type).shape[-1])
+
+
+def _places(ref: Any) -> tuple[Any, int, int]:
+  """Where a thread's first row begins, swizzled, and words from 8 rows, or a tile, to the next."""
+  kind, row_bytes = ir.MemRefType(ref.type), _row_bytes(ref)
+  (of_rows, of_columns, *_), _ = kind.get_strides_and_offset()
+  if kind.rank == 2:
+    of_rows *= TILE_ROWS
+  thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
+  warp = arith.shrui(thread, constant(5))
+  row = arith.andi(arith.shrui(thread, constant(2)), constant(TILE_ROWS - 1))
+  # Every 128 bytes the vectors of a row are exchanged in another way.
+  rotation = arith.shrui(row, constant((ROW_BYTES // row_bytes).bit_length() - 1))
+  swizzled = arith.ori(arith.muli(row, constant(row_bytes)), arith.shli(rotation, constant(4)))
+  # 16 rows a warp: two tiles of 8.
+  return arith.addi(arith.muli(warp, constant(2 * 4 * of_rows)), swizzled), of_rows, of_columns
 
 
 def look_up(table: Any, index: jax.Array, layout: Any) -> jax.Array:
