@@ -229,10 +229,12 @@ def _terms(tile: Tile, num_sms: int) -> tuple[int, int]:
 
 
 def _before(tile: Tile) -> float:
-  """How long x's quantizer and the launch take, by the costs so far."""
+  """How long the launch takes and what comes before it, by the costs so far."""
   line = _line(tile.mode, tile.block_m, tile.block_n)
   parts = cdiv(tile.k, line.parts * _part(tile.mode).k) * line.parts
-  return line.launch_us + tile.m * parts * line.x_us
+  fmt = FORMATS[tile.mode]
+  copy_us = costs.COPY_US if plan.copies_scales(tile.k, fmt, fp8=fmt.bits == 8) else 0.0
+  return line.launch_us + copy_us + tile.m * parts * line.x_us
 
 
 def _rest(terms: _Terms, part_us: float) -> float:

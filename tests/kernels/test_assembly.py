@@ -63,7 +63,7 @@ P = Product
 PRODUCTS = {
   "clusters": P("nvfp4", 256, 4096, 7168, "dequant_gemm", cluster=2),
   "clusters of three": P("nvfp4", 96, 4096, 7168, "dequant_gemm", cluster=3),
-  "clusters, few rows": P("nvfp4", 64, 2880, 2880, "dequant_gemm", cluster=4),
+  "clusters, few rows": P("nvfp4", 64, 3072, 3072, "dequant_gemm", cluster=4),
   "clusters, 192 rows of w": P("nvfp4", 128, 5120, 8192, "dequant_gemm", cluster=4, block_n=192),
   "clusters, 256 rows of w": P("mxfp4", 64, 7168, 16384, "dequant_gemm", cluster=4, block_n=256),
   "clusters, fp8": P("mxfp8", 256, 4096, 7168, "dequant_gemm", cluster=2),

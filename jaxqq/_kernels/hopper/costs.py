@@ -63,6 +63,7 @@ def counts(grid: Grid, k_steps: int) -> tuple[int, int]:
 
 
 CLUSTERS = (1, 2, 3, 4, 6, 8)  # CTAs that share a tile
+COPY_US = 1.7  # of scales of w, by XLA
 STREAM_K_GAIN = 1.05  # before it is taken: its times are the least certain
 
 GEMM = (

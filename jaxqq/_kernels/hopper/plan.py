@@ -37,6 +37,7 @@ import numpy as np
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.costs import (
   CLUSTERS,
+  COPY_US,
   GEMM,
   SKINNY_E2M1,
   STREAM_K_GAIN,
@@ -122,12 +123,10 @@ class WidePlan:
     if self.kernel != "dequant_gemm":
       is_padded = k % PART_K and not self.fp8  # whose loads go past the end
       return f", K padded to a multiple of {PART_K} by XLA" if is_padded else ""
-    row = 8 * TMA_BYTES // fmt.bits
-    of_scales = cdiv(k, 128) * 128 if self.fp8 else cdiv(k, row) * row
     copied = {
       "x": self.mainloop == "packed_e2m1" and k % PART_K,
-      "w": k % row,
-      "scales": of_scales // fmt.group_size % TMA_BYTES,
+      "w": k % _row_unit(fmt),
+      "scales": copies_scales(k, fmt, fp8=self.fp8),
     }
     names = [name for name, is_copied in copied.items() if is_copied]
     return f", {' and '.join(names)} padded along K by XLA" if names else ""
@@ -371,6 +370,8 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
     with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
     if with_room is not None:
       time = timed.time(grid, k_steps, parts)
+      if kernel == "dequant_gemm" and copies_scales(problem.k, problem.fmt, fp8=fp8):
+        time += COPY_US
       plans[with_room] = WidePlan(kernel, mainloop, fp8, with_room, time, problem, device)
   return list(plans.values())
 
@@ -455,6 +456,17 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
     if size(stages, store_stages) <= _SHARED_MEMORY:
       return dataclasses.replace(tiles, num_stages=stages, store_stages=store_stages)
   return None
+
+
+def _row_unit(fmt: Format) -> int:
+  """Elements of packed w that the TMA wants rows to be a multiple of."""
+  return 8 * TMA_BYTES // fmt.bits
+
+
+def copies_scales(k: int, fmt: Format, *, fp8: bool) -> bool:
+  """Whether XLA adds zeros behind the scales of w, for the TMA of `dequant_gemm` to load them."""
+  unit = PARTS["rebased_e4m3"].k if fp8 else _row_unit(fmt)
+  return cdiv(k, unit) * unit // fmt.group_size % TMA_BYTES != 0
 
 
 def _wide_kernel(problem: Problem, device: Device, fp8: bool) -> tuple[Any, Any]:
