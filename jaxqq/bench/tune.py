@@ -38,7 +38,7 @@ from jaxqq.bench.cases import LLAMA, MODELS, MODES, Case
 from jaxqq.bench.measure import Row, Settings
 from jaxqq.bench.peers import Implementation, pack_last
 
-ROWS = (96, 128, 192, 256, 512, 1024)
+ROWS = (16, 32, 64, 96, 128, 192, 256, 512, 1024)
 SLOWER = 1.5  # what is not measured, since the costs say that it takes so many times the fastest
 _WHAT = "Device time of products of packed w by tiles, quantization of x included, medians."
 
