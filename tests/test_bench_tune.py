@@ -71,12 +71,13 @@ def made_up(timed):
   for m in (96, 200, 700, 1500):
     for n, k in SHAPES:
       for cluster, stream_k in ((1, False), (2, False), (1, True)):
-        tile = tune.Tile("nvfp4", m, n, k, timed.block_m, timed.block_n, cluster, stream_k)
+        how = timed.block_m, timed.block_n, cluster, stream_k, timed.parts
+        tile = tune.Tile("nvfp4", m, n, k, *how)
         sizes = 1, m, n, timed.block_m, timed.block_n, 132
         grid = Grid(*sizes, cluster=cluster, stream_k=stream_k)
         if stream_k and not grid.dealt_tiles:
           continue
-        times[tile] = timed.time(grid, cdiv(k, 64 * timed.parts), timed.parts)
+        times[tile] = timed.time(grid, cdiv(k, 64 * timed.parts), timed.parts, m)
   return times
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 import json
 import pickle
 import sys
@@ -17,7 +18,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxqq
-from jaxqq import _compat
+from jaxqq import _compat, _kernels
+from jaxqq._formats import FORMATS
+from jaxqq._kernels.hopper import plan as hopper_plan
+from jaxqq._kernels.hopper.mainloops.table import PARTS
+from jaxqq._kernels.hopper.tiles import DEALT_STEPS, cdiv
+from jaxqq._kernels.problem import Problem
+from jaxqq._reference import Operands
 from jaxqq.bench import tune
 from jaxqq.bench.cases import Case
 from tests.support import oracle
@@ -91,6 +98,14 @@ def test_old_jax_gets_xla_and_is_told_why():
   assert ("needs Python 3.12 or newer" in text) == (sys.version_info < (3, 12))
 
 
+def wide_plans(mode, m, n, k, dtype=np.float32):
+  """All that a product of packed w in 16 bits could take, on a Hopper GPU."""
+  fmt, spec = FORMATS[mode], jax.ShapeDtypeStruct
+  packed = spec((n, k // fmt.codes_per_word), np.uint32), spec((n, k // fmt.group_size), np.uint8)
+  problem = Problem.of(Operands(spec((m, k), dtype), *packed), fmt, np.dtype(dtype), None)
+  return hopper_plan.wide_plans(problem, _kernels.device_of("cuda"), fp8=False)
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
 class TestChoice:
   @pytest.mark.parametrize("packed", [False, True])
@@ -158,10 +173,27 @@ class TestChoice:
   def test_padded_scales_are_told(self):
     """Of packed w, in rows of whole 16 bytes: K in steps of 256 (nvfp4) or 512 (mxfp8)."""
     for mode, whole in (("nvfp4", 256), ("mxfp8", 512)):
-      for k in (whole, 3 * whole, whole // 2, whole + 128):
+      for k in (whole, 3 * whole, whole // 2, whole - 64, whole + 128):
         told = "scales padded along K by XLA" in of(100, 512, k, mode, True)
         assert told == bool(k % whole), (mode, k)
       assert "scales padded" not in of(100, 512, whole // 2, mode, False)
+
+  def test_stream_k_has_steps_for_every_cta(self):
+    """K = 2816 is 11 steps of four parts: dealt out in twos they were too few, and it raised."""
+    found = 0
+    sizes = (16, 64, 100), (1024, 1536, 2048, 3072, 4608), (1408, 2592, 2688, 2816, 5632)
+    for mode, m, n, k in itertools.product(("nvfp4", "mxfp4", "mxfp8"), *sizes):
+      for plan in wide_plans(mode, m, n, k):
+        if plan.tiles.stream_k:
+          steps = cdiv(k, plan.tiles.parts * PARTS[plan.mainloop].k)
+          assert plan.grid.dealt_tiles * (steps // DEALT_STEPS) >= plan.grid.num_sms, plan
+          found += 1
+    assert found > 100
+
+  def test_no_step_has_more_parts_than_k(self):
+    for mode, k in (("nvfp4", 64), ("mxfp4", 64), ("mxfp8", 128), ("nvfp4", 192)):
+      for plan in wide_plans(mode, 64, 66000, k):
+        assert plan.tiles.parts <= cdiv(k, PARTS[plan.mainloop].k)
 
   def test_clusters_run_at_once(self):
     """18 of six CTAs did not: 256 x 1024 x 4096 took twice as long as the costs said."""

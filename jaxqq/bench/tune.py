@@ -55,11 +55,12 @@ class Tile:
   block_n: int
   cluster: int = 1
   stream_k: bool = False
+  parts: int = 1
 
   @classmethod
   def of(cls, planned: WidePlan) -> Tile:
     problem, tiles = planned.problem, planned.tiles
-    how = tiles.block_m, tiles.block_n, tiles.cluster, tiles.stream_k
+    how = tiles.block_m, tiles.block_n, tiles.cluster, tiles.stream_k, tiles.parts
     return cls(problem.fmt.mode, problem.rows, problem.n, problem.k, *how)
 
   @property
@@ -172,17 +173,20 @@ _Terms = list[tuple[tuple[int, int], float, float]]
 
 
 def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
-  """Costs of each tile with enough times, to least squares of the relative error."""
+  """Costs of each tile with enough times, to least squares of the relative error.
+
+  Times with as many parts of a step as the costs so far say.
+  """
   own = [(tile, us) for tile, us in times.items() if tile.mode == mode]
   sizes = sorted({(tile.block_m, tile.block_n) for tile, _ in own})
   found = []
   for size in sizes:
+    line = _line(mode, *size)
     terms: dict[str, _Terms] = collections.defaultdict(list)
     for tile, us in own:
-      if (tile.block_m, tile.block_n) == size:
+      if (tile.block_m, tile.block_n) == size and tile.parts == line.parts:
         way = "stream_k" if tile.stream_k else "cluster" if tile.cluster > 1 else "alone"
         terms[way].append((_terms(tile, num_sms), us - _before(tile), us))
-    line = _line(mode, *size)
     alone = _least_squares(terms["alone"])
     if alone is None:
       continue
@@ -223,15 +227,14 @@ def _terms(tile: Tile, num_sms: int) -> tuple[int, int]:
   """Parts of steps that follow each other, and how often a tile begins and ends."""
   sizes = 1, tile.m, tile.n, tile.block_m, tile.block_n
   grid = Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
-  parts = _line(tile.mode, tile.block_m, tile.block_n).parts
-  steps, tiles = costs.counts(grid, cdiv(tile.k, parts * _part(tile.mode).k))
-  return steps * parts, tiles
+  steps, tiles = costs.counts(grid, cdiv(tile.k, tile.parts * _part(tile.mode).k))
+  return steps * tile.parts, tiles
 
 
 def _before(tile: Tile) -> float:
   """How long the launch takes and what comes before it, by the costs so far."""
   line = _line(tile.mode, tile.block_m, tile.block_n)
-  parts = cdiv(tile.k, line.parts * _part(tile.mode).k) * line.parts
+  parts = cdiv(tile.k, tile.parts * _part(tile.mode).k) * tile.parts
   fmt = FORMATS[tile.mode]
   copy_us = costs.COPY_US if plan.copies_scales(tile.k, fmt, fp8=fmt.bits == 8) else 0.0
   return line.launch_us + copy_us + tile.m * parts * line.x_us

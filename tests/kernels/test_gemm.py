@@ -181,7 +181,7 @@ PACKED = {
   # Parts of a step; the last step has all of them, some, or a piece of its first
   "e2m1, parts": ("e2m1", BF16, (2, 1), 70, 330, 512, T(64, 2, block_n=256, parts=4), {}),
   "e2m1, 2 parts": ("e2m1", F32, (1, 2), 131, 133, 320, T(96, 4, block_n=192, parts=2), {}),
-  "e2m1, parts of less": ("e2m1", F16, (1, 1), 16, 133, 64, T(16, 6, parts=4), {}),
+  "e2m1, parts of less": ("e2m1", F16, (1, 1), 16, 133, 128, T(16, 6, parts=4), {}),
   "e2m1, parts, long": ("e2m1", BF16, (1, 1), 33, 200, 1344, T(32, 5, parts=4), {}),
   "nvfp4, parts": ("nvfp4", F16, (1, 1), 10, 300, 736, T(16, 4, block_n=192, parts=4), {}),
   "nvfp4 f16, 2 parts": ("nvfp4 f16", F16, (2, 1), 67, 133, 224, T(128, 3, parts=2), {}),

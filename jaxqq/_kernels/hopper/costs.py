@@ -30,8 +30,8 @@ class Timed:
   launch_us: float = 0.0  # once, before the first wave; 0: in what begins and ends a tile
   x_us: float = 0.0  # of a part of a row of x, which is quantized before; 0: likewise
 
-  def time(self, grid: Grid, k_steps: int, parts: int = 1) -> float:
-    """Of a grid whose tiles have so many steps, of so many parts each."""
+  def time(self, grid: Grid, k_steps: int, parts: int = 1, quantized_rows: int = 0) -> float:
+    """Of a grid whose tiles have so many steps, of so many parts each, after x is quantized."""
     part_us, rest_us = self.part_us, self.tile_us
     if grid.cluster > 1:
       assert self.cluster_us is not None
@@ -40,7 +40,7 @@ class Timed:
       assert self.stream_k is not None
       part_us, rest_us = self.stream_k
     steps, tiles = counts(grid, k_steps)
-    before = self.launch_us + grid.batch * grid.m * k_steps * parts * self.x_us
+    before = self.launch_us + quantized_rows * k_steps * parts * self.x_us
     return before + steps * parts * part_us + tiles * rest_us
 
 

@@ -221,6 +221,9 @@ class _DequantGemm:
     step_words = tiles.parts * mainloop.words
     self.piece_words = min(ROW_BYTES // 4, step_words)
     self.pieces = step_words // self.piece_words
+    # Of an axis of one piece Mosaic GPU knows no end (`stored_size`): it would be loaded again.
+    assert tiles.parts == 1 or x.shape[2] > mainloop.part_k, "k has several parts, as a step has"
+    assert self.pieces == 1 or w.shape[2] > self.piece_words, "and several pieces"
     self.w_transforms = tile_transforms(self.piece_words, jnp.uint32)
     if self.has_groups or w.shape[2] % self.piece_words:
       self.w_transforms = row_transforms(4 * self.piece_words)

@@ -39,7 +39,7 @@ from jaxqq._quantize import alpha_factors
 from jaxqq._ragged_reference import RaggedOperands
 from jaxqq._reference import Operands, round_trip
 
-# More than 64 rows
+# Tiles of many rows, or of few by many of w
 
 
 def wide(plan: WidePlan, operands: Operands) -> jax.Array:
@@ -306,7 +306,7 @@ def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) ->
   odd = plan.problem.n % 8 != 0
   prepares_w, prepares_scales = odd, odd
   if isinstance(own, WidePlan):
-    prepares_w |= not own.fp8 and k % gemm.step_k(operand_dtype(own.problem)) != 0
+    prepares_w |= not own.fp8 and k % (8 * TMA_BYTES // own.problem.fmt.bits) != 0
     prepares_scales |= prepares_w or own.fp8 or operands.scales.shape[-1] % TMA_BYTES != 0
 
   def one(a: Any) -> Any:

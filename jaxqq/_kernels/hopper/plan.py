@@ -51,6 +51,7 @@ from jaxqq._kernels.hopper.mainloops.table import (
   skinny_rows,
 )
 from jaxqq._kernels.hopper.tiles import (
+  DEALT_STEPS,
   DEQUANT_STORE,
   GEMM_STORE,
   ROWS,
@@ -64,6 +65,7 @@ from jaxqq._kernels.hopper.tiles import (
   WideTiles,
   cdiv,
   power_of_two_from,
+  power_of_two_up_to,
   scale_slots,
 )
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
@@ -75,7 +77,7 @@ from jaxqq._reference import Operands
 
 @dataclasses.dataclass(frozen=True)
 class WidePlan:
-  """A product of more than 64 rows of x, or one that `skinny_gemm` does not take.
+  """A product of more rows of x than `skinny_gemm` takes, or for which it is slower.
 
   Attributes:
     kernel: the file in this folder that has it.
@@ -289,7 +291,7 @@ def check_fp8(problem: Problem, device: Device) -> None:
     )
 
 
-# More than 64 rows
+# Tiles of many rows, or of few by many of w
 
 # From how many rows of x on packed w of 8 bit codes is expanded a panel at a time: two kernels then
 # expand each number once. Codes of 4 bits are faster in registers at any number of rows.
@@ -345,12 +347,14 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
   """A plan for each of the tiles that can be."""
   kernel, mainloop = _wide_kernel(problem, device, fp8)
   part, out_bytes = PARTS[mainloop], problem.out_dtype.itemsize
+  quantized_rows = problem.batch * problem.rows if problem.quantize_input else 0
   plans: dict[WideTiles, WidePlan] = {}
   ways: list[tuple[int, bool]] = [(cluster, False) for cluster in CLUSTERS]
   if kernel == "dequant_gemm" and not problem.in_groups:
     ways.append((1, True))
   for timed, (cluster, stream_k) in itertools.product(part.costs, ways):
-    parts = timed.parts
+    # No more than k has: of an axis that is one piece Mosaic GPU knows no end, and loads it again.
+    parts = min(timed.parts, power_of_two_up_to(cdiv(problem.k, part.k)))
     k_steps = cdiv(problem.k, parts * part.k)
     tiles = WideTiles(
       block_m=timed.block_m,
@@ -369,7 +373,7 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
       continue
     with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
     if with_room is not None:
-      time = timed.time(grid, k_steps, parts)
+      time = timed.time(grid, k_steps, parts, quantized_rows)
       if kernel == "dequant_gemm" and copies_scales(problem.k, problem.fmt, fp8=fp8):
         time += COPY_US
       plans[with_room] = WidePlan(kernel, mainloop, fp8, with_room, time, problem, device)
@@ -386,6 +390,7 @@ def _can_deal_out(timed: Timed, grid: Grid, k_steps: int, parts: int) -> bool:
   return (
     timed.stream_k is not None
     and grid.dealt_tiles * k_steps * parts >= MIN_STREAM_K_PARTS * grid.num_sms
+    and grid.dealt_tiles * (k_steps // DEALT_STEPS) >= grid.num_sms
     and MAX_STREAM_K_SHARES * grid.dealt_tiles >= grid.num_sms
     and k_steps * parts >= MIN_STREAM_K_TILE_PARTS
     and grid.whole_waves <= 1
@@ -435,7 +440,7 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
   Args:
     tiles: without.
     mainloop: as of `WidePlan`.
-    k: of the product, in whole steps.
+    k: of the product.
     out_bytes: of a number of the result.
   """
   block_m, block_n = tiles.block_m, tiles.block_n
@@ -465,8 +470,11 @@ def _row_unit(fmt: Format) -> int:
 
 def copies_scales(k: int, fmt: Format, *, fp8: bool) -> bool:
   """Whether XLA adds zeros behind the scales of w, for the TMA of `dequant_gemm` to load them."""
-  unit = PARTS["rebased_e4m3"].k if fp8 else _row_unit(fmt)
-  return cdiv(k, unit) * unit // fmt.group_size % TMA_BYTES != 0
+  unit = _row_unit(fmt)
+  count = cdiv(k, unit) * unit // fmt.group_size
+  if fp8 and (count % 2 or count <= 2):
+    count = cdiv(count, 4) * 4  # before they are made into what rescales codes
+  return count % TMA_BYTES != 0
 
 
 def _wide_kernel(problem: Problem, device: Device, fp8: bool) -> tuple[Any, Any]:

@@ -22,6 +22,10 @@ def power_of_two_from(a: int) -> int:
   return 1 << (a - 1).bit_length()
 
 
+def power_of_two_up_to(a: int) -> int:
+  return 1 << (a.bit_length() - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
   """The output (batch, m, n) in tiles, walked in bands, so that operands stay in the L2 cache."""
@@ -74,9 +78,9 @@ class Grid:
 class WideTiles:
   """Of `gemm` and `dequant_gemm`."""
 
-  block_m: int  # rows of x a CTA: a multiple of 32 up to 256; of `gemm` 128 or 256
+  block_m: int  # rows of x a CTA: a multiple of 8 up to 256; of `gemm` 128 or 256
   num_stages: int = 0  # steps of both operands in shared memory; 0: not known yet
-  promote: bool = False  # add to float32 sums after every step
+  promote: bool = False  # add to float32 sums after every step, or part of one
   store_stages: int = 2  # pieces of the result on their way out, a warpgroup
   cluster: int = 1  # CTAs that share a tile, each with a part of k: up to 8, of `gemm` 1
   block_n: int = 2 * ROWS  # rows of w a CTA; of `dequant_gemm` 64 a compute warpgroup

@@ -20,7 +20,7 @@ from jaxqq._kernels.hopper.ptx.scales import bytes_of_words
 
 @dataclasses.dataclass(frozen=True)
 class InOrderOperand:
-  """64 rows and 64 of k a step, of a format's codes and scales, beside x of a dtype."""
+  """64 rows and 64 of k, of a format's codes and scales, beside x of a dtype."""
 
   fmt: Format
   dtype: np.dtype  # of x, and of the operand

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
   from jaxqq._kernels.hopper.dequant_gemm import PackedOperand
   from jaxqq._kernels.hopper.skinny_gemm import Mainloop
 
-# More than 64 rows of x: `gemm` has "ready", `dequant_gemm` the others
+# `gemm` has "ready", `dequant_gemm` the others
 
 
 @dataclasses.dataclass(frozen=True)
