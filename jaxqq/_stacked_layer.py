@@ -7,17 +7,22 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
 
 from jaxqq._checks import as_array, describe
 from jaxqq._given import Given
-from jaxqq._qqmm import checked, is_by_rows
+from jaxqq._out_sharding import checked_out_sharding
+from jaxqq._qqmm import checked, is_by_rows, placed_product
 from jaxqq._ragged import as_ragged, ragged_product
 from jaxqq._ragged_primitive import Params
-from jaxqq._ragged_reference import RaggedOperands
+from jaxqq._ragged_reference import RaggedOperands, unflatten
+from jaxqq._split import dims_of, to_spec
 from jaxqq._weight import STACKED_LAYER, StackedLayer
 
 # What a product of one group of rows does not take.
-_NOT_TAKEN = ("scales", "global_scale_w", "out_sharding", "recipe", "key")
+_NOT_TAKEN = ("scales", "global_scale_w", "recipe", "key")
 
 
 def product(function: str, given: Given) -> jax.Array:
@@ -27,10 +32,35 @@ def product(function: str, given: Given) -> jax.Array:
     function: which it is, for errors.
     given: with x (..., K) or (K,), and the layer in w's place.
   """
-  x = as_array(function, "x", given.x)
-  operands, params = checked_layer(function, dataclasses.replace(given, x=x))
-  out = ragged_product(operands, params, by_rows=is_by_rows(given.global_scale_x))
-  return out.reshape(*x.shape[:-1], out.shape[-1])
+  x = jnp.asarray(as_array(function, "x", given.x))
+  order = _order_of_axes(x)
+  ordered = x.transpose(order)
+  operands, params = checked_layer(function, dataclasses.replace(given, x=ordered))
+
+  def multiply(operands: RaggedOperands, params: Params) -> jax.Array:
+    out = ragged_product(operands, params, by_rows=is_by_rows(given.global_scale_x))
+    return _with_leading_axes(out, ordered).transpose(np.argsort(order))
+
+  return placed_product(function, operands, params, given.out_sharding, multiply, unflatten)
+
+
+def _order_of_axes(x: jax.Array) -> list[int]:
+  """In which they are made rows: on explicit axes the first ones must be those that are split."""
+  sharding = jax.typeof(x).sharding
+  if not sharding.mesh.explicit_axes:
+    return list(range(x.ndim))
+  axes, split = list(range(x.ndim)), dims_of(sharding, x.ndim)
+  return sorted(axes[:-1], key=lambda axis: not split[axis]) + axes[-1:]
+
+
+def _with_leading_axes(out: jax.Array, x: jax.Array) -> jax.Array:
+  """Rows (M, N) as (..., N), with the leading axes of x; on explicit axes split as they are."""
+  shape, sharding = (*x.shape[:-1], out.shape[-1]), jax.typeof(out).sharding
+  if not sharding.mesh.explicit_axes:
+    return out.reshape(shape)
+  leading = dims_of(jax.typeof(x).sharding, x.ndim)[:-1]
+  spec = to_spec([*leading, dims_of(sharding, out.ndim)[-1]])
+  return lax.reshape(out, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def checked_layer(function: str, given: Given) -> tuple[RaggedOperands, Params]:
@@ -51,7 +81,8 @@ def checked_layer(function: str, given: Given) -> tuple[RaggedOperands, Params]:
   shape = math.prod(x.shape[:-1]), x.shape[-1]
   is_shape = isinstance(x, jax.ShapeDtypeStruct)
   rows = jax.ShapeDtypeStruct(shape, x.dtype) if is_shape else jnp.asarray(x).reshape(shape)
-  plain = dataclasses.replace(given, x=rows, w=layer.stack, implementation=None)
+  checked_out_sharding(function, given.out_sharding)
+  plain = dataclasses.replace(given, x=rows, w=layer.stack, implementation=None, out_sharding=None)
   operands, params = checked(function, plain)
   sizes = jnp.full((1,), shape[0], jnp.int32)
   offset = -jnp.int32(layer.index)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxqq
 from tests.support import oracle
 from tests.support.products import same_bits
+from tests.support.sharding import GRADIENTS_CLOSE, explicit_mesh, mesh, place, place_explicit
 
 L, N, K = 3, 40, 64
 PRODUCTS = {"qqmm": jaxqq.qqmm, "quantized_matmul": jaxqq.quantized_matmul}
@@ -140,6 +142,54 @@ def test_no_copy_of_w_for_a_kernel_in_a_scan(mode, rows, kernel, monkeypatch):
     assert slice_of_w not in text
 
 
+# x (4, 8, K), w (L, N, K), out_sharding; how the result is split on explicit axes
+SPLIT = {
+  "batch and columns": (P("data"), P(None, "tensor"), None, ("data", None, "tensor")),
+  "sequence": (P(None, "data"), P(), None, (None, "data", None)),
+  "both": (P("tensor", "data"), P(), None, ("tensor", "data", None)),
+  "K": (P(None, "data", "tensor"), P(None, None, "tensor"), P(), (None, None, None)),
+  "the result alone": (P(), P(), P("data", None, "tensor"), ("data", None, "tensor")),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("explicit", [False, True], ids=["automatic", "explicit"])
+def test_split_over_devices(explicit, name):
+  """The product and dx, in a scan over layers too; leading axes of x keep how they are split."""
+  of_x, of_w, out_sharding, want = SPLIT[name]
+  own_mesh, own_place = (explicit_mesh(), place_explicit) if explicit else (mesh(), place)
+  w = np.random.default_rng(4).standard_normal((L, K, K)).astype(np.float32) / 8
+  x, stack = x_of(4, 8), jaxqq.quantize_weight(w, "mxfp8")
+
+  def product(x, stack, i, out_sharding):
+    return jaxqq.qqmm(x, stack.layer(i), out_sharding=out_sharding)
+
+  def both(x, stack, out_sharding):
+    out, pull = jax.vjp(lambda x: product(x, stack, 1, out_sharding), x)
+    kept = None if out_sharding is None else of_x  # as the carry of a scan has to be
+    if kept is None:
+      return out, pull(out)[0], out
+    over = jax.lax.scan(lambda x, i: (product(x, stack, i, kept), None), x, jnp.arange(L))[0]
+    return out, pull(out)[0], over
+
+  expected = jax.jit(both, static_argnums=2)(x, stack, None)
+  if out_sharding is not None:
+    over = x
+    for i in range(L):
+      over = product(over, stack, i, None)
+    expected = (*expected[:2], over)
+  args = own_place(x, of_x), jax.tree.map(lambda a: own_place(a, of_w), stack)
+  with jax.set_mesh(own_mesh):
+    got = jax.jit(both, static_argnums=2)(*args, out_sharding)
+  for a, b in zip(got, expected, strict=True):
+    np.testing.assert_allclose(a, b, **GRADIENTS_CLOSE)
+  if explicit:
+    spec = got[0].sharding.spec
+    assert (*spec, *[None] * (3 - len(spec))) == want
+    dx = got[1].sharding.spec
+    assert (*dx, *[None] * (3 - len(dx))) == (*of_x, *[None] * (3 - len(of_x)))
+
+
 def test_explain():
   stack = stack_of("mxfp8")
   text = jaxqq.explain(jaxqq.qqmm, x_of(2, 3), stack.layer(1), device="cpu")
@@ -181,6 +231,7 @@ ERRORS = [
   (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), mode="nvfp4"), ValueError, "mode"),
   (lambda s: jaxqq.qqmm(x_of(2)[:, :32], s.layer(0)), ValueError, "K|contract|last"),
   (lambda s: jaxqq.qqmm(np.float32(1), s.layer(0)), ValueError, "at least one dimension"),
+  (lambda s: jaxqq.qqmm(x_of(2), s.layer(0), out_sharding="data"), TypeError, "out_sharding must"),
 ]
 
 
