@@ -38,13 +38,14 @@ Result = dict[str, Any]
 
 UNQUANTIZED = "unquantized"
 MODES = (UNQUANTIZED, "mxfp8", "nvfp4")
-RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8", "quartet2")
 BY_RECIPE = "recipe "  # begins the mode of a model that trains by one
 PARTS: dict[str, dict[str, Any]] = {  # of a recipe, and what an operand has without it
   "stochastic rounding": {"rounding": "nearest"},
   "rotations": {"rotation": None},
   "squares": {"square": False},
 }
+WITHOUT_PARTS = tuple(f"nvfp4 without {part}" for part in PARTS)
+RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8", "quartet2", *WITHOUT_PARTS)
 BACKWARDS = ("straight_through", "quantized")
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 ATTENTIONS = ("xla", "cudnn")
