@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding
 
 from jaxqq._checks import as_array, describe
 from jaxqq._given import Given
-from jaxqq._out_sharding import checked_out_sharding
 from jaxqq._qqmm import checked, is_by_rows, placed_product
 from jaxqq._ragged import as_ragged, ragged_product
 from jaxqq._ragged_primitive import Params
@@ -81,7 +80,6 @@ def checked_layer(function: str, given: Given) -> tuple[RaggedOperands, Params]:
   shape = math.prod(x.shape[:-1]), x.shape[-1]
   is_shape = isinstance(x, jax.ShapeDtypeStruct)
   rows = jax.ShapeDtypeStruct(shape, x.dtype) if is_shape else jnp.asarray(x).reshape(shape)
-  checked_out_sharding(function, given.out_sharding)
   plain = dataclasses.replace(given, x=rows, w=layer.stack, implementation=None, out_sharding=None)
   operands, params = checked(function, plain)
   sizes = jnp.full((1,), shape[0], jnp.int32)

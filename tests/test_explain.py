@@ -204,7 +204,7 @@ class TestChoice:
     assert [plan.device.num_clusters(size) for size in (2, 3, 4, 6)] == [66, 33, 29, 16]
 
   def test_padded_k_is_told(self):
-    """Loads go past the end of K, but of w's rows of other than 16 bytes, and interleaved x."""
+    """Loads go past K. w is padded to rows of whole 16 bytes, and x where it is interleaved."""
     for packed, m in ((True, 100), (True, 4096), (False, 256)):
       assert "K padded" not in of(m, 512, 2880, "mxfp8", packed)
     assert "K padded to a multiple of 64 by XLA" in of(100, 512, 2880 + 32, "nvfp4", False)

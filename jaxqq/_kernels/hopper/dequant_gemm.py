@@ -252,16 +252,14 @@ class _DequantGemm:
     out_transforms = tile_transforms(out[1], self.out_dtype)
     if self.has_groups:
       out_transforms = row_transforms()
-    is_staged, of_x = self.can_stage_transpose or self.writes_transpose, self.x_transforms
-
-    def smem(shape: tuple[int, ...], dtype: Any, transforms: Any = ()) -> Any:
-      return plgpu.SMEM(shape, dtype, transforms=transforms)
-
+    is_staged = self.can_stage_transpose or self.writes_transpose
+    x_shape = stages, tiles.parts, tiles.block_m, mainloop.part_k
+    w_shape = stages, self.pieces, tiles.block_n, self.piece_words
     return Scratch(
-      smem((stages, tiles.parts, tiles.block_m, mainloop.part_k), mainloop.dtype, of_x),
-      smem((stages, self.pieces, tiles.block_n, self.piece_words), jnp.uint32, self.w_transforms),
-      smem((self.slots, tiles.block_n, SCALES), jnp.uint8),
-      smem((warpgroups, tiles.store_stages, *out), self.out_dtype, out_transforms)
+      plgpu.SMEM(x_shape, mainloop.dtype, transforms=self.x_transforms),
+      plgpu.SMEM(w_shape, jnp.uint32, transforms=self.w_transforms),
+      plgpu.SMEM((self.slots, tiles.block_n, SCALES), jnp.uint8),
+      plgpu.SMEM((warpgroups, tiles.store_stages, *out), self.out_dtype, transforms=out_transforms)
       if is_staged
       else None,
       cluster.dsmem_buffer(tiles.own_m, others, warpgroups) if others else None,
@@ -292,10 +290,6 @@ class _DequantGemm:
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
-
-
-def _nothing() -> None:
-  """What follows the last part."""
 
 
 class _Cta:
@@ -496,7 +490,7 @@ class _Cta:
   def step(self, place: Place, a: Any, total: Any, after: Place | None) -> tuple[Any, Any]:
     """total + one step's product, of whose first part a is; and the first of the step after."""
     for part in range(self.tiles.parts):
-      following: Callable[[], Any] = _nothing
+      following: Callable[[], Any] | None = None
       if part + 1 < self.tiles.parts:
         following = functools.partial(self.expanded, place, part + 1)
       elif after is not None:
@@ -505,9 +499,9 @@ class _Cta:
     return total, a
 
   def part(
-    self, place: Place, part: int, a: Any, total: Any, following: Callable[[], Any]
+    self, place: Place, part: int, a: Any, total: Any, following: Callable[[], Any] | None
   ) -> tuple[Any, Any]:
-    """total + a x_hat^T; meanwhile `following` expands the next part's a."""
+    """total + a x_hat^T; meanwhile `following`, if any, expands the next part's a."""
     kernel, dtype = self.kernel, self.mainloop.dtype
     b = self.smem.x.at[place.stage, part, pl.ds(0, total.shape[1])]
 
@@ -518,10 +512,10 @@ class _Cta:
     if kernel.ping_pong:
       total = wgmma.add_promoted(total, a, b, self.warpgroup, kernel.x_transforms, dtype)
       release()
-      return total, following()
+      return total, following and following()
     promote = self.tiles.promote
     begun = wgmma.begin(a, b, kernel.x_transforms, dtype, sums=None if promote else total)
-    next_a = following()
+    next_a = following and following()
     (sums,) = wgmma.finish(begun, a, next_a)
     release()
     return total + sums if promote else sums, next_a

@@ -23,7 +23,7 @@ from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops import blockdiag
 from jaxqq._kernels.hopper.mainloops.table import PART_K, packed_operand, packed_operands
 from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
-from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype
+from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, row_unit
 from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
@@ -98,7 +98,7 @@ def _with_whole_rows(plan: WidePlan, operands: Operands) -> Operands:
   A row of w is whole units of the TMA's; else no copy of it is made, since loads go past its end.
   """
   fmt = plan.problem.fmt
-  operands = pad_k(operands, 8 * TMA_BYTES // fmt.bits, fmt)
+  operands = pad_k(operands, row_unit(fmt), fmt)
   missing = -operands.k % PART_K if MAINLOOPS[plan.mainloop].interleaved else 0
   if not missing:
     return operands
@@ -306,7 +306,7 @@ def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) ->
   odd = plan.problem.n % 8 != 0
   prepares_w, prepares_scales = odd, odd
   if isinstance(own, WidePlan):
-    prepares_w |= not own.fp8 and k % (8 * TMA_BYTES // own.problem.fmt.bits) != 0
+    prepares_w |= not own.fp8 and k % row_unit(own.problem.fmt) != 0
     prepares_scales |= prepares_w or own.fp8 or operands.scales.shape[-1] % TMA_BYTES != 0
 
   def one(a: Any) -> Any:

@@ -127,7 +127,7 @@ class WidePlan:
       return f", K padded to a multiple of {PART_K} by XLA" if is_padded else ""
     copied = {
       "x": self.mainloop == "packed_e2m1" and k % PART_K,
-      "w": k % _row_unit(fmt),
+      "w": k % row_unit(fmt),
       "scales": copies_scales(k, fmt, fp8=self.fp8),
     }
     names = [name for name, is_copied in copied.items() if is_copied]
@@ -463,14 +463,14 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
   return None
 
 
-def _row_unit(fmt: Format) -> int:
+def row_unit(fmt: Format) -> int:
   """Elements of packed w that the TMA wants rows to be a multiple of."""
   return 8 * TMA_BYTES // fmt.bits
 
 
 def copies_scales(k: int, fmt: Format, *, fp8: bool) -> bool:
   """Whether XLA adds zeros behind the scales of w, for the TMA of `dequant_gemm` to load them."""
-  unit = _row_unit(fmt)
+  unit = row_unit(fmt)
   count = cdiv(k, unit) * unit // fmt.group_size
   if fp8 and (count % 2 or count <= 2):
     count = cdiv(count, 4) * 4  # before they are made into what rescales codes

@@ -1,4 +1,4 @@
-"""The mainloops by name: which takes a product, what a step of it loads, where its class is.
+"""The mainloops by name: which takes a product, what a part of its steps loads, and its class.
 
 Plans are made from this, so nothing here imports Pallas until a class is asked for.
 """

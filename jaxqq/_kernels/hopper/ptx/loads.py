@@ -17,7 +17,6 @@ from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, ROWS, TILE_ROWS, WARP, 
 from jaxqq._kernels.hopper.ptx.registers import array, constant, lane_of_row, smem_address
 
 _VECTOR = 4  # words, which a swizzle leaves together
-_PAIRED = 8  # words of a row, of which its four threads have two each
 
 
 def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count: int) -> Any:
@@ -28,27 +27,8 @@ def load_words_of_rows(ref: Any, transforms: tuple[Any, ...], first: int, count:
     transforms: of it, with a swizzle of as many bytes, or of 128.
     first, count: multiples of 4.
   """
-  if interpreting():
-    return ref[...][:, first : first + count]
-  layout = whole_rows(_VECTOR)
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(transforms),),
-    return_type=plgpu.ShapeDtypeStruct((ROWS, count), np.dtype(jnp.uint32), layout=layout),
-  )
-  def load(ctx: Any, ref: Any) -> Any:
-    del ctx
-    of_row, of_rows, of_columns = _places(ref)
-    registers = []
-    for i in range(first // _VECTOR, (first + count) // _VECTOR):
-      column, swizzled = divmod(i, _row_bytes(ref) // (4 * _VECTOR))
-      place = arith.addi(smem_address(ref), arith.xori(of_row, constant(16 * swizzled)))
-      for half in range(2):
-        offset = 4 * (column * of_columns + half * of_rows)
-        registers.append(load_words(arith.addi(place, constant(offset)), _VECTOR))
-    return array(registers, (ROWS, count), layout, signed=False)
-
-  return load(ref)
+  places = range(first, first + count, _VECTOR)
+  return _load_rows(ref, transforms, places, whole_rows(_VECTOR), _VECTOR)
 
 
 def load_pairs_of_rows(ref: Any, transforms: tuple[Any, ...], first: int) -> Any:
@@ -57,24 +37,42 @@ def load_pairs_of_rows(ref: Any, transforms: tuple[Any, ...], first: int) -> Any
   Args:
     ref, transforms: as of `load_words_of_rows`.
   """
+  return _load_rows(ref, transforms, range(first, first + 8, 8), plgpu.Layout.WGMMA, 2)
+
+
+def _load_rows(
+  ref: Any, transforms: tuple[Any, ...], places: range, layout: Any, length: int
+) -> Any:
+  """Of 64 rows the words at some places, in vectors of `length`.
+
+  From one place to the next each of a row's four threads has one vector, its own or the same.
+  """
+  count = len(places) * places.step
   if interpreting():
-    return ref[...][:, first : first + _PAIRED]
-  layout = plgpu.Layout.WGMMA
+    return ref[...][:, places.start : places.start + count]
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(transforms),),
-    return_type=plgpu.ShapeDtypeStruct((ROWS, _PAIRED), np.dtype(jnp.uint32), layout=layout),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, count), np.dtype(jnp.uint32), layout=layout),
   )
   def load(ctx: Any, ref: Any) -> Any:
     del ctx
     of_row, of_rows, of_columns = _places(ref)
-    column, swizzled = divmod(4 * first, _row_bytes(ref))
-    # Of 32 bytes a row's threads have 8 each, two of every 16 that a swizzle leaves together.
-    own = arith.shli(lane_of_row(), constant(3))
-    place = arith.addi(smem_address(ref), arith.xori(of_row, arith.xori(own, constant(swizzled))))
-    offsets = [4 * (column * of_columns + half * of_rows) for half in range(2)]
-    registers = [load_words(arith.addi(place, constant(offset)), 2) for offset in offsets]
-    return array(registers, (ROWS, _PAIRED), layout, signed=False)
+    own = None
+    if places.step > length:
+      own = arith.shli(lane_of_row(), constant(length.bit_length() + 1))  # times its bytes
+
+    def in_row(offset: int) -> Any:
+      return constant(offset) if own is None else arith.xori(own, constant(offset))
+
+    registers = []
+    for place in places:
+      column, offset = divmod(4 * place, _row_bytes(ref))
+      start = arith.addi(smem_address(ref), arith.xori(of_row, in_row(offset)))
+      for half in range(2):
+        further = 4 * (column * of_columns + half * of_rows)
+        registers.append(load_words(arith.addi(start, constant(further)), length))
+    return array(registers, (ROWS, count), layout, signed=False)
 
   return load(ref)
 
