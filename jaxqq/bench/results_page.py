@@ -114,7 +114,7 @@ their time. In the last tables are the ratios of every shape.
 nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with many rows it can
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
-135 of the 901 cells that are measured have other tiles or a newer kernel since, most of them nvfp4
+138 of the 901 cells that are measured have other tiles or a newer kernel since, most of them nvfp4
 at 128 rows and more.""",
     "python -m jaxqq.bench --suite models --processes 15",
   ),
