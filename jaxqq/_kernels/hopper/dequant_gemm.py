@@ -48,6 +48,7 @@ from jaxqq._kernels.hopper.pipeline import (
   Tile,
   batch_of,
   group_of,
+  pad_columns,
   pad_rows,
   rounded_up,
 )
@@ -274,8 +275,7 @@ class _DequantGemm:
     if not self.has_groups:
       x = pad_rows(x, rounded_up(self.m, 8))
     scales = pad_rows(operands.scales, rounded_up(self.n, 8))
-    missing = -scales.shape[2] % TMA_BYTES
-    scales = jnp.pad(scales, ((0, 0), (0, 0), (0, missing))) if missing else scales
+    scales = pad_columns(scales, rounded_up(scales.shape[2], TMA_BYTES))
     if of_x is not None:
       of_x = shifted(of_x) if self.has_groups else pad_rows(of_x, rounded_up(self.m, self.store_m))
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
