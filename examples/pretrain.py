@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 import train_lm
-from train_lm import UNQUANTIZED, WITHOUT_PARTS, flag
+from train_lm import NVFP4_BUT_ENDS, UNQUANTIZED, WITHOUT_PARTS, flag
 
-RECIPES = ("mxfp8", "nvfp4", "nvfp4-4over6", *WITHOUT_PARTS)
+RECIPES = ("mxfp8", "nvfp4", "nvfp4-4over6", NVFP4_BUT_ENDS, *WITHOUT_PARTS)
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 HELD_OUT = 50  # one file of so many
 LEAST_PARAGRAPH = 64  # bytes: a shorter one may come again

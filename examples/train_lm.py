@@ -45,7 +45,9 @@ PARTS: dict[str, dict[str, Any]] = {  # of a recipe, and what an operand has wit
   "squares": {"square": False},
 }
 WITHOUT_PARTS = tuple(f"nvfp4 without {part}" for part in PARTS)
-RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8", "quartet2", *WITHOUT_PARTS)
+BUT_ENDS = ", ends in bfloat16"  # of a model's blocks, the first and the last one
+NVFP4_BUT_ENDS = "nvfp4" + BUT_ENDS
+RECIPES = ("nvfp4", "nvfp4-4over6", "mxfp8", "quartet2", NVFP4_BUT_ENDS, *WITHOUT_PARTS)
 BACKWARDS = ("straight_through", "quantized")
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 ATTENTIONS = ("xla", "cudnn")
@@ -95,6 +97,8 @@ class Training:
       return f"--d-model must be a multiple of 32, the group size of mxfp8, got {self.d_model}."
     if self.d_model % (2 * self.heads):
       return f"--heads must split --d-model {self.d_model} into even parts, got {self.heads}."
+    if NVFP4_BUT_ENDS in getattr(self, "recipe", ()) and self.layers < 3:
+      return f"--recipe '{NVFP4_BUT_ENDS}' needs three --layers or more, got {self.layers}."
     num_val_bytes = len(read_text()[1])
     if self.seq >= num_val_bytes:
       return f"--seq must be less than {num_val_bytes}, the bytes held out, got {self.seq}."
@@ -143,7 +147,7 @@ def linear(
 
 def recipe_of(mode: str) -> jaxqq.Recipe:
   """That of a mode, all of it or without one of its parts: "recipe nvfp4 without rotations"."""
-  name, _, part = mode.removeprefix(BY_RECIPE).partition(" without ")
+  name, _, part = mode.removeprefix(BY_RECIPE).removesuffix(BUT_ENDS).partition(" without ")
   recipe = jaxqq.Recipe.named(name)
   change = PARTS[part] if part else {}
   values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
@@ -172,22 +176,33 @@ def global_scale(name: str, a: jax.Array, mode: str) -> dict[str, jax.Array]:
 
 def pack(params: Params, mode: str, dtype: Any) -> Params:
   """The model as it is served: every linear layer quantized."""
-  mode = served_mode(mode)
+  quantized = served_mode(mode)
 
   def pack_one(w: jax.Array) -> dict[str, jax.Array]:
     w = w.astype(dtype)  # as in `linear`, so that the codes are those the training saw
-    scale = global_scale("w", w, mode)
-    words, scales = jaxqq.quantize(w, mode=mode, global_scale=scale.get("global_scale_w"))
+    scale = global_scale("w", w, quantized)
+    words, scales = jaxqq.quantize(w, mode=quantized, global_scale=scale.get("global_scale_w"))
     return {"w": words, "scales": scales, **scale}
 
-  if mode == UNQUANTIZED:
+  if quantized == UNQUANTIZED:
     return params
+  params = with_ends_apart(params, mode, dtype)
   packed = {name: jax.vmap(pack_one)(params["blocks"][name]) for name in LINEARS}
   return {**params, "blocks": {**params["blocks"], **packed}}
 
 
+def with_ends_apart(params: Params, mode: str, dtype: Any) -> Params:
+  """Where a mode leaves the first and the last block as they are, these two apart, in a dtype."""
+  if not mode.endswith(BUT_ENDS) or "ends" in params:
+    return params
+  blocks = params["blocks"]
+  ends = jax.tree.map(lambda a: jnp.stack([a[0], a[-1]]).astype(dtype), blocks)
+  return {**params, "blocks": jax.tree.map(lambda a: a[1:-1], blocks), "ends": ends}
+
+
 def linear_bytes(params: Params) -> int:
-  return sum(a.nbytes for a in jax.tree.leaves([params["blocks"][name] for name in LINEARS]))
+  parts = [params[part] for part in ("blocks", "ends") if part in params]
+  return sum(a.nbytes for a in jax.tree.leaves([part[name] for part in parts for name in LINEARS]))
 
 
 def init_params(cfg: Training) -> Params:
@@ -267,8 +282,19 @@ def logits_of(
 
     return block(x, weights, cfg.heads, product, cfg.attention), None
 
+  def end(x: jax.Array, i: int) -> jax.Array:
+    def product(x: jax.Array, w: Any) -> jax.Array:
+      return linear(x, w, UNQUANTIZED, cfg.backward)
+
+    weights = jax.tree.map(lambda a: a[i], params["ends"])
+    return block(x, weights, cfg.heads, product, cfg.attention)
+
+  params = with_ends_apart(params, mode, jnp.float32)
   keys = None if key is None else jax.random.split(key, (cfg.layers, len(LINEARS)))
+  if "ends" in params:
+    x, keys = end(x, 0), None if keys is None else keys[1:-1]
   x, _ = lax.scan(of_layer, x, (params["blocks"], keys))
+  x = end(x, 1) if "ends" in params else x
   return (rms_norm(x, params["norm"]) @ params["head"].astype(dtype).T).astype(jnp.float32)
 
 

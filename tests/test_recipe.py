@@ -623,6 +623,45 @@ def test_train_lm_by_a_recipe():
   assert packed["blocks"]["qkv"]["w"].dtype == jnp.uint32 and example.served_mode(mode) == "nvfp4"
 
 
+def test_train_lm_with_its_first_and_last_block_in_bfloat16():
+  """Their products are of unquantized operands, trained and served; the others' by the recipe."""
+  example = load_example("train_lm")
+  sizes = ["--d-model", "32", "--heads", "2", "--seq", "16", "--batch", "2", "--dtype", "f32"]
+  mode = "recipe " + example.NVFP4_BUT_ENDS
+  cfg = example.parse_config([*sizes, "--layers", "4", "--recipe", example.NVFP4_BUT_ENDS])
+  assert mode in cfg.modes and example.recipe_of(mode) == Recipe.named("nvfp4")
+  whole, tokens = example.init_params(cfg), jnp.arange(32).reshape(2, 16)
+
+  def of_blocks(*which):
+    """What others add to x is zero."""
+    keep = jnp.isin(jnp.arange(4), jnp.array(which)).astype(jnp.float32)[:, None, None]
+    blocks = {name: whole["blocks"][name] * keep for name in ("out", "down")}
+    return whole | {"blocks": whole["blocks"] | blocks}
+
+  logits = functools.partial(example.logits_of, tokens=tokens, cfg=cfg)
+  keyed = functools.partial(logits, key=jax.random.key(3))
+  for params, other, far in (
+    (of_blocks(0, 3), "unquantized", "recipe nvfp4"),
+    (of_blocks(1, 2), "recipe nvfp4", "unquantized"),
+  ):
+    trained, near = keyed(params, mode=mode), keyed(params, mode=other)
+    error, least = jnp.abs(trained - near).max(), jnp.abs(keyed(params, mode=far) - near).max()
+    assert error < 1e-4 < 1e-2 < least
+    served = logits(example.pack(params, mode, jnp.float32), mode=mode)
+    of_other = logits(example.pack(params, other, jnp.float32), mode=other)
+    assert jnp.abs(served - of_other).max() < 1e-4
+
+  served = example.pack(whole, mode, jnp.float32)
+  sizes_of = [example.linear_bytes(p) for p in (served, whole)]
+  packed = example.linear_bytes(example.pack(whole, "recipe nvfp4", jnp.float32))
+  assert sizes_of[0] == packed // 2 + sizes_of[1] // 2
+  gradients = jax.grad(lambda params: keyed(params, mode=mode).sum())(whole)["blocks"]
+  for name, gradient in gradients.items():
+    assert jnp.all(jnp.abs(gradient).reshape(4, -1).max(axis=1) > 0), name
+  with pytest.raises(SystemExit):
+    example.parse_config([*sizes, "--layers", "2", "--recipe", example.NVFP4_BUT_ENDS])
+
+
 @pytest.mark.parametrize("documented", [Recipe, Recipe.named, Recipe.of_mode])
 def test_examples_in_docstrings(documented):
   names = {"jax": jax, "jnp": jnp, "jaxqq": jaxqq}
