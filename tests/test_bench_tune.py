@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxqq
-from jaxqq._kernels.hopper import costs, plan
+from jaxqq._kernels.hopper import costs, wide_plan
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
 from jaxqq.bench import measure, processes, tune
 from jaxqq.bench.cases import Case
@@ -37,7 +37,9 @@ def test_tiles_that_may_be_the_fastest():
   other = Case("packed", "mxfp8", 128, 4096, 4096)
   found = tune.tile_cases([case, other])  # what the planner takes of each comes first
   assert [c.tile for c in found[:2]] == [tune.Tile.of(tune.plans_of(c)[0]) for c in (case, other)]
-  assert {c.tile for c in found} >= set(tiles) and tiles[0] == tune.Tile.of(plan.fastest(plans))
+  assert {c.tile for c in found} >= set(tiles) and tiles[0] == tune.Tile.of(
+    wide_plan.fastest(plans)
+  )
 
 
 def test_each_is_a_program_of_its_own():
@@ -98,7 +100,7 @@ def test_the_costs_that_times_were_made_of_are_found():
 def test_how_far_the_planner_is_from_the_fastest():
   times = tune.read(TUNED / "h200_tiles.json")
   plans = tune.plans_of(Case("packed", "nvfp4", 256, 8192, 8192))
-  chosen = tune.Tile.of(plan.fastest(plans))
+  chosen = tune.Tile.of(wide_plan.fastest(plans))
   faster = dataclasses.replace(chosen, block_m=64, block_n=64)
   found = tune.choices(times | {chosen: 50.0, faster: 40.0})
   assert (1.25, chosen, faster) in found and found == sorted(found, key=lambda c: -c[0])

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxqq
 from jaxqq import _compat, _kernels
 from jaxqq._formats import FORMATS
-from jaxqq._kernels.hopper import plan as hopper_plan
+from jaxqq._kernels.hopper import wide_plan
 from jaxqq._kernels.hopper.mainloops.table import PARTS
 from jaxqq._kernels.hopper.tiles import DEALT_STEPS, cdiv
 from jaxqq._kernels.problem import Problem
@@ -103,7 +103,7 @@ def wide_plans(mode, m, n, k, dtype=np.float32):
   fmt, spec = FORMATS[mode], jax.ShapeDtypeStruct
   packed = spec((n, k // fmt.codes_per_word), np.uint32), spec((n, k // fmt.group_size), np.uint8)
   problem = Problem.of(Operands(spec((m, k), dtype), *packed), fmt, np.dtype(dtype), None)
-  return hopper_plan.wide_plans(problem, _kernels.device_of("cuda"), fp8=False)
+  return wide_plan.wide_plans(problem, _kernels.device_of("cuda"), fp8=False)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")

@@ -26,10 +26,10 @@ import numpy as np
 
 from jaxqq import _kernels
 from jaxqq._formats import FORMATS, Mode
-from jaxqq._kernels.hopper import costs, plan
+from jaxqq._kernels.hopper import costs, wide_plan
 from jaxqq._kernels.hopper.mainloops.table import PARTS, Part
-from jaxqq._kernels.hopper.plan import WidePlan
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
+from jaxqq._kernels.hopper.wide_plan import WidePlan
 from jaxqq._kernels.problem import Problem
 from jaxqq._reference import Operands
 from jaxqq.bench import processes
@@ -93,10 +93,10 @@ def plans_of(case: Case) -> list[WidePlan]:
   operands = Operands(spec((case.m, case.k), dtype), words, scales)
   problem = Problem.of(operands, fmt, dtype, None)
   device = _kernels.device_of("cuda")
-  plans = plan.wide_plans(problem, device, fp8=fmt.bits == 8)
+  plans = wide_plan.wide_plans(problem, device, fp8=fmt.bits == 8)
   least = min(each.estimate_us for each in plans)
   found = [each for each in plans if each.kernel == "dequant_gemm"]
-  return sorted((p for p in found if p.estimate_us <= SLOWER * least), key=plan.expected_us)
+  return sorted((p for p in found if p.estimate_us <= SLOWER * least), key=wide_plan.expected_us)
 
 
 def tile_cases(cases: Sequence[Case]) -> list[TileCase]:
@@ -236,7 +236,7 @@ def _before(tile: Tile) -> float:
   line = _line(tile.mode, tile.block_m, tile.block_n)
   parts = cdiv(tile.k, tile.parts * _part(tile.mode).k) * tile.parts
   fmt = FORMATS[tile.mode]
-  copy_us = costs.COPY_US if plan.copies_scales(tile.k, fmt, fp8=fmt.bits == 8) else 0.0
+  copy_us = costs.COPY_US if wide_plan.copies_scales(tile.k, fmt, fp8=fmt.bits == 8) else 0.0
   return line.launch_us + copy_us + tile.m * parts * line.x_us
 
 
@@ -269,7 +269,7 @@ def choices(times: dict[Tile, float]) -> list[tuple[float, Tile, Tile]]:
   for (mode, m, n, k), own in of_product.items():
     plans = plans_of(Case("packed", mode, m, n, k))
     if plans:
-      chosen = Tile.of(plan.fastest(plans))
+      chosen = Tile.of(wide_plan.fastest(plans))
       fastest = min(own, key=own.__getitem__)
       found.append((own.get(chosen, float("inf")) / own[fastest], chosen, fastest))
   return sorted(found, key=lambda choice: -choice[0])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxqq
-from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, pipeline, plan, stream_k
+from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, pipeline, stream_k
+from jaxqq._kernels.hopper.mainloops.table import PARTS
 from jaxqq._kernels.hopper.tiles import Grid
 from jaxqq._kernels.hopper.tiles import WideTiles as T
 from tests.support import oracle
@@ -407,7 +408,7 @@ def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype, monke
 
 def test_the_planner_knows_what_a_part_takes():
   for name, mainloop in launch.MAINLOOPS.items():
-    part = plan.PARTS[name]
+    part = PARTS[name]
     of_part = mainloop.part_k, 4 * mainloop.words, mainloop.groups
     assert (part.k, part.bytes, part.scales) == of_part
 

@@ -22,10 +22,10 @@ if jax.__version_info__ < (0, 11):
 
 from jaxqq._kernels.hopper import staged_gemm
 from jaxqq._kernels.hopper.dequant_gemm import Operands
-from jaxqq._kernels.hopper.plan import PANEL_BYTES, STAGED_WAVE, panel_rows
 from jaxqq._kernels.hopper.quantize.groups import Window
 from jaxqq._kernels.hopper.tiles import STAGED_BLOCK_N, Grid
 from jaxqq._kernels.hopper.tiles import WideTiles as T
+from jaxqq._kernels.hopper.wide_plan import PANEL_BYTES, STAGED_WAVE, panel_rows
 from tests.support.interpreter import interpreted_kernels
 from tests.support.kernels import (
   BF16,

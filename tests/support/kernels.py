@@ -12,7 +12,7 @@ import pytest
 
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import Device, Problem
-from jaxqq._kernels.hopper.plan import SkinnyPlan
+from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._reference import Operands
 from tests.support import oracle
 from tests.support.interpreter import interpreted_kernels

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxqq._kernels.hopper.plan import check_hopper
+from jaxqq._kernels.hopper.checks import check_hopper
 from jaxqq._kernels.plan import Device, FunctionPlan, Implementation
 from jaxqq._kernels.problem import Conversion
 

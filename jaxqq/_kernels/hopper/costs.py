@@ -1,6 +1,6 @@
 """Tiles of `gemm` and `dequant_gemm`, and how long they take on an H200.
 
-A line is a tile; `plan.py` tries each in clusters of several sizes, and takes what takes least
+A line is a tile; `wide_plan.py` tries each in clusters of several sizes, and takes what takes least
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
 n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 16 to 1024 rows
 (../tuned/h200_tiles.json).
@@ -98,7 +98,9 @@ SKINNY_E2M1 = (
 # with 128 rows of x by 256, ptxas 13.0 serializes wgmma. In fp8, which sums a step apart, tiles of
 # 128 by 192 spill registers, and those of 64 by 256 gain nothing. Steps of four parts load rows of
 # w of 128 bytes, of two parts 64. With 32, w of 57344 x 8192 took 16 to 38% longer in tiles of up
-# to 64 rows of x, 6 to 13% with 96 and 128, and as long from 192 on.
+# to 64 rows of x, 6 to 13% with 96 and 128, and as long from 192 on. With `mma.sync` (`ptx/mma.py`)
+# instead of `wgmma`, 33792 x 4096 took as long with 16 rows (30.0 us instead of 30.5 in tiles of
+# 128, 29.4 instead of 28.4 of 256), 11% longer with 24, 15 or 16% with 32, 38 or 49% with 64.
 DEQUANT_E2M1 = _launched_in(
   4.5,
   4.5e-5,

@@ -11,19 +11,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxqq import _ragged_reference
-from jaxqq._kernels.hopper import (
-  dequant_gemm,
-  gemm,
-  grouped,
-  row_sums,
-  skinny_gemm,
-  staged_gemm,
-)
+from jaxqq._kernels.hopper import dequant_gemm, gemm, grouped, row_sums, skinny_gemm, staged_gemm
 from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops import blockdiag
-from jaxqq._kernels.hopper.mainloops.table import PART_K, packed_operand, packed_operands
+from jaxqq._kernels.hopper.mainloops.table import (
+  PART_K,
+  operand_dtype,
+  packed_operand,
+  packed_operands,
+)
 from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
-from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan, operand_dtype, row_unit
 from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
@@ -33,7 +30,9 @@ from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_pac
 from jaxqq._kernels.hopper.quantize.groups import TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from jaxqq._kernels.hopper.ragged_plan import GradientPlan, RaggedPlan
+from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._kernels.hopper.tiles import TMA_BYTES, Grid
+from jaxqq._kernels.hopper.wide_plan import WidePlan, row_unit
 from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._quantize import alpha_factors
 from jaxqq._ragged_reference import RaggedOperands

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from jaxqq import _random_bits, _rounding
 from jaxqq._formats import FORMATS, Format
-from jaxqq._kernels.hopper.plan import WidePlan, check_hopper, exact_dtype, exact_plan
+from jaxqq._kernels.hopper.checks import check_hopper
+from jaxqq._kernels.hopper.mainloops.table import exact_dtype
+from jaxqq._kernels.hopper.wide_plan import WidePlan, exact_plan
 from jaxqq._kernels.plan import Device, FunctionPlan, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, Quantizing, RecipeProblem
 from jaxqq._quantizer import Quantizer, Streams, global_scale_of

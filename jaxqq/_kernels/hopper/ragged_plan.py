@@ -23,14 +23,17 @@ import math
 import jax
 import numpy as np
 
-from jaxqq._kernels.hopper import plan as of_one_matrix
+from jaxqq._kernels.hopper.checks import check_hopper
 from jaxqq._kernels.hopper.costs import GEMM
 from jaxqq._kernels.hopper.mainloops.table import packed_operand, skinny_rows
-from jaxqq._kernels.hopper.plan import SkinnyPlan, WidePlan
-from jaxqq._kernels.hopper.tiles import (
-  Grid,
-  WideTiles,
-  cdiv,
+from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan, skinny_plan
+from jaxqq._kernels.hopper.tiles import Grid, WideTiles, cdiv
+from jaxqq._kernels.hopper.wide_plan import (
+  WidePlan,
+  copies_scales,
+  exact_plan,
+  fp8_plan,
+  with_stages,
 )
 from jaxqq._kernels.plan import Device, Implementation, Unsupported
 from jaxqq._kernels.problem import Problem, RaggedProblem, tiles_of_a_group
@@ -129,7 +132,7 @@ def problem_of_group(problem: RaggedProblem) -> Problem:
 
 def check(problem: RaggedProblem, device: Device) -> Problem:
   """The problem of a group; raises Unsupported where no kernel takes the products."""
-  of_one_matrix.check_hopper(problem.obstacle, device)
+  check_hopper(problem.obstacle, device)
   if problem.contracted != "k":
     raise Unsupported("it is a gradient, and these kernels sum over k")
   if not problem.is_packed and problem.scales_of_matrices:
@@ -146,23 +149,23 @@ def _skinny(problem: RaggedProblem, device: Device) -> RaggedPlan:
   if not problem.is_packed:
     raise Unsupported("w is not packed")
   rows, most = skinny_rows(own), MAX_TILE_ROWS
-  is_copied = of_one_matrix.copies_scales(own.k, own.fmt, fp8=False)
+  is_copied = copies_scales(own.k, own.fmt, fp8=False)
   if packed_operand(own) == "packed_e2m1" and not is_copied:
     most = MAX_TILE_ROWS_OF_NVFP4
   if rows > most:
     raise Unsupported(f"groups have {own.m} rows on average, and it is for tiles of up to {most}")
-  plan = of_one_matrix.skinny_plan(own, device)
+  plan = skinny_plan(own, device)
   if plan.padded_k("w") > problem.k:
     raise Unsupported(f"k = {problem.k}, and w of all groups would be padded")
   return RaggedPlan(plan, problem, device)
 
 
 def _fp8(problem: RaggedProblem, device: Device) -> RaggedPlan:
-  return RaggedPlan(of_one_matrix.fp8_plan(check(problem, device), device), problem, device)
+  return RaggedPlan(fp8_plan(check(problem, device), device), problem, device)
 
 
 def _exact(problem: RaggedProblem, device: Device) -> RaggedPlan:
-  return RaggedPlan(of_one_matrix.exact_plan(check(problem, device), device), problem, device)
+  return RaggedPlan(exact_plan(check(problem, device), device), problem, device)
 
 
 # Straight-through gradients
@@ -200,7 +203,7 @@ class GradientPlan:
 
 
 def _gradient(problem: RaggedProblem, device: Device) -> GradientPlan:
-  of_one_matrix.check_hopper(problem.obstacle, device)
+  check_hopper(problem.obstacle, device)
   if problem.contracted == "k" or problem.quantize or problem.quantize_w or problem.is_packed:
     raise Unsupported("it is for gradients of unquantized operands")
   if problem.x_dtype.itemsize != 2 or problem.w_dtype != problem.x_dtype:
@@ -215,7 +218,7 @@ def _gradient(problem: RaggedProblem, device: Device) -> GradientPlan:
   times = {}
   for timed in GEMM:
     tiles = WideTiles(timed.block_m, block_n=timed.block_n)
-    with_room = of_one_matrix.with_stages(tiles, "ready", problem.n, problem.out_dtype.itemsize)
+    with_room = with_stages(tiles, "ready", problem.n, problem.out_dtype.itemsize)
     if with_room is not None:
       count = math.ceil(own.batch * tiles_of_a_group(own.m, timed.block_m))
       grid = Grid(count, timed.block_m, problem.k, timed.block_m, timed.block_n, device.num_sms)

@@ -46,7 +46,6 @@ from jaxqq._kernels.hopper.pipeline import (
   pad_rows,
   rounded_up,
 )
-from jaxqq._kernels.hopper.plan import SkinnyPlan
 from jaxqq._kernels.hopper.ptx import cluster, mma, stores
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads
 from jaxqq._kernels.hopper.ptx.layouts import (
@@ -59,6 +58,7 @@ from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum, load_scale_bytes, lo
 from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
+from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
 
 

@@ -7,6 +7,8 @@ import math
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
 TMA_BYTES = 16  # the stride of rows in memory is a multiple of this
+SWIZZLED_BYTES = 128  # as TMA_BYTES, for Mosaic GPU of what is swizzled on its way
+SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 GEMM_STORE = 64  # rows and columns that a warpgroup of `gemm` stores at a time
 DEQUANT_STORE = 32  # rows of x, with 64 of w, that one of `dequant_gemm` does, at most
 SCALES = 32  # bytes of a row's scales that `dequant_gemm` loads at once: less is no cheaper

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.mainloops.expanded import add_step
-from jaxqq._kernels.hopper.plan import exact_dtype
+from jaxqq._kernels.hopper.mainloops.table import exact_dtype
 from jaxqq._kernels.hopper.ptx import rounding
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS, layout_of

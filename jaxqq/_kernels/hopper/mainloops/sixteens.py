@@ -1,8 +1,6 @@
 """skinny_gemm by `mma.sync`: packed e2m1 codes beside x in the order of memory, of few rows.
 
-The time of `mma.sync`, an instruction of a warp, grows with the rows of x. `wgmma`, of a warpgroup
-(`expanded`, `in_order`), always takes that of 64. Two operands of 64 rows of w may share what is
-loaded of x.
+Two operands of 64 rows of w may share what is loaded of x.
 
 Of every 8 rows, the threads of a warp have 0, 2, 4, 6, 1, 3, 5, 7 (`layouts.even_rows_first`). The
 arrays are labelled WGMMA all the same, until the sums are stored.

@@ -66,6 +66,16 @@ PARTS: dict[str, Part] = {
 }
 
 
+def operand_dtype(problem: Problem) -> np.dtype:
+  """Of both operands in 16 bits."""
+  return exact_dtype(problem.fmt) if problem.quantize_input else problem.x_dtype
+
+
+def exact_dtype(fmt: Format) -> np.dtype:
+  """The 16 bit floats that hold code * scale exactly."""
+  return np.dtype(ml_dtypes.bfloat16 if fmt.scale_is_power_of_two else np.float16)
+
+
 def packed_operand(problem: Problem) -> str:
   """What expands packed w to 16 bits."""
   fmt = problem.fmt

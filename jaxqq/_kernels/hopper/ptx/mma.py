@@ -1,7 +1,7 @@
 """`mma.sync`, the tensor cores' instruction of a warp: the product of one step of k, with few rows.
 
-`wgmma` with a left operand in registers takes as long for 8 columns as for 64. A warp's own
-instruction has 16 rows by 8 columns, and takes as long as its columns. Its left operand and its
+It has 16 rows by 8 columns, and no other warp waits for it. Its time grows with the columns faster
+than that of `wgmma`, which so is better with many rows of x (`costs.py`). Its left operand and its
 sums are in the registers that `wgmma` has them in; its right one, x, each thread loads.
 """
 

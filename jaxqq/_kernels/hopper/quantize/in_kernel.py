@@ -26,7 +26,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
-from jaxqq._kernels.hopper.plan import SKINNY_BLOCK_K
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import WARP, WARPS, tile_transforms
 from jaxqq._kernels.hopper.ptx.named_barriers import sync_warpgroup
@@ -34,6 +33,7 @@ from jaxqq._kernels.hopper.ptx.stores import clear_smem, scatter_words
 from jaxqq._kernels.hopper.quantize.blockdiag import numbers_of_codes
 from jaxqq._kernels.hopper.quantize.codes import Scales, amax_bits_of, codes_of, scales_of
 from jaxqq._kernels.hopper.quantize.groups import View, load_gmem, per_group, positions
+from jaxqq._kernels.hopper.skinny_plan import SKINNY_BLOCK_K
 from jaxqq._kernels.hopper.tiles import BlockDiagonal
 
 _ROW_BYTES = 128  # of a swizzled tile in shared memory, which has 8 rows

@@ -1,0 +1,239 @@
+"""Products and tiles of `skinny_gemm`: up to 64 rows of x."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+
+from jaxqq._kernels.hopper.checks import check_fp8, check_product, for_sms
+from jaxqq._kernels.hopper.costs import SKINNY_E2M1
+from jaxqq._kernels.hopper.mainloops.table import PART_K, skinny_mainloop, skinny_rows
+from jaxqq._kernels.hopper.tiles import (
+  ROWS,
+  SHARED_MEMORY,
+  SWIZZLED_BYTES,
+  TMA_BYTES,
+  BlockDiagonal,
+  Grid,
+  KBlock,
+  SkinnyTiles,
+  cdiv,
+  power_of_two_from,
+)
+from jaxqq._kernels.hopper.wide_plan import wide_plan
+from jaxqq._kernels.plan import Device, Unsupported
+from jaxqq._kernels.problem import Problem
+from jaxqq._reference import Operands
+
+MAX_SKINNY_ROWS = 64
+MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
+SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
+MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
+# With more rows, w waits for x to be quantized in the kernel.
+MAX_ROWS_QUANTIZED = 8
+MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SkinnyPlan:
+  """A product of up to 64 rows of x.
+
+  Attributes:
+    mainloop: what becomes of w: a name of `mainloops.table.skinny_mainloops`.
+    block: what is loaded of w at once.
+    padded_m: rows of x, or columns of block-diagonal x, in shared memory.
+    blockdiag: of the mainloop of that name.
+    quantizes_x: whether this kernel does, or another one before it.
+    tiles, problem, device: as of `WidePlan`.
+  """
+
+  mainloop: str
+  block: KBlock
+  padded_m: int
+  blockdiag: BlockDiagonal | None
+  quantizes_x: bool
+  tiles: SkinnyTiles
+  problem: Problem
+  device: Device
+  kernel: Literal["skinny_gemm"] = "skinny_gemm"
+
+  @property
+  def grid(self) -> Grid:
+    problem = self.problem
+    return Grid(
+      batch=problem.batch,
+      m=problem.rows,
+      n=problem.n,
+      block_m=MAX_SKINNY_ROWS,
+      block_n=self.tiles.block_n,
+      num_sms=self.device.num_sms,
+      cluster=self.tiles.cluster,
+      group_width=1,
+    )
+
+  @property
+  def details(self) -> str:
+    blockdiag = "" if self.blockdiag is None else f" with {self.blockdiag}"
+    x = ", x quantized in the kernel" if self.quantizes_x else ""
+    what = [name for name in ("x", "w", "scales") if self.padded_k(name) > self.problem.k]
+    padded = f", {' and '.join(what)} padded along K by XLA" if what else ""
+    layout = ""
+    if self.in_rows:
+      unit = math.lcm(*_tile_units(self.problem, self.block))
+      why = "groups begin at any row" if self.problem.in_groups else f"K is no multiple of {unit}"
+      layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
+      layout += ", scales by threads" if self.threads_load_scales else ""
+    how = f"({self.mainloop}) with {self.block} {self.tiles}{blockdiag}{x}{layout}{padded}"
+    return f"{self.kernel} {how}{for_sms(self.device)}"
+
+  def padded_k(self, name: str) -> int:
+    """K of x, w or scales as the kernel takes them: past their end, loads are zeros.
+
+    x is quantized in whole blocks. Rows of the others are to be as far apart as loads need.
+    """
+    k, block = self.problem.k, self.block
+    if name == "x":
+      unit = block.k
+      if self.x_in_rows and self.mainloop in ("expanded", "in_order", "sixteens"):
+        unit = 64 if self.mainloop == "expanded" else 8  # 64 that are interleaved
+    elif name == "w":
+      unit = 8 * (TMA_BYTES if self.in_rows else SWIZZLED_BYTES) // block.bits
+    else:
+      unit = 1 if self.threads_load_scales else TMA_BYTES * (block.group_size or 1)
+    return cdiv(k, unit) * unit
+
+  @property
+  def in_rows(self) -> bool:
+    """Whether shared memory has w and x in rows of 128 bytes, whose loads may go past the end."""
+    return _in_rows(self.problem, self.block)
+
+  @property
+  def x_in_rows(self) -> bool:
+    """The same of x alone: as it is, it may have fewer rows than a tile of shared memory."""
+    return self.in_rows or (
+      not self.problem.quantize_input and self.problem.rows % self.padded_m != 0
+    )
+
+  @property
+  def threads_load_scales(self) -> bool:
+    """Whether they do and not the TMA, whose rows have to be multiples of 16 bytes apart."""
+    group_size = self.block.group_size
+    return group_size is not None and self.in_rows and self.problem.k // group_size % TMA_BYTES != 0
+
+  def run(self, operands: Operands) -> jax.Array:
+    from jaxqq._kernels.hopper import launch
+
+    return launch.skinny(self, operands)
+
+
+def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
+  check_product(problem, device)
+  rows, is_packed = skinny_rows(problem), problem.is_packed
+  if not is_packed and problem.transposed:
+    raise Unsupported("w is not packed, and an operand's contracted axis comes first")
+  if not is_packed and not problem.quantize_input:
+    raise Unsupported("w is not packed and x not quantized")
+  if not is_packed and problem.w_dtype.itemsize != 2:
+    raise Unsupported(f"w is not packed but {problem.w_dtype}, and it quantizes 16 bit floats")
+  if rows > MAX_SKINNY_ROWS:
+    raise Unsupported(
+      f"{rows} rows of x are multiplied with one matrix w, and it is for at most {MAX_SKINNY_ROWS}"
+    )
+  mainloop = skinny_mainloop(problem)
+  block = _k_block(problem, mainloop)
+  if problem.k < block.k:
+    raise Unsupported(f"k = {problem.k}, and it loads {block.k} of k at once")
+  if mainloop == "in_order" and block.k == SKINNY_BLOCK_K and rows > MAX_SKINNY_ROWS // 2:
+    raise Unsupported(f"{rows} rows of x, {block.k} of k at once, take more shared memory")
+  if mainloop == "group_sums":
+    check_fp8(problem, device)
+    if rows > MAX_GROUP_SUMS_ROWS:
+      raise Unsupported(f"{rows} rows of x, and of mxfp8 it is for at most {MAX_GROUP_SUMS_ROWS}")
+  blockdiag, padded_m = None, 8 * cdiv(rows, 8)  # the TMA moves 8 rows at a time
+  if mainloop == "blockdiag":
+    blockdiag = BlockDiagonal(power_of_two_from(rows))
+    padded_m = blockdiag.columns
+  most = {"blockdiag": MAX_BLOCKDIAG_ROWS_QUANTIZED, "group_sums": MAX_ROWS_QUANTIZED}
+  few = rows <= most.get(mainloop, 0) and not _in_rows(problem, block)
+  quantizes_x = few and block.k == SKINNY_BLOCK_K
+  tiles = _skinny_tiles(problem, device, mainloop, block, padded_m)
+  plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
+  if mainloop == "expanded" or (mainloop == "in_order" and rows > MAX_SKINNY_ROWS // 2):
+    timed = next(timed for timed in SKINNY_E2M1 if rows <= timed.rows)
+    own = timed.time(plan.grid, cdiv(problem.k, PART_K))
+    other = wide_plan(problem, device, fp8=False).estimate_us
+    if other < own:
+      raise Unsupported(
+        f"it would take about {own:.0f} us on an H200, and larger tiles {other:.0f}"
+      )
+  return plan
+
+
+def _in_rows(problem: Problem, block: KBlock) -> bool:
+  """As of `SkinnyPlan`: in groups, or where tiles would take padded w or padded scales."""
+  if not problem.is_packed:
+    return False
+  return problem.in_groups or any(problem.k % size for size in _tile_units(problem, block))
+
+
+def _tile_units(problem: Problem, block: KBlock) -> tuple[int, int]:
+  """What K has to be a multiple of, for tiles of w and for the TMA to load scales."""
+  return 8 * SWIZZLED_BYTES // block.bits, TMA_BYTES * problem.fmt.group_size
+
+
+def _k_block(problem: Problem, mainloop: str) -> KBlock:
+  fmt, k = problem.fmt, SKINNY_BLOCK_K
+  if mainloop == "quantized":
+    return KBlock(128, 8 * problem.w_dtype.itemsize, None)
+  as_many_zeros = 2 * cdiv(problem.k, k) == cdiv(problem.k, k // 2)
+  is_large = as_many_zeros and problem.rows <= MAX_ROWS_OF_LARGE_BLOCKS
+  if problem.in_groups and mainloop == "sixteens":
+    is_large = False  # twice as many rows of w
+  few_scales = k // 2 // fmt.group_size < TMA_BYTES
+  if mainloop == "group_sums" or is_large or few_scales:
+    return KBlock(k, fmt.bits, fmt.group_size)
+  return KBlock(k // 2, fmt.bits, fmt.group_size)
+
+
+def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
+  """Shared memory for x, and its scales, of a block of k."""
+  if mainloop == "blockdiag":
+    return padded_m * block.k + 4 * max(32, block.scales * power_of_two_from(rows))
+  if mainloop == "group_sums":
+    return padded_m * (block.k + 4 * block.scales)
+  return padded_m * block.k * 2
+
+
+def _skinny_tiles(
+  problem: Problem, device: Device, mainloop: str, block: KBlock, padded_m: int
+) -> SkinnyTiles:
+  """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room.
+
+  In groups, "sixteens" has tiles of twice as many rows of w, since every tile loads x again.
+  """
+  k_steps = cdiv(problem.k, block.k)
+  x_bytes = _x_bytes(mainloop, block, padded_m, skinny_rows(problem))
+
+  def tiles_of(block_n: int, workers: int, cluster: int) -> SkinnyTiles | None:
+    """None where they do not fit."""
+    stage = block_n * (4 * block.words + block.scales) + x_bytes
+    sums = (workers - (cluster == 1)) * block_n * padded_m * 4
+    stages = (SHARED_MEMORY - sums) // stage // workers * workers
+    if stages == 0:
+      return None
+    if cluster > 1:
+      tiles = problem.batch * cdiv(problem.n, block_n)
+      shared = tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
+      # Every warpgroup of every CTA gets a block of k.
+      if problem.in_groups or not shared or k_steps < cluster * workers:
+        return None
+    promote = problem.wants_exact_sums
+    return SkinnyTiles(stages, workers, promote, cluster, block_n)
+
+  choices = [(ROWS, workers, cluster) for cluster in (4, 2, 1) for workers in (4, 2)]
+  if problem.in_groups and mainloop == "sixteens" and problem.n > ROWS:
+    choices.insert(0, (2 * ROWS, 4, 1))
+  return next(tiles for choice in choices if (tiles := tiles_of(*choice)) is not None)
