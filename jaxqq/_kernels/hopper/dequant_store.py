@@ -1,0 +1,186 @@
+"""The end of a tile of `dequant_gemm`: sums of other CTAs are added, scaled, and stored.
+
+A compute warpgroup has the sums of 64 rows of w. It stores a piece of up to 32 rows of x at a time:
+through shared memory by the TMA, or thread by thread where the rows of another group follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxqq._kernels.hopper import epilogue
+from jaxqq._kernels.hopper.pipeline import GroupTile, Tile, batch_of, group_of, rounded_up
+from jaxqq._kernels.hopper.ptx import cluster, handover, stores
+from jaxqq._kernels.hopper.tiles import DEQUANT_STORE, ROWS
+
+HANDED_OVER = 64  # rows of x whose sums of other CTAs are added at a time
+
+
+def stored_size(size: int, piece: int, block: int, multiple: int) -> int:
+  """Of an axis of the output that a CTA, or its cluster, stores `block` of, a piece at a time.
+
+  The TMA does not write what is past the end. But Mosaic GPU takes an axis of one piece out of
+  the TMA's descriptor, and what is past its end would be written over that piece. So an axis has
+  room for two, unless no piece can be past its end.
+  """
+  return max(rounded_up(size, multiple), piece if block == piece else 2 * piece)
+
+
+def shifted(x_scales: jax.Array) -> jax.Array:
+  """(2, ..) of (1, m): from column 0 on, and from column 1, with room for a piece behind.
+
+  Threads load two at a time, from even columns on. A group's piece begins at any row.
+  """
+  padded = jnp.pad(x_scales[0], (0, DEQUANT_STORE + 1 + x_scales.shape[1] % 2))
+  return jnp.stack([padded[:-1], padded[1:]])
+
+
+@dataclasses.dataclass(frozen=True)
+class TileEnd:
+  """Of one CTA, with its references.
+
+  Attributes:
+    kernel: sizes, as `dequant_gemm` has them.
+    gmem, out, smem: of the kernel.
+    warpgroup: of the CTA, which this is.
+    cluster_index: which CTA of those that share a tile.
+    worker: with stream-K, which CTA; else None.
+  """
+
+  kernel: Any
+  gmem: Any
+  out: Any
+  smem: Any
+  warpgroup: Any
+  cluster_index: Any
+  worker: Any = None
+
+  def first_row(self, tile: Tile) -> Any:
+    """Of w, this warpgroup's."""
+    return tile.n * self.kernel.tiles.block_n + self.warpgroup * ROWS
+
+  def load_w_scales(self, tile: Tile) -> Any:
+    """Of this warpgroup's rows. Past the end of w any do: no sum of theirs is stored."""
+    ref = self.gmem.w_scales
+    first = jnp.minimum(self.first_row(tile), ref.shape[1] - ROWS)
+    own = ref.at[batch_of(ref, tile.batch), pl.ds(first, ROWS)]
+    return epilogue.load_row_scales(own, of_rows=True)
+
+  def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
+    """Scales and writes the sums of a tile's rows from `first_row` on, a piece after the other."""
+    store_m, column = self.kernel.store_m, self.first_row(tile)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for i in range(sums.shape[1] // store_m):
+      piece = sums[:, i * store_m : (i + 1) * store_m]
+      stage = i % self.kernel.tiles.store_stages
+      if isinstance(tile, GroupTile):
+        self.store_some(piece, w_scales, tile, first_row + i * store_m, column, stage)
+        continue
+      row = tile.row(self.kernel.tiles.block_m) + first_row + i * store_m
+      self.store_piece(self.scaled(piece, w_scales, tile, row), tile.batch, row, column, stage)
+
+  def scaled(self, piece: Any, w_scales: Any, tile: Tile, row: Any) -> Any:
+    """Rows of x from `row` on."""
+    gmem = self.gmem
+    if not self.kernel.has_row_scales:
+      return epilogue.times_alpha(piece, gmem.alpha, group_of(gmem.alpha, tile))
+    of_x, size = gmem.x_scales, piece.shape[1]
+    b = batch_of(of_x, tile.batch)
+    if isinstance(tile, GroupTile):
+      b = row & 1
+      row = row - b
+    here = pl.ds(jnp.minimum(row, of_x.shape[1] - size), size)
+    x_scales = epilogue.load_row_scales(of_x.at[b, here], of_rows=False)
+    return epilogue.times_row_scales(piece, w_scales, x_scales)
+
+  def store_piece(self, piece: Any, b: Any, row: Any, column: Any, stage: int) -> None:
+    """By the TMA, through shared memory."""
+    kernel = self.kernel
+    rows, columns = pl.ds(row, piece.shape[1]), pl.ds(column, ROWS)
+    plgpu.wait_smem_to_gmem(self.kernel.tiles.store_stages - 1, wait_read_only=True)
+    staged = self.smem.out.at[self.warpgroup, stage]
+    if kernel.writes_transpose:
+      staged[...] = piece.astype(kernel.out_dtype)
+    else:
+      staged.T[...] = piece.astype(kernel.out_dtype)
+    plgpu.commit_smem()
+    where = (columns, rows) if kernel.writes_transpose else (rows, columns)
+    plgpu.copy_smem_to_gmem(staged, self.out.at[b, *where])
+
+  def store_some(
+    self, piece: Any, w_scales: Any, tile: GroupTile, first: int, column: Any, stage: int
+  ) -> None:
+    """Those rows of a piece that the group has: all of them by the TMA, some thread by thread."""
+    kernel, size = self.kernel, piece.shape[1]
+    row, rows = tile.first + first, tile.rows - first
+
+    @pl.when(rows > 0)
+    def _scale_and_store() -> None:
+      out = self.scaled(piece, w_scales, tile, row)
+
+      def whole() -> None:
+        self.store_piece(out, 0, row, column, stage)
+
+      def some() -> None:
+        to = out.astype(kernel.out_dtype), plgpu.Layout.WGMMA, self.out.at[0]
+        stores.store_some(*to, row, rows, column, transposed=True)
+
+      epilogue.store_whole_or_some(
+        rows >= size, whole if kernel.can_stage_transpose else None, some
+      )
+
+  def add_up_and_store(self, sums: Any, w_scales: Any, tile: Any) -> None:
+    """Leaves the sums to the next CTA; or adds those that others left, and stores a tile."""
+    left, flags = self.gmem.left, self.gmem.flags
+    parts = [
+      (column, sums[:, column : column + HANDED_OVER])
+      for column in range(0, self.kernel.tiles.block_m, HANDED_OVER)
+    ]
+
+    @pl.when(jnp.logical_not(tile.is_end))
+    def _leave() -> None:
+      for column, part in parts:
+        handover.store_sums(part, left.at[self.worker, self.warpgroup], column)
+      handover.signal(flags.at[self.worker, self.warpgroup])
+
+    @pl.when(tile.is_end)
+    def _store() -> None:
+      @pl.loop(0, tile.others)
+      def _wait(i: Any) -> None:
+        handover.wait(flags.at[self.worker - 1 - i, self.warpgroup])
+
+      for column, part in parts:
+
+        def add(i: Any, total: Any, column: int = column) -> Any:
+          ref = left.at[self.worker - 1 - i, self.warpgroup]
+          return total + handover.load_sums(ref, column, total.shape[1])
+
+        self.store(lax.fori_loop(0, tile.others, add, part), w_scales, tile, column)
+
+  def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
+    """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""
+    own_m, buffer, size = self.kernel.tiles.own_m, self.smem.from_cluster, self.kernel.tiles.cluster
+    parts = [sums[:, i * own_m : (i + 1) * own_m] for i in range(size)]
+
+    def slot_of(source: int, target: int) -> int:
+      return (source - target - 1) % size
+
+    for own in range(size):
+      others = [other for other in range(size) if other != own]
+
+      @pl.when(self.cluster_index == own)
+      def _exchange(own: int = own, others: list[int] = others) -> None:
+        for other in others:
+          cluster.dsmem_store(parts[other], buffer, other, slot_of(own, other))
+        cluster.cluster_sync()
+        total = parts[own]
+        for other in others:
+          total = total + cluster.dsmem_load(buffer, total.shape[1], slot_of(other, own))
+        self.store(total, w_scales, tile, own * own_m)
