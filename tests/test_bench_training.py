@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from jaxqq.bench import __main__ as bench
-from jaxqq.bench import measure, results_page, training, turns
+from jaxqq.bench import measure, results_page, training, training_cells, turns
 from jaxqq.bench.markdown import TIMES
 from jaxqq.bench.measure import Settings
 
-TINY = training.Model(d_model=64, heads=4, kv_heads=2, head_size=16, mlp=96, sequence=16)
+TINY = training_cells.Model(d_model=64, heads=4, kv_heads=2, head_size=16, mlp=96, sequence=16)
 PRODUCTS = training.Suite(
   modes=("mxfp8",),
   tokens=(32,),
@@ -26,7 +26,7 @@ PRODUCTS = training.Suite(
   model=TINY,
   settings=Settings(seconds=0.01, rounds=2),
 )
-BLOCK = dataclasses.replace(PRODUCTS, forms=(training.BLOCK,), shapes=())
+BLOCK = dataclasses.replace(PRODUCTS, forms=(training_cells.BLOCK,), shapes=())
 NAMES = ["bf16", "jaxqq mxfp8", "jaxqq recipe mxfp8"]
 FIELDS = {"on the fly": "error_out", "dx": "error_dx", "dw": "error_dw"}
 
@@ -58,7 +58,7 @@ def results(tmp_path_factory):
 def test_products_and_a_block(results):
   rows, _, told = results
   assert [(row.form, row.implementation) for row in rows] == [
-    (form, name) for form in training.FORMS for name in NAMES
+    (form, name) for form in training_cells.FORMS for name in NAMES
   ]
   assert len(told) == len(rows) and told[1].startswith("o 64 x 64 T=32 forward jaxqq mxfp8: ")
   for i, row in enumerate(rows):
@@ -122,9 +122,9 @@ def test_recipes_with_a_key_and_no_peer():
 
 
 def test_the_block_is_causal():
-  block = training.Block(TINY, 32)
-  x, _, weights, keys = training._block_operands(TINY, 32, 0)
-  forward = jax.jit(functools.partial(block.forward, training.BFLOAT16.multiply))
+  block = training_cells.Block(TINY, 32)
+  x, _, weights, keys = training_cells._block_operands(TINY, 32, 0)
+  forward = jax.jit(functools.partial(block.forward, training_cells.BFLOAT16.multiply))
   moved = x.at[20].add(jnp.asarray(1, x.dtype))  # the fifth token of the second sequence
   one, other = (np.asarray(forward(a, weights, keys), np.float32) for a in (x, moved))
   differs = np.any(one != other, axis=1)
@@ -132,10 +132,12 @@ def test_the_block_is_causal():
 
 
 def test_sizes_of_llama():
-  assert list(training.MODEL.layers.values()) == [
+  assert list(training_cells.MODEL.layers.values()) == [
     *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
   ]
-  assert training.MODEL.sequences(8192) == (4, 2048) and training.MODEL.sequences(100) == (1, 100)
+  assert training_cells.MODEL.sequences(8192) == (4, 2048) and training_cells.MODEL.sequences(
+    100
+  ) == (1, 100)
   cells = list(training.Suite().cells())
   assert len(cells) == 13 and [cell.form for cell in cells[-2:]] == ["dw", "block"]
   x, g, weights, _ = cells[-1].specs()
@@ -148,13 +150,13 @@ def test_sizes_of_llama():
 )
 def test_a_wrong_result_is_noticed(change, note, monkeypatch):
   """It is measured, and the row says so."""
-  multiply = training.Way.multiply
+  multiply = training_cells.Way.multiply
 
   def wrong(way, x, w, key):
-    out = multiply(training.BFLOAT16, x, w, key)
-    return out if way == training.BFLOAT16 else change(out)
+    out = multiply(training_cells.BFLOAT16, x, w, key)
+    return out if way == training_cells.BFLOAT16 else change(out)
 
-  monkeypatch.setattr(training.Way, "multiply", wrong)
+  monkeypatch.setattr(training_cells.Way, "multiply", wrong)
   suite = dataclasses.replace(PRODUCTS, forms=("on the fly",))
   _, row, _ = training.run(suite, tell=lambda text: None)
   assert row.note == note and row.ms > 0
@@ -164,14 +166,14 @@ def test_a_wrong_result_is_noticed(change, note, monkeypatch):
 
 @pytest.mark.parametrize("fails", ["bf16", "jaxqq mxfp8"])
 def test_what_fails_is_said(fails, monkeypatch):
-  multiply = training.Way.multiply
+  multiply = training_cells.Way.multiply
 
   def refuse(way, x, w, key):
     if way.name == fails:
       raise ValueError("no such luck")
-    return multiply(training.BFLOAT16, x, w, key)
+    return multiply(training_cells.BFLOAT16, x, w, key)
 
-  monkeypatch.setattr(training.Way, "multiply", refuse)
+  monkeypatch.setattr(training_cells.Way, "multiply", refuse)
   suite = dataclasses.replace(PRODUCTS, forms=("on the fly",))
   rows = {row.implementation: row for row in training.run(suite, tell=lambda text: None)}
   assert rows[fails].ms is None and rows[fails].note == "failed: ValueError: no such luck"
@@ -196,7 +198,7 @@ def test_turns_rotate_and_one_that_fails_is_left_out():
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(training, "MODEL", TINY)
+  monkeypatch.setattr(training_cells, "MODEL", TINY)
   path = tmp_path / "training.json"
   arguments = "--suite training --modes mxfp8 --rows 16 --shapes 64x96 --forms dx --peers none"
   rows = bench.main([*arguments.split(), "--seconds", "0.01", "--rounds", "1", "--json", str(path)])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxqq._formats import FORMATS
-from jaxqq.bench import kept, moe, processes, report, training
+from jaxqq.bench import kept, moe, processes, report, training, training_cells
 from jaxqq.bench.cases import FORMS, MODES, SUITES, Case, covering, is_survey, select
 from jaxqq.bench.chain import with_chains
 from jaxqq.bench.measure import Row, Settings, Timer, make_timer, run_cases
@@ -145,16 +145,16 @@ def _training(
       parser.error(f"--suite {TRAINING} takes no --{name}")
   if options.processes > 1:
     parser.error(f"--suite {TRAINING} compiles on threads of one process, not --processes")
-  forms = [form for form in options.forms or training.FORMS if form in training.FORMS]
+  forms = [form for form in options.forms or training_cells.FORMS if form in training_cells.FORMS]
   if not forms:
-    parser.error(f"--suite {TRAINING} has the forms {', '.join(training.FORMS)}")
+    parser.error(f"--suite {TRAINING} has the forms {', '.join(training_cells.FORMS)}")
   try:
     suite = training.Suite(
       modes=options.modes,
       tokens=options.rows or training.TOKENS,
       forms=forms,
       shapes=options.shapes,
-      model=training.MODEL,
+      model=training_cells.MODEL,
       has_peer="none" not in options.peers,
       settings=Settings(options.seconds, options.rounds, options.seed, chain=0),
     )
@@ -204,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
   lists = {
     "suites": {name: suite.about for name, suite in SUITES.items()}
     | {MOE: _MOE_ABOUT, TRAINING: _TRAINING_ABOUT},
-    "forms": {name: form.about for name, form in FORMS.items()} | {training.BLOCK: _BLOCK_ABOUT},
+    "forms": {name: form.about for name, form in FORMS.items()}
+    | {training_cells.BLOCK: _BLOCK_ABOUT},
     "peers": PEERS,
   }
   parser = argparse.ArgumentParser(
@@ -226,7 +227,9 @@ def _parser() -> argparse.ArgumentParser:
 
   several("--suite", (*SUITES, MOE, TRAINING), ["goals"], "which cases, see below (goals)")
   several("--modes", tuple(FORMATS), MODES, f"of {', '.join(FORMATS)} ({', '.join(MODES)})")
-  several("--forms", (*FORMS, training.BLOCK), (), "only these forms of the suites, see below")
+  several(
+    "--forms", (*FORMS, training_cells.BLOCK), (), "only these forms of the suites, see below"
+  )
   several("--peers", (*PEERS, "none"), None, "measured beside jaxqq, or none (all)")
   parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="M", help="of products")
   parser.add_argument(
