@@ -11,12 +11,13 @@ from jaxqq._dot_general import dot_general
 from jaxqq._explain import explain
 from jaxqq._gather import gather_qqmm
 from jaxqq._qqmm import qqmm
+from jaxqq._quantize_weight import quantize_weight
 from jaxqq._quantized_matmul import quantized_matmul
 from jaxqq._quantizer import Quantizer
 from jaxqq._ragged import ragged_qqmm, ragged_quantized_matmul
 from jaxqq._recipe import Recipe
 from jaxqq._trees import combine, partition
-from jaxqq._weight import QuantizedWeight, quantize_weight
+from jaxqq._weight import QuantizedWeight
 
 __all__ = [
   "QuantizedWeight",

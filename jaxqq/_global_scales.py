@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxqq import _rounding
-from jaxqq._checks import check_has_global_scale
+from jaxqq._checks import check_global_scale, check_has_global_scale
 from jaxqq._formats import Format
 
 # Of an operation that has both operands: w its amax and x none; each its amax; none.
@@ -93,3 +93,28 @@ def by_rows(x: jax.Array, fmt: Format) -> tuple[jax.Array, tuple[jax.Array, jax.
   for exponent in (-half, half - power):
     moved = moved * _rounding.power_of_two(exponent)
   return moved.astype(x.dtype), factors
+
+
+def scale_of_each_matrix(
+  function: str,
+  name: str,
+  value: Any,
+  *,
+  fmt: Format,
+  batch_shape: tuple[int, ...],
+  rows: int | None = None,
+) -> Any:
+  """float32 of batch_shape, from one number each or one for all; None from None.
+
+  Or (*batch_shape, rows), where there may be one for each row.
+  """
+  is_float32 = getattr(value, "dtype", None) == np.float32
+  right = (batch_shape,) if rows is None else (batch_shape, (*batch_shape, rows))
+  if is_float32 and fmt.has_global_scale and tuple(value.shape) in right:
+    return value  # of numpy, as it came
+  value = check_global_scale(function, name, value, fmt, batch_shapes=right, abstract=True)
+  if value is None or tuple(value.shape) in right:
+    return value
+  if isinstance(value, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(batch_shape, value.dtype)
+  return jnp.broadcast_to(value, batch_shape)

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.export
@@ -21,23 +21,16 @@ from jaxqq._checks import (
   FLOATS,
   as_array,
   check_bool,
-  check_dtype,
   check_format,
-  check_global_scale,
-  check_groups,
-  check_has_global_scale,
   check_packed,
   describe,
   names,
 )
-from jaxqq._convert import dequantize, quantize
-from jaxqq._formats import FORMATS, Format, Mode
-from jaxqq._global_scales import (
-  DEFAULT_OF_WEIGHT,
-  amax_of_each_matrix,
-  is_default,
-)
+from jaxqq._convert import dequantize
+from jaxqq._formats import FORMATS, Mode
+from jaxqq._global_scales import scale_of_each_matrix
 from jaxqq._reference import Operands
+from jaxqq._weight_index import checked_index
 
 # What `w @ x` is, put here by `_quantized_matmul.py`: a weight itself knows no product.
 MATMUL: dict[str, Callable[..., jax.Array]] = {}
@@ -118,7 +111,7 @@ class QuantizedWeight:
         f"(..., N, K * {fmt.bits} / 32), got {describe(codes)}."
       )
     batch_shape = tuple(codes.shape[:-2])
-    scale_of = functools.partial(_scale_of_each_matrix, function, fmt=fmt, batch_shape=batch_shape)
+    scale_of = functools.partial(scale_of_each_matrix, function, fmt=fmt, batch_shape=batch_shape)
     rows = codes.shape[-2]
     self._set(
       packed=codes,
@@ -214,7 +207,7 @@ class QuantizedWeight:
       >>> stack[0], stack[..., :4, :].shape
       (QuantizedWeight(nvfp4, float32 (8, 64), with global_scale), (3, 4, 64))
     """
-    of_stack, of_rows = _checked_index(index, self.shape)
+    of_stack, of_rows = checked_index(index, self.shape)
     packed, scales = (a[of_stack][..., of_rows, :] for a in (self.packed, self.scales))
     of_w, of_input = (
       None if scale is None else scale[of_stack]
@@ -393,108 +386,6 @@ class StackedLayer:
     return f"a layer of {self.stack!r}"
 
 
-def quantize_weight(
-  w: ArrayLike,
-  mode: Mode = "nvfp4",
-  *,
-  global_scale: Literal["amax"] | ArrayLike | None = DEFAULT_OF_WEIGHT,
-  axis: Literal[-1, -2] = -1,
-  quantize_input: bool = True,
-) -> QuantizedWeight:
-  """Quantizes a weight along its last axis, the one that `qqmm` sums over, or of its transpose.
-
-  Args:
-    w: float32, float16 or bfloat16, (..., N, K), K a multiple of the group size. Leading axes are
-      stacked matrices.
-    mode: "nvfp4", "mxfp8" or "mxfp4".
-    global_scale: nvfp4 only. "amax", there the default, takes the largest magnitude of each matrix;
-      a number, or one for each matrix, is taken as it is, in float32; None is no global scale, so
-      that numbers far below 2**-9 are lost.
-    axis: -1, or -2 for w of (..., K, N), as kernels of Flax are: the weight is that of its
-      transpose, (..., N, K).
-    quantize_input: whether products that are not told quantize x too, as of `QuantizedWeight`.
-
-  Returns:
-    The packed weight, which knows w's shape and dtype.
-
-  Raises:
-    TypeError: w or global_scale is of a type that it may not be.
-    ValueError: mode, axis or a shape is not as above, or a global scale is given in another mode.
-
-  Example:
-    >>> w = jax.random.normal(jax.random.key(0), (32, 64))
-    >>> weight = jaxqq.quantize_weight(w)
-    >>> weight
-    QuantizedWeight(nvfp4, float32 (32, 64), with global_scale)
-    >>> w.nbytes, weight.nbytes
-    (8192, 1156)
-
-  Source: `mlx.core.quantize`, whose bits these are.
-  """
-  function = "quantize_weight"
-  fmt = check_format(function, mode, None, None)
-  checked = as_array(function, "w", w)
-  check_dtype(function, "w", checked, FLOATS)
-  if len(checked.shape) < 2:
-    raise ValueError(
-      f"{function}: w must have at least two dimensions, (N, K) or (..., N, K), got "
-      f"{describe(checked)}."
-    )
-  if axis not in (-1, -2):
-    raise ValueError(f"{function}: axis must be -1 or -2, got {axis!r}.")
-  check_groups(function, "w", checked, fmt, axis)
-  matrices = jnp.asarray(checked)
-  batch_shape = matrices.shape[:-2]
-  if is_default(global_scale) and not fmt.has_global_scale:
-    global_scale = None
-  if isinstance(global_scale, str):
-    if global_scale != "amax":
-      raise ValueError(
-        f"{function}: unknown global_scale {global_scale!r}; it must be 'amax', float32 or None."
-      )
-    check_has_global_scale(function, "global_scale", fmt)
-    global_scale = amax_of_each_matrix(matrices, len(batch_shape))
-  scale = _scale_of_each_matrix(
-    function, "global_scale", global_scale, fmt=fmt, batch_shape=batch_shape
-  )
-
-  def one(w: jax.Array, global_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    return quantize(w, mode=fmt.mode, global_scale=global_scale, axis=axis)
-
-  of_each = one
-  for _ in range(0 if scale is None else len(batch_shape)):
-    of_each = jax.vmap(of_each)
-  packed, scales = of_each(matrices, scale)
-  return QuantizedWeight(
-    packed, scales, fmt.mode, scale, matrices.dtype, quantize_input=quantize_input
-  )
-
-
-def _scale_of_each_matrix(
-  function: str,
-  name: str,
-  value: Any,
-  *,
-  fmt: Format,
-  batch_shape: tuple[int, ...],
-  rows: int | None = None,
-) -> Any:
-  """float32 of batch_shape, from one number each or one for all; None from None.
-
-  Or (*batch_shape, rows), where there may be one for each row.
-  """
-  is_float32 = getattr(value, "dtype", None) == np.float32
-  right = (batch_shape,) if rows is None else (batch_shape, (*batch_shape, rows))
-  if is_float32 and fmt.has_global_scale and tuple(value.shape) in right:
-    return value  # of numpy, as it came
-  value = check_global_scale(function, name, value, fmt, batch_shapes=right, abstract=True)
-  if value is None or tuple(value.shape) in right:
-    return value
-  if isinstance(value, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(batch_shape, value.dtype)
-  return jnp.broadcast_to(value, batch_shape)
-
-
 def _as_bytes(scales: Any) -> Any:
   """Scales as uint8, whichever type of one byte they came in."""
   if np.dtype(scales.dtype) == np.uint8:
@@ -538,45 +429,6 @@ def _unflatten(static: Static, leaves: Any) -> QuantizedWeight:
   fields = zip((*LEAVES, *names), (*leaves, *static), strict=True)
   weight._set(**dict(fields))
   return weight
-
-
-def _checked_index(index: Any, shape: tuple[int, ...]) -> tuple[Any, slice]:
-  """What an index takes of the leading axes, and of the rows."""
-  parts = list(index) if isinstance(index, tuple) else [index]
-  ellipses = [i for i, part in enumerate(parts) if part is Ellipsis]
-  missing = len(shape) - len(parts) + len(ellipses)
-  if len(ellipses) == 1:
-    parts[ellipses[0] : ellipses[0] + 1] = [slice(None)] * missing
-  else:
-    parts += [slice(None)] * missing
-  if len(ellipses) > 1 or missing < 0 or len(parts) != len(shape):
-    raise IndexError(f"QuantizedWeight: {index!r} is too long an index of shape {shape}.")
-  *of_stack, of_rows, of_k = parts
-  if not isinstance(of_k, slice) or of_k.indices(shape[-1]) != (0, shape[-1], 1):
-    raise IndexError(
-      f"QuantizedWeight: the last axis of {shape} is packed in groups and cannot be indexed; got "
-      f"{index!r}."
-    )
-  if not isinstance(of_rows, slice):
-    raise IndexError(
-      f"QuantizedWeight: the rows of {shape} can only be sliced, so that a matrix stays one; got "
-      f"{index!r}."
-    )
-  arrays = [part for part in of_stack if not isinstance(part, (slice, int, np.integer))]
-  if len(arrays) > 1 or not all(_is_integers(a) for a in arrays):
-    raise IndexError(
-      f"QuantizedWeight: leading axes of {shape} take slices, integers and one array of integers; "
-      f"got {index!r}."
-    )
-  for part, size in zip(of_stack, shape, strict=False):
-    if isinstance(part, (int, np.integer)) and not -size <= part < size:
-      raise IndexError(f"QuantizedWeight: {part} is out of range for an axis of {size} matrices.")
-  return tuple(of_stack), of_rows
-
-
-def _is_integers(a: Any) -> bool:
-  dtype = getattr(a, "dtype", None)
-  return dtype is not None and jnp.issubdtype(dtype, jnp.integer)
 
 
 jax.tree_util.register_pytree_with_keys(QuantizedWeight, _flatten_with_keys, _unflatten, _flatten)

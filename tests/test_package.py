@@ -153,7 +153,8 @@ def test_a_file_imports_only_from_files_above_it():
     *("_reference", "_ragged_reference", "_kernels"),
     *("_split", "_sharding", "_out_sharding", "_primitive", "_quantizer_lowering"),
     "_convert_split",
-    *("_convert_primitive", "_convert", "_weight", "_concatenate", "_trees", "_row_sums"),
+    *("_convert_primitive", "_convert", "_weight_index", "_weight", "_quantize_weight"),
+    *("_concatenate", "_trees", "_row_sums"),
     *(
       "_gradient",
       "_given",

@@ -15,7 +15,8 @@ from jaxqq import _einsum
 from jaxqq._checks import FLOATS, names
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import GlobalScale, amax_of_each_matrix
-from jaxqq._weight import QuantizedWeight, quantize_weight
+from jaxqq._quantize_weight import quantize_weight
+from jaxqq._weight import QuantizedWeight
 
 Axes = tuple[int, ...]
 
