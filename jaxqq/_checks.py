@@ -36,9 +36,9 @@ def as_array(function: str, name: str, a: Any, *, abstract: bool = False) -> Any
   if getattr(a, "__jax_array__", None) is not None:  # None on tracers
     a = a.__jax_array__()
   if not (isinstance(a, np.generic) or hasattr(a, "shape")) or not hasattr(a, "dtype"):
+    instead = getattr(a, "NO_ARRAY", f"wrap it, for example as jnp.asarray({name})")
     raise TypeError(
-      f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; "
-      f"wrap it, for example as jnp.asarray({name})."
+      f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; {instead}."
     )
   if isinstance(a, jax.ShapeDtypeStruct) and not abstract:
     raise TypeError(
@@ -55,6 +55,17 @@ def as_array(function: str, name: str, a: Any, *, abstract: bool = False) -> Any
       f"{tuple(a.shape)}."
     ) from None
   return a
+
+
+def as_int32(a: Any) -> jax.Array:
+  """Integers as int32; what that does not hold becomes its nearest end, and so is out of range."""
+  ends, own = np.iinfo(np.int32), jnp.iinfo(a.dtype)
+  xp: Any = np if isinstance(a, (np.ndarray, np.generic)) else jnp
+  if own.max > ends.max:
+    a = xp.minimum(a, xp.asarray(ends.max, a.dtype))
+  if own.min < ends.min:
+    a = xp.maximum(a, xp.asarray(ends.min, a.dtype))
+  return jnp.asarray(a.astype(np.int32))
 
 
 def check_dtype(function: str, name: str, a: Any, allowed: tuple[np.dtype, ...]) -> None:
@@ -184,7 +195,7 @@ def check_precision(function: str, precision: Any) -> lax.Precision | None:
     return max(both, key=lambda one: -1 if one is None else int(one.value))
   try:
     return lax.Precision(precision)
-  except ValueError:
+  except (TypeError, ValueError):  # of what cannot be hashed, too
     raise TypeError(
       f"{function}: precision must be None, a jax.lax.Precision or its name, or two of them, got "
       f"{precision!r}."

@@ -12,13 +12,13 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxqq._checks import check_bool, describe
+from jaxqq._checks import as_int32, check_bool, describe
 from jaxqq._formats import Mode
 from jaxqq._given import DEFAULT_MODE, Given
 from jaxqq._gradient import Backward
 from jaxqq._out_sharding import OutSharding, checked_out_sharding, told
 from jaxqq._qqmm import checked, is_by_rows
-from jaxqq._ragged import as_ragged, checked_integers, ragged_product
+from jaxqq._ragged import as_ragged, check_groups_are_known, checked_integers, ragged_product
 from jaxqq._ragged_explicit import batch_dims, mesh_of, spec_of
 from jaxqq._reference import Operands, unflatten, with_ndim
 from jaxqq._weight import QuantizedWeight
@@ -124,6 +124,7 @@ def gather_qqmm(
     )
   of_x = _scale_of_x(function, global_scale_x, operands)
   operands = dataclasses.replace(operands, global_scale_x=of_x)
+  check_groups_are_known(function, operands.w.shape)
   lhs, rhs = _checked_indices(function, lhs_indices, rhs_indices, operands)
   by_rows, names = is_by_rows(global_scale_x), operands.names
 
@@ -180,11 +181,12 @@ def _gathered(
   rhs = jnp.where(is_there, rhs, matrices)  # what is not there comes last, and is in no group
   counts = jnp.zeros(matrices, jnp.int32).at[rhs].add(1, mode="drop")
   order = None if is_sorted else jnp.argsort(rhs, stable=True)
-  x = (
-    jnp.asarray(flat.x)
-    .at[lhs if order is None else lhs[order]]
-    .get(mode="fill", fill_value=jnp.nan)
-  )
+  matrices_of_x = jnp.asarray(flat.x)
+  if not isinstance(flat.x.shape[0], int) or flat.x.shape[0]:
+    of_lhs = lhs if order is None else lhs[order]
+    x = matrices_of_x.at[of_lhs].get(mode="fill", fill_value=jnp.nan)
+  else:  # of none XLA takes none
+    x = jnp.full((*lhs.shape, m, k), jnp.nan, matrices_of_x.dtype)
   rows = dataclasses.replace(flat, x=x.reshape(lhs.shape[0] * m, k))
   product = as_ragged("gather_qqmm", rows, params, counts * m, jnp.int32(0), implementation)
   out = ragged_product(*product, by_rows=by_rows)
@@ -242,7 +244,7 @@ def _checked_indices(
       given = jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch)
     words = f"which matrix of {'x' if name == 'lhs' else 'w'}"
     given = checked_integers(function, f"{name}_indices", given, words)
-    indices.append(jnp.asarray(given).astype(jnp.int32))
+    indices.append(as_int32(given))
   try:
     shape = lax.broadcast_shapes(*(a.shape for a in indices))
   except ValueError:

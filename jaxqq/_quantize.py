@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,13 @@ class Encoding:
 
     random: int32 (..., k), uniform in 0 to 65535; None rounds to nearest.
     """
-    groups = self._grouped(a).astype(jnp.float32)
+    num_groups = self.scales.shape[-2]
+    groups = _in_groups(a, num_groups, fmt).astype(jnp.float32)
     bits = self.magnitudes(groups)
     if random is None:
       codes = _rounding.encode(bits, fmt.element)
     else:
-      codes = _rounding.encode_stochastic(bits, self._grouped(random), fmt.element)
+      codes = _rounding.encode_stochastic(bits, _in_groups(random, num_groups, fmt), fmt.element)
     negative = lax.bitcast_convert_type(groups, jnp.int32) < 0
     codes = codes | jnp.where(negative, 1 << (fmt.bits - 1), 0)
     return jnp.where(self.blank, 0, codes).reshape(a.shape)
@@ -69,11 +70,6 @@ class Encoding:
     """The bits of what codes are made of, float32, of elements (..., groups, size)."""
     quotients = groups if self.power is None else _rounding.magnified(groups, self.power)
     return _rounding.magnitude_bits(quotients if self.factor is None else quotients * self.factor)
-
-  def _grouped(self, a: jax.Array) -> jax.Array:
-    *batch, k = a.shape
-    num_groups = self.scales.shape[-2]
-    return a.reshape(*batch, num_groups, k // max(num_groups, 1))
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "arithmetic"), inline=True)
@@ -251,10 +247,7 @@ def scale_factors(scales: jax.Array, fmt: Format) -> tuple[jax.Array, ...]:
 
 def times_factors(codes: jax.Array, factors: tuple[jax.Array, ...], fmt: Format) -> jax.Array:
   """The numbers of codes (..., k) times factors (..., groups), in float32."""
-  *batch, k = codes.shape
-  num_groups = factors[0].shape[-1]
-  groups = codes.reshape(*batch, num_groups, k // max(num_groups, 1))
-  values = _rounding.value(groups, fmt.element)
+  values = _rounding.value(_in_groups(codes, factors[0].shape[-1], fmt), fmt.element)
   for factor in factors:
     values = values * factor.astype(jnp.float32)[..., None]
   return values.reshape(codes.shape)
@@ -263,6 +256,14 @@ def times_factors(codes: jax.Array, factors: tuple[jax.Array, ...], fmt: Format)
 def _grouped(codes: jax.Array, fmt: Format) -> jax.Array:
   num_groups = codes.shape[-1] // fmt.group_size
   return codes.reshape(*codes.shape[:-1], num_groups, fmt.group_size)
+
+
+def _in_groups(a: jax.Array, num_groups: Any, fmt: Format) -> jax.Array:
+  """(..., k) as (..., groups, size). There may be a part of each group; symbolic sizes have all."""
+  *batch, k = a.shape
+  is_known = isinstance(num_groups, int)
+  size = k // max(num_groups, 1) if is_known else fmt.group_size
+  return a.reshape(*batch, num_groups, size)
 
 
 def _with_sign_of(a: jax.Array, magnitudes: jax.Array) -> jax.Array:

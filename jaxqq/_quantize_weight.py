@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxqq._checks import (
@@ -75,7 +76,7 @@ def quantize_weight(
       f"{function}: w must have at least two dimensions, (N, K) or (..., N, K), got "
       f"{describe(checked)}."
     )
-  if axis not in (-1, -2):
+  if not isinstance(axis, (int, np.integer)) or axis not in (-1, -2):
     raise ValueError(f"{function}: axis must be -1 or -2, got {axis!r}.")
   check_groups(function, "w", checked, fmt, axis)
   matrices = jnp.asarray(checked)

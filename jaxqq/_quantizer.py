@@ -285,7 +285,8 @@ def _check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _checked(quantizer: Quantizer, a: Any, axis: Any) -> Any:
   a, fmt = as_array(FUNCTION, "a", a), FORMATS[quantizer.mode]
   check_dtype(FUNCTION, "a", a, FLOATS)
-  if axis not in (-1, -2) or (axis == -2 and len(a.shape) < 2):
+  is_integer = isinstance(axis, (int, np.integer))
+  if not is_integer or axis not in (-1, -2) or (axis == -2 and len(a.shape) < 2):
     raise ValueError(
       f"{FUNCTION}: axis must be -1, or -2 of an array with two axes or more, got {axis!r} for "
       f"{describe(a)}."

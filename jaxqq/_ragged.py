@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxqq._checks import as_array, describe
+from jaxqq._checks import as_array, as_int32, describe
 from jaxqq._formats import Mode
 from jaxqq._given import DEFAULT_MODE, Given
 from jaxqq._gradient import Backward
@@ -257,6 +257,7 @@ def checked_ragged(
       f"{function}: w must have three dimensions, (G, N, K), a matrix for each group, got "
       f"{repr(w) if isinstance(w, QuantizedWeight) else describe(w)}."
     )
+  check_groups_are_known(function, w.shape)
   group_sizes, group_offset = checked_groups(function, group_sizes, group_offset, w.shape[0])
   plain = dataclasses.replace(given, x=x, w=w, implementation=None)
   operands, params = checked(function, plain)
@@ -301,6 +302,15 @@ def _of_groups(scale: Any) -> Any:
   return _converted(scale, (1,), jnp.float32)
 
 
+def check_groups_are_known(function: str, shape: tuple[Any, ...]) -> None:
+  """Of w; other sizes may be symbolic, of a program that is exported for any."""
+  if not all(isinstance(size, int) for size in shape[:-2]):
+    raise ValueError(
+      f"{function}: the number of matrices of w must be known, got shape {shape}; M and N may be "
+      "symbolic."
+    )
+
+
 def checked_groups(
   function: str, group_sizes: Any, group_offset: Any, matrices: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -328,7 +338,8 @@ def checked_groups(
   if group_offset is None:
     return sizes, jnp.int32(0)
   if isinstance(group_offset, int) and not isinstance(group_offset, bool):
-    group_offset = np.int32(group_offset)
+    ends = np.iinfo(np.int32)
+    group_offset = np.int32(min(max(group_offset, ends.min), ends.max))
   words = "the group of the first matrix of w"
   group_offset = checked_integers(function, "group_offset", group_offset, words)
   if tuple(group_offset.shape) not in ((), (1,)):
@@ -342,7 +353,8 @@ def _converted(a: Any, shape: tuple[int, ...], dtype: Any) -> Any:
   """An array, or what `explain` is told of one."""
   if isinstance(a, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(shape, dtype)
-  return jnp.asarray(a).astype(dtype).reshape(shape)
+  converted = as_int32(a) if dtype == jnp.int32 else jnp.asarray(a).astype(dtype)
+  return converted.reshape(shape)
 
 
 def checked_integers(function: str, name: str, a: Any, words: str) -> Any:

@@ -247,10 +247,23 @@ def _left_by_forward(ops: Operands, params: Params, arithmetic: Arithmetic) -> j
   padded = _with_zeros(a, -k % quantizer.multiple)
   codes, scales, global_scale = _quantized(padded, quantizer, Streams(rounding), arithmetic)
   hat = dequantize_groups(codes, scales, FORMATS[quantizer.mode], global_scale)
-  if a.dtype != jnp.float32:  # a conversion to 16 bits and back XLA drops; this it does not
-    info = jnp.finfo(a.dtype)
-    hat = lax.reduce_precision(hat, info.nexp, info.nmant)
+  if a.dtype != jnp.float32:
+    hat = _rounded_to(hat, a.dtype)
   return jnp.swapaxes(hat[..., :k].astype(a.dtype), -1, -2)
+
+
+def _rounded_to(a: jax.Array, dtype: Any) -> jax.Array:
+  """float32 numbers that 16 bits hold. A conversion to them and back XLA drops; this it does not.
+
+  `reduce_precision` makes subnormals zeros. Of float16 they are multiples of the smallest one.
+  """
+  info = jnp.finfo(dtype)
+  rounded = lax.reduce_precision(a, info.nexp, info.nmant)
+  if info.smallest_subnormal < np.finfo(np.float32).tiny:  # float32 flushes them, too
+    return rounded
+  unit = np.float32(info.smallest_subnormal)
+  of_units = lax.round(a / unit, lax.RoundingMethod.TO_NEAREST_EVEN) * unit
+  return jnp.where(jnp.abs(a) < np.float32(info.tiny), of_units, rounded)
 
 
 def _quantized(

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.export
@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxqq._checks import (
   FLOATS,
   as_array,
+  as_int32,
   check_bool,
   check_format,
   check_packed,
@@ -228,8 +229,8 @@ class QuantizedWeight:
     rebases the scales of the one matrix, 1/32 of its bytes.
 
     Args:
-      index: an integer, also an array of one, below L; below 0 it counts from the end. Of an int32
-        array that is out of range the product is zeros.
+      index: an integer, also an array of one, below L; below 0 it counts from the end. Of an array
+        of JAX's that is out of range the product is zeros.
 
     Raises:
       TypeError: index is no integer.
@@ -258,14 +259,17 @@ class QuantizedWeight:
       raise TypeError(f"{function}: index must be an integer, got {describe(given)}.")
     if given.shape:
       raise ValueError(f"{function}: index must be one integer, got {describe(given)}.")
-    if isinstance(index, (int, np.integer)):
-      if not -layers <= index < layers:
+    if isinstance(given, (np.ndarray, np.generic)):
+      number = int(given)
+      if not layers:
+        raise ValueError(f"{function}: index is {index}, and the weight has no matrix.")
+      if not -layers <= number < layers:
         raise ValueError(
           f"{function}: index is {index}, and the weight has {layers} matrices; pass one from "
           f"{-layers} to {layers - 1}."
         )
-      return StackedLayer(self, jnp.int32(int(index) % layers))
-    place = jnp.asarray(given).astype(jnp.int32)
+      return StackedLayer(self, jnp.int32(number % layers))
+    place = as_int32(given)
     return StackedLayer(self, jnp.where(place < 0, place + layers, place))
 
   def __matmul__(self, x: ArrayLike) -> jax.Array:
@@ -370,6 +374,9 @@ class StackedLayer:
 
   stack: QuantizedWeight  # (L, N, K)
   index: jax.Array  # int32, ()
+
+  # To follow "got StackedLayer" where no function knows it (`_checks.as_array`).
+  NO_ARRAY: ClassVar[str] = "only qqmm and quantized_matmul take one, others stack[i]"
 
   @property
   def shape(self) -> tuple[int, ...]:

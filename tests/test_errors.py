@@ -59,6 +59,7 @@ PRODUCT = [
   ("1-d w", ValueError, ["w", "(64,)", "(N, K)"], X, W[0], None, {}),
   ("unknown backward", ValueError, ["backward", "'ste'", "'straight_through', 'quantized'"], X, W, None, {"backward": "ste"}),
   ("precision", TypeError, ["precision", "'exact'", "jax.lax.Precision"], X, W, None, {"precision": "exact"}),
+  ("a precision that has no hash", TypeError, ["precision", "[]"], X, W, None, {"precision": []}),
   ("preferred_element_type", TypeError, ["preferred_element_type", "int8", "float32"], X, W, None, {"preferred_element_type": "int8"}),
   ("x a ShapeDtypeStruct", TypeError, ["x", "ShapeDtypeStruct", "explain"], jax.ShapeDtypeStruct((4, 64), np.float32), W, None, {}),
   ("x a list", TypeError, ["x", "list"], X.tolist(), W, None, {}),

@@ -75,6 +75,30 @@ def test_symbolic_batch(platforms, packed):
       np.testing.assert_allclose(exported.call(x[:m], *args), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize(
+  "how",
+  [{"mode": "mxfp8", "backward": "quantized"}, {"backward": "quantized"}, {"recipe": "nvfp4"}],
+  ids=str,
+)
+def test_gradients_of_a_symbolic_batch(how):
+  """Rows of zeros fill up the groups of the sum over a size that is not known."""
+  x, w = data((21, 64), (40, 64))
+  if "recipe" in how:
+    how = {**how, "key": jax.random.key(0)}
+  (rows,) = export.symbolic_shape("rows")
+
+  def gradients(x, w):
+    return jax.grad(lambda x, w: (jaxqq.qqmm(x, w, **how) ** 2).sum(), argnums=(0, 1))(x, w)
+
+  exported = export.export(jax.jit(gradients))(
+    jax.ShapeDtypeStruct((rows, 64), x.dtype), jax.ShapeDtypeStruct(w.shape, w.dtype)
+  )
+  for m in (1, 21):
+    for got, want in zip(exported.call(x[:m], w), jax.jit(gradients)(x[:m], w), strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(np.abs(want).max()))
+
+
 def test_runs_where_jaxqq_was_never_imported(tmp_path):
   x, w = data((16, 128), (32, 128))
   packed, scales = jaxqq.quantize(w)

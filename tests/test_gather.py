@@ -119,6 +119,23 @@ def test_an_index_that_is_not_there_gives_nan():
   assert np.isnan(out[1:4]).all()
 
 
+BEYOND = [np.int64([2**32 + 1]), np.uint32([2**32 - 1]), np.int8([-4])]
+
+
+@pytest.mark.parametrize("index", BEYOND, ids=str)
+def test_an_index_beyond_int32_is_not_there(index):
+  x, w = np.ones((1, 2, 64), np.float32), np.ones((3, 8, 64), np.float32)
+  zero = np.zeros(1, np.int32)
+  assert np.isnan(jaxqq.gather_qqmm(x, w, None, zero, index)).all()
+  assert np.isnan(jaxqq.gather_qqmm(x, w, None, index, zero)).all()
+
+
+def test_of_no_matrix_of_x_every_index_is_not_there():
+  x, w = np.ones((0, 2, 64), np.float32), np.ones((3, 8, 64), np.float32)
+  out = jaxqq.gather_qqmm(x, w, None, np.zeros(2, np.int32), np.int32([0, 2]))
+  assert out.shape == (2, 2, 8) and np.isnan(out).all()
+
+
 @pytest.mark.parametrize("backward", ["straight_through", "quantized"])
 def test_gradients(backward):
   """Those of the sum over every product that a matrix has a part in."""

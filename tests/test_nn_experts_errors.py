@@ -43,6 +43,11 @@ class Own(jaxqq.nn.ExpertLinear):
 # (what is wrong, error, whose name, words of the message, call)
 CASES = [
   ("no experts", ValueError, "QQExperts", ["num_experts", "at least 1", "0"], built("QQExperts", 0, K, N)),
+  ("half an expert", TypeError, "QQExperts", ["num_experts", "integer", "1.5"], built("QQExperts", 1.5, K, N)),
+  ("no features", ValueError, "QQExperts", ["features", "at least 1", "0"], built("QQExperts", E, 0, N)),
+  ("no hidden features", ValueError, "Experts", ["hidden_features", "at least 1", "-1"], built("Experts", E, K, -1)),
+  ("a recipe", TypeError, "QQExperts", ["no recipe", "backward"], built("QQExperts", recipe="nvfp4")),
+  ("activation by its name", TypeError, "QQExperts", ["activation", "function", "'silu'"], built("QQExperts", activation="silu")),
   ("no kernels", ValueError, "ExpertLinear", ["num_experts", "at least 1", "0"], built("QQExpertLinear", 0, K, N)),
   ("features of no groups", ValueError, "QQExpertLinear", ["40", "16", "'nvfp4'"], built("QQExperts", E, 40, N)),
   ("hidden features of no groups", ValueError, "QQExpertLinear", ["48", "32", "'mxfp8'"], built("QQExperts", E, K, 48, mode="mxfp8")),
@@ -100,6 +105,20 @@ def test_bad_numbers_under_jit_are_of_no_expert():
   out = np.asarray(jax.jit(lambda x, numbers: EXPERTS(x, numbers))(X, numbers))
   is_one = (numbers >= 0) & (numbers < E)
   assert not out[~is_one].any() and out[is_one].any(axis=-1).all()
+
+
+def test_a_number_beyond_int32_is_of_no_expert():
+  assert not np.asarray(EXPERTS(X, np.full((6, 2), 2**32))).any()
+
+
+def test_of_no_expert_any_weight_counts_as_zero():
+  """A router's softmax over padding alone is NaN."""
+  numbers = np.int32([[0, -1]] * 6)
+  weights = np.float32([[0.5, np.nan]] * 6)
+  want = EXPERTS(X, numbers, np.float32([[0.5, 0]] * 6))
+  np.testing.assert_array_equal(EXPERTS(X, numbers, weights), want)
+  gradient = jax.grad(lambda x: EXPERTS(x, numbers, weights).sum())(X)
+  assert np.isfinite(np.asarray(gradient)).all()
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path):

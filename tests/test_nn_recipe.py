@@ -105,6 +105,10 @@ def test_quantize_model_keeps_what_it_is_told():
   assert report["blocks.0.down"].reason == "keep names 'blocks.0'"
   assert report["head"].reason == "keep names 'head'" and type(model.head) is nnx.Linear
   assert jax.tree.structure(nnx.state(model, nnx.Param)) == before
+  once = jaxqq.nn.quantize_model(
+    Model(nnx.Rngs(0)), recipe="nvfp4", keep=iter(keep), rngs=nnx.Rngs(recipe=3)
+  )
+  assert [(row.path, row.reason) for row in once] == [(row.path, row.reason) for row in report]
   tokens = jnp.arange(32) % 16
 
   @nnx.jit
@@ -159,6 +163,9 @@ def test_linen():
     ({"recipe": "mxfp8", "mode": "nvfp4"}, ValueError, ["mode is 'nvfp4'"]),
     ({"recipe": "mxfp8", "keep": ["haed"]}, ValueError, ["keep names 'haed'"]),
     ({"recipe": "mxfp8", "keep": ["blocks.-4"]}, ValueError, ["keep names 'blocks.-4'"]),
+    ({"recipe": "mxfp8", "keep": [""]}, ValueError, ["keep names ''"]),
+    ({"recipe": "mxfp8", "keep": ["blocks.-²"]}, ValueError, ["keep names 'blocks.-²'"]),
+    ({"recipe": "mxfp8", "keep": None}, TypeError, ["keep must be a sequence of paths", "None"]),
     ({"recipe": "mxfp8", "keep": "head"}, TypeError, ["keep must be a sequence of paths"]),
   ],
 )

@@ -513,6 +513,8 @@ def test_wrong_attributes(attributes, error, message):
     (STOCHASTIC, (4, 32), {"key": jax.random.split(KEY)}, ValueError, "must be one key"),
     (Quantizer("mxfp8"), (4, 32), {"amax": 1.0}, ValueError, "has no global scale"),
     (Quantizer(), (4, 32), {"axis": 0}, ValueError, "axis must be -1, or -2"),
+    (Quantizer(), (4, 32), {"axis": -1.0}, ValueError, "got -1.0"),
+    (Quantizer(), (4, 32), {"axis": np.array([-1, -2])}, ValueError, "got array([-1, -2])"),
     (Quantizer(), (32,), {"axis": -2}, ValueError, "with two axes or more, got -2"),
     (Quantizer(rotation=64), (96, 4), {"key": KEY, "axis": -2}, ValueError, "before the last"),
   ],

@@ -51,6 +51,7 @@ RAGGED = [
   ("a global scale in mxfp8", ValueError, ["global_scale_x", "'mxfp8'"], X, W, SIZES, {**ONES, "mode": "mxfp8"}),
   ("preferred_element_type", TypeError, ["preferred_element_type", "int8"], X, W, SIZES, {"preferred_element_type": "int8"}),
   ("precision", TypeError, ["precision", "'exact'"], X, W, SIZES, {"precision": "exact"}),
+  ("a precision that has no hash", TypeError, ["precision", "{}"], X, W, SIZES, {"precision": {}}),
 ]  # fmt: skip
 
 
@@ -74,6 +75,43 @@ def test_ragged_quantized_matmul(case):
   with pytest.raises(error) as caught:
     jaxqq.ragged_quantized_matmul(x, w, sizes, **how)
   check_sentence(str(caught.value), "ragged_quantized_matmul", words)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "offset", "want"),
+  [
+    (np.uint32([2**32 - 1, 1, 1]), None, [1] * 6),
+    (np.int64([-(2**33), 2**33, 1]), None, [2] * 6),
+    (np.int32([2, 1, 3]), 2**31, [0] * 6),
+    (np.int32([2, 1, 3]), np.int64(-(2**40)), [0] * 6),
+  ],
+  ids=str,
+)
+def test_numbers_beyond_int32_are_as_large(sizes, offset, want):
+  """They count as the nearest that int32 has, and do not begin anew."""
+  w = W * np.float32([1, 2, 3])[:, None, None]
+  out = np.asarray(jaxqq.ragged_qqmm(X, w, sizes, mode="mxfp8", group_offset=offset))
+  np.testing.assert_array_equal(out[:, 0], 64 * np.float32(want))
+
+
+def test_a_symbolic_number_of_groups():
+  (groups,) = jax.export.symbolic_shape("g")
+  shapes = [
+    jax.ShapeDtypeStruct(shape, dtype)
+    for shape, dtype in (
+      ((6, 64), np.float32),
+      ((groups, 8, 64), np.float32),
+      ((groups,), np.int32),
+    )
+  ]
+  for function, args in (
+    (jaxqq.ragged_qqmm, shapes),
+    (lambda x, w, _: jaxqq.gather_qqmm(x, w, None), shapes),
+  ):
+    with pytest.raises(ValueError) as caught:
+      jax.export.export(jax.jit(function))(*args)
+    name = "ragged_qqmm" if function is jaxqq.ragged_qqmm else "gather_qqmm"
+    check_sentence(str(caught.value), name, ["must be known", "(g, 8, 64)", "M and N"])
 
 
 def test_the_same_under_jit():

@@ -146,6 +146,26 @@ def test_gradients_of_what_the_forward_product_left(operands):
   assert (left[0] != left[1]).any()
 
 
+@pytest.mark.parametrize("exponent", [-13, -16, -20, -24])
+def test_what_is_left_may_be_subnormal(exponent):
+  """float16 has multiples of 2**-24 below 2**-14: rounded as numpy rounds to them."""
+  recipe = Recipe(Quantizer(), Quantizer(), from_forward=True)
+  rng = np.random.default_rng(0)
+  x = np.ldexp(rng.standard_normal((16, 64)), exponent).astype(np.float16)
+  packed, scales, global_scale = Quantizer().quantize(x)
+  codes, w = oracle.unpack(np.asarray(packed), "nvfp4"), np.ones((16, 64), np.float16)
+  want = oracle.values(codes, np.asarray(scales), "nvfp4") * (np.float64(global_scale) / 2688)
+  want = want.astype(np.float32).astype(np.float16)
+
+  @jax.jit
+  def dw(x):
+    _, pull = jax.vjp(lambda w: jaxqq.qqmm(x, w, recipe=recipe), w)
+    return pull(jnp.eye(16, dtype=jnp.float16))[0]
+
+  assert want.any()
+  np.testing.assert_array_equal(dw(x), want)
+
+
 @pytest.mark.parametrize("backward", ["straight_through", "quantized"])
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 def test_what_qqmm_has_without_one_are_recipes(mode, backward, operands):

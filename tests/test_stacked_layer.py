@@ -216,6 +216,13 @@ def test_what_wraps_an_array_and_export():
 ERRORS = [
   (lambda s: s[0].layer(0), ValueError, "must be a stack of matrices"),
   (lambda s: s.layer(3), ValueError, "index is 3, and the weight has 3 matrices; pass one from -3"),
+  (lambda s: s.layer(np.array(2**32 + 1)), ValueError, "index is 4294967297, and the weight has 3"),
+  (lambda s: s[:0].layer(0), ValueError, "index is 0, and the weight has no matrix"),
+  (
+    lambda s: jaxqq.ragged_qqmm(x_of(2), s.layer(0), np.int32([2])),
+    TypeError,
+    r"got StackedLayer; only qqmm and quantized_matmul take one, others stack\[i\]",
+  ),
   (lambda s: s.layer(1.0), TypeError, "index must be an integer"),
   (lambda s: s.layer("a"), TypeError, "index must be an integer, got str"),
   (lambda s: s.layer(True), TypeError, "index must be an integer, got bool"),

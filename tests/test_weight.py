@@ -343,6 +343,7 @@ QUANTIZE = [
   ("word", ValueError, ["global_scale", "'max'", "'amax'"], W, {"global_scale": "max"}),
   ("mxfp8", ValueError, ["global_scale", "'mxfp8'"], W, {"mode": "mxfp8", "global_scale": "amax"}),
   ("integers", TypeError, ["global_scale", "int32"], W, {"global_scale": np.int32([2])}),
+  ("axis", ValueError, ["axis", "-1 or -2", "-1.0"], W, {"axis": -1.0}),
   ("one a row", ValueError, ["global_scale", "(8,)", "scalar"], W, {"global_scale": W[:, 0]}),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flax import nnx
@@ -110,20 +110,23 @@ def quantize_model(
 
 def _kept(model: nnx.Module, keep: Sequence[str]) -> dict[str, str]:
   """The paths that keep names, as the model has them, and how it names them."""
-  if isinstance(keep, str) or not all(isinstance(path, str) for path in keep):
-    raise TypeError(f"{FUNCTION}: keep must be a sequence of paths, as ['head'], got {keep!r}.")
+  given = keep
+  if isinstance(given, Iterable) and not isinstance(given, str):
+    keep = tuple(given)
+  if not isinstance(keep, tuple) or not all(isinstance(path, str) for path in keep):
+    raise TypeError(f"{FUNCTION}: keep must be a sequence of paths, as ['head'], got {given!r}.")
   paths = {".".join(path) for path, _ in nodes(model)}
   found = {}
   for name in keep:
     path = ""
     for part in name.split("."):
       before = f"{path}." if path else ""
-      if part.startswith("-") and part[1:].isdigit():
+      if part.startswith("-") and part[1:].isdecimal():
         children = [p.removeprefix(before) for p in paths if p.startswith(before)]
         length = len({child.partition(".")[0] for child in children if child})
         part = str(length + int(part))
       path = before + part
-    if path not in paths:
+    if not path or path not in paths:
       raise ValueError(
         f"{FUNCTION}: keep names {name!r}, and nothing in the model has that path; those of layers "
         "are in the report of a call without it."

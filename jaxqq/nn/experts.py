@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from jaxqq._checks import as_array, check_bool, describe
+from jaxqq._checks import as_array, as_int32, check_bool, describe
 from jaxqq._formats import Mode
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
@@ -45,7 +46,8 @@ class Experts(nnx.Module):
     options: use_bias and the others of `ExpertLinear`, for each layer.
 
   Raises:
-    ValueError: there is no expert.
+    TypeError: a size is no integer, or activation no function.
+    ValueError: there is no expert, or an axis is empty.
 
   Example:
     >>> layer = jaxqq.nn.Experts(4, 64, 128, rngs=nnx.Rngs(0))
@@ -73,9 +75,15 @@ class Experts(nnx.Module):
     rngs: nnx.Rngs,
     **options: Any,
   ):
-    if num_experts < 1:
-      name = type(self).__name__
-      raise ValueError(f"{name}: num_experts must be at least 1, got {num_experts!r}.")
+    name = type(self).__name__
+    sizes = {"num_experts": num_experts, "features": features, "hidden_features": hidden_features}
+    for what, size in sizes.items():
+      if not isinstance(size, (int, np.integer)):
+        raise TypeError(f"{name}: {what} must be an integer, got {size!r}.")
+      if size < 1:
+        raise ValueError(f"{name}: {what} must be at least 1, got {size!r}.")
+    if not callable(activation):
+      raise TypeError(f"{name}: activation must be a function of an array, got {activation!r}.")
     self.num_experts, self.features, self.hidden_features = num_experts, features, hidden_features
     self.activation = activation
     up, down = (features, hidden_features), (hidden_features, features)
@@ -155,6 +163,7 @@ class Experts(nnx.Module):
     out = out.reshape(*shape, out.shape[-1])
     if factors is None:
       return out
+    factors = jnp.where(is_one.reshape(shape), factors, jnp.zeros((), factors.dtype))  # of NaN, too
     total = jnp.sum(out.astype(jnp.float32) * factors[..., None].astype(jnp.float32), axis=-2)
     return total.astype(out.dtype)
 
@@ -178,7 +187,7 @@ class Experts(nnx.Module):
         f"{function}: experts must have the shape {_with_top(shape)}, some for each token, got "
         f"{describe(given)}."
       )
-    numbers = jnp.asarray(given).astype(jnp.int32)
+    numbers = as_int32(given)
     if weights is None:
       return numbers, None
     factors = as_array(function, "weights", weights)
@@ -274,6 +283,11 @@ class QQExperts(Experts):
     rngs: nnx.Rngs,
     **options: Any,
   ):
+    if "recipe" in options:
+      raise TypeError(
+        f"{type(self).__name__}: products in groups have no recipe; mode and backward say how they "
+        "are quantized."
+      )
     own: dict[str, Any] = {"mode": mode, "backward": backward, "global_scale": global_scale}
     own["quantize_input"] = quantize_input
     super().__init__(
