@@ -153,7 +153,13 @@ def check_global_scale(
     return None
   check_has_global_scale(function, name, fmt)
   if isinstance(value, (int, float, np.floating)) and not isinstance(value, bool):
-    return jnp.float32(value)
+    try:
+      return jnp.float32(value)
+    except OverflowError:
+      raise ValueError(
+        f"{function}: {name} must be a number that float32 holds, got an integer of "
+        f"{int(value).bit_length()} bits."
+      ) from None
   batch_shapes = [shape for shape in batch_shapes if shape]
   one_each = " or ".join(dict.fromkeys(map(str, batch_shapes)))
   right = "a float32 scalar" + (f", or one a matrix, {one_each}" if one_each else "")

@@ -119,6 +119,12 @@ def run(
   return out.astype(out_dtype)
 
 
+def has_several(shape: tuple[Any, ...]) -> bool:
+  """Whether an array may have more than one number: a size may be symbolic."""
+  count = math.prod(shape)
+  return not isinstance(count, int) or count > 1
+
+
 def planned(
   operands: Operands,
   fmt: Format,
@@ -138,7 +144,7 @@ def planned(
     problem = _kernels.Problem.of(ops, fmt, dtype, how.precision, result, how.quantize_input)
     return _kernels.plan(problem, device, chosen=how.implementation)
 
-  differ = of_rows is not None or (of_w is not None and math.prod(of_w.shape) > 1)
+  differ = of_rows is not None or (of_w is not None and has_several(of_w.shape))
   if operands.scales is None or not differ:
     return plan_of(operands, out_dtype, result_dtype), operands
   none = None if operands.global_scale_x is None else unscaled(fmt)

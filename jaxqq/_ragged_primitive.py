@@ -132,7 +132,7 @@ def problem_of(
 
 def _differs(scales: Any) -> bool:
   """Whether there is one for each group."""
-  return scales is not None and math.prod(scales.shape) > 1
+  return scales is not None and _primitive.has_several(scales.shape)
 
 
 def _abstract_eval(*avals: Any, operands: tuple[str, ...], params: Params) -> Any:

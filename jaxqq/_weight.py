@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeAlias
 
 import jax
@@ -272,6 +272,14 @@ class QuantizedWeight:
     place = as_int32(given)
     return StackedLayer(self, jnp.where(place < 0, place + layers, place))
 
+  def __iter__(self) -> Iterator[QuantizedWeight]:
+    if self.ndim == 2:
+      raise TypeError(
+        f"{self!r} is one matrix, whose rows cannot be gone through; take(rows) looks rows up, and "
+        "dequantize() gives numbers."
+      )
+    return (self[i] for i in range(self.shape[0]))
+
   def __matmul__(self, x: ArrayLike) -> jax.Array:
     """w @ x, (..., N, K) times (K,) or (..., K, M), as layers that multiply so need it.
 
@@ -326,7 +334,7 @@ class QuantizedWeight:
         f"{function}: the weight must have two dimensions, (N, K), got shape {self.shape}; take a "
         "matrix of the stack first, w[i]."
       )
-    flat = jnp.ravel(indices)
+    flat = jnp.ravel(as_int32(indices))
 
     def taken(a: Any, fill: float) -> jax.Array:
       return jnp.asarray(a).at[flat].get(mode="fill", fill_value=fill)

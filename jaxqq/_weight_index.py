@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxqq._checks import as_int32
 
 
 def checked_index(index: Any, shape: tuple[int, ...]) -> tuple[Any, slice]:
@@ -37,9 +40,14 @@ def checked_index(index: Any, shape: tuple[int, ...]) -> tuple[Any, slice]:
       f"got {index!r}."
     )
   for part, size in zip(of_stack, shape, strict=False):
-    if isinstance(part, (int, np.integer)) and not -size <= part < size:
-      raise IndexError(f"QuantizedWeight: {part} is out of range for an axis of {size} matrices.")
-  return tuple(of_stack), of_rows
+    is_known = isinstance(part, (int, np.integer, np.ndarray))
+    known = np.asarray(part if is_known else [], None if is_known else int)
+    wrong = known[(known < -size) | (known >= size)]
+    if wrong.size:
+      raise IndexError(
+        f"QuantizedWeight: {wrong.flat[0]} is out of range for an axis of {size} matrices."
+      )
+  return tuple(as_int32(a) if isinstance(a, jax.Array) else a for a in of_stack), of_rows
 
 
 def _is_integers(a: Any) -> bool:

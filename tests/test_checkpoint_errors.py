@@ -351,6 +351,8 @@ def test_save_refuses(tensors, options, kind, words, tmp_path):
 
 def test_save_to_a_file(tmp_path):
   (tmp_path / "m").write_text("x")
+  with pytest.raises(TypeError, match="save: overwrite must be True or False, got 'no'"):
+    checkpoint.save(tmp_path / "m", {"a.weight": weight()}, format="mlx", overwrite="no")
   for overwrite in (False, True):
     with pytest.raises(FileExistsError, match="is a file"):
       checkpoint.save(tmp_path / "m", {"a.weight": weight()}, format="mlx", overwrite=overwrite)

@@ -145,6 +145,7 @@ QUANTIZE = [
   ("global scale's dtype", TypeError, ["global_scale", "int32"], W, {"global_scale": np.int32([1])}),
   ("list", TypeError, ["w", "list"], [[1.0] * 16], {}),
   ("axis", ValueError, ["axis", "-1 or -2", "0"], W, {"axis": 0}),
+  ("a global scale of 400 digits", ValueError, ["global_scale", "float32", "1329 bits"], W, {"global_scale": 10**400}),
   ("no such axis", ValueError, ["w", "axis -2", "leave axis out"], W[0], {"axis": -2}),
   ("K of an axis", ValueError, ["w", "axis -2", "16", "(5, 64)", "pad"], W[:5], {"axis": -2}),
 ]  # fmt: skip

@@ -99,6 +99,21 @@ def test_gradients_of_a_symbolic_batch(how):
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(np.abs(want).max()))
 
 
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_symbolic_number_of_matrices_with_a_scale_each():
+  x, w = data((3, 5, 64), (3, 7, 64))
+  (count,) = export.symbolic_shape("count")
+  shapes = (jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype) for a in (x, w))
+
+  def product(x, w):
+    return jaxqq.qqmm(x, jaxqq.quantize_weight(w), global_scale_x="amax")
+
+  exported = export.export(jax.jit(product))(*shapes)
+  for n in (1, 3):
+    want = jax.jit(product)(x[:n], w[:n])
+    np.testing.assert_allclose(exported.call(x[:n], w[:n]), want, rtol=1e-5, atol=1e-4)
+
+
 def test_runs_where_jaxqq_was_never_imported(tmp_path):
   x, w = data((16, 128), (32, 128))
   packed, scales = jaxqq.quantize(w)

@@ -43,6 +43,8 @@ def test_rows_are_those_of_the_weight(mode, global_scale):
   assert weight.take(np.int32(7), "bfloat16").shape == (K,)
   assert weight.take(jnp.zeros((0, 2), jnp.uint8)).shape == (0, 2, K)
   # As jnp.take: what is not there is NaN.
+  wide = np.int64([2**32, -(2**32) - 1, 2**31])
+  assert np.isnan(weight.take(wide)).all() and np.isnan(weight.take(np.uint64(2**63))).all()
   gone = np.asarray(weight.take(jnp.array([N, -N - 1, -N])))
   assert np.isnan(gone).all(axis=1).tolist() == [True, True, False]
 

@@ -214,6 +214,9 @@ def test_what_wraps_an_array_and_export():
 
 
 ERRORS = [
+  (lambda s: s[np.array([0, 3])], IndexError, "3 is out of range for an axis of 3 matrices"),
+  (lambda s: s[np.array([2**32])], IndexError, "4294967296 is out of range"),
+  (lambda s: list(s[0]), TypeError, "is one matrix, whose rows cannot be gone through; take"),
   (lambda s: s[0].layer(0), ValueError, "must be a stack of matrices"),
   (lambda s: s.layer(3), ValueError, "index is 3, and the weight has 3 matrices; pass one from -3"),
   (lambda s: s.layer(np.array(2**32 + 1)), ValueError, "index is 4294967297, and the weight has 3"),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jaxqq._checks import check_bool
 from jaxqq.checkpoint._checkpoint import Checkpoint, Tensor
 from jaxqq.checkpoint._files import INDEX, progress_bar
 from jaxqq.checkpoint._layouts import SAVED_FORMATS
@@ -106,7 +107,7 @@ def save(
   config = origin.config if config is None else dict(config)
   plan = planned(tensors, format, config, origin)
   texts = {file: as_json(file, contents) for file, contents in plan.configs.items()}
-  check_target(path, overwrite)
+  check_target(path, check_bool("save", "overwrite", overwrite))
   shards = shard({name: value.nbytes for name, value in plan.values.items()}, max_bytes)
   with (
     replacing(path, ["*.safetensors", INDEX, CONFIG, MODELOPT_CONFIG], overwrite) as target,

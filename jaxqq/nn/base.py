@@ -200,9 +200,15 @@ class QuantizedLayer(nnx.Module):
         and whether inputs are quantized.
 
     Raises:
+      TypeError: weight is no `QuantizedWeight`.
       ValueError: its shape does not fit the layer; or it leaves inputs as they are, and the layer
         has the quantized backward.
     """
+    if not isinstance(weight, QuantizedWeight):
+      raise TypeError(
+        f"{type(self).__name__}.set_weight: weight must be a QuantizedWeight, as "
+        f"jaxqq.quantize_weight(w), got {type(weight).__name__}."
+      )
     axes = self._kernel_axes()
     right = axes.matrices_shape
     if weight.shape[-len(right) :] != right:

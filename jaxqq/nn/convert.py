@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxqq._checks import check_format
+from jaxqq._checks import check_bool, check_format
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._given import DEFAULT_MODE
@@ -83,6 +83,7 @@ def quantize_model(
 
   Source: `mlx.nn.quantize`.
   """
+  packed = check_bool(FUNCTION, "packed", packed)
   options = backward, global_scale, implementation, quantize_input, FUNCTION
   dot_general = DotGeneral(mode, *options, recipe)
   check_rngs(FUNCTION, dot_general, rngs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,13 +13,22 @@ import numpy as np
 from jax import lax
 
 from jaxqq import _einsum
-from jaxqq._checks import FLOATS, names
+from jaxqq._checks import FLOATS, describe, names
 from jaxqq._formats import FORMATS, Mode
 from jaxqq._global_scales import GlobalScale, amax_of_each_matrix
 from jaxqq._quantize_weight import quantize_weight
 from jaxqq._weight import QuantizedWeight
 
 Axes = tuple[int, ...]
+
+
+def known_axes(function: str, axes: Iterable[int], inputs: jax.Array) -> Axes:
+  """Sorted and counted from the first; of inputs that have them."""
+  count = inputs.ndim
+  for axis in axes:
+    if not -count <= axis < count:
+      raise ValueError(f"{function}: there is no axis {axis} of inputs, {describe(inputs)}.")
+  return tuple(sorted(axis % count for axis in axes))
 
 
 @dataclasses.dataclass(frozen=True)

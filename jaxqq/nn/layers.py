@@ -23,7 +23,7 @@ from jaxqq._recipe import Recipe
 from jaxqq._weight import QuantizedWeight
 from jaxqq.nn.base import NO_NUMBERS, QuantizedLayer
 from jaxqq.nn.expert_linear import QQExpertLinear
-from jaxqq.nn.kernel import KernelAxes, axes_of_einsum
+from jaxqq.nn.kernel import KernelAxes, axes_of_einsum, known_axes
 
 
 class QQLinear(QuantizedLayer):
@@ -264,9 +264,8 @@ class QQLinearGeneral(QuantizedLayer):
 
   def __call__(self, inputs: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
     """Contracts the axes `axis`: (batch, others, in_features) to (batch, others, out_features)."""
-    axis, batch = (
-      tuple(sorted(i % inputs.ndim for i in axes)) for axes in (self.axis, self.batch_axis)
-    )
+    name = type(self).__name__
+    axis, batch = (known_axes(name, axes, inputs) for axes in (self.axis, self.batch_axis))
     rows = tuple(size if i in batch else 1 for i, size in enumerate(inputs.shape) if i not in axis)
     inputs, kernel, bias = self._promoted(inputs)
     y = placed(self._product(inputs, kernel, axis, batch), out_sharding)

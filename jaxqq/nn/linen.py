@@ -25,7 +25,7 @@ from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
 from jaxqq._recipe import Recipe
 from jaxqq._weight import BEFORE_FLATTEN, LEAVES, QuantizedWeight
-from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum
+from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum, known_axes
 
 Predicate = Callable[[str, linen.Module], bool]
 STREAM = "recipe"  # of random keys, for layers whose recipe has something random
@@ -141,7 +141,8 @@ def _of_dense(layer: Any, inputs: jax.Array, _: str | None) -> Contraction:
 
 def _of_dense_general(layer: Any, inputs: jax.Array, _: str | None) -> Contraction:
   features, axis, batch = map(_as_tuple, (layer.features, layer.axis, layer.batch_dims))
-  axis, batch = (tuple(sorted(i % inputs.ndim for i in own)) for own in (axis, batch))
+  name = type(layer).__name__
+  axis, batch = (known_axes(name, own, inputs) for own in (axis, batch))
   parts = [tuple(inputs.shape[i] for i in batch), tuple(inputs.shape[i] for i in axis), features]
   ends = np.cumsum([len(part) for part in parts]).tolist()
   kernel = KernelAxes(
