@@ -643,6 +643,7 @@ def test_train_lm_by_a_recipe():
   assert packed["blocks"]["qkv"]["w"].dtype == jnp.uint32 and example.served_mode(mode) == "nvfp4"
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_train_lm_with_its_first_and_last_block_in_bfloat16():
   """Their products are of unquantized operands, trained and served; the others' by the recipe."""
   example = load_example("train_lm")
