@@ -272,29 +272,24 @@ def logits_of(
   # As a product: the gradient of a gather adds up what one byte gets a row after the other.
   x = jax.nn.one_hot(tokens, 256, dtype=dtype) @ params["embed"].astype(dtype)
 
-  def of_layer(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
-    weights, keys = layer
+  def of_layer(x: jax.Array, weights: Params, keys: jax.Array | None, mode: str) -> jax.Array:
     each = iter(LINEARS if keys is None else keys)  # one for each linear layer
 
     def product(x: jax.Array, w: Any) -> jax.Array:
       own = next(each)
       return linear(x, w, mode, cfg.backward, None if keys is None else own)
 
-    return block(x, weights, cfg.heads, product, cfg.attention), None
-
-  def end(x: jax.Array, i: int) -> jax.Array:
-    def product(x: jax.Array, w: Any) -> jax.Array:
-      return linear(x, w, UNQUANTIZED, cfg.backward)
-
-    weights = jax.tree.map(lambda a: a[i], params["ends"])
     return block(x, weights, cfg.heads, product, cfg.attention)
 
   params = with_ends_apart(params, mode, jnp.float32)
   keys = None if key is None else jax.random.split(key, (cfg.layers, len(LINEARS)))
+  last = None
   if "ends" in params:
-    x, keys = end(x, 0), None if keys is None else keys[1:-1]
-  x, _ = lax.scan(of_layer, x, (params["blocks"], keys))
-  x = end(x, 1) if "ends" in params else x
+    first, last = (jax.tree.map(lambda a, i=i: a[i], params["ends"]) for i in range(2))
+    x, keys = of_layer(x, first, None, UNQUANTIZED), None if keys is None else keys[1:-1]
+  x, _ = lax.scan(lambda x, layer: (of_layer(x, *layer, mode), None), x, (params["blocks"], keys))
+  if last is not None:
+    x = of_layer(x, last, None, UNQUANTIZED)
   return (rms_norm(x, params["norm"]) @ params["head"].astype(dtype).T).astype(jnp.float32)
 
 
