@@ -210,6 +210,7 @@ KERNELS = (
     "conversions",
   ),
   *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
+  "ptx.warp_arrays",
   *("ptx.rounding", "ptx.random_bits", "ptx.rotation", "ptx.reshape", "ptx.loads", "ptx.scales"),
   *("ptx.expand", "ptx.expand_in_order"),
   *("ptx.expand_sixteens", "ptx.stores", "ptx.handover", "ptx.wgmma", "ptx.mma"),

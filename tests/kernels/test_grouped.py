@@ -22,6 +22,7 @@ from jaxqq._ragged_reference import Groups, RaggedOperands, folded
 from tests.support import oracle, ragged_products
 from tests.support.cases import Program
 from tests.support.interpreter import interpreted
+from tests.support.kernels import on_gpu
 from tests.support.products import same_bits
 from tests.support.ragged_products import RaggedCase, RaggedProgram
 
@@ -38,28 +39,27 @@ HOPPER = _kernels.Device("cuda", "9.0", 132)
 # The table of tiles
 
 
-def tiles_of(run, sizes, offset):
-  """(group, matrix, first, rows) of each tile of a group, and (first, rows) of those of none."""
-  with interpreted():
-    table = jax.tree.map(np.asarray, run(sizes, offset))
-  assert all(table.counts <= len(table.rows))
-  columns = table.group, table.matrix, table.first, table.rows
-  of_zeros = table.first_zeros, table.rows_of_zeros
-  return [
-    list(zip(*(a[:count].tolist() for a in of_kind), strict=True))
-    for of_kind, count in zip((columns, of_zeros), table.counts, strict=True)
-  ]
+TABLES = [  # batch, groups, matrices, rows of a tile, rows
+  (3, 5, 3, 8, 50),
+  (1, 1, 3, 64, 50),
+  (1, 19, 4, 8, 50),
+  (2, 300, 280, 16, 4000),
+  (1, 128, 128, 24, 512),
+  (1, 8, 8, 256, 4096),
+]
 
 
-@pytest.mark.parametrize(
-  ("batch", "groups", "matrices", "block_m"), [(3, 5, 3, 8), (1, 1, 3, 64), (1, 19, 4, 8)]
-)
-def test_tiles_cover_every_row_once(batch, groups, matrices, block_m):
+def check_tiles(run, batch, groups, matrices, block_m, rows):
+  """Tiles cover every row once, and say which group it has.
+
+  Args:
+    run: calls a function that has kernels.
+  """
   from jaxqq._kernels.hopper.grouped import group_tiles
 
-  rng, rows = np.random.default_rng(batch), 50
+  rng = np.random.default_rng(batch)
   x, w = np.zeros((batch, rows, 1), np.float32), np.zeros((matrices, 1, 1), np.float32)
-  run = jax.jit(
+  table_of = jax.jit(
     lambda sizes, offset: group_tiles(RaggedOperands(sizes, offset, x, w), matrices, block_m)
   )
 
@@ -68,13 +68,16 @@ def test_tiles_cover_every_row_once(batch, groups, matrices, block_m):
     own = folded(RaggedOperands(sizes, offset, x, w), matrices)[0]
     return own.starts, own.sizes
 
-  draws = [rng.multinomial(rng.choice([0, 20, rows, 2 * rows]), [1 / groups] * groups, batch)]
-  draws += [np.eye(batch, groups, dtype=int) * size for size in (1, rows)]
-  draws += [rng.integers(-5, 20, (batch, groups)) for _ in range(2)]
-  for sizes, offset in zip(draws, [0, groups - matrices, -1, 1, groups], strict=True):
+  even = [1 / groups] * groups
+  draws = [rng.multinomial(size, even, batch) for size in (0, 20, rows, 2 * rows)]
+  draws += [np.eye(batch, groups, k=groups // 2, dtype=int) * size for size in (1, rows)]
+  draws += [rng.integers(-5, 20, (batch, groups)) for _ in range(3)]
+  draws += [np.full((batch, groups), 2**31 - 1)]
+  offsets = [0, groups - matrices, -1, 1, groups, 0, groups // 2, 2**31 - 1, -(2**31), 0]
+  for sizes, offset in zip(draws, offsets, strict=True):
     sizes, offset = np.int32(sizes), np.int32(offset)
     starts, of_groups = map(np.asarray, own_groups(sizes, offset))
-    tiles, zeros = tiles_of(run, sizes, offset)
+    tiles, zeros = tiles_of(run(table_of, sizes, offset))
     got = np.full(batch * rows, -2)
     for group, matrix, first, count in tiles:
       assert 0 < count <= block_m and matrix == group % matrices
@@ -88,6 +91,27 @@ def test_tiles_cover_every_row_once(batch, groups, matrices, block_m):
       want[start : start + size] = group
     np.testing.assert_array_equal(got, want)
     assert len(tiles) == sum(-(-int(size) // block_m) for size in of_groups)
+
+
+def tiles_of(table):
+  """(group, matrix, first, rows) of each tile of a group, and (first, rows) of those of none."""
+  table = jax.tree.map(np.asarray, table)
+  assert all(table.counts <= len(table.rows))
+  columns = table.group, table.matrix, table.first, table.rows
+  of_zeros = table.first_zeros, table.rows_of_zeros
+  return [
+    list(zip(*(a[:count].tolist() for a in of_kind), strict=True))
+    for of_kind, count in zip((columns, of_zeros), table.counts, strict=True)
+  ]
+
+
+@pytest.mark.parametrize("case", TABLES, ids=str)
+def test_tiles_cover_every_row_once(case):
+  def run(f, *args):
+    with interpreted():
+      return f(*args)
+
+  check_tiles(run, *case)
 
 
 def test_scales_of_rows():
@@ -431,3 +455,11 @@ def test_explain_says_how():
     w = jaxqq.quantize_weight(jnp.ones((4, 64, 512)))
     text = str(jaxqq.explain(jaxqq.ragged_qqmm, x, w, jnp.full((4,), 16)))
   assert "all groups in one launch, in tiles of up to 24 rows" in text, text
+
+
+class TestOnGpu:
+  pytestmark = on_gpu
+
+  @pytest.mark.parametrize("case", TABLES, ids=str)
+  def test_tiles_cover_every_row_once(self, case):
+    check_tiles(lambda f, *args: f(*args), *case)

@@ -7,8 +7,9 @@ A tile has rows of one group. It begins at any row, with the group or where the 
     zeros     |                                            | 0 | 1       |
 
 How many there are is known on the device alone, so the tables have room for as many as there can
-be. One kernel makes both: a thread has one tile, every CTA goes through all groups, and a thread
-keeps what it finds of its tile. Products of the same groups share the tables.
+be. One kernel makes both: a thread has one tile. Every warp goes through all groups, 128 at a time,
+adds up how many tiles they have, and looks up where its threads' tiles are (`ptx/warp_arrays.py`).
+Products of the same groups share the tables.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper.pipeline import GroupTiles, arrays
+from jaxqq._kernels.hopper.ptx import warp_arrays
 from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH
 from jaxqq._kernels.hopper.quantize.groups import make_kernel, positions, store_gmem
 from jaxqq._kernels.hopper.ragged_plan import num_group_tiles
@@ -31,7 +34,6 @@ from jaxqq._kernels.hopper.tiles import cdiv
 from jaxqq._ragged_reference import Groups, RaggedOperands
 
 _TILES = 128  # a CTA: one a thread
-_LOADS = 8  # sizes that are loaded at once
 
 
 def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> GroupTiles:
@@ -44,9 +46,8 @@ def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> GroupTil
   """
   batch, rows = operands.batch_shape, operands.x.shape[-2]
   sizes, offsets = operands.group_sizes, operands.group_offset
-  count, missing = sizes.shape[-1], -sizes.shape[-1] % _LOADS
-  sizes = jnp.broadcast_to(sizes, (*batch, count)).reshape(-1, count)
-  sizes = jnp.pad(sizes, ((0, 0), (0, missing))) if missing else sizes
+  count = sizes.shape[-1]
+  sizes = jnp.broadcast_to(sizes, (*batch, count)).reshape(-1)
   offsets = jnp.broadcast_to(offsets, batch).reshape(-1)
   batches = offsets.shape[0]
   tiles, zeros = (
@@ -56,7 +57,7 @@ def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> GroupTil
   shares_w = math.prod(operands.batch_of("w", "scales", "row_scales")) == 1
   column = jax.ShapeDtypeStruct((steps * _TILES,), jnp.int32)
   run = make_kernel(
-    _Tables(groups, rows, block_m, shares_w),
+    _Tables(groups, count, rows, block_m, shares_w),
     "group_tiles",
     grid=(steps,),
     out_type=(*[column] * 6, jax.ShapeDtypeStruct((2,), jnp.int32)),
@@ -68,7 +69,8 @@ def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> GroupTil
 class _Tables:
   """The kernel. A thread's tile and its row of zeros are number `tile` of their tables."""
 
-  groups: int
+  matrices: int  # of the groups that have one
+  groups: int  # of a batch
   rows: int  # of a batch
   block_m: int
   shares_w: bool  # all batches
@@ -79,40 +81,42 @@ class _Tables:
     tile = positions((_TILES,), ONE_EACH) + step * _TILES
     nothing = plgpu.layout_cast(jnp.zeros((_TILES,), jnp.int32), ONE_EACH)
     empty = _Column(jnp.int32(0), nothing, nothing, nothing)
-    loads = sizes_ref.shape[1] // _LOADS
 
     def of_batch(b: Any, columns: tuple[_Column, _Column]) -> tuple[_Column, _Column]:
       tiles, zeros = columns
-      offset, first_row = offsets_ref[b], b * self.rows
-
-      def load(i: Any) -> tuple[Any, ...]:
-        return tuple(sizes_ref[b, i * _LOADS + j] for j in range(_LOADS))
+      # Clipped, so that nothing below overflows.
+      offset = jnp.clip(offsets_ref[b], -self.matrices, self.groups)
+      first_row = b * self.rows
 
       def some(i: Any, state: Any) -> Any:
-        sizes, end, before, last, tiles = state
-        following = load(jnp.minimum(i + 1, loads - 1))  # arrives meanwhile
-        for j, size in enumerate(sizes):
-          start, end = end, jnp.minimum(end + jnp.clip(size, 0, self.rows), self.rows)
-          own = i * _LOADS + j - offset
-          before, last = (
-            jnp.where(own < bound, end, so_far)
-            for bound, so_far in ((0, before), (self.groups, last))
-          )
-          size = jnp.where((own >= 0) & (own < self.groups), end - start, 0)
-          group = b * self.groups + own
-          tiles = tiles.with_rows(tile, first_row + start, size, group, self.block_m)
-        return following, end, before, last, tiles
+        """Of 128 groups."""
+        end, before, last, tiles = state
+        first = i * warp_arrays.SIZE
+        sizes = warp_arrays.load(sizes_ref, b * self.groups + first, (b + 1) * self.groups)
+        sizes = jnp.clip(sizes, 0, self.rows)
+        starts, ends = warp_arrays.running_sums(sizes, end, self.rows)
+
+        def end_of(group: Any, else_: Any) -> Any:
+          """The end of a group, or of the last one here if it comes later."""
+          return jnp.where(group >= first, warp_arrays.take(ends, group - first), else_)
+
+        before, last = end_of(offset - 1, before), end_of(offset + self.matrices - 1, last)
+        own = positions((warp_arrays.SIZE,), warp_arrays.LAYOUT) + (first - offset)
+        sizes = jnp.where((own >= 0) & (own < self.matrices), ends - starts, 0)
+        group = b * self.matrices + first - offset
+        tiles = tiles.with_groups(tile, first_row + starts, sizes, group, self.block_m)
+        return end_of(first + warp_arrays.SIZE - 1, end), before, last, tiles
 
       none = jnp.int32(0)
-      state = load(0), none, none, none, tiles
-      _, _, before, last, tiles = lax.fori_loop(0, loads, some, state)
+      chunks = cdiv(self.groups, warp_arrays.SIZE)
+      _, before, last, tiles = lax.fori_loop(0, chunks, some, (none, none, none, tiles))
       for start, end in ((none, before), (last, jnp.int32(self.rows))):
         zeros = zeros.with_rows(tile, first_row + start, end - start, none, self.block_m)
       return tiles, zeros
 
-    tiles, zeros = lax.fori_loop(0, sizes_ref.shape[0], of_batch, (empty, empty))
+    tiles, zeros = lax.fori_loop(0, offsets_ref.shape[0], of_batch, (empty, empty))
     here = pl.ds(step * _TILES, _TILES)
-    matrix = lax.rem(tiles.group, jnp.int32(self.groups)) if self.shares_w else tiles.group
+    matrix = lax.rem(tiles.group, jnp.int32(self.matrices)) if self.shares_w else tiles.group
     store_gmem(refs.group.at[here], tiles.group)
     store_gmem(refs.matrix.at[here], matrix)
     for column, first_ref, rows_ref in (
@@ -140,15 +144,31 @@ class _Column:
 
   def with_rows(self, tile: Any, first: Any, size: Any, group: Any, block_m: int) -> _Column:
     """With the tiles of `size` rows from `first` on."""
-    rounded = (size + (block_m - 1)).astype(jnp.uint32)
-    tiles = lax.div(rounded, jnp.uint32(block_m))
-    is_own = (tile - self.count).astype(jnp.uint32) < tiles
-    return _Column(
-      self.count + tiles.astype(jnp.int32),
-      jnp.where(is_own, group, self.group),
-      jnp.where(is_own, first - self.count * block_m, self.base),
-      jnp.where(is_own, first + size, self.end),
-    )
+    tiles = _count(size, block_m)
+    is_own = (tile >= self.count) & (tile < self.count + tiles)
+    base = first - self.count * block_m
+    return self._with(is_own, self.count + tiles, group, base, first + size)
+
+  def with_groups(self, tile: Any, first: Any, sizes: Any, group: Any, block_m: int) -> _Column:
+    """With those of 128 groups, the first of which is `group`."""
+    counts = _count(sizes, block_m)
+    before, after = warp_arrays.running_sums(counts, self.count, np.iinfo(np.int32).max)
+    index = warp_arrays.count_up_to(after, tile)
+    is_own = (tile >= self.count) & (index < warp_arrays.SIZE)
+    own_first, own_size, own_before = (warp_arrays.take(a, index) for a in (first, sizes, before))
+    count = warp_arrays.take(after, jnp.int32(warp_arrays.SIZE - 1))
+    base = own_first - own_before * block_m
+    return self._with(is_own, count, group + index, base, own_first + own_size)
+
+  def _with(self, is_own: Any, count: Any, group: Any, base: Any, end: Any) -> _Column:
+    """With so many tiles, of which threads have those that are theirs."""
+    pairs = ((group, self.group), (base, self.base), (end, self.end))
+    return _Column(count, *(jnp.where(is_own, *pair) for pair in pairs))
+
+
+def _count(size: Any, block_m: int) -> Any:
+  """Tiles of so many rows."""
+  return lax.div((size + (block_m - 1)).astype(jnp.uint32), jnp.uint32(block_m)).astype(jnp.int32)
 
 
 def scales_of_rows(groups: Groups, scales: jax.Array, rows: int) -> jax.Array:
