@@ -145,6 +145,7 @@ LARGE_TILES = (
     Program("nvfp4", m, n, k, packed=True)
     for m, n, k in (
       *((12, 20000, 320), (12, 28680, 256), (20, 20000, 2048), (20, 28680, 256)),
+      (30, 28680, 256),
       *((48, 20000, 512), (96, 20000, 1024), (200, 1024, 3072), (96, 2048, 7168)),
     )
   ]
@@ -160,13 +161,23 @@ LAST_BLOCKS = [
   for packed in (False, True)
   for m, n, k in ((1, 200, 2880), (8, 64, 1440), (40, 70, 1312), (64, 136, 672))
 ]
+# Rows of scales that are 8, 4, 2 bytes and one byte after a multiple of 16, with many rows.
+SCALES_APART = [
+  Program(mode, m, n, k, out, packed=True, quantize_input=quantized)
+  for mode, k, quantized in (
+    *(("nvfp4", 2944, True), ("nvfp4", 2880, True), ("nvfp4", 2080, True), ("nvfp4", 2864, True)),
+    *(("nvfp4", 2880, False), ("mxfp4", 640, True), ("mxfp4", 2656, False)),
+    *(("mxfp8", 2880, True), ("mxfp8", 2688, True), ("mxfp8", 2656, True), ("mxfp8", 2880, False)),
+  )
+  for m, n, out in ((100, 2056, "bfloat16"), (96, 1280, "float32"), (300, 72, "bfloat16"))
+]
 KINDS = (
   ("normal", "groups within reach"),
   ("outliers", "heavy tails"),
   ("positive", "positive outliers"),
   ("groups far apart", "groups far apart"),
 )
-EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED + LARGE_TILES + LAST_BLOCKS
+EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED + LARGE_TILES + LAST_BLOCKS + SCALES_APART
 
 
 @pytest.mark.gpu

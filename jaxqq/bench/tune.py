@@ -235,9 +235,7 @@ def _before(tile: Tile) -> float:
   """How long the launch takes and what comes before it, by the costs so far."""
   line = _line(tile.mode, tile.block_m, tile.block_n)
   parts = cdiv(tile.k, tile.parts * _part(tile.mode).k) * tile.parts
-  fmt = FORMATS[tile.mode]
-  copy_us = costs.COPY_US if wide_plan.copies_scales(tile.k, fmt, fp8=fmt.bits == 8) else 0.0
-  return line.launch_us + copy_us + tile.m * parts * line.x_us
+  return line.launch_us + tile.m * parts * line.x_us
 
 
 def _rest(terms: _Terms, part_us: float) -> float:

@@ -103,6 +103,9 @@ PRODUCTS = {
   "groups, many rows, fp8": P("mxfp8", 4096, 28672, 4096, "dequant_gemm", groups=8),
   "groups": P("nvfp4", 512, 28672, 4096, "dequant_gemm", groups=8),
   "groups, fp8": P("mxfp8", 512, 28672, 4096, "dequant_gemm", groups=8),
+  "groups, scales in planes": P("nvfp4", 512, 5760, 2880, "dequant_gemm", groups=8),
+  "scales in planes": P("nvfp4", 64, 2880, 2880, "dequant_gemm", cluster=4),
+  "fp8, scales in planes": P("mxfp8", 512, 5760, 2880, "dequant_gemm", groups=8),
 }
 CODE = """
 import json, sys, jax

@@ -147,6 +147,8 @@ PLANS = [  # mode, tokens, experts of each, shape; kernel, mainloop, rows of a t
   ("nvfp4", 64, 4, GPT_OSS, "skinny_gemm", "sixteens", 16),
   ("mxfp8", 512, 4, GPT_OSS, "dequant_gemm", "rebased_e4m3", 96),
   ("mxfp8", 64, 2, MIXTRAL, "skinny_gemm", "group_sums", 24),
+  ("nvfp4", 64, 2, MIXTRAL, "dequant_gemm", "packed_e2m1", 24),
+  ("nvfp4", 128, 4, GPT_OSS, "dequant_gemm", "packed_e2m1", 24),
   ("nvfp4", 4096, 2, MIXTRAL, "dequant_gemm", "packed_e2m1", 192),
 ]
 ON_THE_FLY = [
@@ -239,8 +241,10 @@ FEW = {
   "mxfp8, a last block": rows_in_groups("mxfp8", 544),
   # Tiles of up to 24 rows, with programs for 8, 16 and 24.
   "nvfp4 alone": rows_in_groups("nvfp4", 256, m=80, scales="one", quantize_input=False),
-  "nvfp4, half of a last tile": rows_in_groups("nvfp4", 544, n=192, groups=2),
-  "nvfp4, half of a tile": rows_in_groups("nvfp4", 256, n=64, groups=2),
+  "nvfp4 alone, half of a last tile": rows_in_groups(
+    "nvfp4", 544, n=192, groups=2, quantize_input=False
+  ),
+  "nvfp4 alone, half of a tile": rows_in_groups("nvfp4", 256, n=64, groups=2, quantize_input=False),
   "mxfp4": rows_in_groups("mxfp4"),
 }
 
@@ -257,7 +261,10 @@ def test_few_rows(name):
 
 
 MANY = {
+  "nvfp4, rows of scales that are not 16 bytes apart": rows_in_groups("nvfp4", 544, m=40, groups=2),
+  "mxfp8, rows of scales that are not 16 bytes apart": rows_in_groups("mxfp8", 576, m=76, groups=2),
   "nvfp4": rows_in_groups("nvfp4", 96, m=76, groups=2, scales="of groups"),
+  "nvfp4, tiles of 24 rows": rows_in_groups("nvfp4", 512, m=40, groups=2, n=200),
   "nvfp4, float32": rows_in_groups("nvfp4", 64, m=76, groups=2, x_dtype="float32"),
   "mxfp8": rows_in_groups("mxfp8", 160, m=76, groups=2),
   "mxfp8, exact": rows_in_groups("mxfp8", 64, m=76, groups=1, highest=True),
@@ -274,7 +281,8 @@ MANY = {
 def test_many_rows(name):
   program = MANY[name]
   is_fp8 = program.product.may_use_fp8_sums
-  sizes = [(13, 42), (0, program.product.m)]
+  m = program.product.m
+  sizes = [(13, min(42, m - 16)), (0, m)]
   sizes = [of_groups[-program.groups :] for of_groups in sizes]
   if name.endswith("large tiles"):
     k = program.product.k
@@ -451,10 +459,10 @@ def test_random():
 
 def test_explain_says_how():
   with interpreted():
-    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((48, 512), jnp.bfloat16)
     w = jaxqq.quantize_weight(jnp.ones((4, 64, 512)))
-    text = str(jaxqq.explain(jaxqq.ragged_qqmm, x, w, jnp.full((4,), 16)))
-  assert "all groups in one launch, in tiles of up to 24 rows" in text, text
+    text = str(jaxqq.explain(jaxqq.ragged_qqmm, x, w, jnp.full((4,), 12)))
+  assert "all groups in one launch, in tiles of up to 16 rows" in text, text
 
 
 class TestOnGpu:

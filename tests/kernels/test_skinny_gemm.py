@@ -20,7 +20,7 @@ from jaxqq._kernels.hopper.quantize.code_words import code_words
 from jaxqq._kernels.hopper.skinny_gemm import Operands, skinny_gemm
 from jaxqq._kernels.hopper.tiles import BlockDiagonal, KBlock
 from jaxqq._kernels.hopper.tiles import SkinnyTiles as T
-from tests.support import oracle, quantizers
+from tests.support import interpreter, oracle, quantizers
 from tests.support.kernels import (
   BF16,
   E4M3,
@@ -172,6 +172,42 @@ def check_skinny(run, name):
 @pytest.mark.parametrize("name", CASES)
 def test_skinny_gemm(name, no_races):
   check_skinny(interpreted, name)
+
+
+# Rows of scales that begin at multiples of 1, 2, 4, 8 and 16 bytes, and of a last block some.
+ROWS_OF_SCALES = (65, 66, 68, 72, 80)
+MAINLOOPS = {
+  "blockdiag": ("nvfp4", 2, True),
+  "sixteens": ("nvfp4", 7, True),
+  "expanded": ("nvfp4", 17, True),
+  "group_sums": ("mxfp8", 5, True),
+  "in_order": ("mxfp8", 3, False),
+}
+
+
+def check_scales_of_rows(run, mainloop):
+  """Every second row of w is NaN, whose scales follow those of the row before in memory."""
+  mode, m, quantize_input = MAINLOOPS[mainloop]
+  fmt, n = FORMATS[mode], 100
+  rng = np.random.default_rng(m)
+  f = functools.partial(jaxqq.qqmm if quantize_input else jaxqq.quantized_matmul, mode=mode)
+  for count in ROWS_OF_SCALES:
+    k = count * fmt.group_size
+    x = rng.standard_normal((m, k)).astype(BF16)
+    x_hat = oracle.round_trip(x, mode) if quantize_input else x.astype(np.float64)
+    codes, scales = oracle.quantize_codes(rng.standard_normal((n, k)), mode)
+    scales[1::2] = 0xFF if mode == "mxfp8" else 0x7F
+    plan = plan_of(mode, m, n, k, alone=not quantize_input)
+    assert plan.mainloop == mainloop
+    assert plan.scale_planes is None or plan.scale_planes.count == 16 // np.gcd(count, 16)
+    out = run(f, x, oracle.pack(codes, mode), scales)
+    assert_product(out, x_hat, oracle.values(codes, scales, mode), BF16, of_mag=2.0**6)
+
+
+@pytest.mark.parametrize("mainloop", MAINLOOPS)
+def test_rows_of_scales_begin_anywhere(mainloop):
+  with interpreter.interpreted():
+    check_scales_of_rows(lambda f, *args: np.asarray(jax.jit(f)(*args)), mainloop)
 
 
 @pytest.mark.parametrize("tiles", [T(2, 2), T(4)], ids=str)
@@ -328,6 +364,10 @@ class TestOnGpu:
   @pytest.mark.parametrize("name", CASES | CLUSTER_CASES)
   def test_skinny_gemm(self, name):
     check_skinny(compiled, name)
+
+  @pytest.mark.parametrize("mainloop", MAINLOOPS)
+  def test_rows_of_scales_begin_anywhere(self, mainloop):
+    check_scales_of_rows(compiled, mainloop)
 
   @pytest.mark.parametrize("name", OPERANDS)
   def test_operands(self, name):

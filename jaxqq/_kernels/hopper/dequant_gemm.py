@@ -41,30 +41,36 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper import epilogue, pipeline, stream_k
-from jaxqq._kernels.hopper.dequant_store import TileEnd, shifted, stored_size
+from jaxqq._kernels.hopper.dequant_store import TileEnd, stored_size
 from jaxqq._kernels.hopper.pipeline import (
   GroupTile,
   GroupTiles,
   Steps,
   Tile,
   batch_of,
-  pad_columns,
   pad_rows,
   rounded_up,
 )
-from jaxqq._kernels.hopper.ptx import cluster, handover, named_barriers, stores, wgmma
+from jaxqq._kernels.hopper.ptx import (
+  cluster,
+  handover,
+  named_barriers,
+  scale_planes,
+  stores,
+  wgmma,
+)
 from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, row_transforms, tile_transforms
 from jaxqq._kernels.hopper.ptx.registers import recomputed
 from jaxqq._kernels.hopper.tiles import (
   DEQUANT_STORE,
   ROWS,
   SCALES,
-  TMA_BYTES,
   Grid,
   WideTiles,
   cdiv,
   scale_slots,
 )
+from jaxqq._kernels.hopper.tiles import scale_planes as planes_of
 
 TAIL_ROWS = 128  # of x: of a group's last tile, if it has no more
 PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
@@ -102,6 +108,9 @@ class PackedOperand(Protocol):
   def load_scales(self, ref: Any) -> Any:
     """From shared memory: `groups` a row."""
 
+  def scales_of_word(self, word: Any) -> Any:
+    """The same of words (64,) that have them in their lowest bytes."""
+
   def expand(self, words: Any, scales: Any) -> Any:
     """(64, part_k) in the layout of a left operand."""
 
@@ -113,7 +122,7 @@ class Operands:
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
   alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)
-  x_scales: Any = None  # float32 (b or 1, m), of rebased codes; in the kernel as of `shifted`
+  x_scales: Any = None  # float32 (b or 1, m), of rebased codes
   w_scales: Any = None  # float32 (b or 1, n)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
   # Of stream-K, references that are written to
@@ -125,7 +134,7 @@ class Operands:
 class Scratch:
   x: Any  # (stages, parts, block_m, part_k)
   w: Any  # (stages, pieces, block_n, words): rows of up to 128 bytes
-  scales: Any  # (slots, block_n, SCALES), each of several steps
+  scales: Any  # (slots, block_n, SCALES), each of several steps; or in planes
   out: Any  # pieces of 64 rows of w on their way out; None where threads store them
   from_cluster: Any  # sums of the other CTAs, a slot each
   full: Any
@@ -139,6 +148,7 @@ class Place:
   stage: Any
   slot: Any  # of its block of scales
   column: Any  # of its first scale there
+  left: Any  # scales of a row from there on, where others follow them in shared memory; else None
 
 
 def dequant_gemm(
@@ -208,6 +218,13 @@ class _DequantGemm:
     self.w_transforms = tile_transforms(self.piece_words, jnp.uint32)
     if self.has_groups or w.shape[2] % self.piece_words:
       self.w_transforms = row_transforms(4 * self.piece_words)
+    # Of scales whose rows are no multiple of 16 bytes apart.
+    self.planes = planes_of(operands.scales.shape[2], SCALES, tiles.block_n)
+    self.scale_loads = 1 if self.planes is None else self.planes.count
+    # Where a last step goes past the end of a row of scales, and the next row's are there.
+    self.scales_left: int | None = None
+    if self.planes is not None and self.planes.of_row % self.step_groups:
+      self.scales_left = self.planes.of_row
     past_end = x.shape[2] % mainloop.part_k != 0  # the last part goes there, and loads zeros
     if self.has_groups or past_end:  # in groups a tile begins at any row, too
       self.x_transforms = row_transforms()
@@ -228,7 +245,7 @@ class _DequantGemm:
   def scratch(self) -> Scratch:
     tiles, mainloop, stages = self.tiles, self.mainloop, self.tiles.num_stages
     warpgroups, others = self.compute_warpgroups, tiles.cluster - 1
-    loads = 1 + self.pieces + tiles.parts * (1 + self.has_short_tails)
+    loads = self.scale_loads + self.pieces + tiles.parts * (1 + self.has_short_tails)
     out = (ROWS, self.store_m) if self.writes_transpose else (self.store_m, ROWS)
     out_transforms = tile_transforms(out[1], self.out_dtype)
     if self.has_groups:
@@ -236,10 +253,11 @@ class _DequantGemm:
     is_staged = self.can_stage_transpose or self.writes_transpose
     x_shape = stages, tiles.parts, tiles.block_m, mainloop.part_k
     w_shape = stages, self.pieces, tiles.block_n, self.piece_words
+    scales_shape = (tiles.block_n, SCALES) if self.planes is None else self.planes.shape
     return Scratch(
       plgpu.SMEM(x_shape, mainloop.dtype, transforms=self.x_transforms),
       plgpu.SMEM(w_shape, jnp.uint32, transforms=self.w_transforms),
-      plgpu.SMEM((self.slots, tiles.block_n, SCALES), jnp.uint8),
+      plgpu.SMEM((self.slots, *scales_shape), jnp.uint8),
       plgpu.SMEM((warpgroups, tiles.store_stages, *out), self.out_dtype, transforms=out_transforms)
       if is_staged
       else None,
@@ -250,14 +268,16 @@ class _DequantGemm:
 
   def padded(self, operands: Operands) -> Operands:
     """With whole rows of eight, and scales for as many rows as are loaded at once."""
-    of_x, of_w = operands.x_scales, operands.w_scales
+    of_x, of_w, planes = operands.x_scales, operands.w_scales, self.planes
     x, w = operands.x, pad_rows(operands.w, rounded_up(self.n, 8))
     if not self.has_groups:
       x = pad_rows(x, rounded_up(self.m, 8))
-    scales = pad_rows(operands.scales, rounded_up(self.n, 8))
-    scales = pad_columns(scales, rounded_up(scales.shape[2], TMA_BYTES))
+    scales = pad_rows(operands.scales, rounded_up(self.n, max(8, self.scale_loads)))
+    if planes is not None:
+      scales = scale_planes.as_planes(scales, planes)
     if of_x is not None:
-      of_x = shifted(of_x) if self.has_groups else pad_rows(of_x, rounded_up(self.m, self.store_m))
+      if not self.has_groups:
+        of_x = pad_rows(of_x, rounded_up(self.m, self.store_m))
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
     return dataclasses.replace(operands, x=x, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
 
@@ -409,14 +429,22 @@ class _Cta:
       else:
         load_x(part, 0, self.tiles.block_m)
 
+    planes = self.kernel.planes
+
     @pl.when(is_first)
     def _scales() -> None:
-      b, here = batch_of(gmem.scales, tile.batch), pl.ds(block * SCALES, SCALES)
-      plgpu.copy_gmem_to_smem(gmem.scales.at[b, w_rows, here], self.smem.scales.at[slot], full)
+      of_matrix, to = gmem.scales.at[batch_of(gmem.scales, tile.batch)], self.smem.scales.at[slot]
+      if planes is None:
+        here = pl.ds(block * SCALES, SCALES)
+        plgpu.copy_gmem_to_smem(of_matrix.at[w_rows, here], to, full)
+      else:
+        first_row = tile.n * self.tiles.block_n
+        scale_planes.load(of_matrix, first_row, block * SCALES, to, full, planes)
 
     @pl.when(jnp.logical_not(is_first))
     def _no_scales() -> None:
-      plgpu.barrier_arrive(full)
+      for _ in range(self.kernel.scale_loads):
+        plgpu.barrier_arrive(full)
 
   def scales_of(self, ki: Any, tile: Tile) -> tuple[Any, Any, Any]:
     """Of a step: its block of scales, where that is, and whether it is loaded with this step."""
@@ -433,7 +461,10 @@ class _Cta:
     groups, steps = self.kernel.step_groups, self.steps_of(tile)
     stage = pipeline.stage_of(steps.before, self.tiles.num_stages)
     slot = lax.rem(steps.blocks_before, jnp.int32(self.kernel.slots))
-    return Place(stage, slot, lax.rem(steps.first * groups, jnp.int32(SCALES)))
+    first, left = steps.first * groups, self.kernel.scales_left
+    if left is not None:
+      left = jnp.int32(left - first)
+    return Place(stage, slot, lax.rem(first, jnp.int32(SCALES)), left)
 
   def place_after(self, place: Place) -> Place:
     """Of the next step of a tile."""
@@ -444,6 +475,7 @@ class _Cta:
       pipeline.stage_after(place.stage, self.tiles.num_stages),
       jnp.where(is_next, next_slot, place.slot),
       jnp.where(is_next, jnp.int32(0), column),
+      None if place.left is None else place.left - self.kernel.step_groups,
     )
 
   def expanded(self, place: Place, part: int) -> Any:
@@ -454,9 +486,18 @@ class _Cta:
     piece, of_piece = divmod(part, self.tiles.parts // self.kernel.pieces)
     own_words = smem.w.at[place.stage, piece, self.own_rows]
     words = mainloop.load_words(own_words, self.kernel.w_transforms, of_piece)
-    columns = pl.ds(place.column + part * mainloop.groups, mainloop.groups)
-    scales = mainloop.load_scales(smem.scales.at[place.slot, self.own_rows, columns])
-    return mainloop.expand(words, scales)
+    return mainloop.expand(words, self.scales(place, part * mainloop.groups))
+
+  def scales(self, place: Place, first: int) -> Any:
+    """Of a part of a step, `first` of whose scales come before."""
+    mainloop, planes = self.mainloop, self.kernel.planes
+    own, column = self.smem.scales.at[place.slot], place.column + first
+    if planes is None:
+      return mainloop.load_scales(own.at[self.own_rows, pl.ds(column, mainloop.groups)])
+    left = None if place.left is None else place.left - first
+    row = self.warpgroup * ROWS
+    (word,) = scale_planes.words(own, row, column, 1, planes, left=left, unit=mainloop.groups)
+    return mainloop.scales_of_word(word)
 
   def step(self, place: Place, a: Any, total: Any, after: Place | None) -> tuple[Any, Any]:
     """total + one step's product, of whose first part a is; and the first of the step after."""

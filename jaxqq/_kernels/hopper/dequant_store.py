@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +17,8 @@ from jax.experimental import pallas as pl
 from jaxqq._kernels.hopper import epilogue
 from jaxqq._kernels.hopper.pipeline import GroupTile, Tile, batch_of, group_of, rounded_up
 from jaxqq._kernels.hopper.ptx import cluster, handover, stores
-from jaxqq._kernels.hopper.tiles import DEQUANT_STORE, ROWS
+from jaxqq._kernels.hopper.ptx.loads import look_up
+from jaxqq._kernels.hopper.tiles import ROWS
 
 HANDED_OVER = 64  # rows of x whose sums of other CTAs are added at a time
 
@@ -31,15 +31,6 @@ def stored_size(size: int, piece: int, block: int, multiple: int) -> int:
   room for two, unless no piece can be past its end.
   """
   return max(rounded_up(size, multiple), piece if block == piece else 2 * piece)
-
-
-def shifted(x_scales: jax.Array) -> jax.Array:
-  """(2, ..) of (1, m): from column 0 on, and from column 1, with room for a piece behind.
-
-  Threads load two at a time, from even columns on. A group's piece begins at any row.
-  """
-  padded = jnp.pad(x_scales[0], (0, DEQUANT_STORE + 1 + x_scales.shape[1] % 2))
-  return jnp.stack([padded[:-1], padded[1:]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +83,14 @@ class TileEnd:
     if not self.kernel.has_row_scales:
       return epilogue.times_alpha(piece, gmem.alpha, group_of(gmem.alpha, tile))
     of_x, size = gmem.x_scales, piece.shape[1]
-    b = batch_of(of_x, tile.batch)
-    if isinstance(tile, GroupTile):
-      b = row & 1
-      row = row - b
-    here = pl.ds(jnp.minimum(row, of_x.shape[1] - size), size)
-    x_scales = epilogue.load_row_scales(of_x.at[b, here], of_rows=False)
+    if isinstance(tile, GroupTile):  # from any row on, of which vectors cannot be loaded
+      layout = plgpu.Layout.WGMMA.reduce(0)
+      rows = plgpu.layout_cast(lax.iota(jnp.int32, size), layout) + row
+      x_scales = look_up(of_x.at[0], jnp.minimum(rows, of_x.shape[1] - 1), layout)
+    else:
+      here = pl.ds(jnp.minimum(row, of_x.shape[1] - size), size)
+      own = of_x.at[batch_of(of_x, tile.batch), here]
+      x_scales = epilogue.load_row_scales(own, of_rows=False)
     return epilogue.times_row_scales(piece, w_scales, x_scales)
 
   def store_piece(self, piece: Any, b: Any, row: Any, column: Any, stage: int) -> None:

@@ -302,11 +302,11 @@ def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) ->
   own, k = plan.of_group, plan.problem.k
   if operands.scales is None:
     return operands
-  odd = plan.problem.n % 8 != 0
-  prepares_w, prepares_scales = odd, odd
+  n = plan.problem.n
+  prepares_w, prepares_scales = n % 8 != 0, n % TMA_BYTES != 0
   if isinstance(own, WidePlan):
     prepares_w |= not own.fp8 and k % row_unit(own.problem.fmt) != 0
-    prepares_scales |= prepares_w or own.fp8 or operands.scales.shape[-1] % TMA_BYTES != 0
+    prepares_scales |= prepares_w or own.fp8
 
   def one(a: Any) -> Any:
     return lax.dynamic_slice_in_dim(a, index, 1)

@@ -289,18 +289,6 @@ def rounded_up(size: int, multiple: int) -> int:
   return cdiv(size, multiple) * multiple
 
 
-def pad_columns(a: jax.Array, columns: int) -> jax.Array:
-  """Zero bytes behind those of rows, (b, rows, ..): XLA copies words faster than bytes."""
-  missing = columns - a.shape[2]
-  if not missing:
-    return a
-  if columns % 4 or missing % 4:
-    return jnp.pad(a, ((0, 0), (0, 0), (0, missing)))
-  words = lax.bitcast_convert_type(a.reshape(*a.shape[:2], -1, 4), jnp.uint32)
-  words = jnp.pad(words, ((0, 0), (0, 0), (0, missing // 4)))
-  return lax.bitcast_convert_type(words, jnp.uint8).reshape(*a.shape[:2], columns)
-
-
 def pad_rows(a: jax.Array, rows: int) -> jax.Array:
   """Zero rows along axis 1: the TMA moves 8 rows at a time, and loads know no end."""
   missing = rows - a.shape[1]

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxqq._kernels.hopper.checks import check_hopper
 from jaxqq._kernels.hopper.costs import GEMM
-from jaxqq._kernels.hopper.mainloops.table import skinny_rows
+from jaxqq._kernels.hopper.mainloops.table import packed_operand, skinny_rows
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan, skinny_plan
 from jaxqq._kernels.hopper.tiles import Grid, WideTiles, cdiv
 from jaxqq._kernels.hopper.wide_plan import (
@@ -42,6 +42,7 @@ from jaxqq._ragged_reference import RaggedOperands
 # a CTA may have only first tiles of groups, or only last ones, which take less time.
 GROUP_WIDTH = 5
 MAX_TILE_ROWS = 32  # of a tile: with more, larger tiles of w are no slower
+MAX_TILE_ROWS_OF_NVFP4 = 16  # beside x that is quantized
 
 
 def num_group_tiles(rows: int, segments: int, block_m: int) -> int:
@@ -146,10 +147,11 @@ def _skinny(problem: RaggedProblem, device: Device) -> RaggedPlan:
   own = check(problem, device)
   if not problem.is_packed:
     raise Unsupported("w is not packed")
-  if skinny_rows(own) > MAX_TILE_ROWS:
-    raise Unsupported(
-      f"groups have {own.m} rows on average, and it is for tiles of up to {MAX_TILE_ROWS}"
-    )
+  rows, most = skinny_rows(own), MAX_TILE_ROWS
+  if packed_operand(own) == "packed_e2m1":
+    most = MAX_TILE_ROWS_OF_NVFP4
+  if rows > most:
+    raise Unsupported(f"groups have {own.m} rows on average, and it is for tiles of up to {most}")
   plan = skinny_plan(own, device)
   if plan.padded_k("w") > problem.k:
     raise Unsupported(f"k = {problem.k}, and w of all groups would be padded")

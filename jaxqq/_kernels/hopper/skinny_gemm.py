@@ -46,7 +46,7 @@ from jaxqq._kernels.hopper.pipeline import (
   pad_rows,
   rounded_up,
 )
-from jaxqq._kernels.hopper.ptx import cluster, mma, stores
+from jaxqq._kernels.hopper.ptx import cluster, mma, scale_planes, stores
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads
 from jaxqq._kernels.hopper.ptx.layouts import (
   ONE_OF_FOUR,
@@ -54,7 +54,7 @@ from jaxqq._kernels.hopper.ptx.layouts import (
   row_transforms,
   tile_transforms,
 )
-from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum, load_scale_bytes, load_scale_words
+from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
 from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
 from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
@@ -66,17 +66,18 @@ class Mainloop(Protocol):
   """How a warpgroup adds one block of k to its sums."""
 
   @staticmethod
-  def add(cta: Any, sums: list[Any], stage: Any, scales: Any, rows: int) -> list[Any]:
+  def add(cta: Any, sums: list[Any], stage: Any, scales: Any, rows: int, is_last: Any) -> list[Any]:
     """sums + the product of the block in a stage.
 
     Args:
       cta: the kernel's `_Cta`.
       sums: (64, padded_m), for each 64 rows of w.
       stage: of both operands.
-      scales: for each 64 rows of w words of `load_scale_words`, to "expanded" `load_scale_bytes`;
-        None if they are in shared memory.
+      scales: for each 64 rows of w their words, of `scale_planes`; None where rows are 16 bytes
+        apart.
       rows: of x that the tile has, rounded up to a multiple of 8. Only `sixteens` multiplies fewer
         than padded_m; the other columns of its sums stay zero.
+      is_last: whether it is k's last block, which may go past the end.
     """
 
 
@@ -160,7 +161,7 @@ class _SkinnyGemm:
     self.batch, self.n = 1 if self.has_groups else max(x.shape[0], w.shape[0]), w.shape[1]
     self.is_packed = operands.scales is not None
     self.w_dtype, self.w_columns = w.dtype, block.words if self.is_packed else block.k
-    all_steps = cdiv(w.shape[2], self.w_columns)
+    self.all_steps = all_steps = cdiv(w.shape[2], self.w_columns)
     self.k_steps = all_steps // plan.tiles.cluster
     self.quantizer: InKernelQuantizer | None = None
     self.x_scales_shape: tuple[int, int] | None = None
@@ -188,10 +189,12 @@ class _SkinnyGemm:
   def padded(self, operands: Operands) -> Operands:
     """With w in whole rows of eight, and x as its quantizer takes it."""
     x = operands.x if self.quantizer is None else self.quantizer.operand(operands.x)
-    rows = rounded_up(self.n, 8)
-    scales = operands.scales
-    w, scales = pad_rows(operands.w, rows), None if scales is None else pad_rows(scales, rows)
-    return dataclasses.replace(operands, x=x, w=w, scales=scales)
+    planes, scales = self.plan.scale_planes, operands.scales
+    rows = rounded_up(self.n, 8 if planes is None else max(8, planes.count))
+    if scales is not None:
+      scales = pad_rows(scales, rows)
+      scales = scales if planes is None else scale_planes.as_planes(scales, planes)
+    return dataclasses.replace(operands, x=x, w=pad_rows(operands.w, rows), scales=scales)
 
   def out_type(self) -> jax.ShapeDtypeStruct:
     shape = stores.stored_shape(self.m, self.n, self.plan.padded_m, self.block_n)
@@ -203,8 +206,10 @@ class _SkinnyGemm:
     sums_transforms = tile_transforms(padded_m, jnp.float32)
     x_shape = _stored_shape(padded_m, self.x_columns, self.x_dtype, in_rows=plan.x_in_rows)
     w_shape = _stored_shape(self.block_n, self.w_columns, self.w_dtype, in_rows=plan.in_rows)
-    has_scales = self.is_packed and not plan.threads_load_scales
-    loads = _num_loads(w_shape) + has_scales
+    planes, scales_shape = plan.scale_planes, (self.block_n, plan.block.scales)
+    loads = _num_loads(w_shape)
+    if self.is_packed:
+      loads += 1 if planes is None else planes.count
     if self.quantizer is None:
       loads += _num_loads(x_shape) + (self.x_scales_shape is not None)
 
@@ -215,7 +220,9 @@ class _SkinnyGemm:
       x=smem((stages, *x_shape), self.x_dtype, self.x_transforms),
       w=smem((stages, *w_shape), self.w_dtype, self.w_transforms),
       sums=smem((workers - 1, self.block_n, padded_m), jnp.float32, sums_transforms),
-      scales=smem((stages, self.block_n, plan.block.scales), jnp.uint8) if has_scales else None,
+      scales=smem((stages, *(planes.shape if planes else scales_shape)), jnp.uint8)
+      if self.is_packed
+      else None,
       x_scales=smem((stages, *self.x_scales_shape), jnp.float32) if self.x_scales_shape else None,
       cta_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
       full=plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
@@ -335,8 +342,13 @@ class _Cta:
         plgpu.copy_gmem_to_smem(a.at[b, rows, here], to.at[stage, i], full)
 
     copy(gmem.w, rows, kernel.w_columns, smem.w)
-    if smem.scales is not None:
-      copy(gmem.scales, rows, self.plan.block.scales, smem.scales)
+    planes, count = self.plan.scale_planes, self.plan.block.scales
+    if planes is not None:
+      of_matrix = gmem.scales.at[batch_of(gmem.scales, tile.batch)]
+      first_row = tile.n * kernel.block_n
+      scale_planes.load(of_matrix, first_row, ki * count, smem.scales.at[stage], full, planes)
+    elif smem.scales is not None:
+      copy(gmem.scales, rows, count, smem.scales)
     x_rows = pl.ds(tile.first if isinstance(tile, GroupTile) else 0, self.plan.padded_m)
     if kernel.quantizer is None:
       copy(gmem.x, x_rows, kernel.x_columns, smem.x)
@@ -372,16 +384,25 @@ class _Cta:
       return [self.smem.w.at[stage, i, rows] for i in range(self.smem.w.shape[1])]
     return [self.smem.w.at[stage, rows]]
 
-  def load_scales(self, tile: Tile, ki: Any) -> Any:
-    """Of a tile's block of k, for each 64 rows of w, by threads."""
-    scales, count = self.gmem.scales, self.plan.block.scales
-    first = self.block(ki) * count
-    of_w = scales.at[batch_of(scales, tile.batch)]
-    places = [(of_w, self.first_column(tile, half), first, count) for half in self.halves]
-    if self.plan.mainloop == "expanded":
-      return [load_scale_bytes(*place) for place in places]
-    even_first, tile_rows = self.plan.mainloop == "sixteens", self.kernel.block_n
-    return [load_scale_words(*p, tile_rows=tile_rows, even_first=even_first) for p in places]
+  def words_of_scales(self, stage: Any, block: Any) -> list[Any] | None:
+    """Of a block of k, for each 64 rows of w, where they are in planes."""
+    planes = self.plan.scale_planes
+    if planes is None:
+      return None
+    own, count = self.smem.scales.at[stage], self.plan.block.scales
+    left = None if planes.of_row % count == 0 else planes.of_row - block * count
+    return [
+      scale_planes.words(
+        own,
+        half * ROWS,
+        0,
+        count // 4,
+        planes,
+        left=left,
+        even_first=self.plan.mainloop == "sixteens",
+      )
+      for half in self.halves
+    ]
 
   # A warpgroup's sums: for each 64 rows of w, (64, padded_m)
 
@@ -404,9 +425,7 @@ class _Cta:
     warpgroups, always belongs to the same one, which sees all its barrier's phases.
     """
     smem, k_steps, workers = self.smem, self.kernel.k_steps, self.tiles.compute_warpgroups
-    stages, by_threads = self.tiles.num_stages, self.plan.threads_load_scales
-    tile = self.walk.tile(t) if by_threads else None
-    first = t * k_steps
+    stages, first = self.tiles.num_stages, t * k_steps
     own_first = lax.rem(
       self.warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
     )
@@ -417,10 +436,11 @@ class _Cta:
       ki = own_first + i * workers
       if self.kernel.quantizer is not None:
         self.quantize_x(self.kernel.quantizer, stage, ki, t)
-      # By threads, they arrive while this waits for w.
-      scales = None if tile is None else self.load_scales(tile, ki)
       plgpu.barrier_wait(smem.full.at[stage])
-      sums = self.kernel.mainloop.add(self, sums, stage, scales, rows)
+      block = self.block(ki)
+      is_last = block == self.kernel.all_steps - 1
+      scales = self.words_of_scales(stage, block)
+      sums = self.kernel.mainloop.add(self, sums, stage, scales, rows, is_last)
       finish_loads()
       plgpu.barrier_arrive(smem.empty.at[stage])
       return pipeline.stage_after(stage, stages, workers), sums

@@ -19,9 +19,12 @@ from jaxqq._kernels.hopper.tiles import (
   BlockDiagonal,
   Grid,
   KBlock,
+  ScalePlanes,
   SkinnyTiles,
   cdiv,
   power_of_two_from,
+  scale_bytes,
+  scale_planes,
 )
 from jaxqq._kernels.hopper.wide_plan import wide_plan
 from jaxqq._kernels.plan import Device, Unsupported
@@ -85,7 +88,7 @@ class SkinnyPlan:
       unit = math.lcm(*_tile_units(self.problem, self.block))
       why = "groups begin at any row" if self.problem.in_groups else f"K is no multiple of {unit}"
       layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
-      layout += ", scales by threads" if self.threads_load_scales else ""
+      layout += "" if self.scale_planes is None else f", scales in {self.scale_planes.count} planes"
     how = f"({self.mainloop}) with {self.block} {self.tiles}{blockdiag}{x}{layout}{padded}"
     return f"{self.kernel} {how}{for_sms(self.device)}"
 
@@ -102,7 +105,7 @@ class SkinnyPlan:
     elif name == "w":
       unit = 8 * (TMA_BYTES if self.in_rows else SWIZZLED_BYTES) // block.bits
     else:
-      unit = 1 if self.threads_load_scales else TMA_BYTES * (block.group_size or 1)
+      unit = 1 if self.scale_planes is not None else TMA_BYTES * (block.group_size or 1)
     return cdiv(k, unit) * unit
 
   @property
@@ -118,10 +121,9 @@ class SkinnyPlan:
     )
 
   @property
-  def threads_load_scales(self) -> bool:
-    """Whether they do and not the TMA, whose rows have to be multiples of 16 bytes apart."""
-    group_size = self.block.group_size
-    return group_size is not None and self.in_rows and self.problem.k // group_size % TMA_BYTES != 0
+  def scale_planes(self) -> ScalePlanes | None:
+    """How the TMA loads scales whose rows are no multiple of 16 bytes apart."""
+    return _scale_planes(self.problem, self.block, self.tiles.block_n)
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -198,6 +200,12 @@ def _k_block(problem: Problem, mainloop: str) -> KBlock:
   return KBlock(k // 2, fmt.bits, fmt.group_size)
 
 
+def _scale_planes(problem: Problem, block: KBlock, block_n: int) -> ScalePlanes | None:
+  if block.group_size is None or not _in_rows(problem, block):
+    return None
+  return scale_planes(problem.k // block.group_size, block.scales, block_n)
+
+
 def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
   """Shared memory for x, and its scales, of a block of k."""
   if mainloop == "blockdiag":
@@ -219,10 +227,11 @@ def _skinny_tiles(
 
   def tiles_of(block_n: int, workers: int, cluster: int) -> SkinnyTiles | None:
     """None where they do not fit."""
-    stage = block_n * (4 * block.words + block.scales) + x_bytes
+    scales = scale_bytes(_scale_planes(problem, block, block_n), block.scales, block_n)
+    stage = block_n * 4 * block.words + scales + x_bytes
     sums = (workers - (cluster == 1)) * block_n * padded_m * 4
     stages = (SHARED_MEMORY - sums) // stage // workers * workers
-    if stages == 0:
+    if stages == 0 or (block_n > ROWS and stages == 4 == workers):
       return None
     if cluster > 1:
       tiles = problem.batch * cdiv(problem.n, block_n)
@@ -235,5 +244,6 @@ def _skinny_tiles(
 
   choices = [(ROWS, workers, cluster) for cluster in (4, 2, 1) for workers in (4, 2)]
   if problem.in_groups and mainloop == "sixteens" and problem.n > ROWS:
-    choices.insert(0, (2 * ROWS, 4, 1))
+    # With two warpgroups where four would wait for the only stage that each has.
+    choices = [(2 * ROWS, 4, 1), (2 * ROWS, 2, 1), *choices]
   return next(tiles for choice in choices if (tiles := tiles_of(*choice)) is not None)

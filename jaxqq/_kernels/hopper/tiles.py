@@ -140,6 +140,43 @@ class KBlock:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScalePlanes:
+  """Scales of a tile's rows of w in shared memory, whose rows in memory begin anywhere.
+
+  `ptx/scale_planes.py` says how the TMA loads them.
+  """
+
+  of_row: int  # bytes of a row in memory
+  loaded: int  # of a row at once, a multiple of 16
+  rows: int  # of the tile, a multiple of 64
+
+  @property
+  def count(self) -> int:
+    """Planes: rows that begin at another multiple of 16 bytes."""
+    return TMA_BYTES // math.gcd(self.of_row, TMA_BYTES)
+
+  @property
+  def width(self) -> int:
+    """Bytes of a row that are loaded."""
+    return self.loaded + TMA_BYTES
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """A plane has rows in eights, since the TMA writes to multiples of 128 bytes."""
+    return self.count, 8 * cdiv(self.rows, 8 * self.count), self.width
+
+
+def scale_planes(of_row: int, loaded: int, rows: int) -> ScalePlanes | None:
+  """None where rows are 16 bytes apart."""
+  return ScalePlanes(of_row, loaded, rows) if of_row % TMA_BYTES else None
+
+
+def scale_bytes(planes: ScalePlanes | None, loaded: int, rows: int) -> int:
+  """Of shared memory, for what is loaded at once."""
+  return rows * loaded if planes is None else math.prod(planes.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockDiagonal:
   """x with a column for each group of a block of 32 elements (`mainloops/blockdiag.py`)."""
 

@@ -16,7 +16,7 @@ import jax
 
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.checks import check_fp8, check_product, for_sms
-from jaxqq._kernels.hopper.costs import CLUSTERS, COPY_US, GEMM, STREAM_K_GAIN, Timed
+from jaxqq._kernels.hopper.costs import CLUSTERS, GEMM, STREAM_K_GAIN, Timed
 from jaxqq._kernels.hopper.mainloops.table import PART_K, PARTS, packed_operand
 from jaxqq._kernels.hopper.tiles import (
   DEALT_STEPS,
@@ -32,6 +32,8 @@ from jaxqq._kernels.hopper.tiles import (
   WideTiles,
   cdiv,
   power_of_two_up_to,
+  scale_bytes,
+  scale_planes,
   scale_slots,
 )
 from jaxqq._kernels.plan import Device
@@ -92,7 +94,8 @@ class WidePlan:
     copied = {
       "x": self.mainloop == "packed_e2m1" and k % PART_K,
       "w": k % row_unit(fmt),
-      "scales": copies_scales(k, fmt, fp8=self.fp8),
+      "scales": k % row_unit(fmt)
+      or (self.fp8 and scales_of_row(k, fmt.group_size, fp8=True) != k // fmt.group_size),
     }
     names = [name for name, is_copied in copied.items() if is_copied]
     return f", {' and '.join(names)} padded along K by XLA" if names else ""
@@ -200,8 +203,6 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
     with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
     if with_room is not None:
       time = timed.time(grid, k_steps, parts, quantized_rows)
-      if kernel == "dequant_gemm" and copies_scales(problem.k, problem.fmt, fp8=fp8):
-        time += COPY_US
       plans[with_room] = WidePlan(kernel, mainloop, fp8, with_room, time, problem, device)
   return list(plans.values())
 
@@ -274,12 +275,15 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
   piece = out_bytes * block_n * (GEMM_STORE if mainloop == "ready" else DEQUANT_STORE)
 
   def size(stages: int, store_stages: int) -> int:
-    slots = 0
+    scales = 0
     if part.scales:
       steps, of_block = cdiv(k, tiles.parts * part.k), SCALES // (tiles.parts * part.scales)
       slots = scale_slots(steps, of_block, stages, stream_k=tiles.stream_k)
+      of_row = scales_of_row(k, part.k // part.scales, fp8=mainloop == "rebased_e4m3")
+      planes = scale_planes(of_row, SCALES, block_n)
+      scales = slots * scale_bytes(planes, SCALES, block_n)
     loads = stages * tiles.parts * (128 * block_m + part.bytes * block_n)
-    return loads + slots * SCALES * block_n + from_cluster + store_stages * piece
+    return loads + scales + from_cluster + store_stages * piece
 
   fewest = max(2, cdiv(_MIN_PARTS, tiles.parts))
   for stages, store_stages in itertools.product(range(_MAX_STAGES, fewest - 1, -1), (2, 1)):
@@ -293,13 +297,10 @@ def row_unit(fmt: Format) -> int:
   return 8 * TMA_BYTES // fmt.bits
 
 
-def copies_scales(k: int, fmt: Format, *, fp8: bool) -> bool:
-  """Whether XLA adds zeros behind the scales of w, for the TMA of `dequant_gemm` to load them."""
-  unit = row_unit(fmt)
-  count = cdiv(k, unit) * unit // fmt.group_size
-  if fp8 and (count % 2 or count <= 2):
-    count = cdiv(count, 4) * 4  # before they are made into what rescales codes
-  return count % TMA_BYTES != 0
+def scales_of_row(k: int, group_size: int, *, fp8: bool) -> int:
+  """Bytes of a row of scales as `dequant_gemm` takes them; of fp8 what rescales codes."""
+  count = cdiv(k, group_size)
+  return cdiv(count, 4) * 4 if fp8 and (count % 2 or count <= 2) else count
 
 
 def _wide_kernel(problem: Problem, device: Device, fp8: bool) -> tuple[Any, Any]:

@@ -36,9 +36,9 @@ class BlockDiagonalX:
   """Steps of 128 of k, four blocks of 32."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:
     """sums + the product of one block of k."""
-    del rows
+    del rows, is_last
     (sums,) = sums
     blockdiag = cta.plan.blockdiag
     k_blocks = blockdiag.k_blocks_per_acc

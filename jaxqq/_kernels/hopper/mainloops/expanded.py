@@ -8,6 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.ptx import wgmma
+from jaxqq._kernels.hopper.ptx.scales import fourths_of_words
 
 
 def add_step(cta: Any, sums: Any, a: Any, stage: Any, step: int) -> Any:
@@ -25,14 +26,17 @@ class Expanded:
   """Steps of 64 of k."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:
     """sums + the product of one block of k."""
-    del rows
+    del rows, is_last
     (sums,) = sums
     packed = PackedE2M1
     layout = plgpu.Layout.WGMMA
     pieces = [plgpu.load(ref, layout=layout, optimized=False) for ref in cta.w_pieces(stage)]
-    all_scales = packed.load_scales(cta.smem.scales.at[stage]) if scales is None else scales[0]
+    if scales is None:
+      all_scales = packed.load_scales(cta.smem.scales.at[stage])
+    else:
+      all_scales = fourths_of_words(scales[0])
     for step in range(cta.plan.block.words // packed.words):
       groups = slice(step * packed.groups, (step + 1) * packed.groups)
       its = all_scales[:, groups]

@@ -23,9 +23,9 @@ class GroupSums:
   """Steps of 128 of k, four groups."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:
     """sums + the product of one block of k."""
-    del rows
+    del rows, is_last
     (sums,) = sums
     row_words = scale_words(cta.smem.scales.at[stage]) if scales is None else scales[0]
     for step, words_of_step in enumerate(row_words):

@@ -45,6 +45,9 @@ class InOrderOperand:
   def load_scales(self, ref: Any) -> Any:
     return plgpu.load(ref, layout=whole_rows(self.groups), optimized=False)
 
+  def scales_of_word(self, word: Any) -> Any:
+    return bytes_of_words([word], whole_rows(self.groups))[:, : self.groups]
+
   def expand(self, words: Any, scales: Any) -> Any:
     return expand.IN_ORDER[self.fmt.element](words, scales, self.dtype)
 
@@ -53,9 +56,9 @@ class InOrder:
   """Steps of 64 of k, of `skinny_gemm`: the next operand is made while one is multiplied."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:
     """sums + the product of one block of k."""
-    del rows
+    del rows, is_last
     (sums,) = sums
     packed = packed_operands()[packed_operand(cta.plan.problem)]
     kernel, pieces, promote = cta.kernel, cta.w_pieces(stage), cta.tiles.promote

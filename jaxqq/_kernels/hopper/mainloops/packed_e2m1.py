@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxqq._kernels.hopper.ptx import expand
 from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR
 from jaxqq._kernels.hopper.ptx.loads import load_pairs_of_rows
+from jaxqq._kernels.hopper.ptx.scales import fourths_of_words
 
 # Codes become e4m3 numbers of 2**-6 their value (their exponent field ends up on e4m3's lowest
 # bits), and those float16. What is missing, the epilogue multiplies.
@@ -34,6 +35,10 @@ class PackedE2M1:
   def load_scales(ref: Any) -> Any:
     """Of 64 rows, as they are stored: the load completes a step later."""
     return plgpu.load(ref, layout=ONE_OF_FOUR, optimized=False)
+
+  @staticmethod
+  def scales_of_word(word: Any) -> Any:
+    return fourths_of_words([word])
 
   @staticmethod
   def expand(words: Any, scales: Any) -> Any:

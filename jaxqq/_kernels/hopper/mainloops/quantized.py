@@ -39,9 +39,9 @@ class Quantized:
   """Steps of 64 of k."""
 
   @staticmethod
-  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int) -> Any:
+  def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:
     """sums + the product of one block of k."""
-    del scales, rows  # w has none
+    del scales, rows, is_last  # w has none
     (sums,) = sums
     global_scale = None if cta.gmem.global_scale_w is None else cta.gmem.global_scale_w[0]
     for step in range(cta.plan.block.k // STEP_K):

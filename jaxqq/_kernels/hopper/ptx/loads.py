@@ -102,7 +102,7 @@ def look_up(table: Any, index: jax.Array, layout: Any) -> jax.Array:
   """table[index], float32 in the layout of the index.
 
   Args:
-    table: float32 (size,), in global memory, from where a few hundred bytes soon are in L1.
+    table: float32 (size,), in global memory.
     index: int32, of any shape.
   """
   if interpreting():
@@ -118,11 +118,14 @@ def look_up(table: Any, index: jax.Array, layout: Any) -> jax.Array:
     start = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(table))
     registers = []
     for register in index.registers.flat:
-      offset = arith.muli(vector.extract(register, [], [0]), constant(4))
-      address = arith.addi(start, arith.extui(i64, offset))
-      text = "{ .reg .b64 a; cvta.to.global.u64 a, $1; ld.global.nc.f32 $0, [a]; }"
-      number = llvm.inline_asm(f32, [address], text, "=f,l")
-      registers.append(vector.broadcast(ir.VectorType.get((1,), f32), number))
+      length = ir.VectorType(register.type).shape[0]
+      numbers = []
+      for i in range(length):
+        offset = arith.muli(vector.extract(register, [], [i]), constant(4))
+        address = arith.addi(start, arith.extui(i64, offset))
+        text = "{ .reg .b64 a; cvta.to.global.u64 a, $1; ld.global.nc.f32 $0, [a]; }"
+        numbers.append(llvm.inline_asm(f32, [address], text, "=f,l"))
+      registers.append(vector.from_elements(ir.VectorType.get((length,), f32), numbers))
     return array(registers, index.shape, layout, None)
 
   return in_registers(table, index)

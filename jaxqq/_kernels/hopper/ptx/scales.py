@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -67,7 +65,7 @@ def scale_words_of_even_rows(ref: Any) -> list[Any]:
     del ctx
     (of_row, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
     start = arith.addi(
-      smem_address(ref), arith.muli(_row_of_thread(even_first=True), constant(of_row))
+      smem_address(ref), arith.muli(row_of_thread(even_first=True), constant(of_row))
     )
     halves = []
     for half in range(2):
@@ -84,77 +82,7 @@ def scale_words_of_even_rows(ref: Any) -> list[Any]:
   return load(ref)
 
 
-def load_scale_words(
-  ref: Any,
-  first_row: Any,
-  first: Any,
-  count: int,
-  *,
-  tile_rows: int = ROWS,
-  even_first: bool = False,
-) -> list[Any]:
-  """Scales (64, count) from there on as words, as `scale_words` has them, from global memory.
-
-  For rows that the TMA cannot load, since they are no multiple of 16 bytes apart. Zeros past the
-  end of rows and of columns. The loads are begun in the order of the program.
-
-  Args:
-    ref: uint8 (n, groups).
-    first_row, first: int32; the first column is a multiple of 4.
-    count: a multiple of 4.
-    tile_rows: of a tile, of which these 64 are some: only a last tile may go past the end of rows.
-    even_first: rows are in the order of `layouts.even_rows_first`, labelled as if they were not.
-  """
-  if interpreting():
-    scales = _interpreted(ref, first_row, first, count).astype(jnp.uint32)
-    return [sum(scales[:, i + j] << np.uint32(8 * j) for j in range(4)) for i in range(0, count, 4)]
-  unit = math.gcd(ref.shape[1], 4)  # bytes that can be loaded at once
-  word_type = plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=ROW)
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_SPLATS), return_type=[word_type] * (count // 4))
-  def load(ctx: Any, ref: Any, *place: Any) -> Any:
-    del ctx
-    rows = _rows_of_thread(ref, *place, tile_rows=tile_rows, even_first=even_first)
-    words = []
-    for i in range(0, count, 4):
-      halves = [_load_bytes(row, range(i, i + 4, unit), unit) for row in rows]
-      words.append(packed_array([_as_vector(word) for word in halves], (ROWS,), ROW))
-    return words
-
-  return load(ref, first_row, first)
-
-
-def load_scale_bytes(ref: Any, first_row: Any, first: Any, count: int) -> Any:
-  """The same as bytes, uint8 (64, count) in the layout ONE_OF_FOUR."""
-  if interpreting():
-    return _interpreted(ref, first_row, first, count)
-  bytes_type = plgpu.ShapeDtypeStruct((ROWS, count), np.dtype(np.uint8), layout=ONE_OF_FOUR)
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_SPLATS), return_type=bytes_type)
-  def load(ctx: Any, ref: Any, first_row: Any, first: Any) -> Any:
-    del ctx
-    lane = lane_of_row()
-    rows = _rows_of_thread(ref, first_row, first, lane)
-    i8 = ir.IntegerType.get_signless(8)
-    registers = [
-      _as_vector(arith.trunci(i8, _load_bytes(row, (i,), 1)))
-      for i in range(0, count, 4)
-      for row in rows
-    ]
-    return array(registers, (ROWS, count), ONE_OF_FOUR, signed=False)
-
-  return load(ref, first_row, first)
-
-
-_SPLATS = (plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
-
-
-def _interpreted(ref: Any, first_row: Any, first: Any, count: int) -> Any:
-  padded = jnp.pad(ref[...], ((0, ROWS), (0, count)))
-  return lax.dynamic_slice(padded, (first_row, first), (ROWS, count))
-
-
-def _row_of_thread(*, even_first: bool) -> Any:
+def row_of_thread(*, even_first: bool) -> Any:
   """The first of the two rows of 64 that a thread has."""
   thread = arith.andi(mgpu.utils.thread_idx(), constant(WARPS * WARP - 1))
   row = arith.andi(arith.shrui(thread, constant(2)), constant(7))
@@ -163,53 +91,6 @@ def _row_of_thread(*, even_first: bool) -> Any:
       arith.shli(arith.andi(row, constant(3)), constant(1)), arith.shrui(row, constant(2))
     )
   return arith.addi(arith.muli(arith.shrui(thread, constant(5)), constant(16)), row)
-
-
-def _rows_of_thread(
-  ref: Any,
-  first_row: Any,
-  first: Any,
-  lane: Any = None,
-  *,
-  tile_rows: int = ROWS,
-  even_first: bool = False,
-) -> list[Any]:
-  """Of the two rows of 64 that a thread has: the address, and how many bytes are left there."""
-  i64 = ir.IntegerType.get_signless(64)
-  n, groups = ir.MemRefType(ref.type).shape
-  base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-  row = arith.addi(_row_of_thread(even_first=even_first), _first(first_row))
-  column = _first(first) if lane is None else arith.addi(_first(first), lane)
-  left, none = arith.subi(constant(groups), column), constant(0)
-  rows = []
-  for half in range(2):
-    own = arith.addi(row, constant(8 * half))
-    place = arith.addi(arith.muli(own, constant(groups)), column)
-    is_there = arith.cmpi(arith.CmpIPredicate.slt, own, constant(n))
-    own_left = left if n % tile_rows == 0 else arith.select(is_there, left, none)
-    rows.append((arith.addi(base, arith.extsi(i64, place)), own_left))
-  return rows
-
-
-def _first(splat: Any) -> Any:
-  return splat.registers.flat[0]
-
-
-def _load_bytes(row: tuple[Any, Any], offsets: Iterable[int], unit: int) -> Any:
-  """`unit` bytes from each offset on, one after the other in a word; zeros where none are left."""
-  kind, lines = {1: "u8", 2: "u16", 4: "b32"}[unit], []
-  for i, offset in enumerate(offsets):
-    lines.append(f"""
-      setp.gt.s32 inside, $2, {offset};
-      mov.b32 part, 0;
-      @inside ld.global.nc.{kind} part, [$1 + {offset}];""")
-    if i:
-      lines.append(f"shl.b32 part, part, {8 * unit * i}; or.b32 word, word, part;")
-    else:
-      lines.append("mov.b32 word, part;")
-  text = f"{{ .reg .pred inside; .reg .b32 part, word;{''.join(lines)} mov.b32 $0, word; }}"
-  word = ir.IntegerType.get_signless(32)
-  return llvm.inline_asm(word, list(row), text, "=r,l,r", has_side_effects=True)
 
 
 def _as_vector(a: Any) -> Any:
@@ -244,6 +125,27 @@ def bytes_of_words(words: list[Any], layout: Any) -> Any:
           of_bits = vector.broadcast(ir.VectorType.get((1,), part), bits)
           registers.append(vector.bitcast(ir.VectorType.get((length,), i8), of_bits))
     return array(registers, (ROWS, columns), layout, signed=False)
+
+  return as_bytes(*words)
+
+
+def fourths_of_words(words: list[Any]) -> Any:
+  """The same bytes in the layout ONE_OF_FOUR."""
+  if interpreting():
+    return bytes_of_words(words, None)
+  columns = 4 * len(words)
+  bytes_type = plgpu.ShapeDtypeStruct((ROWS, columns), np.dtype(np.uint8), layout=ONE_OF_FOUR)
+
+  @plgpu.inline_mgpu(arg_types=(ROW,) * len(words), return_type=bytes_type)
+  def as_bytes(ctx: Any, *words: Any) -> Any:
+    del ctx
+    i8, shift = ir.IntegerType.get_signless(8), arith.shli(lane_of_row(), constant(3))
+    registers = []
+    for word in words:
+      for of_row in word.registers.flat:
+        bits = arith.shrui(vector.extract(of_row, [], [0]), shift)
+        registers.append(_as_vector(arith.trunci(i8, bits)))
+    return array(registers, (ROWS, columns), ONE_OF_FOUR, signed=False)
 
   return as_bytes(*words)
 

@@ -250,6 +250,8 @@ def _add_promoted(totals: list[Any], operands: list[Any], part_bytes: int, dtype
     for i in range(_INSTRUCTIONS):
       lines.extend(_instruction(i, sums_of(part), names, right, dtype, offset, add=i > 0))
     lines.append("wgmma.commit_group.sync.aligned;")
+    if part == parts - 1:
+      lines.append(f"bar.arrive {other_barrier}, {BOTH};")
 
   def add(part: int, younger: int) -> None:
     lines.append(f"wgmma.wait_group.sync.aligned {younger};")
@@ -261,8 +263,6 @@ def _add_promoted(totals: list[Any], operands: list[Any], part_bytes: int, dtype
   begin(0)
   for part in range(1, parts):
     begin(part)
-    if part == parts - 1:
-      lines.append(f"bar.arrive {other_barrier}, {BOTH};")
     add(part - 1, younger=1)
   add(parts - 1, younger=0)
   tied = [str(i) for i in range(count)]

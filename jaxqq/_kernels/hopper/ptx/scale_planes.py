@@ -1,0 +1,156 @@
+"""Scales of w by the TMA, whatever bytes a row of them has.
+
+Rows that the TMA loads are multiples of 16 bytes apart and begin at one. Of rows of S scales, every
+p-th does, of the same array as (n / p, p S), with p = 16 / gcd(S, 16). So a tile's rows are p
+planes: rows j, j + p, j + 2 p, ... are plane j, loaded from the multiple of 16 bytes before their
+first scale. In shared memory their scales begin j S mod 16 bytes behind that.
+
+    S = 180, p = 4     plane 0: rows 0, 4, 8, ...    from byte 0 on
+                       plane 1: rows 1, 5, 9, ...    from byte 180 = 11 * 16 + 4, loaded from 176
+                       plane 2: rows 2, 6, 10, ...   from byte 360 = 22 * 16 + 8
+                       plane 3: rows 3, 7, 11, ...   from byte 540 = 33 * 16 + 12
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
+from jaxqq._kernels.hopper.ptx.layouts import ROW, ROWS
+from jaxqq._kernels.hopper.ptx.loads import load_words
+from jaxqq._kernels.hopper.ptx.registers import constant, packed_array, smem_address, word_asm
+from jaxqq._kernels.hopper.ptx.scales import row_of_thread
+from jaxqq._kernels.hopper.tiles import TMA_BYTES, ScalePlanes
+
+
+def as_planes(scales: jax.Array, planes: ScalePlanes) -> jax.Array:
+  """(b, n, S) as (b, n / p, p S), the same bytes; n is a multiple of p."""
+  batch, n, of_row = scales.shape
+  return scales.reshape(batch, n // planes.count, planes.count * of_row)
+
+
+def load(
+  of_matrix: Any, first_row: Any, first: Any, to: Any, barrier: Any, planes: ScalePlanes
+) -> None:
+  """Begins `planes.count` loads, of the rows of a tile and some of their scales.
+
+  Args:
+    of_matrix: (n / p, p S), of `as_planes`.
+    first_row: of the tile, a multiple of 16.
+    first: of the scales, a multiple of 16.
+    to: uint8 of shape `planes.shape`, in shared memory.
+    barrier: at which all of them arrive, `planes.count` times.
+    planes: of the tile.
+  """
+  rows = planes.rows // planes.count
+  for plane in range(planes.count):
+    start = plane * planes.of_row // TMA_BYTES * TMA_BYTES
+    first_of_plane = lax.div(first_row, jnp.int32(planes.count))
+    there = pl.ds(first_of_plane, rows), pl.ds(first + start, planes.width)
+    plgpu.copy_gmem_to_smem(of_matrix.at[there], to.at[plane, pl.ds(0, rows)], barrier)
+
+
+def words(
+  ref: Any,
+  row: Any,
+  column: Any,
+  count: int,
+  planes: ScalePlanes,
+  *,
+  left: Any = None,
+  unit: int = 4,
+  even_first: bool = False,
+) -> list[Any]:
+  """Scales of 64 rows, four in a word, as `scales.scale_words` has them.
+
+  Args:
+    ref: uint8 of shape `planes.shape`, in shared memory.
+    row: int32, the first of the tile's rows, a multiple of 64.
+    column: int32, the first of the loaded scales, a multiple of `unit`.
+    count: of words.
+    planes: of the tile.
+    left: int32, how many scales a row has from there on; the others become zeros. None: enough.
+    unit: if not of 4, words do not begin at multiples of 4 bytes.
+    even_first: rows are in the order of `layouts.even_rows_first`, labelled as if they were not.
+  """
+  row, column = jnp.int32(row), jnp.int32(column)
+  is_aligned = planes.of_row % 4 == 0 and unit % 4 == 0
+  if interpreting():
+    return _interpreted(ref, row, column, count, planes, left)
+  word_type = plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=ROW)
+  splats = [row, column] if left is None else [row, column, jnp.int32(left)]
+  arg_types = plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * len(splats)
+
+  @plgpu.inline_mgpu(arg_types=arg_types, return_type=[word_type] * count)
+  def from_smem(ctx: Any, ref: Any, *splats: Any) -> Any:
+    del ctx
+    first_row, first, *rest = (splat.registers.flat[0] for splat in splats)
+    masks = [_mask(rest[0], i) for i in range(count)] if rest else None
+    of_rows = []
+    for half in range(2):
+      own_row = arith.addi(row_of_thread(even_first=even_first), constant(8 * half))
+      place = arith.addi(first_row, own_row), first
+      own = _words_of_row(ref, *place, count, planes, is_aligned=is_aligned)
+      if masks is not None:
+        own = [arith.andi(word, mask) for word, mask in zip(own, masks, strict=True)]
+      of_rows.append(own)
+    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    pairs = zip(*of_rows, strict=True)
+    return [packed_array([vector.broadcast(one, w) for w in pair], (ROWS,), ROW) for pair in pairs]
+
+  return from_smem(ref, *splats)
+
+
+def _mask(left: Any, i: int) -> Any:
+  """Of the i-th word the bytes of scales that are left, from the lowest on."""
+  bits = arith.shli(arith.subi(left, constant(4 * i)), constant(3))
+  bits = arith.maxsi(bits, constant(0))
+  return word_asm("bmsk.clamp.b32 $0, $1, $2;", constant(0), bits)
+
+
+def _words_of_row(
+  ref: Any, row: Any, column: Any, count: int, planes: ScalePlanes, *, is_aligned: bool
+) -> list[Any]:
+  """Of a row of the tile, in a thread that has it."""
+  (of_plane, of_index, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+  plane = arith.andi(row, constant(planes.count - 1))
+  index = arith.shrui(row, constant(planes.count.bit_length() - 1))
+  offset = arith.andi(arith.muli(plane, constant(planes.of_row)), constant(TMA_BYTES - 1))
+  place = arith.addi(arith.muli(plane, constant(of_plane)), arith.muli(index, constant(of_index)))
+  start = arith.addi(arith.addi(smem_address(ref), place), arith.addi(offset, column))
+
+  def word(first: Any, i: int) -> Any:
+    return vector.extract(load_words(arith.addi(first, constant(4 * i)), 1), [], [0])
+
+  if is_aligned:
+    return [word(start, i) for i in range(count)]
+  shift = arith.shli(arith.andi(start, constant(3)), constant(3))
+  aligned = arith.andi(start, constant(0xFFFFFFFC))
+  parts = [word(aligned, i) for i in range(count + 1)]
+  shifted = "shf.r.wrap.b32 $0, $1, $2, $3;"
+  return [word_asm(shifted, *pair, shift) for pair in itertools.pairwise(parts)]
+
+
+def _interpreted(
+  ref: Any, row: Any, column: Any, count: int, planes: ScalePlanes, left: Any
+) -> list[Any]:
+  """Rows in order."""
+  rows, loaded = planes.rows // planes.count, ref[...]
+  starts = [plane * planes.of_row % TMA_BYTES for plane in range(planes.count)]
+  of_planes = [loaded[i, :rows, start:] for i, start in enumerate(starts)]
+  of_planes = [a[:, : planes.loaded] for a in of_planes]
+  scales = jnp.pad(jnp.stack(of_planes, axis=1).reshape(planes.rows, -1), ((0, 0), (0, 4)))
+  scales = lax.dynamic_slice(scales, (row, column), (ROWS, 4 * count)).astype(jnp.uint32)
+  if left is not None:
+    scales = jnp.where(jnp.arange(4 * count) < left, scales, 0)
+  return [sum(scales[:, 4 * i + j] << np.uint32(8 * j) for j in range(4)) for i in range(count)]
