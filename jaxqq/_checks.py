@@ -35,7 +35,8 @@ def as_array(function: str, name: str, a: Any, *, abstract: bool = False) -> Any
   abstract = abstract or function == "explain"
   if getattr(a, "__jax_array__", None) is not None:  # None on tracers
     a = a.__jax_array__()
-  if not (isinstance(a, np.generic) or hasattr(a, "shape")) or not hasattr(a, "dtype"):
+  is_array = (isinstance(a, np.generic) or hasattr(a, "shape")) and hasattr(a, "dtype")
+  if not is_array or hasattr(a, "NO_ARRAY"):
     instead = getattr(a, "NO_ARRAY", f"wrap it, for example as jnp.asarray({name})")
     raise TypeError(
       f"{function}: {name} must be a numpy or JAX array, got {type(a).__name__}; {instead}."

@@ -85,6 +85,7 @@ class QuantizedWeight:
   Source: the operands of `mlx.core.qqmm`; OCP Microscaling Formats v1.0.
   """
 
+  NO_ARRAY: ClassVar[str] = "only products take one, as w; elsewhere pass its dequantize()"
   packed: jax.Array
   scales: jax.Array
   global_scale: jax.Array | None

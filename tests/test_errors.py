@@ -14,6 +14,7 @@ from tests.support.messages import check_sentence
 X, W = np.ones((4, 64), np.float32), np.ones((8, 64), np.float32)
 Q, S = (np.asarray(a) for a in jaxqq.quantize(W))
 Q8, S8 = (np.asarray(a) for a in jaxqq.quantize(W, mode="mxfp8"))
+QW = jaxqq.quantize_weight(W)
 ONE = np.float32(1)
 
 # (what is wrong, error, words of the message, x, w, scales, other arguments)
@@ -55,6 +56,8 @@ PRODUCT = [
   ("amax of packed w", ValueError, ["global_scale_w", "'amax'", "packed", "quantized with"], X, Q, S, {"global_scale_x": "amax", "global_scale_w": "amax"}),
   ("amax with mxfp8", ValueError, ["global_scale_x", "'mxfp8'"], X, W, None, {"global_scale_x": "amax", "global_scale_w": "amax", "mode": "mxfp8"}),
   ("one global scale a matrix", ValueError, ["global_scale_w", "(2,)", "one a matrix, (3,)"], np.stack([X] * 3), np.stack([W] * 3), None, {"global_scale_x": ONE, "global_scale_w": np.ones(2, np.float32)}),
+  ("packed x", TypeError, ["x", "QuantizedWeight", "as w", "dequantize()"], QW, QW, None, {}),
+  ("packed weight for a scale", TypeError, ["global_scale_x", "QuantizedWeight", "dequantize()"], X, W, None, {"global_scale_x": QW, "global_scale_w": ONE}),
   ("0-d x", ValueError, ["x", "scalar"], ONE, W, None, {}),
   ("1-d w", ValueError, ["w", "(64,)", "(N, K)"], X, W[0], None, {}),
   ("unknown backward", ValueError, ["backward", "'ste'", "'straight_through', 'quantized'"], X, W, None, {"backward": "ste"}),

@@ -165,6 +165,24 @@ def test_a_model_trains():
   assert count(jax.make_jaxpr(some)(variables, X).jaxpr, "qqmm") == 1
 
 
+@pytest.mark.parametrize("recipe", [None, "nvfp4"])
+def test_predicate_of_a_model_chooses_the_mode_of_a_layer(recipe):
+  model = nn.Sequential([nn.Dense(64), nn.Dense(32)])
+  variables = model.init(KEY, X)
+  mode = None if recipe else "nvfp4"
+
+  def run(predicate):
+    apply = jaxqq.nn.quantized_apply(model, mode, predicate=predicate, recipe=recipe)
+    return apply(variables, X, rngs={"recipe": KEY})
+
+  some = run(lambda path, _: "mxfp8" if path == "layers_0" else False)
+  layer, params = nn.Dense(64, dot_general=jaxqq.dot_general("mxfp8")), variables["params"]
+  hidden = layer.apply({"params": params["layers_0"]}, X)
+  np.testing.assert_array_equal(some, nn.Dense(32).apply({"params": params["layers_1"]}, hidden))
+  with pytest.raises(ValueError, match="quantized_apply: unknown mode 'fp8'"):
+    run(lambda *_: "fp8")
+
+
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
   ("mode", "scale", "dtype"),

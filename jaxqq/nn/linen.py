@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxqq import _einsum
+from jaxqq._checks import check_format
 from jaxqq._dot_general import DotGeneral
 from jaxqq._formats import Mode
 from jaxqq._given import DEFAULT_MODE
@@ -27,7 +28,7 @@ from jaxqq._recipe import Recipe
 from jaxqq._weight import BEFORE_FLATTEN, LEAVES, QuantizedWeight
 from jaxqq.nn.kernel import Axes, KernelAxes, axes_of_einsum, known_axes
 
-Predicate = Callable[[str, linen.Module], bool]
+Predicate = Callable[[str, linen.Module], bool | str]
 STREAM = "recipe"  # of random keys, for layers whose recipe has something random
 
 
@@ -201,7 +202,8 @@ def quantized_apply(
     mode: None, "nvfp4", "mxfp8" or "mxfp4": that of kernels which are not packed. None leaves
       them alone.
     predicate: a function of (path, layer), path as "blocks_0.attention.query", that says whether
-      to quantize a layer whose kernel is not packed. None says yes to those that can be.
+      to quantize a layer whose kernel is not packed; it may also answer with the mode for that
+      layer. None says yes to those that can be.
     backward: "straight_through" or "quantized", as for `qqmm`.
     global_scale: nvfp4 only: "weight", there the default, "amax", "row" or None, as for
       `QQDense`. What it says of inputs holds beside packed kernels too.
@@ -247,14 +249,25 @@ def quantized_apply(
         path = ".".join(layer.path)
         raise ValueError(f"{function}: the kernel of {path!r} is packed, and {plan}.")
       return next_method(*args, **kwargs)
-    if dot_general is on_the_fly and (
-      plan.kernel.why_not(kernel, dot_general.mode) is not None
-      or (predicate is not None and not predicate(".".join(layer.path), layer))
-    ):
-      return next_method(*args, **kwargs)
+    if dot_general is on_the_fly:
+      chosen = True if predicate is None else predicate(".".join(layer.path), layer)
+      if isinstance(chosen, str):
+        dot_general = in_mode(dot_general, chosen)
+      if not chosen or plan.kernel.why_not(kernel, dot_general.mode) is not None:
+        return next_method(*args, **kwargs)
     inputs, _ = arguments(*args, **kwargs)
     bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
     return plan.apply(dot_general, layer, inputs, kernel, bias)
+
+  def in_mode(dot_general: DotGeneral, mode: str) -> DotGeneral:
+    """A layer's own; a recipe is not for other modes."""
+    fmt = check_format(function, mode, None, None)
+    return dataclasses.replace(
+      dot_general,
+      mode=fmt.mode,
+      global_scale=global_scale if fmt.has_global_scale else None,
+      recipe=dot_general.recipe if fmt.mode == dot_general.mode else None,
+    )
 
   def apply(*args: Any, **kwargs: Any) -> Any:
     with linen.intercept_methods(intercept):
