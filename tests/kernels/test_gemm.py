@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import jaxqq
+from jaxqq._formats import FORMATS
 from jaxqq._kernels.hopper import dequant_gemm, gemm, launch, pipeline, stream_k
 from jaxqq._kernels.hopper.mainloops.table import PARTS
-from jaxqq._kernels.hopper.tiles import Grid
+from jaxqq._kernels.hopper.tiles import SCALES, Grid, planes_of
 from jaxqq._kernels.hopper.tiles import WideTiles as T
-from tests.support import oracle
+from jaxqq._kernels.hopper.wide_plan import scales_of_row
+from tests.support import interpreter, oracle
 from tests.support.interpreter import interpreted_kernels
 from tests.support.kernels import (
   BF16,
@@ -25,6 +27,7 @@ from tests.support.kernels import (
   FP8_SUMS,
   SMS,
   assert_product,
+  check_every_second_row_nan,
   compiled,
   dequantized,
   e2m1_operand,
@@ -584,8 +587,41 @@ def check_registers(run, which, n, k):
   assert_same_rows(out, want)
 
 
+# Scales in planes, where a last step goes past the end of a row of them.
+ROWS_OF_SCALES = {  # mode, m, n, k, whether x is quantized; mainloop, planes
+  "nvfp4": ("nvfp4", 100, 72, 544, True, "packed_e2m1", 8),
+  "nvfp4 alone": ("nvfp4", 100, 72, 1120, False, "in_order_nvfp4", 8),
+  "mxfp8": ("mxfp8", 100, 72, 832, True, "rebased_e4m3", 8),
+  "mxfp8 alone, two scales a part": ("mxfp8", 100, 200, 928, False, "in_order_mxfp8", 16),
+  "mxfp4 alone": ("mxfp4", 100, 72, 608, False, "in_order_mxfp4", 16),
+}
+
+
+def check_rows_of_scales(run, name):
+  *product, quantize_input, mainloop, count = ROWS_OF_SCALES[name]
+  mode, m, n, k = product
+  fmt, spec = FORMATS[mode], jax.ShapeDtypeStruct
+  w = spec((n, k * fmt.bits // 32), jnp.uint32), spec((n, k // fmt.group_size), jnp.uint8)
+  function = jaxqq.qqmm if quantize_input else jaxqq.quantized_matmul
+  plan = jaxqq.explain(function, spec((m, k), BF16), *w, mode=mode, device="cuda").plan.kernel
+  assert (plan.kernel, plan.mainloop) == ("dequant_gemm", mainloop)
+  of_row = scales_of_row(k, PARTS[mainloop], fp8=plan.fp8)
+  assert planes_of(of_row, SCALES, plan.tiles.block_n).count == count
+  check_every_second_row_nan(run, *product, quantize_input=quantize_input)
+
+
+@pytest.mark.parametrize("name", ROWS_OF_SCALES)
+def test_rows_of_scales_begin_anywhere(name):
+  with interpreter.interpreted():
+    check_rows_of_scales(lambda f, *args: np.asarray(jax.jit(f)(*args)), name)
+
+
 class TestOnGpu:
   pytestmark = on_gpu
+
+  @pytest.mark.parametrize("name", ROWS_OF_SCALES)
+  def test_rows_of_scales_begin_anywhere(self, name):
+    check_rows_of_scales(compiled, name)
 
   @pytest.mark.parametrize("name", GEMMS)
   def test_gemm(self, name):

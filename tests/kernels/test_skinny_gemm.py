@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import code_words
 from jaxqq._kernels.hopper.skinny_gemm import Operands, skinny_gemm
-from jaxqq._kernels.hopper.tiles import BlockDiagonal, KBlock
+from jaxqq._kernels.hopper.tiles import BlockDiagonal, KBlock, planes_of
 from jaxqq._kernels.hopper.tiles import SkinnyTiles as T
 from tests.support import interpreter, oracle, quantizers
 from tests.support.kernels import (
@@ -29,6 +30,7 @@ from tests.support.kernels import (
   FP8_SUMS,
   SMS,
   assert_product,
+  check_every_second_row_nan,
   compiled,
   e2m1_operand,
   interleaved,
@@ -174,40 +176,47 @@ def test_skinny_gemm(name, no_races):
   check_skinny(interpreted, name)
 
 
-# Rows of scales that begin at multiples of 1, 2, 4, 8 and 16 bytes, and of a last block some.
-ROWS_OF_SCALES = (65, 66, 68, 72, 80)
-MAINLOOPS = {
-  "blockdiag": ("nvfp4", 2, True),
-  "sixteens": ("nvfp4", 7, True),
-  "expanded": ("nvfp4", 17, True),
-  "group_sums": ("mxfp8", 5, True),
-  "in_order": ("mxfp8", 3, False),
+# Rows of scales that begin at multiples of 1, 2, 4, 8 and 16 bytes, and of a last block of 256 or
+# 512 of k some.
+ROWS_OF_SCALES = {
+  "blockdiag": ("nvfp4", 2, True, (65, 66, 68, 72, 81, 82, 84, 88, 112)),
+  "sixteens": ("nvfp4", 7, True, (65, 66, 68, 72, 81, 82, 84, 88, 112)),
+  "expanded": ("nvfp4", 17, True, (65, 66, 68, 72, 112)),
+  "group_sums": ("mxfp8", 5, True, (17, 18, 20, 24, 48)),
+  "in_order": ("mxfp8", 3, False, (17, 18, 20, 24, 48)),
 }
 
 
 def check_scales_of_rows(run, mainloop):
-  """Every second row of w is NaN, whose scales follow those of the row before in memory."""
-  mode, m, quantize_input = MAINLOOPS[mainloop]
-  fmt, n = FORMATS[mode], 100
-  rng = np.random.default_rng(m)
-  f = functools.partial(jaxqq.qqmm if quantize_input else jaxqq.quantized_matmul, mode=mode)
-  for count in ROWS_OF_SCALES:
-    k = count * fmt.group_size
-    x = rng.standard_normal((m, k)).astype(BF16)
-    x_hat = oracle.round_trip(x, mode) if quantize_input else x.astype(np.float64)
-    codes, scales = oracle.quantize_codes(rng.standard_normal((n, k)), mode)
-    scales[1::2] = 0xFF if mode == "mxfp8" else 0x7F
-    plan = plan_of(mode, m, n, k, alone=not quantize_input)
+  mode, m, quantize_input, counts = ROWS_OF_SCALES[mainloop]
+  loaded = set()
+  for count in counts:
+    k = count * FORMATS[mode].group_size
+    plan = plan_of(mode, m, 100, k, alone=not quantize_input)
     assert plan.mainloop == mainloop
-    assert plan.scale_planes is None or plan.scale_planes.count == 16 // np.gcd(count, 16)
-    out = run(f, x, oracle.pack(codes, mode), scales)
-    assert_product(out, x_hat, oracle.values(codes, scales, mode), BF16, of_mag=2.0**6)
+    planes = plan.scale_planes
+    assert (planes.count if planes else 1) == 16 // np.gcd(count, 16)
+    loaded |= {planes.loaded} if planes else set()
+    check_every_second_row_nan(run, mode, m, 100, k, quantize_input=quantize_input)
+  assert loaded == ({16, 32} if m < 16 and mode == "nvfp4" else {16})
 
 
-@pytest.mark.parametrize("mainloop", MAINLOOPS)
+@pytest.mark.parametrize("mainloop", ROWS_OF_SCALES)
 def test_rows_of_scales_begin_anywhere(mainloop):
   with interpreter.interpreted():
     check_scales_of_rows(lambda f, *args: np.asarray(jax.jit(f)(*args)), mainloop)
+
+
+@pytest.mark.parametrize("rows", [64, 128, 192, 256])
+def test_planes_of_scales_begin_at_multiples_of_128_bytes(rows):
+  """Where the TMA writes to. Planes of 12 rows did not."""
+  for of_row, loaded in itertools.product(range(1, 100), (16, 32)):
+    planes = planes_of(of_row, loaded, rows)
+    assert (planes is None) == (of_row % 16 == 0)
+    if planes is not None:
+      count, rows_of_plane, width = planes.shape
+      assert count * rows_of_plane >= rows
+      assert rows_of_plane * width % 128 == 0
 
 
 @pytest.mark.parametrize("tiles", [T(2, 2), T(4)], ids=str)
@@ -365,7 +374,7 @@ class TestOnGpu:
   def test_skinny_gemm(self, name):
     check_skinny(compiled, name)
 
-  @pytest.mark.parametrize("mainloop", MAINLOOPS)
+  @pytest.mark.parametrize("mainloop", ROWS_OF_SCALES)
   def test_rows_of_scales_begin_anywhere(self, mainloop):
     check_scales_of_rows(compiled, mainloop)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jaxqq
 from jaxqq._formats import FORMATS
 from jaxqq._kernels import Device, Problem
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
@@ -173,3 +175,15 @@ def assert_product(out, x, w, dtype, *, of_mag=1.0):
 # products and the sum so far may lose 2**-13 of the largest, all together 33 times that. Of long
 # sums less than 2**-12 is left, which `test_on_gpu.py` asks for.
 FP8_SUMS = 33 * 2.0 ** (18 - 13)
+
+
+def check_every_second_row_nan(run, mode, m, n, k, *, quantize_input=True, of_mag=2.0**6):
+  """Their scales follow those of the rows before in memory, and reach no result of theirs."""
+  rng = np.random.default_rng([m, n, k])
+  x = rng.standard_normal((m, k)).astype(BF16)
+  x_hat = oracle.round_trip(x, mode) if quantize_input else x.astype(np.float64)
+  codes, scales = oracle.quantize_codes(rng.standard_normal((n, k)), mode)
+  scales[1::2] = 0x7F if mode == "nvfp4" else 0xFF
+  f = functools.partial(jaxqq.qqmm if quantize_input else jaxqq.quantized_matmul, mode=mode)
+  out = run(f, x, oracle.pack(codes, mode), scales)
+  assert_product(out, x_hat, oracle.values(codes, scales, mode), BF16, of_mag=of_mag)

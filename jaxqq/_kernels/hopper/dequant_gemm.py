@@ -68,9 +68,9 @@ from jaxqq._kernels.hopper.tiles import (
   Grid,
   WideTiles,
   cdiv,
+  planes_of,
   scale_slots,
 )
-from jaxqq._kernels.hopper.tiles import scale_planes as planes_of
 
 TAIL_ROWS = 128  # of x: of a group's last tile, if it has no more
 PING_PONG_ROWS = 192  # of x: from here on, sums to be promoted leave no registers to expand into
@@ -443,7 +443,7 @@ class _Cta:
 
     @pl.when(jnp.logical_not(is_first))
     def _no_scales() -> None:
-      for _ in range(self.kernel.scale_loads):
+      for _ in range(self.kernel.scale_loads):  # in place of each
         plgpu.barrier_arrive(full)
 
   def scales_of(self, ki: Any, tile: Tile) -> tuple[Any, Any, Any]:

@@ -13,15 +13,13 @@ from jax import lax
 from jaxqq import _ragged_reference
 from jaxqq._kernels.hopper import dequant_gemm, gemm, grouped, row_sums, skinny_gemm, staged_gemm
 from jaxqq._kernels.hopper.epilogue import alpha_operand
-from jaxqq._kernels.hopper.mainloops import blockdiag
 from jaxqq._kernels.hopper.mainloops.table import (
   PART_K,
   operand_dtype,
-  packed_operand,
   packed_operands,
+  skinny_mainloops,
 )
 from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
-from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import SHIFTS, code_words
@@ -143,6 +141,7 @@ def product_of_exact(
 
 
 MAINLOOPS = packed_operands()
+SKINNY_MAINLOOPS = skinny_mainloops()
 
 
 def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands, grid: Grid | None = None) -> jax.Array:
@@ -202,13 +201,7 @@ def _unit(plan: SkinnyPlan) -> float:
   problem = plan.problem
   count = (1 + problem.quantize_input) if problem.has_global_scales else 0
   unit = math.prod([1 / problem.fmt.largest_value] * count)
-  if plan.mainloop == "blockdiag":
-    return unit * blockdiag.UNIT
-  if plan.mainloop == "sixteens":
-    return unit * 2.0 ** (0 if problem.fmt.scale_is_power_of_two else E2M1_UNIT)
-  if plan.mainloop in ("expanded", "in_order"):
-    return unit * 2.0 ** MAINLOOPS[packed_operand(problem)].unit_exponent
-  return unit
+  return unit * SKINNY_MAINLOOPS[plan.mainloop].unit(problem)
 
 
 def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
@@ -253,7 +246,7 @@ def _skinny_x(
     fmt,
     global_scale,
     dtype=operand_dtype(plan.problem),
-    interleave=plan.mainloop in ("expanded", "quantized"),
+    interleave=SKINNY_MAINLOOPS[plan.mainloop].interleaved,
     rows=rows,
     config=TuningConfig(tiles_per_step=1),
   )
@@ -302,8 +295,9 @@ def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) ->
   own, k = plan.of_group, plan.problem.k
   if operands.scales is None:
     return operands
-  n = plan.problem.n
-  prepares_w, prepares_scales = n % 8 != 0, n % TMA_BYTES != 0
+  n, of_row = plan.problem.n, operands.scales.shape[-1]
+  prepares_w = n % 8 != 0
+  prepares_scales = n % max(8, TMA_BYTES // math.gcd(of_row, TMA_BYTES)) != 0  # `ScalePlanes`
   if isinstance(own, WidePlan):
     prepares_w |= not own.fp8 and k % row_unit(own.problem.fmt) != 0
     prepares_scales |= prepares_w or own.fp8
@@ -361,7 +355,8 @@ def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> ja
   own = plan.of_group
   problem = own.problem
   x_hat = round_trip(x[0][:, None], problem.fmt, of_rows)[:, 0].astype(operand_dtype(problem))
-  if own.mainloop in ("expanded", "packed_e2m1"):  # interleaved
+  mainloop = (SKINNY_MAINLOOPS | MAINLOOPS).get(own.mainloop)
+  if mainloop is not None and mainloop.interleaved:
     x_hat = jnp.swapaxes(x_hat.reshape(x_hat.shape[0], -1, 8, 8), -1, -2)
   return x_hat.reshape(1, *x.shape[1:])
 

@@ -60,10 +60,24 @@ from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
+from jaxqq._kernels.problem import Problem
 
 
 class Mainloop(Protocol):
-  """How a warpgroup adds one block of k to its sums."""
+  """How a warpgroup adds one block of k to its sums.
+
+  Attributes:
+    interleaved: whether x is to be, in every 64 of k (`ptx/expand.py`).
+    by_warps: whether a warp has an instruction of its own (`ptx/mma.py`). Then rows of w are in the
+      order of `layouts.even_rows_first`, and in groups a tile of fewer rows of x takes less time.
+  """
+
+  interleaved: bool
+  by_warps: bool
+
+  @staticmethod
+  def unit(problem: Problem) -> float:
+    """What its sums are to be multiplied by, global scales apart."""
 
   @staticmethod
   def add(cta: Any, sums: list[Any], stage: Any, scales: Any, rows: int, is_last: Any) -> list[Any]:
@@ -73,10 +87,10 @@ class Mainloop(Protocol):
       cta: the kernel's `_Cta`.
       sums: (64, padded_m), for each 64 rows of w.
       stage: of both operands.
-      scales: for each 64 rows of w their words, of `scale_planes`; None where rows are 16 bytes
-        apart.
-      rows: of x that the tile has, rounded up to a multiple of 8. Only `sixteens` multiplies fewer
-        than padded_m; the other columns of its sums stay zero.
+      scales: for each 64 rows of w their words, of `scale_planes`; None where rows are a multiple
+        of 16 bytes apart.
+      rows: of x that the tile has, rounded up to a multiple of 8. Fewer than padded_m only where it
+        is `by_warps`; the other columns of the sums stay zero.
       is_last: whether it is k's last block, which may go past the end.
     """
 
@@ -399,7 +413,7 @@ class _Cta:
         count // 4,
         planes,
         left=left,
-        even_first=self.plan.mainloop == "sixteens",
+        even_first=self.kernel.mainloop.by_warps,
       )
       for half in self.halves
     ]
@@ -409,11 +423,11 @@ class _Cta:
   def own_sums(self, t: Any) -> list[Any]:
     """What a warpgroup's blocks of a tile add up to.
 
-    In groups, `sixteens` has a program for every 8 rows up to padded_m: a tile of fewer rows takes
-    less time.
+    In groups, by instructions of warps, there is a program for every 8 rows up to padded_m: a tile
+    of fewer rows takes less time.
     """
     eights, tile = self.plan.padded_m // 8, self.walk.tile(t)
-    if self.plan.mainloop != "sixteens" or not isinstance(tile, GroupTile) or eights == 1:
+    if not self.kernel.mainloop.by_warps or not isinstance(tile, GroupTile) or eights == 1:
       return self.own_sums_of(t, self.plan.padded_m)
     branches = [functools.partial(self.own_sums_of, t, 8 * (i + 1)) for i in range(eights)]
     return lax.switch(lax.div(tile.rows - 1, jnp.int32(8)), branches)
@@ -522,7 +536,7 @@ class _Cta:
     if blockdiag is not None:
       sums = blockdiag_sum(sums, blockdiag.rows, blockdiag.k_blocks_per_acc)
       layout = ONE_OF_FOUR
-    if self.plan.mainloop == "sixteens":
+    if kernel.mainloop.by_warps:
       sums, layout = mma.relabel(sums), mma.SUMS
     out = sums * np.float32(kernel.unit)
     scales = [s for s in (gmem.global_scale_x, gmem.global_scale_w) if s is not None]

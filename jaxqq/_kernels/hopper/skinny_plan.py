@@ -22,9 +22,9 @@ from jaxqq._kernels.hopper.tiles import (
   ScalePlanes,
   SkinnyTiles,
   cdiv,
+  planes_of,
   power_of_two_from,
   scale_bytes,
-  scale_planes,
 )
 from jaxqq._kernels.hopper.wide_plan import wide_plan
 from jaxqq._kernels.plan import Device, Unsupported
@@ -203,7 +203,7 @@ def _k_block(problem: Problem, mainloop: str) -> KBlock:
 def _scale_planes(problem: Problem, block: KBlock, block_n: int) -> ScalePlanes | None:
   if block.group_size is None or not _in_rows(problem, block):
     return None
-  return scale_planes(problem.k // block.group_size, block.scales, block_n)
+  return planes_of(problem.k // block.group_size, block.scales, block_n)
 
 
 def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:

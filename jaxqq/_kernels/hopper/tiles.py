@@ -152,7 +152,7 @@ class ScalePlanes:
 
   @property
   def count(self) -> int:
-    """Planes: rows that begin at another multiple of 16 bytes."""
+    """Planes: sets of rows, each of which begin at the same rest of 16 bytes."""
     return TMA_BYTES // math.gcd(self.of_row, TMA_BYTES)
 
   @property
@@ -166,8 +166,8 @@ class ScalePlanes:
     return self.count, 8 * cdiv(self.rows, 8 * self.count), self.width
 
 
-def scale_planes(of_row: int, loaded: int, rows: int) -> ScalePlanes | None:
-  """None where rows are 16 bytes apart."""
+def planes_of(of_row: int, loaded: int, rows: int) -> ScalePlanes | None:
+  """None where rows are a multiple of 16 bytes apart."""
   return ScalePlanes(of_row, loaded, rows) if of_row % TMA_BYTES else None
 
 

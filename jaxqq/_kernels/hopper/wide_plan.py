@@ -17,7 +17,7 @@ import jax
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.checks import check_fp8, check_product, for_sms
 from jaxqq._kernels.hopper.costs import CLUSTERS, GEMM, STREAM_K_GAIN, Timed
-from jaxqq._kernels.hopper.mainloops.table import PART_K, PARTS, packed_operand
+from jaxqq._kernels.hopper.mainloops.table import PART_K, PARTS, Part, packed_operand
 from jaxqq._kernels.hopper.tiles import (
   DEALT_STEPS,
   DEQUANT_STORE,
@@ -31,9 +31,9 @@ from jaxqq._kernels.hopper.tiles import (
   Grid,
   WideTiles,
   cdiv,
+  planes_of,
   power_of_two_up_to,
   scale_bytes,
-  scale_planes,
   scale_slots,
 )
 from jaxqq._kernels.plan import Device
@@ -95,7 +95,7 @@ class WidePlan:
       "x": self.mainloop == "packed_e2m1" and k % PART_K,
       "w": k % row_unit(fmt),
       "scales": k % row_unit(fmt)
-      or (self.fp8 and scales_of_row(k, fmt.group_size, fp8=True) != k // fmt.group_size),
+      or (self.fp8 and scales_of_row(k, PARTS[self.mainloop], fp8=True) != k // fmt.group_size),
     }
     names = [name for name, is_copied in copied.items() if is_copied]
     return f", {' and '.join(names)} padded along K by XLA" if names else ""
@@ -279,8 +279,8 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
     if part.scales:
       steps, of_block = cdiv(k, tiles.parts * part.k), SCALES // (tiles.parts * part.scales)
       slots = scale_slots(steps, of_block, stages, stream_k=tiles.stream_k)
-      of_row = scales_of_row(k, part.k // part.scales, fp8=mainloop == "rebased_e4m3")
-      planes = scale_planes(of_row, SCALES, block_n)
+      of_row = scales_of_row(k, part, fp8=mainloop == "rebased_e4m3")
+      planes = planes_of(of_row, SCALES, block_n)
       scales = slots * scale_bytes(planes, SCALES, block_n)
     loads = stages * tiles.parts * (128 * block_m + part.bytes * block_n)
     return loads + scales + from_cluster + store_stages * piece
@@ -297,9 +297,10 @@ def row_unit(fmt: Format) -> int:
   return 8 * TMA_BYTES // fmt.bits
 
 
-def scales_of_row(k: int, group_size: int, *, fp8: bool) -> int:
+def scales_of_row(k: int, part: Part, *, fp8: bool) -> int:
   """Bytes of a row of scales as `dequant_gemm` takes them; of fp8 what rescales codes."""
-  count = cdiv(k, group_size)
+  group_size, unit = part.k // part.scales, TMA_BYTES * part.k // part.bytes
+  count = cdiv(cdiv(k, unit) * unit, group_size)  # w is padded to whole rows, and scales with it
   return cdiv(count, 4) * 4 if fp8 and (count % 2 or count <= 2) else count
 
 

@@ -27,6 +27,7 @@ from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.expand import E4M3, e2m1_to_e4m3
 from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW_BYTES
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_scales, scale_words
+from jaxqq._kernels.problem import Problem
 
 UNIT = 2.0**12  # codes become e4m3 numbers of 2**-6 their value, of both operands: this undoes it
 _WORDS = 16  # packed words of a row that are expanded at once, 128 codes
@@ -34,6 +35,14 @@ _WORDS = 16  # packed words of a row that are expanded at once, 128 codes
 
 class BlockDiagonalX:
   """Steps of 128 of k, four blocks of 32."""
+
+  interleaved = False
+  by_warps = False
+
+  @staticmethod
+  def unit(problem: Problem) -> float:
+    del problem
+    return UNIT
 
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:

@@ -9,6 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 from jaxqq._kernels.hopper.mainloops.packed_e2m1 import PackedE2M1
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.scales import fourths_of_words
+from jaxqq._kernels.problem import Problem
 
 
 def add_step(cta: Any, sums: Any, a: Any, stage: Any, step: int) -> Any:
@@ -24,6 +25,14 @@ def add_step(cta: Any, sums: Any, a: Any, stage: Any, step: int) -> Any:
 
 class Expanded:
   """Steps of 64 of k."""
+
+  interleaved = True
+  by_warps = False
+
+  @staticmethod
+  def unit(problem: Problem) -> float:
+    del problem
+    return 2.0**PackedE2M1.unit_exponent
 
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:

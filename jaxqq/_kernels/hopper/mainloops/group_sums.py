@@ -14,6 +14,7 @@ from jax import lax
 from jaxqq._kernels.hopper import epilogue
 from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.scales import scale_words
+from jaxqq._kernels.problem import Problem
 
 GROUPS = wgmma.STEP_BYTES // 32  # in a step
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
@@ -21,6 +22,14 @@ _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
 class GroupSums:
   """Steps of 128 of k, four groups."""
+
+  interleaved = False
+  by_warps = False
+
+  @staticmethod
+  def unit(problem: Problem) -> float:
+    del problem
+    return 1.0
 
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:

@@ -16,6 +16,7 @@ from jaxqq._kernels.hopper.ptx import wgmma
 from jaxqq._kernels.hopper.ptx.layouts import whole_rows
 from jaxqq._kernels.hopper.ptx.loads import load_words_of_rows
 from jaxqq._kernels.hopper.ptx.scales import bytes_of_words
+from jaxqq._kernels.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,13 @@ class InOrderOperand:
 
 class InOrder:
   """Steps of 64 of k, of `skinny_gemm`: the next operand is made while one is multiplied."""
+
+  interleaved = False
+  by_warps = False
+
+  @staticmethod
+  def unit(problem: Problem) -> float:
+    return 2.0 ** packed_operands()[packed_operand(problem)].unit_exponent
 
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:

@@ -23,6 +23,7 @@ from jaxqq._kernels.hopper.ptx import rounding
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS, layout_of
 from jaxqq._kernels.hopper.quantize.codes import amax_bits_of, scales_of, values_of
+from jaxqq._kernels.problem import Problem
 
 STEP_K = 64
 _THREAD_K = 16  # neighbours that a thread has of a row
@@ -37,6 +38,14 @@ _NUMBERS = plgpu.Layout.TILED(
 
 class Quantized:
   """Steps of 64 of k."""
+
+  interleaved = True
+  by_warps = False
+
+  @staticmethod
+  def unit(problem: Problem) -> float:
+    del problem
+    return 1.0
 
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:

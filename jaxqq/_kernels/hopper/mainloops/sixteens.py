@@ -19,13 +19,22 @@ from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper.ptx import expand_sixteens as expand
 from jaxqq._kernels.hopper.ptx import mma
+from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.ptx.layouts import ROWS
 from jaxqq._kernels.hopper.ptx.scales import scale_words_of_even_rows
 from jaxqq._kernels.hopper.tiles import cdiv
+from jaxqq._kernels.problem import Problem
 
 
 class Sixteens:
   """Two steps of 64 of k at a time."""
+
+  interleaved = False
+  by_warps = True
+
+  @staticmethod
+  def unit(problem: Problem) -> float:
+    return 2.0 ** (0 if problem.fmt.scale_is_power_of_two else E2M1_UNIT)
 
   @staticmethod
   def add(cta: Any, sums: Any, stage: Any, scales: Any, rows: int, is_last: Any) -> Any:

@@ -80,7 +80,7 @@ def words(
     count: of words.
     planes: of the tile.
     left: int32, how many scales a row has from there on; the others become zeros. None: enough.
-    unit: if not of 4, words do not begin at multiples of 4 bytes.
+    unit: what the column is a multiple of; below 4, words are put together of two.
     even_first: rows are in the order of `layouts.even_rows_first`, labelled as if they were not.
   """
   row, column = jnp.int32(row), jnp.int32(column)
@@ -136,6 +136,7 @@ def _words_of_row(
     return [word(start, i) for i in range(count)]
   shift = arith.shli(arith.andi(start, constant(3)), constant(3))
   aligned = arith.andi(start, constant(0xFFFFFFFC))
+  # The last one may be behind what was loaded of a row, and then no byte of it is asked for.
   parts = [word(aligned, i) for i in range(count + 1)]
   shifted = "shf.r.wrap.b32 $0, $1, $2, $3;"
   return [word_asm(shifted, *pair, shift) for pair in itertools.pairwise(parts)]

@@ -131,7 +131,10 @@ def count_up_to(a: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def take(a: jax.Array, index: Any) -> jax.Array:
-  """a[index], of an int32 or of an array in the layout ONE_EACH. An index above 127 is as that."""
+  """a[index], of an int32 or of an array in the layout ONE_EACH. An index above 127 is as that.
+
+  Of a negative index it is any entry.
+  """
   index = jnp.minimum(index, jnp.int32(SIZE - 1))
   if interpreting():
     return a[index]
