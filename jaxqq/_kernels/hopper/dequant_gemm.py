@@ -461,9 +461,8 @@ class _Cta:
     groups, steps = self.kernel.step_groups, self.steps_of(tile)
     stage = pipeline.stage_of(steps.before, self.tiles.num_stages)
     slot = lax.rem(steps.blocks_before, jnp.int32(self.kernel.slots))
-    first, left = steps.first * groups, self.kernel.scales_left
-    if left is not None:
-      left = jnp.int32(left - first)
+    first, of_row = steps.first * groups, self.kernel.scales_left
+    left = None if of_row is None else jnp.int32(of_row - first)
     return Place(stage, slot, lax.rem(first, jnp.int32(SCALES)), left)
 
   def place_after(self, place: Place) -> Place:
