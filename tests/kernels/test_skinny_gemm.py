@@ -350,6 +350,18 @@ def test_a_split_product_is_lowered_with_its_kernels(mode, split_k):
 
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize(("m", "k"), [(1, 4096), (3, 4096), (3, 1088), (9, 1088)])
+def test_few_rows_as_they_are_are_lowered(mode, m, k):
+  """x has fewer rows than are loaded, which JAX 0.12 refused."""
+  fmt, spec = FORMATS[mode], jax.ShapeDtypeStruct
+  w = spec((264, k * fmt.bits // 32), jnp.uint32), spec((264, k // fmt.group_size), jnp.uint8)
+  traced = jax.jit(functools.partial(jaxqq.quantized_matmul, mode=mode)).trace(
+    spec((m, k), jnp.bfloat16), *w
+  )
+  assert "jaxqq_skinny_gemm" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 @pytest.mark.parametrize(
   ("n", "k", "cluster"),
   [(91, 4096, 4), (1024, 8192, 4), (2048, 8192, 2), (4096, 4096, 2), (8192, 8192, 1)],

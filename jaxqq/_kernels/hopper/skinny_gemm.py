@@ -363,7 +363,12 @@ class _Cta:
       scale_planes.load(of_matrix, first_row, ki * count, smem.scales.at[stage], full, planes)
     elif smem.scales is not None:
       copy(gmem.scales, rows, count, smem.scales)
-    x_rows = pl.ds(tile.first if isinstance(tile, GroupTile) else 0, self.plan.padded_m)
+    first_of_x: Any = 0
+    if isinstance(tile, GroupTile):
+      first_of_x = tile.first
+    elif jax.__version_info__ >= (0, 12) and self.plan.padded_m > gmem.x.shape[1]:
+      first_of_x = tile.n * 0  # JAX 0.12 refuses rows past the end from a number on that it knows
+    x_rows = pl.ds(first_of_x, self.plan.padded_m)
     if kernel.quantizer is None:
       copy(gmem.x, x_rows, kernel.x_columns, smem.x)
     if gmem.x_scales is not None and isinstance(tile, GroupTile):
