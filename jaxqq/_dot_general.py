@@ -191,6 +191,15 @@ class DotGeneral:
       check_bool(function, "quantize_input", self.quantize_input)
       self._check_backward(self.quantize_input)
 
+  def _in_mode(self, mode: Mode, global_scale: GlobalScale) -> DotGeneral:
+    """The same in a layer's own mode; a recipe is not for other modes."""
+    return dataclasses.replace(
+      self,
+      mode=mode,
+      global_scale=global_scale if FORMATS[mode].has_global_scale else None,
+      recipe=self.recipe if mode == self.mode else None,
+    )
+
   def _take_recipe(self) -> None:
     """The recipe itself, and what it means for a packed rhs."""
     if self.recipe is None:

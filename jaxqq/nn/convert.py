@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxqq._checks import check_bool, check_format
 from jaxqq._dot_general import DotGeneral
-from jaxqq._formats import FORMATS, Mode
+from jaxqq._formats import Mode
 from jaxqq._given import DEFAULT_MODE
 from jaxqq._global_scales import DEFAULT, GlobalScale
 from jaxqq._gradient import Backward
@@ -318,19 +318,11 @@ class _Conversion(Replacement):
       _check_shared(FUNCTION, model, ways)
 
   def dot_general_in(self, mode: Mode, kind: type) -> DotGeneral:
-    scale = self.global_scale if FORMATS[mode].has_global_scale else None
-    recipe = self.dot_general.recipe if mode == self.dot_general.mode else None
-    backward = self.dot_general.backward
+    own = self.dot_general._in_mode(mode, self.global_scale)
+    recipe, backward = own.recipe, own.backward
     if kind is QQExpertLinear and isinstance(recipe, Recipe):  # then it is that of a mode
       (_, backward), recipe = recipe.as_mode() or (mode, backward), None
-    return dataclasses.replace(
-      self.dot_general,
-      mode=mode,
-      backward=backward,
-      global_scale=scale,
-      function=kind.__name__,
-      recipe=recipe,
-    )
+    return dataclasses.replace(own, backward=backward, function=kind.__name__, recipe=recipe)
 
   def layer(self, path: str, node: nnx.Module) -> nnx.Module:
     """The layer converted, or as it is, and its row of the report."""

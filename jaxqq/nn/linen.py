@@ -252,22 +252,13 @@ def quantized_apply(
     if dot_general is on_the_fly:
       chosen = True if predicate is None else predicate(".".join(layer.path), layer)
       if isinstance(chosen, str):
-        dot_general = in_mode(dot_general, chosen)
+        mode_of_layer = check_format(function, chosen, None, None).mode
+        dot_general = dot_general._in_mode(mode_of_layer, global_scale)
       if not chosen or plan.kernel.why_not(kernel, dot_general.mode) is not None:
         return next_method(*args, **kwargs)
     inputs, _ = arguments(*args, **kwargs)
     bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
     return plan.apply(dot_general, layer, inputs, kernel, bias)
-
-  def in_mode(dot_general: DotGeneral, mode: str) -> DotGeneral:
-    """A layer's own; a recipe is not for other modes."""
-    fmt = check_format(function, mode, None, None)
-    return dataclasses.replace(
-      dot_general,
-      mode=fmt.mode,
-      global_scale=global_scale if fmt.has_global_scale else None,
-      recipe=dot_general.recipe if fmt.mode == dot_general.mode else None,
-    )
 
   def apply(*args: Any, **kwargs: Any) -> Any:
     with linen.intercept_methods(intercept):
