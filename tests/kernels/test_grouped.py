@@ -261,8 +261,8 @@ def test_few_rows(name):
 
 
 MANY = {
-  "nvfp4, rows of scales that are not 16 bytes apart": rows_in_groups("nvfp4", 544, m=40, groups=2),
-  "mxfp8, rows of scales that are not 16 bytes apart": rows_in_groups("mxfp8", 576, m=76, groups=2),
+  "nvfp4, scales in planes": rows_in_groups("nvfp4", 544, m=40, groups=2),
+  "mxfp8, scales in planes": rows_in_groups("mxfp8", 576, m=76, groups=2),
   "nvfp4": rows_in_groups("nvfp4", 96, m=76, groups=2, scales="of groups"),
   "nvfp4, tiles of 24 rows": rows_in_groups("nvfp4", 512, m=40, groups=2, n=200),
   "nvfp4, float32": rows_in_groups("nvfp4", 64, m=76, groups=2, x_dtype="float32"),

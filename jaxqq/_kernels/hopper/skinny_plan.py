@@ -231,7 +231,8 @@ def _skinny_tiles(
     stage = block_n * 4 * block.words + scales + x_bytes
     sums = (workers - (cluster == 1)) * block_n * padded_m * 4
     stages = (SHARED_MEMORY - sums) // stage // workers * workers
-    if stages == 0 or (block_n > ROWS and stages == 4 == workers):
+    waits = block_n > ROWS and stages == workers == 4  # four warpgroups, a stage each
+    if stages == 0 or waits:
       return None
     if cluster > 1:
       tiles = problem.batch * cdiv(problem.n, block_n)
@@ -244,6 +245,6 @@ def _skinny_tiles(
 
   choices = [(ROWS, workers, cluster) for cluster in (4, 2, 1) for workers in (4, 2)]
   if problem.in_groups and mainloop == "sixteens" and problem.n > ROWS:
-    # With two warpgroups where four would wait for the only stage that each has.
+    # Where four warpgroups would wait for the only stage that each has, two are faster.
     choices = [(2 * ROWS, 4, 1), (2 * ROWS, 2, 1), *choices]
   return next(tiles for choice in choices if (tiles := tiles_of(*choice)) is not None)
