@@ -18,7 +18,7 @@ if jax.__version_info__ < (0, 11):
 
 from jaxqq._kernels.hopper.quantize import columns, exact, groups, rebased
 from jaxqq._kernels.hopper.quantize import packed as kernels
-from tests.support.kernels import on_gpu
+from tests.support.kernels import interleaved, on_gpu
 from tests.support.quantizers import (
   MX,
   check_rebased,
@@ -105,7 +105,7 @@ def check_exact(run, case, a, dtype="bfloat16", exact_operand=exact.exact_operan
   with np.errstate(over="ignore"):
     want = oracle.values(*oracle.quantize_codes(a, mode, g), mode).astype(oracle.DTYPES[dtype])
   if kwargs.get("interleave"):
-    want = want.reshape(-1, 8, 8).swapaxes(1, 2).reshape(want.shape)
+    want = interleaved(want)
   assert out.dtype == want.dtype
   np.testing.assert_array_equal(out.astype(np.float32), want.astype(np.float32))
 

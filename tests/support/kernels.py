@@ -54,8 +54,12 @@ def compiled(f, *args):
 
 
 def interleaved(x):
-  """Elements 8j + i of every 64 along k at 8i + j."""
-  return x.reshape(*x.shape[:-1], -1, 8, 8).swapaxes(-1, -2).reshape(x.shape)
+  """Elements 16q + 8w + 4h + 2e + o of every 64 along k at 32h + 16w + 8o + 2q + e."""
+  order = np.empty(64, int)
+  for k in range(64):
+    q, w, h, e, o = k // 16, k // 8 % 2, k // 4 % 2, k // 2 % 2, k % 2
+    order[32 * h + 16 * w + 8 * o + 2 * q + e] = k
+  return x.reshape(*x.shape[:-1], -1, 64)[..., order].reshape(x.shape)
 
 
 def dequantized(mode, codes, scales):

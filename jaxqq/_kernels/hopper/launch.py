@@ -20,6 +20,7 @@ from jaxqq._kernels.hopper.mainloops.table import (
   skinny_mainloops,
 )
 from jaxqq._kernels.hopper.pipeline import GroupTiles, pad_rows, rounded_up
+from jaxqq._kernels.hopper.ptx.layouts import interleaved
 from jaxqq._kernels.hopper.quantize import columns
 from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import SHIFTS, code_words
@@ -357,7 +358,7 @@ def _quantized_by_rows(plan: RaggedPlan, x: jax.Array, of_rows: jax.Array) -> ja
   x_hat = round_trip(x[0][:, None], problem.fmt, of_rows)[:, 0].astype(operand_dtype(problem))
   mainloop = (SKINNY_MAINLOOPS | MAINLOOPS).get(own.mainloop)
   if mainloop is not None and mainloop.interleaved:
-    x_hat = jnp.swapaxes(x_hat.reshape(x_hat.shape[0], -1, 8, 8), -1, -2)
+    x_hat = interleaved(x_hat)
   return x_hat.reshape(1, *x.shape[1:])
 
 

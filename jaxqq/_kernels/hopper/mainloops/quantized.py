@@ -4,8 +4,8 @@ A step of 64 rows and 64 of k goes from shared memory to code * scale, exact in 
 or bfloat16 (e4m3).
 
 Thread q = 0..3 of a row's four holds 16 neighbours of k: all of an nvfp4 group, or half of one of
-32. Its register i of the operand pairs elements i and 8 + i, so that nothing moves between
-threads, and x is interleaved as for packed codes (`ptx/expand.py`): k = 8j + i at 8i + j.
+32. A register of the operand pairs two of them, so that nothing moves between threads, and x is
+interleaved as for packed codes (`ptx/expand.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxqq._kernels.hopper.mainloops.expanded import add_step
 from jaxqq._kernels.hopper.mainloops.table import exact_dtype
 from jaxqq._kernels.hopper.ptx import rounding
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ROWS, layout_of
+from jaxqq._kernels.hopper.ptx.layouts import ROWS, interleaved, layout_of
 from jaxqq._kernels.hopper.quantize.codes import amax_bits_of, scales_of, values_of
 from jaxqq._kernels.problem import Problem
 
@@ -67,8 +67,8 @@ def quantized_tile(ref: Any, fmt: Format, global_scale: Any) -> Any:
     a = ref[...]
     grouped = a.astype(jnp.float32).reshape(ROWS, groups, 2, -1)
     scales = scales_of(amax_bits_of(grouped), fmt, global_scale, a.dtype)
-    values = values_of(grouped, scales, fmt).reshape(ROWS, 8, 8).swapaxes(1, 2)
-    return values.reshape(ROWS, STEP_K).astype(dtype)
+    values = values_of(grouped, scales, fmt).reshape(ROWS, STEP_K)
+    return interleaved(values).astype(dtype)
   lanes = fmt.group_size // _THREAD_K
   replicated = (plgpu.Replicated(lanes),) if lanes > 1 else ()
   layout = layout_of(groups, 1, (-3, -2, *replicated))  # threads that share a group hold the same

@@ -5,8 +5,8 @@ lane q = 0..3 of the row's four has in each block of 32 bytes of k (the layouts 
 WGMMA_8BIT). The order along k is free, as long as x has the same. It is chosen so that each thread
 loads the words it needs with few instructions, and needs few scales.
 
-    e2m1_to_float16     thread q holds words 2q and 2q + 1 of 64 codes: one group of 16. Register i
-    (1.8 a code)        pairs nibble i of both, so x is interleaved: k = 8j + i at 8i + j.
+    e2m1_to_float16     thread q holds words 2q and 2q + 1 of 64 codes: one group of 16. A register
+    (1.9 a code)        pairs every other code of half a word, so x is `layouts.interleaved`.
     rebase_e4m3         thread q holds words 4b + q: register b is a word, rebased to the largest
     (1.6 a code)        exponent of its row. x is in order.
     e2m1_to_e4m3        thread q holds words 4b + q: register b has a word's odd codes, b + 1 its
@@ -18,6 +18,7 @@ written on MLIR values.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -29,7 +30,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, layout_of
+from jaxqq._kernels.hopper.ptx.layouts import ONE_OF_FOUR, ROW, ROWS, interleaved, layout_of
 from jaxqq._kernels.hopper.ptx.registers import (
   asm,
   constant,
@@ -63,48 +64,64 @@ def e2m1_to_float16(words: Any, scales: Any) -> Any:
   """Words (64, 8) in the layout WGMMA times 2**-6 and scales (64, 4), e4m3: float16 (64, 64)."""
   dtype = jnp.dtype(jnp.float16)
   if interpreting():
-    values = e2m1_as_e4m3(codes_of_words(words, 4))
-    return _interleaved(values, lax.bitcast_convert_type(scales, E4M3), dtype)
+    values = e2m1_as_e4m3(codes_of_words(words, 4)).reshape(ROWS, scales.shape[1], -1)
+    factors = lax.bitcast_convert_type(scales, E4M3).astype(jnp.float32)
+    values = values.astype(jnp.float32) * factors[..., None]
+    return interleaved(values.reshape(ROWS, -1)).astype(dtype)
   return left_operand(_e2m1_to_float16, (words, scales), (plgpu.Layout.WGMMA, ONE_OF_FOUR), dtype)
 
 
 def _e2m1_to_float16(words: Any, scales: Any) -> list[Any]:
-  """Register (i, half): nibble i of a row's two words, as float16 times the group's scale."""
+  """Register (h, w, o), half: of word w's half h the codes o and 2 + o, times the group's scale."""
   registers: list[Any] = [None] * 16
+  of_both_rows = [vector.extract(s, [], [0]) for s in scales.registers.flat]
   i32 = ir.IntegerType.get_signless(32)
+  factors = word_asm(
+    """{
+      .reg .b32 both;
+      .reg .b16 bytes;
+      prmt.b32 both, $1, $2, 0x0040;
+      cvt.u16.u32 bytes, both;
+      cvt.rn.f16x2.e4m3x2 $0, bytes;
+    }""",
+    *(arith.extui(i32, scale) for scale in of_both_rows),
+  )
   for half in range(2):
-    pair = words.registers.flat[half]
-    a, b = (vector.extract(pair, [], [j]) for j in range(2))
-    scale = arith.extui(i32, vector.extract(scales.registers.flat[half], [], [0]))
-    scale = word_asm(
-      """{
-        .reg .b32 twice;
-        .reg .b16 bytes;
-        prmt.b32 twice, $1, 0, 0x4400;
-        cvt.u16.u32 bytes, twice;
-        cvt.rn.f16x2.e4m3x2 $0, bytes;
-      }""",
-      scale,
-    )
-    for word in range(2):  # bytes of a and of b in turn
-      zipped = word_asm(f"prmt.b32 $0, $1, $2, {'0x5140' if word == 0 else '0x7362'};", a, b)
-      for odd, numbers in enumerate(reversed(_e2m1_word_to_e4m3(zipped))):
-        for byte in range(2):
-          i = 4 * word + 2 * byte + odd
-          registers[2 * i + half] = _e4m3_pair(numbers, byte, scale)
+    factor = Factor(factors, ("low", "high")[half])
+    for w in range(2):
+      word = vector.extract(words.registers.flat[half], [], [w])
+      for odd, numbers in zip((1, 0), _e2m1_word_to_e4m3(word), strict=True):
+        for h in range(2):
+          registers[2 * (4 * h + 2 * w + odd) + half] = _e4m3_pair(numbers, h, factor)
   return registers
 
 
-def _e4m3_pair(word: Any, half: int, factor: Any) -> Any:
-  """Two e4m3 numbers of a word as float16, times a pair of factors."""
-  text = f"""{{
+@dataclasses.dataclass(frozen=True)
+class Factor:
+  """What codes are multiplied by: one of two floats in a register."""
+
+  pair: Any
+  half: str  # low or high
+
+  def used_by(self, text: str, operand: str) -> str:
+    """Assembly in which `factor` is that float twice; an instruction that takes it can do so."""
+    return f"""{{
     .reg .b16 low, high;
-    .reg .b32 pair;
-    mov.b32 {{low, high}}, $1;
-    cvt.rn.f16x2.e4m3x2 pair, {("low", "high")[half]};
-    mul.rn.f16x2 $0, pair, $2;
+    .reg .b32 factor;
+    mov.b32 {{low, high}}, {operand};
+    mov.b32 factor, {{{self.half}, {self.half}}};{text}
   }}"""
-  return word_asm(text, word, factor)
+
+
+def _e4m3_pair(word: Any, half: int, factor: Factor) -> Any:
+  """Two e4m3 numbers of a word as float16, times a factor."""
+  text = f"""
+    .reg .b16 first, second;
+    .reg .b32 pair;
+    mov.b32 {{first, second}}, $1;
+    cvt.rn.f16x2.e4m3x2 pair, {("first", "second")[half]};
+    mul.rn.f16x2 $0, pair, factor;"""
+  return word_asm(factor.used_by(text, "$2"), word, factor.pair)
 
 
 # e4m3 to e4m3
@@ -213,10 +230,3 @@ def e2m1_as_e4m3(codes: Any) -> Any:
   """Of 2**-6 their value."""
   numbers = ((codes & np.uint32(8)) << np.uint32(4)) | ((codes & np.uint32(7)) << np.uint32(2))
   return lax.bitcast_convert_type(numbers.astype(jnp.uint8), E4M3)
-
-
-def _interleaved(values: Any, factors: Any, dtype: Any) -> Any:
-  """Values (64, 64) times the factors of their groups, with k = 8j + i at 8i + j."""
-  grouped = values.reshape(ROWS, factors.shape[1], -1).astype(jnp.float32)
-  values = (grouped * factors.astype(jnp.float32)[..., None]).reshape(ROWS, 8, 8).swapaxes(1, 2)
-  return values.reshape(ROWS, 64).astype(dtype)

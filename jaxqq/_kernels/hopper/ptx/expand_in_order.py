@@ -14,7 +14,6 @@ In brackets: instructions.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,13 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from jaxqq._kernels.hopper.ptx.expand import E4M3, codes_of_words, e2m1_as_e4m3, left_operand
+from jaxqq._kernels.hopper.ptx.expand import (
+  E4M3,
+  Factor,
+  codes_of_words,
+  e2m1_as_e4m3,
+  left_operand,
+)
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS, whole_rows
 from jaxqq._kernels.hopper.ptx.registers import constant, lane_of_row, word_asm
@@ -71,23 +76,6 @@ IN_ORDER: dict[np.dtype, Callable[[Any, Any, Any], Any]] = {
 
 
 # On MLIR values
-
-
-@dataclasses.dataclass(frozen=True)
-class Factor:
-  """Of a group: one of two floats in a register."""
-
-  pair: Any
-  half: str  # low or high
-
-  def used_by(self, text: str, operand: str) -> str:
-    """Assembly in which `factor` is that float twice; an instruction that takes it can do so."""
-    return f"""{{
-    .reg .b16 low, high;
-    .reg .b32 factor;
-    mov.b32 {{low, high}}, {operand};
-    mov.b32 factor, {{{self.half}, {self.half}}};{text}
-  }}"""
 
 
 _PLACES = {  # of a code in a float: kind of a pair of them, shift and mask

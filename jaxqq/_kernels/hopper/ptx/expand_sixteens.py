@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxlib.mlir.dialects import arith, vector
 
+from jaxqq._kernels.hopper.ptx.expand import Factor
 from jaxqq._kernels.hopper.ptx.expand_in_order import (
   FIRST_BYTE,
-  Factor,
   e2m1_pair,
   e2m1_values,
   e4m3_factors,

@@ -59,6 +59,16 @@ ONE_EACH = plgpu.Layout.TILED(
 )
 
 
+def interleaved(a: Any) -> Any:
+  """Of every 64 along the last axis, k = 16 q + 8 w + 4 h + 2 e + o at 32 h + 16 w + 8 o + 2 q + e.
+
+  So thread q of a row's four holds word w's codes 2 e + o of its half h, in pairs of both e: no
+  register takes codes of two words (`expand.py`).
+  """
+  bits = a.reshape(*a.shape[:-1], -1, 4, 2, 2, 2, 2)  # q, w, h, e, o
+  return bits.transpose(*range(bits.ndim - 5), -3, -4, -1, -5, -2).reshape(a.shape)
+
+
 def tile_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
   """How a tile is stored in shared memory: 8 rows of up to 128 bytes, swizzled."""
   itemsize = jnp.dtype(dtype).itemsize

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, Literal
 
 import jax
@@ -405,7 +406,7 @@ def round_to_codes(
   dtype: Any,
   layouts: tuple[Any, Any],
 ) -> Any:
-  """float32 (64, 64) as code * scale, a left operand of the tensor cores with k = 8j + i at 8i + j.
+  """float32 (64, 64) as code * scale, a left operand of the tensor cores, `layouts.interleaved`.
 
   A number times its group's factor is rounded to what a code can be by adding a power of two, and
   taking it away: the float32 sum ends at a code's last bit. No code is ever there.
@@ -441,7 +442,10 @@ def round_to_codes(
         vector.extract(f.registers.flat[half], [], [0]) for f in (factor, scale)
       )
       own_scale = asm(f"cvt.rn.{_pair_type(dtype)}.f32 $0, $1, $1;", [own_scale], "=r,f")
-      pairs = zip(numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :], strict=True)
+      pairs = [  # by h, w and o, of both e
+        (numbers[8 * w + 4 * h + o], numbers[8 * w + 4 * h + 2 + o])
+        for h, w, o in itertools.product(range(2), repeat=3)
+      ]
       halves.append([_rounded_pair(*p, own_factor, own_scale, raised, fmt, dtype) for p in pairs])
     words = [halves[half][i] for i in range(len(halves[0])) for half in range(2)]
     return operand_array(words, columns, dtype, plgpu.Layout.WGMMA)

@@ -84,8 +84,7 @@ def exact_operand_of_transpose(
     fmt: the format.
     global_scale: None, or a float32 scalar.
     dtype: bfloat16 or float16.
-    interleave: within every 64 of k, put k = 8 * j + i at 8 * i + j. The caller pads: k is a
-      multiple of 64.
+    interleave: whether k is to be `layouts.interleaved`. The caller pads: it is a multiple of 64.
     parts, key, signs: as of `packed.quantize`, with a rotation of up to 64.
 
   Returns:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx.layouts import WARPS
-from jaxqq._kernels.hopper.ptx.reshape import store_flat
+from jaxqq._kernels.hopper.ptx.reshape import store_flat, swap_with_neighbour
 from jaxqq._kernels.hopper.quantize.codes import (
   amax_bits_of,
   scalar_of,
@@ -58,8 +58,8 @@ def exact_operand(
     fmt: the format.
     global_scale: None, or a float32 scalar.
     dtype: bfloat16 or float16.
-    interleave: within every 64 of k, put k = 8 * j + i at 8 * i + j. The caller pads: k is a
-      multiple of 64, any number of rows will do.
+    interleave: whether k is to be `layouts.interleaved`. The caller pads: it is a multiple of 64,
+      any number of rows will do.
     rows: how many the result has, None for those of `a`: further ones are not written.
     parts: what else of a `jaxqq.Quantizer`; not where elements are interleaved.
     key, signs: as of `packed.quantize`.
@@ -117,15 +117,16 @@ def _exact_kernel(
 
 
 def _interleaved_kernel(rows: Any, a_ref: Any, *refs: Any, fmt: Format, view: View) -> None:
-  """As `_exact_kernel`, then every block of 8 by 8 is transposed on its way out.
+  """As `_exact_kernel`, then `layouts.interleaved`: neighbours swap, and a matrix is transposed.
 
-  Blocks go to shared memory as they are and come back through ldmatrix, which transposes
-  8 by 8 matrices of 16 bits: a warp then holds a block, and a thread two neighbours of a row.
+  Matrices of 8 by 8 go to shared memory and come back through ldmatrix, which transposes those of
+  16 bits: a warp then holds one, and a thread two neighbours of a row.
   """
   *global_scale, out_ref, staging_ref = refs
   a = load_elements(a_ref, rows, view)
   scales = scales_of(amax_bits_of(a), fmt, scalar_of(global_scale), a_ref.dtype)
-  store_flat(values_of(a, scales, fmt).astype(staging_ref.dtype), staging_ref)
+  values = values_of(a, scales, fmt).astype(staging_ref.dtype)
+  store_flat(swap_with_neighbour(values, view.layout), staging_ref)
   plgpu.commit_smem()
   tiling = plgpu.Tiling(((WARPS, *_MATRIX), (2,)))
   layout = plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
