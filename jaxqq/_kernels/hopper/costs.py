@@ -4,7 +4,7 @@ A line is a tile; `wide_plan.py` tries each in clusters of several sizes, and ta
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
 n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 16 to 1024 rows
 (../tuned/h200_tiles.json). Those of e2m1 codes are from before these took fewer instructions: since
-then 16 to 128 rows of x take 3 to 14% less.
+then 16 to 128 rows of x take 2 to 14% less.
 """
 
 from __future__ import annotations
