@@ -79,10 +79,13 @@ def _is_mma(kind: str) -> bool:
 
 
 def _step(instruction: str) -> str | None:
+  """What `Loop.order` calls it, if anything."""
   kind = _kind(instruction)
   if "WARPGROUP.DEPBAR" in instruction:
     return "WAIT"
-  return "MMA" if _is_mma(kind) else kind if kind == "F2FP" else None
+  if _is_mma(kind):
+    return "MMA"
+  return kind if kind == "F2FP" else None
 
 
 def loops(sass: str) -> list[Loop]:
@@ -113,7 +116,7 @@ def loops(sass: str) -> list[Loop]:
 
 def modules(mode: str, m: int, n: int, k: int, *, groups: int, alone: bool) -> Iterator[bytes]:
   """The Mosaic GPU modules of a product of packed w, lowered for a Hopper GPU."""
-  import jax
+  import jax  # only here: `compile_module` runs without JAX
   import jax.numpy as jnp
 
   import jaxqq
@@ -165,7 +168,7 @@ def ptx_of(module: bytes, packages: Path, folder: Path) -> list[Path]:
     "MOSAIC_GPU_DUMP_TO": str(of_module),
     "MOSAIC_GPU_DUMP_PTX": "1",
   }
-  code = "import sys; from tests.support.sass import *; compile_module(*sys.argv[1:])"
+  code = "import sys; from tests.support.sass import compile_module as f; f(*sys.argv[1:])"
   command = [sys.executable, "-c", code, str(path), str(packages)]
   done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
   found = sorted(of_module.glob("*.ptx"))
