@@ -250,6 +250,8 @@ ONE_STEP += [
   one_step("nvfp4", 16, 40, 72, "bfloat16", highest=True, x_batch=(2, 3)),
 ]
 
+THREE_BY_ONE = {"x_batch": (3,), "w_batch": (1,)}
+
 # Sums in fp8, so many times 2**-8 |exact| + 2**-12 mag: what the bound has a term for now.
 BEYOND = [
   # 6.1
@@ -285,6 +287,25 @@ BEYOND = [
     w_exponent=-100,
     bad=("x",),
     seed=(143093, 3, 4),
+  ),
+  Case(  # 2.1 and 1.76: the same, beside an x that is not quantized
+    Program("mxfp8", 16, 14, 2048, w_dtype="float32", **THREE_BY_ONE, quantize_input=False),
+    "groups far apart",
+    "groups apart",
+    x_exponent=95,
+    w_exponent=-100,
+    seed=(630045, 3, 1),
+  ),
+  Case(
+    Program(
+      "mxfp8", 51, 815, 288, w_dtype="float32", packed=True, **THREE_BY_ONE, quantize_input=False
+    ),
+    "rows apart",
+    "groups far apart",
+    x_exponent=60,
+    w_exponent=-64,
+    bad=("w",),
+    seed=(630049, 3, 4),
   ),
 ]
 

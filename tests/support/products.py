@@ -97,7 +97,7 @@ def rules_for(case: Case, implementation: str, platform: str) -> bounds.Rules:
     highest=program.highest or implementation == "xla",
     fp8=program.may_use_fp8_sums and not by_xla,
     fp8_sums=platform != "cpu",  # the interpreter sums up in float32
-    bfloat16=far and (in_bfloat16 or (program.wants_exact_sums and not by_xla)),
+    bfloat16=far and (in_bfloat16 or not (by_xla or program.may_use_fp8_sums)),
     flushes=platform == "cpu",
     # Interpreted, products of nvfp4 beside x as it is are flushed at 2**-7 of their value.
     unit=2.0**7 if platform == "cpu" and not (by_xla or program.quantize_input) else 1.0,
