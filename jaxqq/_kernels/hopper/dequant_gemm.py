@@ -492,7 +492,8 @@ class _Cta:
     mainloop, planes = self.mainloop, self.kernel.planes
     own, column = self.smem.scales.at[place.slot], place.column + first
     if planes is None:
-      return mainloop.load_scales(own.at[self.own_rows, pl.ds(column, mainloop.groups)])
+      of_step = own.at[self.own_rows, pl.ds(place.column, self.kernel.step_groups)]
+      return mainloop.load_scales(of_step.at[:, pl.ds(first, mainloop.groups)])
     left = None if place.left is None else place.left - first
     row = self.warpgroup * ROWS
     (word,) = scale_planes.words(own, row, column, 1, planes, left=left, unit=mainloop.groups)
@@ -513,21 +514,24 @@ class _Cta:
     self, place: Place, part: int, a: Any, total: Any, following: Callable[[], Any] | None
   ) -> tuple[Any, Any]:
     """total + a x_hat^T; meanwhile `following`, if any, expands the next part's a."""
-    kernel, dtype = self.kernel, self.mainloop.dtype
-    b = self.smem.x.at[place.stage, part, pl.ds(0, total.shape[1])]
+    kernel, dtype, rows = self.kernel, self.mainloop.dtype, total.shape[1]
+    b = self.smem.x.at[place.stage]
 
     def release() -> None:
       if part == self.tiles.parts - 1:
         plgpu.barrier_arrive(self.smem.empty.at[place.stage])
 
     if kernel.ping_pong:
+      b = b.at[part, pl.ds(0, rows)]
       total = wgmma.add_promoted(total, a, b, self.warpgroup, kernel.x_transforms, dtype)
       release()
       return total, following and following()
     promote = self.tiles.promote
-    begun = wgmma.begin(a, b, kernel.x_transforms, dtype, sums=None if promote else total)
+    before = None if promote else total
+    begun = wgmma.begin(a, b, kernel.x_transforms, dtype, sums=before, of_b=(part, rows))
     next_a = following and following()
-    (sums,) = wgmma.finish(begun, a, next_a)
+    at_end = promote or part == self.tiles.parts - 1
+    (sums,) = wgmma.finish(begun, a, next_a, at_end=at_end)
     release()
     return total + sums if promote else sums, next_a
 

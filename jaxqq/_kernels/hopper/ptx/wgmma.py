@@ -18,6 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import mma_utils
 from jaxlib.mlir import ir
@@ -43,6 +44,7 @@ def begin(
   sums: jax.Array | None = None,
   parts: int = 1,
   a_transforms: tuple[Any, ...] | None = None,
+  of_b: tuple[int, int] | None = None,
 ) -> list[jax.Array]:
   """Begins a b^T over one step: `finish` waits for it, before that nothing may read it.
 
@@ -55,13 +57,16 @@ def begin(
     sums: float32 (64, n) in the layout WGMMA, to which the one part is added; None for zeros.
     parts: 1, 2 or 4 of the step along k, each summed up for itself.
     a_transforms: of a, if they are others.
+    of_b: where b is several such, one after the other: which of them, and how many of its rows.
+      Then one descriptor serves for all.
 
   Returns:
     as many float32 (64, n) in the layout WGMMA.
   """
   if interpreting():
+    b = b if of_b is None else b.at[of_b[0], pl.ds(0, of_b[1])]
     return _begin_interpreted(a, b, sums, parts)
-  n = b.shape[0]
+  which, n = (0, b.shape[0]) if of_b is None else of_b
   before = () if sums is None else (sums,)
 
   @plgpu.inline_mgpu(
@@ -74,22 +79,28 @@ def begin(
   def multiply(ctx: Any, a: Any, b: Any, *before: Any) -> Any:
     del ctx
     values = registers.floats(before[0]) if before else []
-    sums = _multiply(values, _left(a), _descriptor(b), n, dtype, parts)
+    offset = which and which * _bytes_apart(b, 0)
+    sums = _multiply(values, _left(a), _descriptor(b), n, dtype, parts, offset)
     return registers.as_arrays(sums, n)
 
   return multiply(a, b, *before)
 
 
 def finish(
-  sums: list[jax.Array], in_use: jax.Array | None = None, ready: jax.Array | None = None
+  sums: list[jax.Array],
+  in_use: jax.Array | None = None,
+  ready: jax.Array | None = None,
+  *,
+  at_end: bool = True,
 ) -> list[jax.Array]:
   """The sums that were begun: all are done.
 
   Args:
     sums: of `begin`.
     in_use: the left operand in registers, which stays in them until then.
-    ready: another one, computed before this waits. ptxas would have arithmetic wait for the tensor
-      cores, but moves nothing past a branch, even of one never taken.
+    ready: another one, computed before this waits.
+    at_end: whether it is the end of a loop's body, or before additions. There ptxas would have
+      arithmetic wait for the tensor cores, but moves nothing past a branch, even one never taken.
   """
   if interpreting():
     finish_loads()
@@ -106,7 +117,7 @@ def finish(
     values = [value for array in args[: len(sums)] for value in registers.floats(array)]
     words = [word for array in args[len(sums) :] for word in registers.words(array)]
     text = "wgmma.wait_group.sync.aligned 0;"
-    if ready is not None:
+    if ready is not None and at_end:
       # No launch has such a grid. Its size costs nothing to read, unlike a special register.
       never = "mov.u32 t, %nctaid.z; setp.eq.u32 never, t, 54321; @never trap;"
       text = f"{{ .reg .b32 t; .reg .pred never; {never} }}{text}"
@@ -211,9 +222,12 @@ def _numbers(a: Any) -> Any:
 
 
 def _multiply(
-  before: list[Any], left: list[Any], right: Any, n: int, dtype: Any, parts: int
+  before: list[Any], left: list[Any], right: Any, n: int, dtype: Any, parts: int, offset: int
 ) -> list[Any]:
-  """The instructions of one step, which are on their way when this is past."""
+  """The instructions of one step, which are on their way when this is past.
+
+  The right operand begins `offset` bytes behind its descriptor.
+  """
   a_sum = n // 2
   outputs = a_sum * parts
   first_left = outputs + len(before)
@@ -223,7 +237,8 @@ def _multiply(
     part, index = divmod(i, _INSTRUCTIONS // parts)
     sums = [f"${part * a_sum + j}" for j in range(a_sum)]
     add = bool(before or index)
-    lines += _instruction(i, sums, names, f"${first_left + len(left)}", dtype, add=add)
+    right_name = f"${first_left + len(left)}"
+    lines += _instruction(i, sums, names, right_name, dtype, offset, add=add)
   lines.append("wgmma.commit_group.sync.aligned;")
   tied = [str(i) for i in range(len(before))]
   constraints = ["=f"] * outputs + tied + ["l" if len(left) == 1 else "r"] * len(left) + ["l"]
@@ -328,7 +343,13 @@ def _descriptor(ref: Any) -> Any:
 
 def tile_bytes(ref: Any) -> int:
   """Bytes from 8 rows to the next 8."""
+  rank = ir.MemRefType(ref.type).rank
+  rows = TILE_ROWS if rank <= 3 else 1  # a stride is from one row, or tile, to the next
+  return rows * _bytes_apart(ref, (rank - 2) % 2)
+
+
+def _bytes_apart(ref: Any, axis: int) -> int:
+  """From one place along an axis to the next."""
   kind = ir.MemRefType(ref.type)
   strides, _ = kind.get_strides_and_offset()
-  rows = TILE_ROWS if kind.rank == 2 else 1  # a stride is from one row, or tile, to the next
-  return rows * int(strides[0]) * int(mgpu.utils.bytewidth(kind.element_type))
+  return int(strides[axis]) * int(mgpu.utils.bytewidth(kind.element_type))
