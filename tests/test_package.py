@@ -212,7 +212,7 @@ KERNELS = (
   *("ptx.interpreter", "ptx.layouts", "ptx.registers", "ptx.named_barriers", "ptx.cluster"),
   "ptx.warp_arrays",
   *("ptx.rounding", "ptx.random_bits", "ptx.rotation", "ptx.reshape", "ptx.loads", "ptx.scales"),
-  "ptx.scale_planes",
+  *("ptx.scale_planes", "ptx.distances"),
   *("ptx.expand", "ptx.expand_in_order"),
   *("ptx.expand_sixteens", "ptx.stores", "ptx.handover", "ptx.wgmma", "ptx.mma"),
   *("pipeline", "stream_k", "epilogue", "quantize.groups", "grouped"),
