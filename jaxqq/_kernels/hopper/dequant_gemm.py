@@ -148,7 +148,7 @@ class Place:
   stage: Any
   slot: Any  # of its block of scales
   column: Any  # of its first scale there
-  left: Any  # scales of a row from there on, where others follow them in shared memory; else None
+  left: Any  # steps of w's rows after it, where scales of other rows follow a row's; else None
 
 
 def dequant_gemm(
@@ -221,10 +221,10 @@ class _DequantGemm:
     # Of scales whose rows are no multiple of 16 bytes apart.
     self.planes = planes_of(operands.scales.shape[2], SCALES, tiles.block_n)
     self.scale_loads = 1 if self.planes is None else self.planes.count
-    # Where a last step goes past the end of a row of scales, and the next row's are there.
-    self.scales_left: int | None = None
+    # In a row's last step, where that goes past its end, and the next row's scales are there.
+    self.scales_of_last: int | None = None
     if self.planes is not None and self.planes.of_row % self.step_groups:
-      self.scales_left = self.planes.of_row
+      self.scales_of_last = self.planes.of_row - (self.k_steps - 1) * self.step_groups
     past_end = x.shape[2] % mainloop.part_k != 0  # the last part goes there, and loads zeros
     if self.has_groups or past_end:  # in groups a tile begins at any row, too
       self.x_transforms = row_transforms()
@@ -461,9 +461,10 @@ class _Cta:
     groups, steps = self.kernel.step_groups, self.steps_of(tile)
     stage = pipeline.stage_of(steps.before, self.tiles.num_stages)
     slot = lax.rem(steps.blocks_before, jnp.int32(self.kernel.slots))
-    first, of_row = steps.first * groups, self.kernel.scales_left
-    left = None if of_row is None else jnp.int32(of_row - first)
-    return Place(stage, slot, lax.rem(first, jnp.int32(SCALES)), left)
+    left = None
+    if self.kernel.scales_of_last is not None:
+      left = jnp.int32(self.kernel.k_steps - 1 - steps.first)
+    return Place(stage, slot, lax.rem(steps.first * groups, jnp.int32(SCALES)), left)
 
   def place_after(self, place: Place) -> Place:
     """Of the next step of a tile."""
@@ -474,7 +475,7 @@ class _Cta:
       pipeline.stage_after(place.stage, self.tiles.num_stages),
       jnp.where(is_next, next_slot, place.slot),
       jnp.where(is_next, jnp.int32(0), column),
-      None if place.left is None else place.left - self.kernel.step_groups,
+      None if place.left is None else place.left - 1,
     )
 
   def expanded(self, place: Place, part: int) -> Any:
@@ -494,9 +495,10 @@ class _Cta:
     if planes is None:
       of_step = own.at[self.own_rows, pl.ds(place.column, self.kernel.step_groups)]
       return mainloop.load_scales(of_step.at[:, pl.ds(first, mainloop.groups)])
-    left = None if place.left is None else place.left - first
-    row = self.warpgroup * ROWS
-    (word,) = scale_planes.words(own, row, column, 1, planes, left=left, unit=mainloop.groups)
+    row, unit, masks = self.warpgroup * ROWS, mainloop.groups, None
+    if self.kernel.scales_of_last is not None:
+      masks = scale_planes.masks_of(self.kernel.scales_of_last - first, 1, place.left == 0, unit)
+    (word,) = scale_planes.words(own, row, column, 1, planes, masks=masks, unit=unit)
     return mainloop.scales_of_word(word)
 
   def step(self, place: Place, a: Any, total: Any, after: Place | None) -> tuple[Any, Any]:

@@ -403,13 +403,17 @@ class _Cta:
       return [self.smem.w.at[stage, i, rows] for i in range(self.smem.w.shape[1])]
     return [self.smem.w.at[stage, rows]]
 
-  def words_of_scales(self, stage: Any, block: Any) -> list[Any] | None:
-    """Of a block of k, for each 64 rows of w, where they are in planes."""
+  def words_of_scales(self, stage: Any, is_last: Any) -> list[Any] | None:
+    """Of a block of k, for each 64 rows of w, where they are in planes.
+
+    is_last: of a row's blocks.
+    """
     planes = self.plan.scale_planes
     if planes is None:
       return None
     own, count = self.smem.scales.at[stage], self.plan.block.scales
-    left = None if planes.of_row % count == 0 else planes.of_row - block * count
+    of_last = planes.of_row - (self.kernel.all_steps - 1) * count
+    masks = scale_planes.masks_of(of_last, count // 4, is_last)
     return [
       scale_planes.words(
         own,
@@ -417,7 +421,7 @@ class _Cta:
         0,
         count // 4,
         planes,
-        left=left,
+        masks=masks,
         even_first=self.kernel.mainloop.by_warps,
       )
       for half in self.halves
@@ -458,7 +462,7 @@ class _Cta:
       plgpu.barrier_wait(smem.full.at[stage])
       block = self.block(ki)
       is_last = block == self.kernel.all_steps - 1
-      scales = self.words_of_scales(stage, block)
+      scales = self.words_of_scales(stage, is_last)
       sums = self.kernel.mainloop.add(self, sums, stage, scales, rows, is_last)
       finish_loads()
       plgpu.barrier_arrive(smem.empty.at[stage])

@@ -67,7 +67,7 @@ def words(
   count: int,
   planes: ScalePlanes,
   *,
-  left: Any = None,
+  masks: list[Any] | None = None,
   unit: int = 4,
   even_first: bool = False,
 ) -> list[Any]:
@@ -79,31 +79,30 @@ def words(
     column: int32, the first of the loaded scales, a multiple of `unit`.
     count: of words.
     planes: of the tile.
-    left: int32, how many scales a row has from there on; the others become zeros. None: enough.
+    masks: of `masks_of`.
     unit: what the column is a multiple of; below 4, words are put together of two.
     even_first: rows are in the order of `layouts.even_rows_first`, labelled as if they were not.
   """
   row, column = jnp.int32(row), jnp.int32(column)
   is_aligned = planes.of_row % 4 == 0 and unit % 4 == 0
   if interpreting():
-    return _interpreted(ref, row, column, count, planes, left)
+    return _interpreted(ref, row, column, count, planes, masks)
   word_type = plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=ROW)
-  splats = [row, column] if left is None else [row, column, jnp.int32(left)]
+  wanted = [mask is not None for mask in masks or []]
+  splats = [row, column, *(mask for mask in masks or [] if mask is not None)]
   arg_types = plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * len(splats)
 
   @plgpu.inline_mgpu(arg_types=arg_types, return_type=[word_type] * count)
   def from_smem(ctx: Any, ref: Any, *splats: Any) -> Any:
     del ctx
     first_row, first, *rest = (splat.registers.flat[0] for splat in splats)
-    masks = [_mask(rest[0], i) for i in range(count)] if rest else None
+    of_words = {i: rest.pop(0) for i, is_wanted in enumerate(wanted) if is_wanted}
     of_rows = []
     for half in range(2):
       own_row = arith.addi(row_of_thread(even_first=even_first), constant(8 * half))
       place = arith.addi(first_row, own_row), first
       own = _words_of_row(ref, *place, count, planes, is_aligned=is_aligned)
-      if masks is not None:
-        own = [arith.andi(word, mask) for word, mask in zip(own, masks, strict=True)]
-      of_rows.append(own)
+      of_rows.append([_masked(word, of_words.get(i)) for i, word in enumerate(own)])
     one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
     pairs = zip(*of_rows, strict=True)
     return [packed_array([vector.broadcast(one, w) for w in pair], (ROWS,), ROW) for pair in pairs]
@@ -111,11 +110,30 @@ def words(
   return from_smem(ref, *splats)
 
 
-def _mask(left: Any, i: int) -> Any:
-  """Of the i-th word the bytes of scales that are left, from the lowest on."""
-  bits = arith.shli(arith.subi(left, constant(4 * i)), constant(3))
-  bits = arith.maxsi(bits, constant(0))
-  return word_asm("bmsk.clamp.b32 $0, $1, $2;", constant(0), bits)
+def _masked(word: Any, mask: Any) -> Any:
+  return word if mask is None else arith.andi(word, mask)
+
+
+def masks_of(left: int, count: int, is_last: Any, unit: int = 4) -> list[Any] | None:
+  """What leaves the scales of a row and makes zeros of those that follow it in shared memory.
+
+  There the next row's are, which may be NaN, and meet codes that are zeros.
+
+  Args:
+    left: how many scales a row has from the first word on, where it ends there.
+    count: of words.
+    is_last: whether it does.
+    unit: bytes of a word that are asked for.
+
+  Returns:
+    for each word an int32, or None where all bytes are the row's; None if that is so of all.
+  """
+  found = []
+  for i in range(count):
+    own = min(max(left - 4 * i, 0), unit)
+    mask = jnp.where(is_last, jnp.int32((1 << 8 * own) - 1), jnp.int32(-1)) if own < unit else None
+    found.append(mask)
+  return found if any(mask is not None for mask in found) else None
 
 
 def _words_of_row(
@@ -143,7 +161,7 @@ def _words_of_row(
 
 
 def _interpreted(
-  ref: Any, row: Any, column: Any, count: int, planes: ScalePlanes, left: Any
+  ref: Any, row: Any, column: Any, count: int, planes: ScalePlanes, masks: list[Any] | None
 ) -> list[Any]:
   """Rows in order."""
   rows, loaded = planes.rows // planes.count, ref[...]
@@ -152,6 +170,8 @@ def _interpreted(
   of_planes = [a[:, : planes.loaded] for a in of_planes]
   scales = jnp.pad(jnp.stack(of_planes, axis=1).reshape(planes.rows, -1), ((0, 0), (0, 4)))
   scales = lax.dynamic_slice(scales, (row, column), (ROWS, 4 * count)).astype(jnp.uint32)
-  if left is not None:
-    scales = jnp.where(jnp.arange(4 * count) < left, scales, 0)
-  return [sum(scales[:, 4 * i + j] << np.uint32(8 * j) for j in range(4)) for i in range(count)]
+  words = [sum(scales[:, 4 * i + j] << np.uint32(8 * j) for j in range(4)) for i in range(count)]
+  for i, mask in enumerate(masks or []):
+    if mask is not None:
+      words[i] &= lax.bitcast_convert_type(mask, jnp.uint32)
+  return words
