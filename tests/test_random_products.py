@@ -271,6 +271,14 @@ BEYOND = [
     w_exponent=2,
     seed=(63043, 3, 1),
   ),
+  Case(  # 2.8e-3 as a norm, of one row of x, all of it re-basing
+    Program("mxfp8", 1, 712, 288, "float16", "float16", packed=True),
+    "large outliers",
+    "large outliers",
+    x_exponent=-3,
+    w_exponent=3,
+    seed=(632029, 3, 5),
+  ),
   Case(  # codes as subnormal bfloat16 are off by half of one, and the result by its rounding too
     Program("mxfp8", 491, 824, 128, w_dtype="float32", highest=True),
     "groups apart",

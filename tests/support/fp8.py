@@ -81,6 +81,11 @@ def row_exponent(scales: np.ndarray) -> np.ndarray:
   return np.where(scales == 0xFF, 0, scales.astype(np.int64)).max(axis=-1) - 127
 
 
+def rebased_values(a: Any) -> np.ndarray:
+  """What the codes of `rebased` mean, of a matrix (..., P, K) with its codes and scales."""
+  return np.ldexp(rebased(a.codes, a.scales)[1], row_exponent(a.scales)[..., None])
+
+
 def rebasing_term(x: tuple[np.ndarray, np.ndarray], w: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
   """At most what re-basing changes of sums over pairs of rows, each (as it is, rebased)."""
   dx, dw = (np.abs(exact - code) for exact, code in (x, w))
