@@ -39,9 +39,9 @@ def test_innermost_loops_that_multiply():
 
 
 @needs_kernels
-@pytest.mark.parametrize(("groups", "kernels"), [(0, 2), (4, 3)])
-def test_modules_of_a_product(groups, kernels):
-  """A quantizer and a product; in groups a table of tiles as well."""
+@pytest.mark.parametrize("groups", [0, 4])
+def test_modules_of_a_product(groups):
+  """A quantizer and a product; in groups the quantizer's launch makes the table of tiles."""
   modules = list(sass.modules("nvfp4", 64, 512, 1024, groups=groups, alone=False))
-  assert len(modules) == kernels
+  assert len(modules) == 2
   assert all(module.startswith(b"ML\xefR") for module in modules)

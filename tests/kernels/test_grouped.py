@@ -55,12 +55,14 @@ def check_tiles(run, batch, groups, matrices, block_m, rows):
   Args:
     run: calls a function that has kernels.
   """
-  from jaxqq._kernels.hopper.grouped import group_tiles
+  from jaxqq._kernels.hopper import grouped
 
   rng = np.random.default_rng(batch)
   x, w = np.zeros((batch, rows, 1), np.float32), np.zeros((matrices, 1, 1), np.float32)
   table_of = jax.jit(
-    lambda sizes, offset: group_tiles(RaggedOperands(sizes, offset, x, w), matrices, block_m)
+    lambda sizes, offset: grouped.tiles_of(
+      grouped.group_tiles(RaggedOperands(sizes, offset, x, w), matrices, block_m)
+    )
   )
 
   @jax.jit
@@ -210,7 +212,7 @@ def test_one_launch_for_all_groups(tokens, kernel):
 
   lowered = jax.jit(product).trace(*operands.flatten()).lower(lowering_platforms=("cuda",))
   text = lowered.as_text()
-  assert text.count("@mosaic_gpu") == 3  # with the table of tiles, and x's quantizer
+  assert text.count("@mosaic_gpu") == 2  # x's quantizer, which has the table of tiles as well
   assert text.count(f'"jaxqq_{kernel}') == 1 or f"jaxqq_{kernel}" in text
 
 
@@ -338,13 +340,13 @@ def test_a_wrong_tile_is_noticed(monkeypatch):
   """One that meets the matrix of the next group."""
   from jaxqq._kernels.hopper import grouped
 
-  right = grouped.group_tiles
+  right = grouped.tiles_of
 
   def wrong(*args):
     tiles = right(*args)
     return dataclasses.replace(tiles, matrix=(tiles.matrix + 1) % 5)
 
-  monkeypatch.setattr(grouped, "group_tiles", wrong)
+  monkeypatch.setattr(grouped, "tiles_of", wrong)
   program = FEW["mxfp8, a last block"]
   with pytest.raises(AssertionError, match="of the bound"):
     check(program, [RaggedCase(program, (0, 9, 0, 20, 3))], "hopper_skinny")

@@ -9,7 +9,7 @@ A tile has rows of one group. It begins at any row, with the group or where the 
 How many there are is known on the device alone, so the tables have room for as many as there can
 be. One kernel makes both: a thread has one tile. Every warp goes through all groups, 128 at a time,
 adds up how many tiles they have, and looks up where its threads' tiles are (`ptx/warp_arrays.py`).
-Products of the same groups share the tables.
+The launch that quantizes x has it in further CTAs, since its few steps take less than a launch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jaxqq._kernels.hopper.pipeline import GroupTiles, arrays
 from jaxqq._kernels.hopper.ptx import warp_arrays
 from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH
-from jaxqq._kernels.hopper.quantize.groups import make_kernel, positions, store_gmem
+from jaxqq._kernels.hopper.quantize.groups import Beside, positions, store_gmem
 from jaxqq._kernels.hopper.ragged_plan import num_group_tiles
 from jaxqq._kernels.hopper.tiles import cdiv
 from jaxqq._ragged_reference import Groups, RaggedOperands
@@ -36,8 +36,8 @@ from jaxqq._ragged_reference import Groups, RaggedOperands
 _TILES = 128  # a CTA: one a thread
 
 
-def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> GroupTiles:
-  """The tiles of up to block_m rows of all batches, one after the other.
+def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> Beside:
+  """The kernel that makes them, of up to block_m rows of all batches, one after the other.
 
   Args:
     operands: of which group_sizes, group_offset and the shapes of x and w count.
@@ -56,13 +56,18 @@ def group_tiles(operands: RaggedOperands, groups: int, block_m: int) -> GroupTil
   steps = cdiv(max(tiles, zeros), _TILES)
   shares_w = math.prod(operands.batch_of("w", "scales", "row_scales")) == 1
   column = jax.ShapeDtypeStruct((steps * _TILES,), jnp.int32)
-  run = make_kernel(
+  return Beside(
     _Tables(groups, count, rows, block_m, shares_w),
     "group_tiles",
-    grid=(steps,),
-    out_type=(*[column] * 6, jax.ShapeDtypeStruct((2,), jnp.int32)),
+    steps,
+    (sizes, offsets),
+    (*[column] * 6, jax.ShapeDtypeStruct((2,), jnp.int32)),
   )
-  return GroupTiles(*run(sizes, offsets))
+
+
+def tiles_of(tables: Beside) -> GroupTiles:
+  """What the kernel of `group_tiles` finds."""
+  return GroupTiles(*tables.results())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +80,8 @@ class _Tables:
   block_m: int
   shares_w: bool  # all batches
 
-  def __call__(self, sizes_ref: Any, offsets_ref: Any, *out: Any) -> None:
+  def __call__(self, step: Any, sizes_ref: Any, offsets_ref: Any, *out: Any) -> None:
     refs = GroupTiles(*out)
-    step = lax.axis_index("step")
     tile = positions((_TILES,), ONE_EACH) + step * _TILES
     nothing = plgpu.layout_cast(jnp.zeros((_TILES,), jnp.int32), ONE_EACH)
     empty = _Column(jnp.int32(0), nothing, nothing, nothing)

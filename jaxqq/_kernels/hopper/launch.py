@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -26,7 +28,7 @@ from jaxqq._kernels.hopper.quantize.blockdiag import blockdiag_operand
 from jaxqq._kernels.hopper.quantize.code_words import SHIFTS, code_words
 from jaxqq._kernels.hopper.quantize.exact import exact_operand
 from jaxqq._kernels.hopper.quantize.group_rescale import rebased_operands_of_packed
-from jaxqq._kernels.hopper.quantize.groups import TuningConfig
+from jaxqq._kernels.hopper.quantize.groups import Beside, TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from jaxqq._kernels.hopper.ragged_plan import GradientPlan, RaggedPlan
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
@@ -55,11 +57,15 @@ def wide(plan: WidePlan, operands: Operands) -> jax.Array:
 
 
 def _exact(
-  plan: WidePlan, operands: Operands, x_hat: jax.Array | None = None
+  plan: WidePlan,
+  operands: Operands,
+  x_hat: jax.Array | None = None,
+  beside: Sequence[Beside] = (),
 ) -> dequant_gemm.Operands:
   """16 bit floats that hold code * scale, or x as it is; packed w as it came.
 
   x_hat: x quantized, where it is already.
+  beside: what the launch that quantizes x may have as well.
   """
   problem, fmt, mainloop = plan.problem, plan.problem.fmt, MAINLOOPS.get(plan.mainloop)
   interleave = mainloop is not None and mainloop.interleaved
@@ -67,7 +73,9 @@ def _exact(
   def operand(name: str, global_scale: jax.Array | None) -> jax.Array:
     a = getattr(operands, name)
     is_transposed = name in operands.transposed
-    quantizer = columns.exact_operand_of_transpose if is_transposed else exact_operand
+    quantizer: Any = columns.exact_operand_of_transpose
+    if not is_transposed:
+      quantizer = functools.partial(exact_operand, beside=beside if name == "x" else ())
     matrix = a.reshape(-1, a.shape[-1])
     out = quantizer(
       matrix, fmt, _scalar(global_scale), dtype=operand_dtype(problem), interleave=interleave
@@ -105,13 +113,18 @@ def _with_whole_rows(plan: WidePlan, operands: Operands) -> Operands:
   return dataclasses.replace(operands, x=jnp.pad(operands.x, widths))
 
 
-def _rebased(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
-  """e4m3 codes, a row's on one power of two; packed w as it came, and how to rebase it."""
+def _rebased(
+  plan: WidePlan, operands: Operands, beside: Sequence[Beside] = ()
+) -> dequant_gemm.Operands:
+  """e4m3 codes, a row's on one power of two; packed w as it came, and how to rebase it.
+
+  beside: as of `_exact`.
+  """
   fmt, alpha = plan.problem.fmt, alpha_operand()
   if plan.problem.is_packed:
     scales = operands.scales.reshape(-1, operands.scales.shape[-1])
     matrix = operands.x.reshape(-1, operands.k)
-    x, x_scales, rescale, w_scales = rebased_operands_of_packed(matrix, scales, fmt)
+    x, x_scales, rescale, w_scales = rebased_operands_of_packed(matrix, scales, fmt, beside)
     x, x_scales = x.reshape(operands.x.shape), x_scales.reshape(operands.x.shape[:-1])
     rescale = rescale.reshape(operands.scales.shape)
     w_scales = w_scales.reshape(operands.scales.shape[:-1])
@@ -120,7 +133,9 @@ def _rebased(plan: WidePlan, operands: Operands) -> dequant_gemm.Operands:
   def operand(name: str) -> tuple[jax.Array, jax.Array]:
     a = getattr(operands, name)
     is_transposed = name in operands.transposed
-    quantizer = columns.rebased_operand_of_transpose if is_transposed else rebased_operand
+    quantizer: Any = columns.rebased_operand_of_transpose
+    if not is_transposed:
+      quantizer = functools.partial(rebased_operand, beside=beside if name == "x" else ())
     out = quantizer(a.reshape(-1, a.shape[-1]), fmt)
     codes = out.codes.reshape(a.shape[0], -1, operands.k)
     return codes, out.row_scales.reshape(a.shape[0], -1)
@@ -222,9 +237,12 @@ def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
 
 
 def _skinny_x(
-  plan: SkinnyPlan, folded: Operands, padded_m: int, *, in_groups: bool = False
+  plan: SkinnyPlan, folded: Operands, padded_m: int, tables: Beside | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """x as the kernel takes it, quantized by one of its own, and its scales."""
+  """x as the kernel takes it, quantized by one of its own, and its scales.
+
+  tables: of groups, which that kernel has beside it.
+  """
   fmt, block = plan.problem.fmt, plan.block
   batch, _, k = folded.x.shape
   global_scale = _scalar(folded.global_scale_x)
@@ -235,10 +253,10 @@ def _skinny_x(
     return folded.x if plan.x_in_rows else pad_rows(folded.x, padded_m), None
   # The rows of one matrix need no zeros behind them, those of several do.
   x = folded.x if batch == 1 else pad_rows(folded.x, padded_m)
-  x, rows = x.reshape(-1, k), batch * padded_m
+  x, rows, beside = x.reshape(-1, k), batch * padded_m, [] if tables is None else [tables]
   if plan.mainloop == "group_sums":
-    x, x_scales = code_words(x, fmt, rows, shifted=in_groups)
-    if in_groups:
+    x, x_scales = code_words(x, fmt, rows, shifted=tables is not None, beside=beside)
+    if tables is not None:
       return x[None], x_scales.reshape(SHIFTS, k // block.k, -1, x_scales.shape[-1])
     x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, padded_m), 0, 1)
     return x.reshape(batch, padded_m, -1), x_scales.reshape(batch, k // block.k, -1, padded_m)
@@ -250,6 +268,7 @@ def _skinny_x(
     interleave=SKINNY_MAINLOOPS[plan.mainloop].interleaved,
     rows=rows,
     config=TuningConfig(tiles_per_step=1),
+    beside=beside,
   )
   return out.reshape(batch, padded_m, -1), None
 
@@ -268,7 +287,7 @@ def ragged(plan: RaggedPlan, operands: RaggedOperands) -> jax.Array:
   """out (..., m, n), the rows of each group multiplied with its matrix."""
   problem = plan.problem
   groups, own = _ragged_reference.folded(operands, problem.groups)
-  tiles = grouped.group_tiles(operands, problem.groups, plan.block_m)
+  tables = grouped.group_tiles(operands, problem.groups, plan.block_m)
   scale = operands.global_scale_x
   of_all = Operands(
     own.x[None],
@@ -283,7 +302,7 @@ def ragged(plan: RaggedPlan, operands: RaggedOperands) -> jax.Array:
   if problem.quantize and problem.scales_by_group:
     of_rows = grouped.scales_of_rows(groups, own.global_scale_x, own.x.shape[0])
   run = _ragged_skinny if isinstance(plan.of_group, SkinnyPlan) else _ragged_wide
-  out = run(plan, of_all, of_rows, tiles)
+  out = run(plan, of_all, of_rows, tables)
   return out.reshape(*operands.batch_shape, problem.m, problem.n)
 
 
@@ -314,31 +333,31 @@ def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) ->
 
 
 def _ragged_skinny(
-  plan: RaggedPlan, operands: Operands, of_rows: jax.Array | None, tiles: GroupTiles
+  plan: RaggedPlan, operands: Operands, of_rows: jax.Array | None, tables: Beside
 ) -> jax.Array:
   own, m = cast(SkinnyPlan, plan.of_group), operands.m
   operands = _pad_skinny(own, operands)
   if of_rows is None:
     # A row of the scales of all rows is a multiple of what the TMA loads.
-    x, x_scales = _skinny_x(own, operands, rounded_up(m, SHIFTS), in_groups=True)
+    x, x_scales = _skinny_x(own, operands, rounded_up(m, SHIFTS), tables)
   else:
     x, x_scales = _quantized_by_rows(plan, operands.x, of_rows), None
-  ready = _ready_for_skinny(operands, x, x_scales, tiles)
+  ready = _ready_for_skinny(operands, x, x_scales, grouped.tiles_of(tables))
   return skinny_gemm.skinny_gemm(ready, m, own, _unit(own), own.problem.out_dtype, plan.grid)
 
 
 def _ragged_wide(
-  plan: RaggedPlan, operands: Operands, of_rows: jax.Array | None, tiles: GroupTiles
+  plan: RaggedPlan, operands: Operands, of_rows: jax.Array | None, tables: Beside
 ) -> jax.Array:
   own = cast(WidePlan, plan.of_group)
   if own.fp8:  # loads go past the end of k
-    ready = _rebased(own, _with_even_scales(operands))
+    ready = _rebased(own, _with_even_scales(operands), [tables])
   else:
     if own.problem.is_packed:
       operands = _with_whole_rows(own, operands)
     x = None if of_rows is None else _quantized_by_rows(plan, operands.x, of_rows)
-    ready = _exact(own, operands, x)
-  ready = dataclasses.replace(ready, groups=tiles)
+    ready = _exact(own, operands, x, [tables])
+  ready = dataclasses.replace(ready, groups=grouped.tiles_of(tables))
   return (_run_dequant_gemm if own.problem.is_packed else _run_gemm)(own, ready, plan.grid)
 
 
@@ -370,7 +389,7 @@ def ragged_gradient(plan: GradientPlan, operands: RaggedOperands) -> jax.Array:
     ready = row_sums.Operands(own.x, own.y, groups.starts, groups.sizes)
     sums = row_sums.row_sums(ready, problem.out_dtype, plan.device.num_sms)
     return sums.reshape(*shape, problem.groups, problem.n, problem.k)
-  tiles = grouped.group_tiles(operands, problem.groups, plan.tiles.block_m)
+  tiles = grouped.tiles_of(grouped.group_tiles(operands, problem.groups, plan.tiles.block_m))
   of_gemm = gemm.Operands(own.x[None], own.w, alpha_operand(), groups=tiles)
   out = gemm.gemm(of_gemm, problem.out_dtype, plan.tiles, plan.grid, w_transposed=True)
   return out.reshape(*shape, problem.m, problem.k)

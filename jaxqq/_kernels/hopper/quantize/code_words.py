@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.quantize.codes import amax_bits_of, codes_of, scales_of
 from jaxqq._kernels.hopper.quantize.groups import (
+  Beside,
   View,
   load_gmem,
   make_kernel,
@@ -29,7 +31,12 @@ SHIFTS = TMA_BYTES // 4
 
 
 def code_words(
-  a: jax.Array, fmt: Format, rows: int, *, shifted: bool = False
+  a: jax.Array,
+  fmt: Format,
+  rows: int,
+  *,
+  shifted: bool = False,
+  beside: Sequence[Beside] = (),
 ) -> tuple[jax.Array, jax.Array]:
   """Packed codes of `a`, and what they are to be multiplied by.
 
@@ -38,6 +45,7 @@ def code_words(
     fmt: a format of e4m3 elements and power of two scales.
     rows: how many rows the results have, m or more: further ones are not written.
     shifted: whether factors are to be loaded from any row on.
+    beside: what else the launch has.
 
   Returns:
     words: uint32 (rows, k / 4).
@@ -61,6 +69,7 @@ def code_words(
         (SHIFTS, groups, SHIFTS + rows) if shifted else (groups, rows), jnp.float32
       ),
     ),
+    beside=beside,
   )
   words, factors = run(a.reshape(m, groups, *view.minor))
   return words.reshape(rows, k // fmt.codes_per_word), factors

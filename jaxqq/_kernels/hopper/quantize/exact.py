@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxqq._kernels.hopper.quantize.codes import (
 from jaxqq._kernels.hopper.quantize.groups import (
   DEFAULT_CONFIG,
   VECTOR,
+  Beside,
   TuningConfig,
   View,
   by_blocks,
@@ -47,6 +49,7 @@ def exact_operand(
   parts: Parts = NEAREST,
   key: jax.Array | None = None,
   signs: jax.Array | None = None,
+  beside: Sequence[Beside] = (),
 ) -> jax.Array:
   """What is left of `a` after quantization, without its global scale: code * scale.
 
@@ -63,6 +66,7 @@ def exact_operand(
     rows: how many the result has, None for those of `a`: further ones are not written.
     parts: what else of a `jaxqq.Quantizer`; not where elements are interleaved.
     key, signs: as of `packed.quantize`.
+    beside: what else the launch has; not with squares.
 
   Returns:
     dtype (rows, k).
@@ -96,6 +100,7 @@ def exact_operand(
     tuple(arrays),
     staging=jax.ShapeDtypeStruct(_MATRIX, dtype) if interleave else None,
     entries=rows * k // math.prod(view.minor),
+    beside=beside,
   )
   return out.reshape(rows, k)
 

@@ -8,6 +8,7 @@ second time their bytes are in the L1 cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,23 +22,16 @@ from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx import distances
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.quantize.codes import power, rebasing_bits
-from jaxqq._kernels.hopper.quantize.elements import E4M3
 from jaxqq._kernels.hopper.quantize.groups import (
-  DEFAULT_CONFIG,
+  Beside,
   TuningConfig,
   View,
   load_gmem,
-  make_kernel,
   pad,
   per_group,
   store_gmem,
 )
-from jaxqq._kernels.hopper.quantize.rebased import (
-  check_rebasable,
-  rebase_row,
-  row_codes,
-  row_groups,
-)
+from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 
 _NAN = 0xFF
 _LOWER_BITS = 0xC0
@@ -48,19 +42,15 @@ CONFIG = TuningConfig(tiles_per_step=2)
 
 
 def rebased_operands_of_packed(
-  x: jax.Array, scales: jax.Array, fmt: Format
+  x: jax.Array, scales: jax.Array, fmt: Format, beside: Sequence[Beside] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """`rebased_operand` of x, and how far w's codes are to be rebased, in one launch.
-
-      CTA 0 .. m - 1   a row of x            `rebase_row`
-      CTA m ..         some rows of scales   `rescale_rows`
-
-  Each alone is over in a few microseconds, which a launch costs too.
 
   Args:
     x: float32, float16 or bfloat16, (m, k).
     scales: uint8 (n, groups).
     fmt: a format of e4m3 elements and power of two scales.
+    beside: what else the launch has.
 
   Returns:
     codes: float8_e4m3fn (m, k).
@@ -68,50 +58,25 @@ def rebased_operands_of_packed(
     rescale: uint8 (n, groups), as `rescale_rows` writes them.
     row_scales: float32 (n,), of w.
   """
-  check_rebasable(fmt)
-  m, n = x.shape[0], scales.shape[0]
-  grouped, x_view = row_groups(x, fmt)
-  vectors, w_view = scale_vectors(scales)
-  vectors = pad(vectors, 0, w_view.tile)
+  n = scales.shape[0]
+  vectors, view = scale_vectors(scales)
+  vectors = pad(vectors, 0, view.tile)
   rows = vectors.shape[0]
-  block = rows_a_step(rows, w_view)
-  steps = m + pl.cdiv(rows, block)
+  block = rows_a_step(rows, view)
 
-  def kernel(
-    x_ref: Any,
-    scales_ref: Any,
-    codes_ref: Any,
-    x_scales_ref: Any,
-    rescale_ref: Any,
-    w_scales_ref: Any,
-  ) -> None:
-    step = lax.axis_index("step")
+  def rescale_some(step: Any, *refs: Any) -> None:
+    # The last step starts early enough to be a whole one.
+    here = pl.ds(jnp.minimum(step * block, rows - block), block)
+    rescale_rows(here, *refs, view=view)
 
-    @pl.when(step < m)
-    def _x() -> None:
-      of_x = (x_ref, codes_ref, x_scales_ref)
-      rebase_row(step, *of_x, fmt=fmt, view=x_view, config=DEFAULT_CONFIG)
-
-    @pl.when(step >= m)
-    def _w() -> None:
-      # The last step starts early enough to be a whole one.
-      here = pl.ds(jnp.minimum((step - m) * block, rows - block), block)
-      rescale_rows(here, scales_ref, rescale_ref, w_scales_ref, view=w_view)
-
-  run = make_kernel(
-    kernel,
-    "rebased_operands_of_packed",
-    grid=(steps,),
-    out_type=(
-      jax.ShapeDtypeStruct(grouped.shape, E4M3),
-      jax.ShapeDtypeStruct((m,), jnp.float32),
-      jax.ShapeDtypeStruct(vectors.shape, jnp.uint8),
-      jax.ShapeDtypeStruct((rows,), jnp.float32),
-    ),
+  types = (
+    jax.ShapeDtypeStruct(vectors.shape, jnp.uint8),
+    jax.ShapeDtypeStruct((rows,), jnp.float32),
   )
-  codes, x_scales, rescale, w_scales = run(grouped, vectors)
-  rescale = rescale[:n].reshape(scales.shape)
-  return row_codes(codes, x.shape), x_scales, rescale, w_scales[:n]
+  of_w = Beside(rescale_some, "group_rescale", pl.cdiv(rows, block), (vectors,), types)
+  of_x = rebased_operand(x, fmt, beside=(of_w, *beside))
+  rescale, w_scales = of_w.results()
+  return of_x.codes, of_x.row_scales, rescale[:n].reshape(scales.shape), w_scales[:n]
 
 
 def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -97,15 +98,96 @@ def positions(shape: tuple[int, ...], layout: Any) -> jax.Array:
 # Launching.
 
 
-def make_kernel(body: Callable[..., None], name: str, **kwargs: Any) -> Callable[..., Any]:
+@dataclasses.dataclass
+class Beside:
+  """A small kernel that needs nothing of another one: further CTAs of that one's launch have it.
+
+  A launch of its own would take 2 us, whatever little it does.
+
+  Attributes:
+    body: (step, *operands, *results), of references.
+    name, steps, operands, out_type: of a launch.
+    found: the results, once a launch has it.
+  """
+
+  body: Callable[..., None]
+  name: str
+  steps: int
+  operands: tuple[jax.Array, ...]
+  out_type: tuple[jax.ShapeDtypeStruct, ...]
+  found: tuple[jax.Array, ...] | None = None
+
+  def results(self) -> tuple[jax.Array, ...]:
+    """Of the launch that has it, or of one of its own."""
+    if self.found is None:
+
+      def alone(*refs: Any) -> None:
+        self.body(lax.axis_index("step"), *refs)
+
+      run = make_kernel(alone, self.name, grid=(self.steps,), out_type=self.out_type)
+      self.found = tuple(run(*self.operands))
+    return self.found
+
+
+def make_kernel(
+  body: Callable[..., None],
+  name: str,
+  *,
+  grid: tuple[int, ...],
+  out_type: tuple[jax.ShapeDtypeStruct, ...],
+  scratch_types: tuple[Any, ...] = (),
+  beside: Sequence[Beside] = (),
+) -> Callable[..., Any]:
   """No kernel here reads what it has written, but through shared memory, and there it waits."""
+  if beside:
+    return _with_others(body, name, grid, out_type, scratch_types, beside)
   return plgpu.kernel(
     body,
+    grid=grid,
     grid_names=("step",),
+    out_type=out_type,
+    scratch_types=scratch_types,
     compiler_params=compiler_params(),
     kernel_name=f"jaxqq_{name}",
-    **kwargs,
   )
+
+
+def _with_others(
+  body: Callable[..., None],
+  name: str,
+  grid: tuple[int, ...],
+  out_type: tuple[jax.ShapeDtypeStruct, ...],
+  scratch_types: tuple[Any, ...],
+  beside: Sequence[Beside],
+) -> Callable[..., Any]:
+  """The others' steps come behind the kernel's own."""
+  steps = [*grid, *(other.steps for other in beside)]
+  ends = list(itertools.accumulate(steps))
+  types = [out_type, *(other.out_type for other in beside)]
+
+  def run(*operands: jax.Array) -> Any:
+    given = [operands, *(other.operands for other in beside)]
+
+    def all_of_them(*refs: Any) -> None:
+      rest = iter(refs)
+      of_each = [tuple(itertools.islice(rest, len(own))) for own in given]
+      results = [tuple(itertools.islice(rest, len(own))) for own in types]
+      own_refs, *others = (a + b for a, b in zip(of_each, results, strict=True))
+      scratch, step = tuple(rest), lax.axis_index("step")
+      pl.when(step < ends[0])(lambda: body(*own_refs, *scratch))
+      for other, refs_of, first, end in zip(beside, others, ends[:-1], ends[1:], strict=True):
+        work = functools.partial(other.body, step - first, *refs_of)
+        pl.when((step >= first) & (step < end))(work)
+
+    out_types = tuple(itertools.chain(*types))
+    how: Any = {"grid": (ends[-1],), "out_type": out_types, "scratch_types": scratch_types}
+    found = iter(make_kernel(all_of_them, name, **how)(*itertools.chain(*given)))
+    own = tuple(itertools.islice(found, len(out_type)))
+    for other in beside:
+      other.found = tuple(itertools.islice(found, len(other.out_type)))
+    return own
+
+  return run
 
 
 def pad(a: jax.Array, axis: int, least: int) -> jax.Array:
@@ -125,13 +207,15 @@ def by_blocks(
   staging: jax.ShapeDtypeStruct | None = None,
   entries: int = 0,
   window: Window | None = None,
+  beside: Sequence[Beside] = (),
 ) -> list[jax.Array]:
   """Runs body(slice, *refs) over the first axis of all operands; scalars, (1,), come behind them.
 
   out_types are those of one entry of the first axis. The last step starts early enough to be a
   whole one, and writes some of the same values again. staging is an entry in shared memory. The
   results have at least so many entries; what goes beyond the operands' is not written. Of operands
-  with a window, whose rows have `entries` together, nothing else is seen.
+  with a window, whose rows have `entries` together, nothing else is seen. The launch has `beside`
+  as well.
   """
   n = operands[0].shape[0] if window is None else entries
   if window is None:
@@ -155,6 +239,7 @@ def by_blocks(
       jax.ShapeDtypeStruct((max(padded, entries), *t.shape), t.dtype) for t in out_types
     ),
     scratch_types=(plgpu.SMEM((block, *staging.shape), staging.dtype),) if staging else (),
+    beside=beside,
   )
   first = () if window is None else (window.first,)
   return [out[: max(n, entries)] for out in run(*operands, *first, *scalars)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jaxqq._kernels.hopper.quantize.codes import (
 from jaxqq._kernels.hopper.quantize.elements import E4M3
 from jaxqq._kernels.hopper.quantize.groups import (
   DEFAULT_CONFIG,
+  Beside,
   TuningConfig,
   View,
   load_gmem,
@@ -56,7 +58,10 @@ class RebasedOperand:
 
 
 def rebased_operand(
-  a: jax.Array, fmt: Format, config: TuningConfig = DEFAULT_CONFIG
+  a: jax.Array,
+  fmt: Format,
+  config: TuningConfig = DEFAULT_CONFIG,
+  beside: Sequence[Beside] = (),
 ) -> RebasedOperand:
   """Quantizes rows of `a` to e4m3 codes under one power of two a row: rebased.
 
@@ -69,13 +74,14 @@ def rebased_operand(
   Args:
     a: float32, float16 or bfloat16, (rows, k).
     fmt: a format of e4m3 elements and power of two scales.
+    beside: what else the launch has.
   """
   check_rebasable(fmt)
-  grouped, view = row_groups(a, fmt)
+  grouped, view = _row_groups(a, fmt)
   rows = a.shape[0]
 
   def kernel(*refs: Any) -> None:
-    rebase_row(lax.axis_index("step"), *refs, fmt=fmt, view=view, config=config)
+    _rebase_row(lax.axis_index("step"), *refs, fmt=fmt, view=view, config=config)
 
   run = make_kernel(
     kernel,
@@ -85,23 +91,19 @@ def rebased_operand(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
     ),
+    beside=beside,
   )
   codes, row_scales = run(grouped)
-  return RebasedOperand(row_codes(codes, a.shape), row_scales)
+  return RebasedOperand(codes.reshape(rows, -1)[:, : a.shape[1]], row_scales)
 
 
-def row_groups(a: jax.Array, fmt: Format) -> tuple[jax.Array, View]:
-  """Rows (rows, k) as `rebase_row` takes them, (rows, groups, lanes, vector), zeros behind."""
+def _row_groups(a: jax.Array, fmt: Format) -> tuple[jax.Array, View]:
+  """Rows (rows, k) as `_rebase_row` takes them, (rows, groups, lanes, vector), zeros behind."""
   groups = a.shape[1] // fmt.group_size
   # A thread has at least two elements: conversions go in pairs.
   vector = min(_VECTOR, max(2, 1 << (groups.bit_length() - 1) >> 2))
   view = View(fmt.group_size // vector, vector)
   return pad(a.reshape(a.shape[0], -1, *view.minor), 1, view.tile), view
-
-
-def row_codes(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """What `rebase_row` wrote, in the shape of the rows."""
-  return codes.reshape(shape[0], -1)[:, : shape[1]]
 
 
 def check_rebasable(fmt: Format) -> None:
@@ -111,7 +113,7 @@ def check_rebasable(fmt: Format) -> None:
     )
 
 
-def rebase_row(
+def _rebase_row(
   row: Any,
   a_ref: Any,  # (rows, groups, lanes, vector)
   codes_ref: Any,  # the same
