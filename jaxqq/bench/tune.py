@@ -40,6 +40,7 @@ from jaxqq.bench.peers import Implementation, pack_last
 
 ROWS = (16, 32, 64, 96, 128, 192, 256, 512, 1024)
 SLOWER = 1.5  # what is not measured, since the costs say that it takes so many times the fastest
+SMALL_ROWS = 32  # of a tile; larger ones are not tried where half of their rows would be zeros
 _WHAT = "Device time of products of packed w by tiles, quantization of x included, medians."
 
 
@@ -95,7 +96,8 @@ def plans_of(case: Case) -> list[WidePlan]:
   device = _kernels.device_of("cuda")
   plans = wide_plan.wide_plans(problem, device, fp8=fmt.bits == 8)
   least = min(each.estimate_us for each in plans)
-  found = [each for each in plans if each.kernel == "dequant_gemm"]
+  most = max(SMALL_ROWS, 2 * case.m - 1)
+  found = [p for p in plans if p.kernel == "dequant_gemm" and p.tiles.block_m <= most]
   return sorted((p for p in found if p.estimate_us <= SLOWER * least), key=wide_plan.expected_us)
 
 

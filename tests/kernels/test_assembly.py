@@ -75,9 +75,9 @@ PRODUCTS = {
     "nvfp4", 128, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
   ),
   "stream-K, 256 rows of w": P(
-    "nvfp4", 32, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256
+    "nvfp4", 32, 51200, 5376, "dequant_gemm", stream_k=True, block_n=256
   ),
-  "stream-K, 16 rows of x": P("nvfp4", 16, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256),
+  "stream-K, 16 rows of x": P("nvfp4", 16, 5760, 14336, "dequant_gemm", stream_k=True, block_n=256),
   "16 rows of x": P("nvfp4", 16, 28672, 4096, "dequant_gemm", block_n=256),
   "64 rows of x by 256": P("nvfp4", 64, 28672, 4096, "dequant_gemm", block_n=256),
   "clusters, 64 rows of x by 256": P("nvfp4", 64, 7168, 16384, "dequant_gemm", 4, block_n=256),
