@@ -114,10 +114,10 @@ their time. In the last tables are the ratios of every shape.
 nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with many rows it can
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
-138 of the 901 cells that are measured have other tiles or a newer kernel since, most of them nvfp4
-at 128 rows and more. Besides, nvfp4 from 9 rows on is older than a change of its kernels: at
-28672 x 4096, products of 16 and 32 rows take 13 and 14% less time since, of 64 and 128 rows 5 and
-3%, of 256 and 2048 rows as long.""",
+95 of the 901 cells that are measured have other tiles since, 86 of them nvfp4 from 16 rows on.
+Besides, nvfp4 from 9 rows on, and mxfp8 from 64 to 512, are older than changes of their kernels: at
+28672 x 4096, nvfp4 of 16, 32, 64 and 128 rows takes 17, 14, 11 and 5% less time since, of 256 and
+2048 rows as long; mxfp8 of 64, 96 and 128 rows takes 9, 8 and 3% less.""",
     "python -m jaxqq.bench --suite models --processes 15",
   ),
   Section(
@@ -159,7 +159,11 @@ of tokens. In brackets: how many times as fast as the fastest bfloat16 product o
 "Training" is the product with w on the fly, and both straight-through gradients.
 
 At 8 rows an expert (gpt-oss, T = 64) mxfp8 takes 1.1 times as long as its bytes would at 4.2 TB/s,
-and nvfp4, whose codes are expanded in registers, 1.8 times.""",
+and nvfp4 1.5 times. Of that, loading w, its scales and x takes 1.25 times: without multiplying
+anything the kernels took 90 of 102 us.
+
+nvfp4 at T = 64 takes up to 7% longer after kernels that draw much power, as its peers do here: of
+gpt-oss 99 us alone, and between 100.6 and 106.3 in turn with them.""",
     "python -m jaxqq.bench --suite moe --backward",
   ),
   Section(
