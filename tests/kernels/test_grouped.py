@@ -202,9 +202,21 @@ def test_what_xla_multiplies(how, reason):
   assert plan.name == "xla" and any(reason in refusal for refusal in plan.refusals)
 
 
-@pytest.mark.parametrize(("tokens", "kernel"), [(8, "skinny_gemm"), (512, "dequant_gemm")])
-def test_one_launch_for_all_groups(tokens, kernel):
-  operands, problem = problem_of("nvfp4", tokens, 4, *GPT_OSS)
+LAUNCHES = [  # tokens, of what, kernel, launches; whether one makes the table of tiles alone
+  (8, {}, "skinny_gemm", 2, False),
+  (512, {}, "dequant_gemm", 2, False),
+  (512, {"packed": False}, "gemm", 3, False),
+  (8, {"quantize_input": False}, "skinny_gemm", 2, True),
+  (512, {"quantize_input": False}, "dequant_gemm", 2, True),
+]
+
+
+@pytest.mark.parametrize("case", LAUNCHES, ids=str)
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8", "mxfp4"])
+def test_one_launch_for_all_groups(mode, case):
+  """And one for each quantizer. That of x makes the table of tiles as well."""
+  tokens, how, kernel, launches, is_alone = case
+  operands, problem = problem_of(mode, tokens, 4, *GPT_OSS, **how)
   plan = _kernels.plan(problem, HOPPER, RAGGED)
 
   def product(*arrays):
@@ -212,8 +224,8 @@ def test_one_launch_for_all_groups(tokens, kernel):
 
   lowered = jax.jit(product).trace(*operands.flatten()).lower(lowering_platforms=("cuda",))
   text = lowered.as_text()
-  assert text.count("@mosaic_gpu") == 2  # x's quantizer, which has the table of tiles as well
-  assert text.count(f'"jaxqq_{kernel}') == 1 or f"jaxqq_{kernel}" in text
+  assert text.count("@mosaic_gpu") == launches and f"jaxqq_{kernel}" in text
+  assert ("jaxqq_group_tiles" in text) == is_alone
 
 
 # The kernels, interpreted

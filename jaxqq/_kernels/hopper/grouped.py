@@ -10,6 +10,7 @@ How many there are is known on the device alone, so the tables have room for as 
 be. One kernel makes both: a thread has one tile. Every warp goes through all groups, 128 at a time,
 adds up how many tiles they have, and looks up where its threads' tiles are (`ptx/warp_arrays.py`).
 The launch that quantizes x has it in further CTAs, since its few steps take less than a launch.
+Products of the same x and groups share that launch, if their tiles have as many rows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Which kernel a product of rows in groups gets on Hopper: those of one matrix, with other tiles.
 
-    group sizes --kernel--> table of tiles (`grouped.py`) --+
-    x --quantizer--> x_hat ------------------------------+--> skinny_gemm, dequant_gemm --> out
-    words, scales of all matrices -----------------------+
-    w --quantizer--> w_hat of all matrices --------------+--> gemm ---------------------> out
+    x, group sizes --quantizer--> x_hat, table of tiles --+--> skinny_gemm, dequant_gemm --> out
+    words, scales of all matrices ------------------------+
+    w --quantizer--> w_hat of all matrices ---------------+--> gemm ---------------------> out
 
 The straight-through gradients are products of unquantized operands, in 16 bits:
 
@@ -91,8 +90,8 @@ class RaggedPlan:
     if self.problem.quantize and self.problem.scales_by_group:
       scales = "; x is quantized by XLA, with a global scale for each group"
     return (
-      f"all groups in one launch, in tiles of up to {self.block_m} rows, which a kernel lists from "
-      f"the group sizes: {self.of_group.details}{scales}"
+      f"all groups in one launch, in tiles of up to {self.block_m} rows, listed on "
+      f"the device from the group sizes: {self.of_group.details}{scales}"
     )
 
   def run(self, operands: RaggedOperands) -> jax.Array:

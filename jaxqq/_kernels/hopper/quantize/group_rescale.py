@@ -97,7 +97,7 @@ def rows_a_step(rows: int, view: View) -> int:
 
 def rescale_rows(
   rows: Any,
-  scales_ref: Any,  # uint8 (rows, vectors, vector); fast from 16 in a vector
+  scales_ref: Any,  # uint8 (rows, vectors, vector); a multiple of 4 in a vector is fast
   rescale_ref: Any,
   row_scales_ref: Any,
   *,

@@ -166,6 +166,7 @@ def _with_others(
   types = [out_type, *(other.out_type for other in beside)]
 
   def run(*operands: jax.Array) -> Any:
+    assert all(other.found is None for other in beside), "another launch has it"
     given = [operands, *(other.operands for other in beside)]
 
     def all_of_them(*refs: Any) -> None:
