@@ -97,6 +97,14 @@ def test_the_costs_that_times_were_made_of_are_found():
   assert tune.fitted(few, "nvfp4") == []
 
 
+def test_costs_are_those_that_are_fitted():
+  """Of the tiles whose times are all kept."""
+  fitted = tune.fitted(tune.read(TUNED / "h200_tiles.json"), "nvfp4")
+  sizes = {(16, 128), (16, 192), (32, 128), (32, 192), (32, 256)}
+  lines = [line for line in costs.DEQUANT_E2M1 if (line.block_m, line.block_n) in sizes]
+  assert [line for line in fitted if (line.block_m, line.block_n) in sizes] == lines
+
+
 def test_how_far_the_planner_is_from_the_fastest():
   times = tune.read(TUNED / "h200_tiles.json")
   plans = tune.plans_of(Case("packed", "nvfp4", 256, 8192, 8192))

@@ -96,8 +96,9 @@ def plans_of(case: Case) -> list[WidePlan]:
   device = _kernels.device_of("cuda")
   plans = wide_plan.wide_plans(problem, device, fp8=fmt.bits == 8)
   least = min(each.estimate_us for each in plans)
-  most = max(SMALL_ROWS, 2 * case.m - 1)
-  found = [p for p in plans if p.kernel == "dequant_gemm" and p.tiles.block_m <= most]
+  most, chosen = max(SMALL_ROWS, 2 * case.m - 1), wide_plan.fastest(plans)
+  found = [p for p in plans if p is chosen or p.tiles.block_m <= most]
+  found = [p for p in found if p.kernel == "dequant_gemm"]
   return sorted((p for p in found if p.estimate_us <= SLOWER * least), key=wide_plan.expected_us)
 
 
@@ -171,13 +172,15 @@ def write(path: pathlib.Path, times: dict[Tile, float]) -> None:
 # Costs
 
 # `costs.counts` of a product in parts, its time but for what comes before, and all of it
-_Terms = list[tuple[tuple[int, int], float, float]]
+_Terms = list[tuple[int, int, float, float]]
+_FEWEST = 4  # times, to fit to
 
 
 def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
   """Costs of each tile with enough times, to least squares of the relative error.
 
-  Times with as many parts of a step as the costs so far say.
+  Times with as many parts of a step as the costs so far say. Those of tiles alone and in clusters
+  are fitted together, since parts take as long in both.
   """
   own = [(tile, us) for tile, us in times.items() if tile.mode == mode]
   sizes = sorted({(tile.block_m, tile.block_n) for tile, _ in own})
@@ -188,23 +191,24 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
     for tile, us in own:
       if (tile.block_m, tile.block_n) == size and tile.parts == line.parts:
         way = "stream_k" if tile.stream_k else "cluster" if tile.cluster > 1 else "alone"
-        terms[way].append((_terms(tile, num_sms), us - _before(tile), us))
-    alone = _least_squares(terms["alone"])
-    if alone is None:
+        terms[way].append((*_terms(tile, num_sms), us - _before(tile), us))
+    if len(terms["alone"]) + len(terms["cluster"]) < _FEWEST or not terms["alone"]:
       continue
-    part_us, tile_us = alone
-
-    cluster_us = None
-    if terms["cluster"]:
-      cluster_us = round(_rest(terms["cluster"], part_us), 1)
-    stream_k = _least_squares(terms["stream_k"])
-    if stream_k is not None and stream_k[0] < part_us:  # few times: no part is faster with it
-      stream_k = part_us, _rest(terms["stream_k"], part_us)
+    rows = [(parts, tiles, 0, us, all_us) for parts, tiles, us, all_us in terms["alone"]]
+    rows += [(parts, 0, 1, us, all_us) for parts, _, us, all_us in terms["cluster"]]
+    part_us, tile_us, cluster_us = _least_squares(rows)
+    stream_k: Sequence[float] | None = None
+    if len(terms["stream_k"]) >= _FEWEST:
+      deals = [(parts, 1, us, all_us) for parts, _, us, all_us in terms["stream_k"]]
+      stream_k = _least_squares(deals)
+      if stream_k[0] < part_us:  # few times: no part is faster with it
+        rest = [us - parts * part_us for parts, _, us, _ in deals]
+        stream_k = part_us, float(np.median(rest))
     timed = costs.Timed(
       *size,
       round(part_us, 3),
       round(tile_us, 1),
-      cluster_us,
+      round(cluster_us, 1) if terms["cluster"] else None,
       None if stream_k is None else (round(stream_k[0], 3), round(stream_k[1], 1)),
       line.parts,
       line.launch_us,
@@ -240,21 +244,20 @@ def _before(tile: Tile) -> float:
   return line.launch_us + tile.m * parts * line.x_us
 
 
-def _rest(terms: _Terms, part_us: float) -> float:
-  """What is left of times with parts that take as long as without clusters or stream-K."""
-  return float(np.median([us - parts * part_us for (parts, _), us, _ in terms]))
+def _least_squares(rows: Sequence[tuple[float, ...]]) -> list[float]:
+  """The costs of each column but the last two: what is left of a time, and all of it.
 
-
-def _least_squares(terms: _Terms) -> tuple[float, float] | None:
-  """The two costs, the second zero at least; None of fewer than three times."""
-  if len(terms) < 3:
-    return None
-  counts, own, whole = (np.array(column, float) for column in zip(*terms, strict=True))
-  relative, share = counts / whole[:, None], own / whole
-  part_us, tile_us = np.linalg.lstsq(relative, share, rcond=None)[0]
-  if tile_us < 0:
-    part_us, tile_us = np.linalg.lstsq(relative[:, :1], share, rcond=None)[0][0], 0.0
-  return float(part_us), float(tile_us)
+  None is negative: a column whose cost would be is left out.
+  """
+  table = np.array(rows, float)
+  counts, own, whole = table[:, :-2], table[:, -2], table[:, -1]
+  relative, share, kept = counts / whole[:, None], own / whole, [*range(counts.shape[1])]
+  while True:
+    found = np.zeros(counts.shape[1])
+    found[kept] = np.linalg.lstsq(relative[:, kept], share, rcond=None)[0]
+    if (found >= 0).all():
+      return found.tolist()
+    kept.remove(int(np.argmin(found)))
 
 
 def choices(times: dict[Tile, float]) -> list[tuple[float, Tile, Tile]]:

@@ -3,8 +3,9 @@
 A line is a tile; `wide_plan.py` tries each in clusters of several sizes, and takes what takes least
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
 n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 16 to 1024 rows
-(../tuned/h200_tiles.json). Those of e4m3 codes, and of e2m1 codes with 96 rows of x or more, are
-from before some of the instructions went: since then products take up to 6% less.
+(../tuned/h200_tiles.json); those of 64 by 192, and of 16, 24 and 64 by 256, to more times than are
+kept there, of several waves as well. Those of e4m3 codes, and of e2m1 codes with 96 rows of x or
+more, are from before some of the instructions went: since then products take up to 15% less.
 """
 
 from __future__ import annotations
