@@ -102,7 +102,7 @@ def positions(shape: tuple[int, ...], layout: Any) -> jax.Array:
 class Beside:
   """A small kernel that needs nothing of another one: further CTAs of that one's launch have it.
 
-  A launch of its own would take 2 us, whatever little it does.
+  A launch of its own costs more than its work: of groups' table of tiles 1.7 us on an H200.
 
   Attributes:
     body: (step, *operands, *results), of references.
