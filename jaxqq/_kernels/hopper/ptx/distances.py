@@ -5,14 +5,18 @@ Byte by byte as int32 this is ten instructions a scale, four times as many.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.registers import array, constant, word_asm
 
 WORD = 4  # scales
@@ -22,9 +26,11 @@ def largest(scales: jax.Array, layout: Any) -> jax.Array:
   """int32 (...): the largest of each thread's neighbours.
 
   Args:
-    scales: uint8 (..., a multiple of 4).
+    scales: uint8; if the last axis is a multiple of 4, by words.
     layout: of it; a thread has the last axis.
   """
+  if not _by_words(scales):
+    return jnp.max(scales.astype(jnp.int32), axis=-1)
   reduced = layout.reduce((scales.ndim - 1,))
   result = plgpu.ShapeDtypeStruct(scales.shape[:-1], np.dtype(np.int32), layout=reduced)
 
@@ -54,14 +60,21 @@ def largest(scales: jax.Array, layout: Any) -> jax.Array:
   return in_registers(scales)
 
 
-def rescale_bytes(scales: jax.Array, highest: jax.Array, layout: Any) -> jax.Array:
+def rescale_bytes(
+  scales: jax.Array, highest: jax.Array, layout: Any, rescale_byte: Callable[[Any], Any]
+) -> jax.Array:
   """uint8 as scales: `group_rescale.rescale_byte` of how far each is below its row's highest one.
 
   Args:
-    scales: as of `largest`.
-    highest: int32 (...), no less than any of a thread's.
-    layout: of scales.
+    scales, layout: as of `largest`.
+    highest: int32 (rows,), no less than any of a row's.
+    rescale_byte: the definition, of int32: what a scale becomes that is not in a word.
   """
+  if not _by_words(scales):
+    scales = scales.astype(jnp.int32)
+    distances = lax.broadcast_in_dim(highest, scales.shape, (0,)) - scales
+    return rescale_byte(distances).astype(jnp.uint8)
+  of_threads = lax.broadcast_in_dim(highest, scales.shape[:-1], (0,))
   reduced = layout.reduce((scales.ndim - 1,))
   result = plgpu.ShapeDtypeStruct(scales.shape, np.dtype(np.uint8), layout=layout)
 
@@ -75,7 +88,11 @@ def rescale_bytes(scales: jax.Array, highest: jax.Array, layout: Any) -> jax.Arr
       found.append(vector.bitcast(ir.VectorType(register.type), _vector_of(words)))
     return array(found, scales.shape, layout, False)
 
-  return in_registers(scales, highest)
+  return in_registers(scales, of_threads)
+
+
+def _by_words(scales: jax.Array) -> bool:
+  return scales.shape[-1] % WORD == 0 and not interpreting()
 
 
 def _words(register: Any) -> list[Any]:

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 
 from jaxqq._formats import Format
 from jaxqq._kernels.hopper.ptx import distances
-from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.quantize.codes import power, rebasing_bits
 from jaxqq._kernels.hopper.quantize.groups import (
   Beside,
@@ -28,7 +27,6 @@ from jaxqq._kernels.hopper.quantize.groups import (
   View,
   load_gmem,
   pad,
-  per_group,
   store_gmem,
 )
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
@@ -118,27 +116,15 @@ def rescale_rows(
   def span(i: Any) -> tuple[Any, Any]:
     return rows, pl.ds(jnp.minimum(i * size, vectors - size), size)
 
-  by_words = scales_ref.shape[2] % distances.WORD == 0 and not interpreting()
-
   def load(i: Any) -> jax.Array:
     return load_gmem(scales_ref.at[span(i)], view.layout)
 
   def find(i: Any, so_far: jax.Array) -> jax.Array:
-    scales = load(i)
-    if by_words:
-      of_threads = distances.largest(scales, view.layout)
-    else:
-      of_threads = jnp.max(scales.astype(jnp.int32), axis=-1)
+    of_threads = distances.largest(load(i), view.layout)
     return jnp.maximum(so_far, jnp.max(of_threads, axis=-1))
 
   def write(i: Any, _: None) -> None:
-    scales = load(i)
-    if by_words:
-      of_threads = lax.broadcast_in_dim(highest, scales.shape[:2], (0,))
-      rescale = distances.rescale_bytes(scales, of_threads, view.layout)
-    else:
-      scales = scales.astype(jnp.int32)
-      rescale = rescale_byte(per_group(highest, scales) - scales).astype(jnp.uint8)
+    rescale = distances.rescale_bytes(load(i), highest, view.layout, rescale_byte)
     store_gmem(rescale_ref.at[span(i)], rescale)
 
   nothing = plgpu.layout_cast(jnp.zeros((rows.size,), jnp.int32), view.reduced(1))
