@@ -14,6 +14,7 @@ first scale. In shared memory their scales begin j S mod 16 bytes behind that.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def words(
   count: int,
   planes: ScalePlanes,
   *,
-  masks: list[Any] | None = None,
+  masks: Mapping[int, Any] | None = None,
   unit: int = 4,
   even_first: bool = False,
 ) -> list[Any]:
@@ -83,20 +84,19 @@ def words(
     unit: what the column is a multiple of; below 4, words are put together of two.
     even_first: rows are in the order of `layouts.even_rows_first`, labelled as if they were not.
   """
-  row, column = jnp.int32(row), jnp.int32(column)
+  row, column, masks = jnp.int32(row), jnp.int32(column), masks or {}
   is_aligned = planes.of_row % 4 == 0 and unit % 4 == 0
   if interpreting():
     return _interpreted(ref, row, column, count, planes, masks)
   word_type = plgpu.ShapeDtypeStruct((ROWS,), np.dtype(np.uint32), layout=ROW)
-  wanted = [mask is not None for mask in masks or []]
-  splats = [row, column, *(mask for mask in masks or [] if mask is not None)]
+  splats = [row, column, *masks.values()]
   arg_types = plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * len(splats)
 
   @plgpu.inline_mgpu(arg_types=arg_types, return_type=[word_type] * count)
   def from_smem(ctx: Any, ref: Any, *splats: Any) -> Any:
     del ctx
     first_row, first, *rest = (splat.registers.flat[0] for splat in splats)
-    of_words = {i: rest.pop(0) for i, is_wanted in enumerate(wanted) if is_wanted}
+    of_words = dict(zip(masks, rest, strict=True))
     of_rows = []
     for half in range(2):
       own_row = arith.addi(row_of_thread(even_first=even_first), constant(8 * half))
@@ -114,7 +114,7 @@ def _masked(word: Any, mask: Any) -> Any:
   return word if mask is None else arith.andi(word, mask)
 
 
-def masks_of(left: int, count: int, is_last: Any, unit: int = 4) -> list[Any] | None:
+def masks_of(left: int, count: int, is_last: Any, unit: int = 4) -> dict[int, Any]:
   """What leaves the scales of a row and makes zeros of those that follow it in shared memory.
 
   There the next row's are, which may be NaN, and meet codes that are zeros.
@@ -126,14 +126,14 @@ def masks_of(left: int, count: int, is_last: Any, unit: int = 4) -> list[Any] | 
     unit: bytes of a word that are asked for.
 
   Returns:
-    for each word an int32, or None where all bytes are the row's; None if that is so of all.
+    an int32 for each word that has other bytes than the row's, by its index.
   """
-  found = []
-  for i in range(count):
-    own = min(max(left - 4 * i, 0), unit)
-    mask = jnp.where(is_last, jnp.int32((1 << 8 * own) - 1), jnp.int32(-1)) if own < unit else None
-    found.append(mask)
-  return found if any(mask is not None for mask in found) else None
+  own = {i: min(max(left - 4 * i, 0), unit) for i in range(count)}
+  return {
+    i: jnp.where(is_last, jnp.int32((1 << 8 * size) - 1), jnp.int32(-1))
+    for i, size in own.items()
+    if size < unit
+  }
 
 
 def _words_of_row(
@@ -161,7 +161,7 @@ def _words_of_row(
 
 
 def _interpreted(
-  ref: Any, row: Any, column: Any, count: int, planes: ScalePlanes, masks: list[Any] | None
+  ref: Any, row: Any, column: Any, count: int, planes: ScalePlanes, masks: Mapping[int, Any]
 ) -> list[Any]:
   """Rows in order."""
   rows, loaded = planes.rows // planes.count, ref[...]
@@ -171,7 +171,6 @@ def _interpreted(
   scales = jnp.pad(jnp.stack(of_planes, axis=1).reshape(planes.rows, -1), ((0, 0), (0, 4)))
   scales = lax.dynamic_slice(scales, (row, column), (ROWS, 4 * count)).astype(jnp.uint32)
   words = [sum(scales[:, 4 * i + j] << np.uint32(8 * j) for j in range(4)) for i in range(count)]
-  for i, mask in enumerate(masks or []):
-    if mask is not None:
-      words[i] &= lax.bitcast_convert_type(mask, jnp.uint32)
+  for i, mask in masks.items():
+    words[i] &= lax.bitcast_convert_type(mask, jnp.uint32)
   return words
