@@ -5,7 +5,7 @@ time. Times are in microseconds, x's quantizer included, fitted to what was meas
 n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 16 to 1024 rows
 (../tuned/h200_tiles.json); those of 64 by 192, and of 16, 24 and 64 by 256, to more times than are
 kept there, of several waves as well. Those of e4m3 codes, and of e2m1 codes with 96 rows of x or
-more, are from before some of the instructions went: since then products take up to 15% less.
+more, are from before some of the instructions went: products take up to 15% less than they say.
 """
 
 from __future__ import annotations

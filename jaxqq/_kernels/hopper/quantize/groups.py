@@ -138,7 +138,10 @@ def make_kernel(
   scratch_types: tuple[Any, ...] = (),
   beside: Sequence[Beside] = (),
 ) -> Callable[..., Any]:
-  """No kernel here reads what it has written, but through shared memory, and there it waits."""
+  """A kernel, and behind its own steps those `beside`.
+
+  None reads what it has written, but through shared memory, and there it waits.
+  """
   if beside:
     return _with_others(body, name, grid, out_type, scratch_types, beside)
   return plgpu.kernel(
