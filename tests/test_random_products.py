@@ -171,13 +171,23 @@ SCALES_APART = [
   )
   for m, n, dtype in ((100, 2056, "bfloat16"), (96, 1280, "float32"), (300, 72, "bfloat16"))
 ]
+# Few rows, whose scales a tile loads at once.
+WHOLE_SCALES = [
+  Program(mode, m, 8704, k, packed=True, quantize_input=quantized)
+  for mode, m, k, quantized in (
+    *(("nvfp4", 7, 2880, True), ("nvfp4", 3, 2336, True), ("nvfp4", 5, 1168, False)),
+    *(("mxfp8", 9, 2880, True), ("mxfp8", 12, 2080, False), ("mxfp4", 20, 1056, True)),
+  )
+]
 KINDS = (
   ("normal", "groups within reach"),
   ("outliers", "heavy tails"),
   ("positive", "positive outliers"),
   ("groups far apart", "groups far apart"),
 )
-EVERY = MANY_ROWS + FEW_ROWS + PANELS + SHARED + LARGE_TILES + LAST_BLOCKS + SCALES_APART
+EVERY = (
+  MANY_ROWS + FEW_ROWS + PANELS + SHARED + LARGE_TILES + LAST_BLOCKS + SCALES_APART + WHOLE_SCALES
+)
 
 
 @pytest.mark.gpu
@@ -212,6 +222,7 @@ def test_every_kernel_is_among_them():
     assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name
   assert {kernel.tiles.compute_warpgroups for kernel in skinny} == {2, 4}
   assert {kernel.quantizes_x for kernel in skinny} == {True, False}
+  assert {kernel.tiles.whole_scales for kernel in skinny} == {True, False}
   assert len({kernel.mainloop for kernel in skinny}) == 5
 
 

@@ -189,22 +189,35 @@ ROWS_OF_SCALES = {
 
 def check_scales_of_rows(run, mainloop):
   mode, m, quantize_input, counts = ROWS_OF_SCALES[mainloop]
-  loaded = set()
-  for count in counts:
+  seen = set()
+  for count, n in itertools.product(counts, (100, 128)):
     k = count * FORMATS[mode].group_size
-    plan = plan_of(mode, m, 100, k, alone=not quantize_input)
+    plan = plan_of(mode, m, n, k, alone=not quantize_input)
     assert plan.mainloop == mainloop
     planes = plan.scale_planes
-    assert (planes.count if planes else 1) == 16 // np.gcd(count, 16)
-    loaded |= {planes.loaded} if planes else set()
-    check_every_second_row_nan(run, mode, m, 100, k, quantize_input=quantize_input)
-  assert loaded == ({16, 32} if m < 16 and mode == "nvfp4" else {16})
+    if plan.tiles.whole_scales:
+      seen.add("whole")
+    elif planes is not None:
+      assert planes.count == 16 // np.gcd(count, 16) > 1
+      seen.add(planes.loaded)
+    check_every_second_row_nan(run, mode, m, n, k, quantize_input=quantize_input)
+  assert seen == {"whole"} | ({16, 32} if m < 16 and mode == "nvfp4" else {16})
 
 
 @pytest.mark.parametrize("mainloop", ROWS_OF_SCALES)
 def test_rows_of_scales_begin_anywhere(mainloop):
   with interpreter.interpreted():
     check_scales_of_rows(lambda f, *args: np.asarray(jax.jit(f)(*args)), mainloop)
+
+
+@pytest.mark.parametrize("k_steps", [1, 2, 5, 6, 12])
+@pytest.mark.parametrize("stages", [2, 4, 6, 8])
+def test_whole_scales_are_not_replaced_before_they_are_read(stages, k_steps):
+  """They are loaded with a tile's first step, when the step `stages` before it is done."""
+  slots = T(stages, 2, whole_scales=True).scale_slots(k_steps)
+  first_step = slots * k_steps  # of the tile that has the first one's slot
+  assert first_step - stages >= k_steps - 1
+  assert first_step - k_steps - stages < k_steps - 1  # with a slot less
 
 
 @pytest.mark.parametrize("rows", [64, 128, 192, 256])

@@ -115,11 +115,12 @@ class Scratch:
   x: Any  # (stages, padded_m, columns), or in rows (stages, .., padded_m, 128 bytes)
   w: Any  # (stages, block_n, words or numbers), or in rows (stages, .., block_n, 128 bytes)
   sums: Any  # that warpgroups hand over, a slot each
-  scales: Any
+  scales: Any  # (stages, ..); whole ones (slots, ..), a tile each
   x_scales: Any
   cta_sums: Any  # that the first CTA of a cluster reads
   full: Any
   empty: Any
+  scales_full: Any  # one a slot
   sums_full: Any  # one for each warpgroup that adds up
   sums_empty: Any
 
@@ -221,8 +222,9 @@ class _SkinnyGemm:
     x_shape = _stored_shape(padded_m, self.x_columns, self.x_dtype, in_rows=plan.x_in_rows)
     w_shape = _stored_shape(self.block_n, self.w_columns, self.w_dtype, in_rows=plan.in_rows)
     planes, scales_shape = plan.scale_planes, (self.block_n, plan.block.scales)
+    slots = tiles.scale_slots(self.k_steps) if tiles.whole_scales else 0
     loads = _num_loads(w_shape)
-    if self.is_packed:
+    if self.is_packed and not slots:
       loads += 1 if planes is None else planes.count
     if self.quantizer is None:
       loads += _num_loads(x_shape) + (self.x_scales_shape is not None)
@@ -234,13 +236,14 @@ class _SkinnyGemm:
       x=smem((stages, *x_shape), self.x_dtype, self.x_transforms),
       w=smem((stages, *w_shape), self.w_dtype, self.w_transforms),
       sums=smem((workers - 1, self.block_n, padded_m), jnp.float32, sums_transforms),
-      scales=smem((stages, *(planes.shape if planes else scales_shape)), jnp.uint8)
+      scales=smem((slots or stages, *(planes.shape if planes else scales_shape)), jnp.uint8)
       if self.is_packed
       else None,
       x_scales=smem((stages, *self.x_scales_shape), jnp.float32) if self.x_scales_shape else None,
       cta_sums=smem((ROWS, padded_m), jnp.float32, sums_transforms) if tiles.cluster > 1 else None,
       full=plgpu.Barrier(num_barriers=stages, num_arrivals=loads),
       empty=plgpu.Barrier(num_barriers=stages),
+      scales_full=plgpu.Barrier(num_barriers=slots) if slots else None,
       sums_full=plgpu.Barrier(num_barriers=workers, num_arrivals=workers - 1),
       sums_empty=plgpu.Barrier(),
     )
@@ -359,8 +362,15 @@ class _Cta:
     planes, count = self.plan.scale_planes, self.plan.block.scales
     if planes is not None:
       of_matrix = gmem.scales.at[batch_of(gmem.scales, tile.batch)]
-      first_row = tile.n * kernel.block_n
-      scale_planes.load(of_matrix, first_row, ki * count, smem.scales.at[stage], full, planes)
+      load_scales = functools.partial(
+        scale_planes.load, of_matrix, tile.n * kernel.block_n, planes=planes
+      )
+      if self.tiles.whole_scales:
+        slot = self.slot_of_scales(tile.index)
+        to = smem.scales.at[slot], smem.scales_full.at[slot]
+        pl.when(ki == 0)(lambda: load_scales(0, *to))
+      else:
+        load_scales(ki * count, smem.scales.at[stage], full)
     elif smem.scales is not None:
       copy(gmem.scales, rows, count, smem.scales)
     first_of_x: Any = 0
@@ -403,22 +413,28 @@ class _Cta:
       return [self.smem.w.at[stage, i, rows] for i in range(self.smem.w.shape[1])]
     return [self.smem.w.at[stage, rows]]
 
-  def words_of_scales(self, stage: Any, is_last: Any) -> list[Any] | None:
-    """Of a block of k, for each 64 rows of w, where they are in planes.
+  def slot_of_scales(self, t: Any) -> Any:
+    """Of this CTA's t-th tile."""
+    return pipeline.stage_of(t, self.smem.scales.shape[0])
+
+  def words_of_scales(self, t: Any, ki: Any, stage: Any, is_last: Any) -> list[Any] | None:
+    """Of a tile's block of k, for each 64 rows of w, where they are in planes.
 
     is_last: of a row's blocks.
     """
     planes = self.plan.scale_planes
     if planes is None:
       return None
-    own, count = self.smem.scales.at[stage], self.plan.block.scales
+    count, is_whole = self.plan.block.scales, self.tiles.whole_scales
+    own = self.smem.scales.at[self.slot_of_scales(t) if is_whole else stage]
+    column = ki * count if is_whole else 0
     of_last = planes.of_row - (self.kernel.all_steps - 1) * count
     masks = scale_planes.masks_of(of_last, count // 4, is_last)
     return [
       scale_planes.words(
         own,
         half * ROWS,
-        0,
+        column,
         count // 4,
         planes,
         masks=masks,
@@ -462,12 +478,14 @@ class _Cta:
       plgpu.barrier_wait(smem.full.at[stage])
       block = self.block(ki)
       is_last = block == self.kernel.all_steps - 1
-      scales = self.words_of_scales(stage, is_last)
+      scales = self.words_of_scales(t, ki, stage, is_last)
       sums = self.kernel.mainloop.add(self, sums, stage, scales, rows, is_last)
       finish_loads()
       plgpu.barrier_arrive(smem.empty.at[stage])
       return pipeline.stage_after(stage, stages, workers), sums
 
+    if self.tiles.whole_scales:
+      plgpu.barrier_wait(smem.scales_full.at[self.slot_of_scales(t)])
     zeros = jnp.zeros((ROWS, self.plan.padded_m), jnp.float32)
     state = (
       pipeline.stage_of(first + own_first, stages),

@@ -16,6 +16,7 @@ from jaxqq._kernels.hopper.tiles import (
   SHARED_MEMORY,
   SWIZZLED_BYTES,
   TMA_BYTES,
+  TMA_ROWS,
   BlockDiagonal,
   Grid,
   KBlock,
@@ -88,7 +89,10 @@ class SkinnyPlan:
       unit = math.lcm(*_tile_units(self.problem, self.block))
       why = "groups begin at any row" if self.problem.in_groups else f"K is no multiple of {unit}"
       layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
-      layout += "" if self.scale_planes is None else f", scales in {self.scale_planes.count} planes"
+      planes = self.scale_planes
+      if planes is not None:
+        how = "as whole rows" if planes.is_whole else f"in {planes.count} planes"
+        layout += f", scales {how}"
     how = f"({self.mainloop}) with {self.block} {self.tiles}{blockdiag}{x}{layout}{padded}"
     return f"{self.kernel} {how}{for_sms(self.device)}"
 
@@ -123,7 +127,7 @@ class SkinnyPlan:
   @property
   def scale_planes(self) -> ScalePlanes | None:
     """How the TMA loads scales whose rows are no multiple of 16 bytes apart."""
-    return _scale_planes(self.problem, self.block, self.tiles.block_n)
+    return _scale_planes(self.problem, self.block, self.tiles)
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
@@ -200,10 +204,21 @@ def _k_block(problem: Problem, mainloop: str) -> KBlock:
   return KBlock(k // 2, fmt.bits, fmt.group_size)
 
 
-def _scale_planes(problem: Problem, block: KBlock, block_n: int) -> ScalePlanes | None:
+def _scale_planes(problem: Problem, block: KBlock, tiles: SkinnyTiles) -> ScalePlanes | None:
   if block.group_size is None or not _in_rows(problem, block):
     return None
-  return planes_of(problem.k // block.group_size, block.scales, block_n)
+  of_row = problem.k // block.group_size
+  return planes_of(of_row, of_row if tiles.whole_scales else block.scales, tiles.block_n)
+
+
+def _with_whole_scales(problem: Problem, block: KBlock, tiles: SkinnyTiles) -> SkinnyTiles | None:
+  """None where the TMA does not load a tile's scales as one piece of memory."""
+  whole = dataclasses.replace(tiles, whole_scales=True)
+  planes = _scale_planes(problem, block, whole)
+  if planes is None or planes.of_row > TMA_ROWS or tiles.cluster > 1:
+    return None
+  is_in_pieces = 8 * cdiv(problem.n, 8) * planes.of_row % tiles.block_n == 0
+  return whole if is_in_pieces else None
 
 
 def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
@@ -220,6 +235,7 @@ def _skinny_tiles(
 ) -> SkinnyTiles:
   """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room.
 
+  Scales whose rows begin anywhere are loaded for a tile at once where that leaves it its stages.
   In groups, "sixteens" has tiles of twice as many rows of w, since every tile loads x again.
   """
   k_steps = cdiv(problem.k, block.k)
@@ -227,21 +243,27 @@ def _skinny_tiles(
 
   def tiles_of(block_n: int, workers: int, cluster: int) -> SkinnyTiles | None:
     """None where they do not fit."""
-    scales = scale_bytes(_scale_planes(problem, block, block_n), block.scales, block_n)
-    stage = block_n * 4 * block.words + scales + x_bytes
+    tiles = SkinnyTiles(0, workers, problem.wants_exact_sums, cluster, block_n)
+    scales = scale_bytes(_scale_planes(problem, block, tiles), block.scales, block_n)
+    stage = block_n * 4 * block.words + x_bytes
     sums = (workers - (cluster == 1)) * block_n * padded_m * 4
-    stages = (SHARED_MEMORY - sums) // stage // workers * workers
+    stages = (SHARED_MEMORY - sums) // (stage + scales) // workers * workers
     waits = block_n > ROWS and stages == workers == 4  # four warpgroups, a stage each
     if stages == 0 or waits:
       return None
     if cluster > 1:
-      tiles = problem.batch * cdiv(problem.n, block_n)
-      shared = tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
+      num_tiles = problem.batch * cdiv(problem.n, block_n)
+      shared = num_tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
       # Every warpgroup of every CTA gets a block of k.
       if problem.in_groups or not shared or k_steps < cluster * workers:
         return None
-    promote = problem.wants_exact_sums
-    return SkinnyTiles(stages, workers, promote, cluster, block_n)
+    tiles = dataclasses.replace(tiles, num_stages=stages)
+    whole = _with_whole_scales(problem, block, tiles)
+    if whole is not None:
+      of_tile = scale_bytes(_scale_planes(problem, block, whole), block.scales, block_n)
+      if sums + stages * stage + whole.scale_slots(k_steps) * of_tile <= SHARED_MEMORY:
+        return whole
+    return tiles
 
   choices = [(ROWS, workers, cluster) for cluster in (4, 2, 1) for workers in (4, 2)]
   if problem.in_groups and mainloop == "sixteens" and problem.n > ROWS:

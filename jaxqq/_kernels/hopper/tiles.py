@@ -7,6 +7,7 @@ import math
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
 TMA_BYTES = 16  # the stride of rows in memory is a multiple of this
+TMA_ROWS = 256  # that it loads at most at once
 SWIZZLED_BYTES = 128  # as TMA_BYTES, for Mosaic GPU of what is swizzled on its way
 SHARED_MEMORY = 224 * 1024  # bytes, of 227 KiB: barriers need some, and what aligns buffers
 GEMM_STORE = 64  # rows and columns that a warpgroup of `gemm` stores at a time
@@ -120,6 +121,11 @@ class SkinnyTiles:
   promote: bool = False  # 16 bit operands: add to float32 sums after every step
   cluster: int = 1  # CTAs that share a tile, each with a part of k
   block_n: int = ROWS  # or, of the mainloop "sixteens", twice that
+  whole_scales: bool = False  # those of a tile at once, not with each block of k
+
+  def scale_slots(self, k_steps: int) -> int:
+    """Whole scales in shared memory: of tiles of so many steps that are under way at once."""
+    return 1 + cdiv(self.num_stages - 1, k_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,22 +153,31 @@ class ScalePlanes:
   """
 
   of_row: int  # bytes of a row in memory
-  loaded: int  # of a row at once, a multiple of 16
+  loaded: int  # of a row at once: a multiple of 16, or all of them
   rows: int  # of the tile, a multiple of 64
 
   @property
   def count(self) -> int:
     """Planes: sets of rows, each of which begin at the same rest of 16 bytes."""
-    return TMA_BYTES // math.gcd(self.of_row, TMA_BYTES)
+    return 1 if self.is_whole else TMA_BYTES // math.gcd(self.of_row, TMA_BYTES)
+
+  @property
+  def is_whole(self) -> bool:
+    return self.loaded == self.of_row
 
   @property
   def width(self) -> int:
-    """Bytes of a row that are loaded."""
-    return self.loaded + TMA_BYTES
+    """Bytes of a row in shared memory."""
+    return self.loaded + (0 if self.is_whole else TMA_BYTES)
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """A plane has rows in eights, since the TMA writes to multiples of 128 bytes."""
+    """Such that the TMA writes to multiples of 128 bytes: a plane has rows in eights.
+
+    Whole rows are one behind the other, as in memory, whatever the shape.
+    """
+    if self.is_whole:
+      return 1, 2 * cdiv(self.of_row, 2), self.rows
     return self.count, 8 * cdiv(self.rows, 8 * self.count), self.width
 
 

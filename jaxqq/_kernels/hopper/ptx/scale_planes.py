@@ -9,6 +9,9 @@ first scale. In shared memory their scales begin j S mod 16 bytes behind that.
                        plane 1: rows 1, 5, 9, ...    from byte 180 = 11 * 16 + 4, loaded from 176
                        plane 2: rows 2, 6, 10, ...   from byte 360 = 22 * 16 + 8
                        plane 3: rows 3, 7, 11, ...   from byte 540 = 33 * 16 + 12
+
+Whole rows are one piece of memory, and the TMA loads it as such: a tile's rows, of S scales each,
+are S rows of a byte for each row of the tile.
 """
 
 from __future__ import annotations
@@ -35,8 +38,13 @@ from jaxqq._kernels.hopper.tiles import TMA_BYTES, ScalePlanes
 
 
 def as_planes(scales: jax.Array, planes: ScalePlanes) -> jax.Array:
-  """(b, n, S) as (b, n / p, p S), the same bytes; n is a multiple of p."""
+  """(b, n, S) as (b, n / p, p S), the same bytes; n is a multiple of p.
+
+  Whole rows: as (b, n S / rows, rows).
+  """
   batch, n, of_row = scales.shape
+  if planes.is_whole:
+    return scales.reshape(batch, n * of_row // planes.rows, planes.rows)
   return scales.reshape(batch, n // planes.count, planes.count * of_row)
 
 
@@ -53,6 +61,11 @@ def load(
     barrier: at which all of them arrive, `planes.count` times.
     planes: of the tile.
   """
+  if planes.is_whole:
+    first_of_tile = lax.div(first_row, jnp.int32(planes.rows)) * planes.of_row
+    own, here = pl.ds(first_of_tile, planes.of_row), pl.ds(0, planes.of_row)
+    plgpu.copy_gmem_to_smem(of_matrix.at[own], to.at[0, here], barrier)
+    return
   rows = planes.rows // planes.count
   for plane in range(planes.count):
     start = plane * planes.of_row // TMA_BYTES * TMA_BYTES
@@ -140,11 +153,12 @@ def _words_of_row(
   ref: Any, row: Any, column: Any, count: int, planes: ScalePlanes, *, is_aligned: bool
 ) -> list[Any]:
   """Of a row of the tile, in a thread that has it."""
-  (of_plane, of_index, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+  (of_plane, _, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
   plane = arith.andi(row, constant(planes.count - 1))
   index = arith.shrui(row, constant(planes.count.bit_length() - 1))
   offset = arith.andi(arith.muli(plane, constant(planes.of_row)), constant(TMA_BYTES - 1))
-  place = arith.addi(arith.muli(plane, constant(of_plane)), arith.muli(index, constant(of_index)))
+  of_row = arith.muli(index, constant(planes.width))
+  place = arith.addi(arith.muli(plane, constant(of_plane)), of_row)
   start = arith.addi(arith.addi(smem_address(ref), place), arith.addi(offset, column))
 
   def word(first: Any, i: int) -> Any:
@@ -165,11 +179,17 @@ def _interpreted(
 ) -> list[Any]:
   """Rows in order."""
   rows, loaded = planes.rows // planes.count, ref[...]
-  starts = [plane * planes.of_row % TMA_BYTES for plane in range(planes.count)]
-  of_planes = [loaded[i, :rows, start:] for i, start in enumerate(starts)]
-  of_planes = [a[:, : planes.loaded] for a in of_planes]
-  scales = jnp.pad(jnp.stack(of_planes, axis=1).reshape(planes.rows, -1), ((0, 0), (0, 4)))
-  scales = lax.dynamic_slice(scales, (row, column), (ROWS, 4 * count)).astype(jnp.uint32)
+  if planes.is_whole:
+    own_row, own_column = (lax.broadcasted_iota(jnp.int32, (ROWS, 4 * count), i) for i in range(2))
+    places = (row + own_row) * planes.of_row + column + own_column
+    scales = jnp.take(loaded.reshape(-1), places, mode="fill", fill_value=0xFF)
+  else:
+    starts = [plane * planes.of_row % TMA_BYTES for plane in range(planes.count)]
+    of_planes = [loaded[i, :rows, start:] for i, start in enumerate(starts)]
+    of_planes = [a[:, : planes.loaded] for a in of_planes]
+    scales = jnp.pad(jnp.stack(of_planes, axis=1).reshape(planes.rows, -1), ((0, 0), (0, 4)))
+    scales = lax.dynamic_slice(scales, (row, column), (ROWS, 4 * count))
+  scales = scales.astype(jnp.uint32)
   words = [sum(scales[:, 4 * i + j] << np.uint32(8 * j) for j in range(4)) for i in range(count)]
   for i, mask in masks.items():
     words[i] &= lax.bitcast_convert_type(mask, jnp.uint32)
