@@ -72,7 +72,7 @@ def made_up(timed):
   times = {}
   for m in (96, 200, 700, 1500):
     for n, k in SHAPES:
-      for cluster, stream_k in ((1, False), (2, False), (1, True)):
+      for cluster, stream_k in ((1, False), (2, False), (4, False), (1, True)):
         how = timed.block_m, timed.block_n, cluster, stream_k, timed.parts
         tile = tune.Tile("nvfp4", m, n, k, *how)
         sizes = 1, m, n, timed.block_m, timed.block_n, 132
@@ -85,7 +85,7 @@ def made_up(timed):
 
 def test_the_costs_that_times_were_made_of_are_found():
   before = costs.DEQUANT_E2M1[0].launch_us, costs.DEQUANT_E2M1[0].x_us
-  want = costs.Timed(128, 192, 0.5, 1.0, 5.0, (0.6, 8.0), 2, *before)
+  want = costs.Timed(128, 192, 0.5, 1.0, 2.0, (0.6, 8.0), 2, *before, exchange_us=4.0)
   other = costs.Timed(64, 128, 0.3, 1.0, 4.0, (0.4, 7.0), 4, *before)
   times = made_up(want) | made_up(other)
   assert tune.fitted(times, "nvfp4") == [other, want]

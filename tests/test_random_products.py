@@ -125,7 +125,7 @@ SHARED = [
   for mode in ("nvfp4", "mxfp8")
   for highest in (False, True)
   for m, n in ((96, 128), (96, 1024), (200, 1024), (256, 4096), (65, 2056), (128, 3080))
-]
+] + [Program("nvfp4", 192, 3072, 3072, packed=True)]
 LARGE_TILES = (
   [
     Program(mode, m, n, k, dtype, packed=True, highest=highest)

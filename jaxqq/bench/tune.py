@@ -171,16 +171,19 @@ def write(path: pathlib.Path, times: dict[Tile, float]) -> None:
 
 # Costs
 
-# `costs.counts` of a product in parts, its time but for what comes before, and all of it
-_Terms = list[tuple[int, int, float, float]]
+# `costs.counts` of a product in parts, what share of a tile's sums a CTA reads, the product's time
+# but for what comes before, and all of it
+_Terms = list[tuple[int, int, float, float, float]]
 _FEWEST = 4  # times, to fit to
+_EXCHANGING = 64  # rows of x of a tile: what sums of fewer take is lost in the rest
 
 
 def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
   """Costs of each tile with enough times, to least squares of the relative error.
 
   Times with as many parts of a step as the costs so far say. Those of tiles alone and in clusters
-  are fitted together, since parts take as long in both.
+  are fitted together, since parts take as long in both. What CTAs exchange is told apart from the
+  rest where there are clusters of several sizes, of tiles of 64 rows of x or more.
   """
   own = [(tile, us) for tile, us in times.items() if tile.mode == mode]
   sizes = sorted({(tile.block_m, tile.block_n) for tile, _ in own})
@@ -191,15 +194,19 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
     for tile, us in own:
       if (tile.block_m, tile.block_n) == size and tile.parts == line.parts:
         way = "stream_k" if tile.stream_k else "cluster" if tile.cluster > 1 else "alone"
-        terms[way].append((*_terms(tile, num_sms), us - _before(tile), us))
+        share = 1 - 1 / tile.cluster if size[0] >= _EXCHANGING else 0.0
+        terms[way].append((*_terms(tile, num_sms), share, us - _before(tile), us))
     if len(terms["alone"]) + len(terms["cluster"]) < _FEWEST or not terms["alone"]:
       continue
-    rows = [(parts, tiles, 0, us, all_us) for parts, tiles, us, all_us in terms["alone"]]
-    rows += [(parts, 0, 1, us, all_us) for parts, _, us, all_us in terms["cluster"]]
-    part_us, tile_us, cluster_us = _least_squares(rows)
+    several = len({share for _, _, share, _, _ in terms["cluster"]}) > 1
+    rows = [(parts, tiles, 0, 0, us, all_us) for parts, tiles, _, us, all_us in terms["alone"]]
+    rows += [
+      (parts, 0, 1, share * several, us, all_us) for parts, _, share, us, all_us in terms["cluster"]
+    ]
+    part_us, tile_us, cluster_us, exchange_us = _least_squares(rows)
     stream_k: Sequence[float] | None = None
     if len(terms["stream_k"]) >= _FEWEST:
-      deals = [(parts, 1, us, all_us) for parts, _, us, all_us in terms["stream_k"]]
+      deals = [(parts, 1, us, all_us) for parts, _, _, us, all_us in terms["stream_k"]]
       stream_k = _least_squares(deals)
       if stream_k[0] < part_us:  # few times: no part is faster with it
         rest = [us - parts * part_us for parts, _, us, _ in deals]
@@ -213,6 +220,7 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
       line.parts,
       line.launch_us,
       line.x_us,
+      round(exchange_us, 1),
     )
     found.append(timed)
   return found
