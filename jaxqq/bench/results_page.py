@@ -114,10 +114,10 @@ their time. In the last tables are the ratios of every shape.
 nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with many rows it can
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
-95 of the 901 cells that are measured have other tiles since, 86 of them nvfp4 from 16 rows on.
-Besides, nvfp4 from 9 rows on, and mxfp8 from 64 to 512, are older than changes of their kernels: at
-28672 x 4096, nvfp4 of 16, 32, 64 and 128 rows takes 17, 14, 11 and 5% less time since, of 256 and
-2048 rows as long; mxfp8 of 64, 96 and 128 rows takes 9, 8 and 3% less.""",
+44 of the 930 cells have other tiles since, 42 of them nvfp4: 23 of 96 to 1024 rows, some of which
+take up to 17% less time (128 x 2880 x 4096 13.1 µs, 128 x 3072 x 3072 12.0), and 19 of 4096 and
+8192. Cells of 1 to 8 rows, mxfp8 of 16, 32 and from 2048 on, and nvfp4 from 4096 on are older than
+the others.""",
     "python -m jaxqq.bench --suite models --processes 15",
   ),
   Section(
@@ -144,8 +144,8 @@ A program also launches its kernels, so the second table has wall clock: 24 pack
 one compiled program under XLA's defaults, each with its own w and dependent on the result before
 it. Times are for one product. "Unrolled" passes every w as an argument. Under `lax.scan` over
 the stacked weights, XLA may copy each slice of w first, which the time includes. The ratio is to
-the same program in bfloat16. The column of bfloat16 is the median of two runs, one a mode, which
-were up to 12% apart.""",
+the same program in bfloat16. The column of bfloat16 is the median of two runs, one a mode. The one
+of mxfp8 is older.""",
     "python -m jaxqq.bench --suite chain --peers cublas",
   ),
   Section(
@@ -156,16 +156,11 @@ were up to 12% apart.""",
 30B-A3B, gpt-oss 20B, Mixtral 8x7B and DeepSeek V3, with (experts, experts a token); T is the number
 of tokens. In brackets: how many times as fast as the fastest bfloat16 product of the same run, of
 `jax.lax.ragged_dot`, JAX's Pallas kernel in four configurations and torch's `_grouped_mm`.
-"Training" is the product with w on the fly, and both straight-through gradients. One token, 512
-tokens of Qwen3, DeepSeek V3 and training are older than the others: one token of Qwen3 takes
-10.5 µs in nvfp4 since.
+"Training" is the product with w on the fly, and both straight-through gradients. DeepSeek V3 and
+training are older than the others.
 
 At 8 rows an expert (gpt-oss, T = 64) mxfp8 takes 1.1 times as long as its bytes would at 4.2 TB/s,
-and nvfp4 1.5 times. Loading alone, without multiplying anything, took 90 µs where the product took
-102.
-
-nvfp4 at T = 64 takes up to 7% longer after kernels that draw much power, as its peers do here: of
-gpt-oss 99 µs alone, and between 100.6 and 106.3 in turn with them.""",
+and nvfp4 1.3 times.""",
     "python -m jaxqq.bench --suite moe --backward",
   ),
   Section(

@@ -199,7 +199,7 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
     if len(terms["alone"]) + len(terms["cluster"]) < _FEWEST or not terms["alone"]:
       continue
     several = len({share for _, _, share, _, _ in terms["cluster"]}) > 1
-    rows = [(parts, tiles, 0, 0, us, all_us) for parts, tiles, _, us, all_us in terms["alone"]]
+    rows = [(parts, tiles, 0, 0.0, us, all_us) for parts, tiles, _, us, all_us in terms["alone"]]
     rows += [
       (parts, 0, 1, share * several, us, all_us) for parts, _, share, us, all_us in terms["cluster"]
     ]
