@@ -93,6 +93,10 @@ def test_the_costs_that_times_were_made_of_are_found():
   # Of few times a step may seem to take less with stream-K, where it can but take as long.
   (found,) = tune.fitted(made_up(dataclasses.replace(want, stream_k=(0.4, 8.0))), "nvfp4")
   assert found.stream_k[0] == want.part_us and found.stream_k[1] < 8.0
+  # Clusters of one size do not tell what is exchanged from the rest.
+  twos = {tile: us for tile, us in made_up(want).items() if tile.cluster <= 2}
+  (found,) = tune.fitted(twos, "nvfp4")
+  assert (found.cluster_us, found.exchange_us) == (4.0, 0.0)
   few = dict(list(made_up(want).items())[:2])
   assert tune.fitted(few, "nvfp4") == []
 

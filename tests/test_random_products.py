@@ -15,6 +15,7 @@ import pytest
 
 import jaxqq
 from jaxqq._kernels.hopper.costs import DEQUANT_E2M1, DEQUANT_E4M3
+from jaxqq._kernels.hopper.tiles import cdiv
 from tests.support import gradients, products, ragged_products
 from tests.support.cases import DRAWS, Case, Program
 
@@ -169,14 +170,21 @@ SCALES_APART = [
     *(("nvfp4", 2880, False), ("mxfp4", 640, True), ("mxfp4", 2656, False)),
     *(("mxfp8", 2880, True), ("mxfp8", 2688, True), ("mxfp8", 2656, True), ("mxfp8", 2656, False)),
   )
-  for m, n, dtype in ((100, 2056, "bfloat16"), (96, 1280, "float32"), (300, 72, "bfloat16"))
+  for m, n, dtype in (
+    (100, 2056, "bfloat16"),
+    (96, 1280, "float32" if quantized else "bfloat16"),
+    (300, 72, "bfloat16"),
+  )
 ]
-# Few rows, whose scales a tile loads at once.
+# Few rows, whose scales a tile loads at once. Some CTAs have more tiles than slots, and some tiles
+# fewer steps than there are warpgroups.
 WHOLE_SCALES = [
-  Program(mode, m, 8704, k, packed=True, quantize_input=quantized)
-  for mode, m, k, quantized in (
-    *(("nvfp4", 7, 2880, True), ("nvfp4", 3, 2336, True), ("nvfp4", 5, 1168, False)),
-    *(("mxfp8", 9, 2880, True), ("mxfp8", 12, 2080, False), ("mxfp4", 20, 1056, True)),
+  Program(mode, m, n, k, packed=True, quantize_input=quantized)
+  for mode, m, n, k, quantized in (
+    *(("nvfp4", 7, 43520, 656, True), ("nvfp4", 3, 8704, 2336, True)),
+    *(("nvfp4", 5, 34816, 1168, False), ("mxfp8", 9, 8704, 2880, True)),
+    *(("mxfp8", 4, 52224, 544, True), ("mxfp8", 12, 8704, 2080, False)),
+    *(("mxfp4", 20, 34816, 1056, True), ("nvfp4", 2, 43520, 528, True)),
   )
 ]
 KINDS = (
@@ -222,8 +230,14 @@ def test_every_kernel_is_among_them():
     assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name
   assert {kernel.tiles.compute_warpgroups for kernel in skinny} == {2, 4}
   assert {kernel.quantizes_x for kernel in skinny} == {True, False}
-  assert {kernel.tiles.whole_scales for kernel in skinny} == {True, False}
-  assert len({kernel.mainloop for kernel in skinny}) == 5
+  own = [explained(program).plan.kernel for program in WHOLE_SCALES]
+  assert all(kernel.tiles.whole_scales for kernel in own)
+  steps = [cdiv(kernel.problem.k, kernel.block.k) for kernel in own]
+  slots = [kernel.tiles.scale_slots(k_steps) for kernel, k_steps in zip(own, steps, strict=True)]
+  of_cta = [cdiv(kernel.grid.num_tiles, kernel.grid.num_workers) for kernel in own]
+  assert sum(tiles > of for tiles, of in zip(of_cta, slots, strict=True)) >= 4
+  assert min(steps) == 2
+  assert len({kernel.mainloop for kernel in skinny}) == 6
 
 
 @functools.cache
@@ -234,8 +248,9 @@ def explained(program):
   if program.packed:
     w = jax.eval_shape(lambda: jaxqq.quantize(jnp.zeros((n, k)), mode=program.mode))
   x = jax.ShapeDtypeStruct((m, k), program.x_dtype)
+  product = jaxqq.qqmm if program.quantize_input else jaxqq.quantized_matmul
   precision = jax.lax.Precision.HIGHEST if program.highest else None
-  return jaxqq.explain(x, *w, mode=program.mode, precision=precision, device="cuda")
+  return jaxqq.explain(product, x, *w, mode=program.mode, precision=precision, device="cuda")
 
 
 # What was found wrong on a GPU.

@@ -144,7 +144,7 @@ A program also launches its kernels, so the second table has wall clock: 24 pack
 one compiled program under XLA's defaults, each with its own w and dependent on the result before
 it. Times are for one product. "Unrolled" passes every w as an argument. Under `lax.scan` over
 the stacked weights, XLA may copy each slice of w first, which the time includes. The ratio is to
-the same program in bfloat16. The column of bfloat16 is the median of two runs, one a mode. The one
+the same program in bfloat16. The column of bfloat16 is the median of two runs, one a mode. The run
 of mxfp8 is older.""",
     "python -m jaxqq.bench --suite chain --peers cublas",
   ),

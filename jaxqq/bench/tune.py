@@ -201,7 +201,8 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
     several = len({share for _, _, share, _, _ in terms["cluster"]}) > 1
     rows = [(parts, tiles, 0, 0.0, us, all_us) for parts, tiles, _, us, all_us in terms["alone"]]
     rows += [
-      (parts, 0, 1, share * several, us, all_us) for parts, _, share, us, all_us in terms["cluster"]
+      (parts, 0, 1, share if several else 0.0, us, all_us)
+      for parts, _, share, us, all_us in terms["cluster"]
     ]
     part_us, tile_us, cluster_us, exchange_us = _least_squares(rows)
     stream_k: Sequence[float] | None = None

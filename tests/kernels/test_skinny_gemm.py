@@ -74,6 +74,27 @@ CASES = {
     T(4, 2, block_n=128),
   ),
   "x as it is, mxfp8": ("mxfp8 bf16", BF16, (2, 2), 9, 70, 1024, T(2, 2)),
+  # More tiles a CTA than slots, the last one past the end; fewer blocks than warpgroups.
+  "whole scales, nvfp4": ("nvfp4", BF16, (2, 1), 9, 570, 1088, T(4, whole_scales=True)),
+  "whole scales, nvfp4, 2 blocks": ("nvfp4", F32, (1, 2), 5, 570, 320, T(4, whole_scales=True)),
+  "sixteens, whole scales": (
+    "nvfp4 bf16",
+    F32,
+    (1, 3),
+    17,
+    510,
+    1104,
+    T(4, 2, block_n=128, whole_scales=True),
+  ),
+  "whole scales, mxfp8, 2 blocks": (
+    "mxfp8 bf16",
+    BF16,
+    (2, 1),
+    7,
+    576,
+    544,
+    T(4, whole_scales=True),
+  ),
   "mxfp8": ("mxfp8", BF16, (1, 1), 1, 133, 2560, T(4)),
   "mxfp8, x shared": ("mxfp8", BF16, (1, 3), 8, 66, 1024, T(2, 2)),
   "mxfp8, more tiles than stages": ("mxfp8", BF16, (2, 2), 17, 200, 1536, T(2, 2)),
@@ -195,6 +216,7 @@ def check_scales_of_rows(run, mainloop):
     plan = plan_of(mode, m, n, k, alone=not quantize_input)
     assert plan.mainloop == mainloop
     planes = plan.scale_planes
+    assert (planes is None) == (count % 16 == 0)
     if plan.tiles.whole_scales:
       seen.add("whole")
     elif planes is not None:
@@ -210,14 +232,19 @@ def test_rows_of_scales_begin_anywhere(mainloop):
     check_scales_of_rows(lambda f, *args: np.asarray(jax.jit(f)(*args)), mainloop)
 
 
-@pytest.mark.parametrize("k_steps", [1, 2, 5, 6, 12])
-@pytest.mark.parametrize("stages", [2, 4, 6, 8])
-def test_whole_scales_are_not_replaced_before_they_are_read(stages, k_steps):
+@pytest.mark.parametrize("k_steps", [1, 2, 3, 5, 6, 12])
+@pytest.mark.parametrize(("stages", "workers"), [(2, 2), (6, 2), (4, 4), (8, 4), (16, 4)])
+def test_whole_scales_are_not_replaced_before_all_have_seen_them(stages, workers, k_steps):
   """They are loaded with a tile's first step, when the step `stages` before it is done."""
-  slots = T(stages, 2, whole_scales=True).scale_slots(k_steps)
-  first_step = slots * k_steps  # of the tile that has the first one's slot
-  assert first_step - stages >= k_steps - 1
-  assert first_step - k_steps - stages < k_steps - 1  # with a slot less
+
+  def are_seen(slots):
+    """The first tile's, before those of the tile that has its slot next are loaded."""
+    done = range(slots * k_steps - stages + 1)
+    who = {step % workers for step in done}  # has had a step of it or of a later tile
+    return len(done) >= k_steps and len(who) == workers
+
+  slots = T(stages, workers, whole_scales=True).scale_slots(k_steps)
+  assert are_seen(slots) and not are_seen(slots - 1)
 
 
 @pytest.mark.parametrize("rows", [64, 128, 192, 256])

@@ -6,7 +6,8 @@ n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 16 
 (../tuned/h200_tiles.json); those of 64 by 192, and of 16, 24 and 64 by 256, to more times than are
 kept there, of several waves as well. Those of e4m3 codes, and of e2m1 codes with 96 rows of x or
 more, are from before some of the instructions went: products take up to 15% less than they say.
-What clusters take with 96 rows of e2m1 codes or more is newer, of products of 96 to 1024 rows.
+What clusters take with 96 rows of e2m1 codes or more, and stream-K of 128 by 192, is newer: of
+products of 96 to 1024 rows, of which those of the survey (bench/results) are not kept there.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ round its compute warpgroups:
 - The producer has the TMA keep all of shared memory full: packed words and scales of w, or its
   numbers, and of x what belongs to them, in one block of k. Where packed w is multiplied by so few
   rows of x that their quantization is little work, a compute warpgroup does that itself, while it
-  waits for its block of w (`quantize/in_kernel.py`).
+  waits for its block of w (`quantize/in_kernel.py`). Where rows of scales begin anywhere, those of
+  all of a tile's blocks come with its first, if there is room: they are one piece of memory.
 - A compute warpgroup multiplies its blocks: out^T = w_hat x_hat^T, the tile's rows of w by all of
   x, 64 at a time. The mainloop (`mainloops/`) decides how: `blockdiag`, `expanded`, `group_sums`,
   `in_order`, `quantized`, `sixteens`.

@@ -91,8 +91,9 @@ class SkinnyPlan:
       layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
       planes = self.scale_planes
       if planes is not None:
-        how = "as whole rows" if planes.is_whole else f"in {planes.count} planes"
-        layout += f", scales {how}"
+        layout += (
+          ", scales as whole rows" if planes.is_whole else f", scales in {planes.count} planes"
+        )
     how = f"({self.mainloop}) with {self.block} {self.tiles}{blockdiag}{x}{layout}{padded}"
     return f"{self.kernel} {how}{for_sms(self.device)}"
 
@@ -211,14 +212,14 @@ def _scale_planes(problem: Problem, block: KBlock, tiles: SkinnyTiles) -> ScaleP
   return planes_of(of_row, of_row if tiles.whole_scales else block.scales, tiles.block_n)
 
 
-def _with_whole_scales(problem: Problem, block: KBlock, tiles: SkinnyTiles) -> SkinnyTiles | None:
-  """None where the TMA does not load a tile's scales as one piece of memory."""
-  whole = dataclasses.replace(tiles, whole_scales=True)
-  planes = _scale_planes(problem, block, whole)
-  if planes is None or planes.of_row > TMA_ROWS or tiles.cluster > 1:
-    return None
-  is_in_pieces = 8 * cdiv(problem.n, 8) * planes.of_row % tiles.block_n == 0
-  return whole if is_in_pieces else None
+def _has_whole_scales(problem: Problem, planes: ScalePlanes, tiles: SkinnyTiles) -> bool:
+  """Whether the TMA loads all scales of a tile as one piece of memory.
+
+  It takes them as `of_row` rows of `block_n` bytes, of which all scales of w make a whole number. A
+  CTA of a cluster has but a part of k.
+  """
+  pads_no_scales = 8 * cdiv(problem.n, 8) * planes.of_row % tiles.block_n == 0
+  return pads_no_scales and planes.of_row <= TMA_ROWS and tiles.cluster == 1
 
 
 def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
@@ -258,12 +259,12 @@ def _skinny_tiles(
       if problem.in_groups or not shared or k_steps < cluster * workers:
         return None
     tiles = dataclasses.replace(tiles, num_stages=stages)
-    whole = _with_whole_scales(problem, block, tiles)
-    if whole is not None:
-      of_tile = scale_bytes(_scale_planes(problem, block, whole), block.scales, block_n)
-      if sums + stages * stage + whole.scale_slots(k_steps) * of_tile <= SHARED_MEMORY:
-        return whole
-    return tiles
+    whole = dataclasses.replace(tiles, whole_scales=True)
+    planes = _scale_planes(problem, block, whole)
+    if planes is None or not _has_whole_scales(problem, planes, tiles):
+      return tiles
+    scales = whole.scale_slots(k_steps) * math.prod(planes.shape)
+    return whole if sums + stages * stage + scales <= SHARED_MEMORY else tiles
 
   choices = [(ROWS, workers, cluster) for cluster in (4, 2, 1) for workers in (4, 2)]
   if problem.in_groups and mainloop == "sixteens" and problem.n > ROWS:

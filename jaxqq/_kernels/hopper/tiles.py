@@ -124,8 +124,13 @@ class SkinnyTiles:
   whole_scales: bool = False  # those of a tile at once, not with each block of k
 
   def scale_slots(self, k_steps: int) -> int:
-    """Whole scales in shared memory: of tiles of so many steps that are under way at once."""
-    return 1 + cdiv(self.num_stages - 1, k_steps)
+    """How many tiles' whole scales there is room for, of tiles with so many steps.
+
+    A tile's are loaded with its first step, when the step `num_stages` before is done. By then all
+    steps of the tile that had the slot are done, and every warpgroup has had a step of that tile or
+    of a later one: none misses a phase of the slot's barrier, even if it had no step of the tile.
+    """
+    return cdiv(self.num_stages - 1 + max(k_steps, self.compute_warpgroups), k_steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,8 +55,8 @@ def load(
 
   Args:
     of_matrix: (n / p, p S), of `as_planes`.
-    first_row: of the tile, a multiple of 16.
-    first: of the scales, a multiple of 16.
+    first_row: of the tile, a multiple of 16; of whole rows, of `planes.rows`.
+    first: of the scales, a multiple of 16; of whole rows 0.
     to: uint8 of shape `planes.shape`, in shared memory.
     barrier: at which all of them arrive, `planes.count` times.
     planes: of the tile.
