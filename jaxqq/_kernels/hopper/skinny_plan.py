@@ -212,14 +212,17 @@ def _scale_planes(problem: Problem, block: KBlock, tiles: SkinnyTiles) -> ScaleP
   return planes_of(of_row, of_row if tiles.whole_scales else block.scales, tiles.block_n)
 
 
-def _has_whole_scales(problem: Problem, planes: ScalePlanes, tiles: SkinnyTiles) -> bool:
+def _has_whole_scales(
+  problem: Problem, planes: ScalePlanes, tiles: SkinnyTiles, k_steps: int
+) -> bool:
   """Whether the TMA loads all scales of a tile as one piece of memory.
 
   It takes them as `of_row` rows of `block_n` bytes, of which all scales of w make a whole number. A
-  CTA of a cluster has but a part of k.
+  CTA of a cluster has but a part of k. Every warpgroup is to have a step of each tile.
   """
   pads_no_scales = 8 * cdiv(problem.n, 8) * planes.of_row % tiles.block_n == 0
-  return pads_no_scales and planes.of_row <= TMA_ROWS and tiles.cluster == 1
+  fits = pads_no_scales and planes.of_row <= TMA_ROWS
+  return fits and tiles.cluster == 1 and k_steps >= tiles.compute_warpgroups
 
 
 def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
@@ -261,7 +264,7 @@ def _skinny_tiles(
     tiles = dataclasses.replace(tiles, num_stages=stages)
     whole = dataclasses.replace(tiles, whole_scales=True)
     planes = _scale_planes(problem, block, whole)
-    if planes is None or not _has_whole_scales(problem, planes, tiles):
+    if planes is None or not _has_whole_scales(problem, planes, tiles, k_steps):
       return tiles
     scales = whole.scale_slots(k_steps) * math.prod(planes.shape)
     return whole if sums + stages * stage + scales <= SHARED_MEMORY else tiles

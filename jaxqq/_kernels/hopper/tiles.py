@@ -127,10 +127,10 @@ class SkinnyTiles:
     """How many tiles' whole scales there is room for, of tiles with so many steps.
 
     A tile's are loaded with its first step, when the step `num_stages` before is done. By then all
-    steps of the tile that had the slot are done, and every warpgroup has had a step of that tile or
-    of a later one: none misses a phase of the slot's barrier, even if it had no step of the tile.
+    steps of the tile that had the slot are done. Every warpgroup is to have one of them, so that
+    none misses a phase of the slot's barrier.
     """
-    return cdiv(self.num_stages - 1 + max(k_steps, self.compute_warpgroups), k_steps)
+    return 1 + cdiv(self.num_stages - 1, k_steps)
 
 
 @dataclasses.dataclass(frozen=True)
