@@ -83,7 +83,7 @@ CASES = {
     (1, 3),
     17,
     510,
-    1104,
+    1120,
     T(4, 2, block_n=128, whole_scales=True),
   ),
   "whole scales, mxfp8, 2 blocks": (
