@@ -215,7 +215,7 @@ KERNELS = (
   *("ptx.scale_planes", "ptx.distances"),
   *("ptx.expand", "ptx.expand_in_order"),
   *("ptx.expand_sixteens", "ptx.stores", "ptx.handover", "ptx.wgmma", "ptx.mma"),
-  *("pipeline", "stream_k", "epilogue", "quantize.groups", "grouped"),
+  *("pipeline", "epilogue", "quantize.groups", "stream_k", "grouped"),
   "quantize.elements",
   *("quantize.codes", "quantize.parts", "quantize.squares", "quantize.packed"),
   *("quantize.exact", "quantize.rebased"),

@@ -53,7 +53,6 @@ from jaxqq._kernels.hopper.pipeline import (
 )
 from jaxqq._kernels.hopper.ptx import (
   cluster,
-  handover,
   named_barriers,
   scale_planes,
   stores,
@@ -126,7 +125,7 @@ class Operands:
   w_scales: Any = None  # float32 (b or 1, n)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
   # Of stream-K, references that are written to
-  flags: Any = None  # int32 (CTAs, warpgroups, `handover.FLAGS`), zeros at first
+  flags: Any = None  # int32 (flags,), of `stream_k.zero_flags`; None: by a launch of its own
   left: Any = None  # float32 (CTAs, warpgroups, 64, block_m): sums that a CTA leaves to the next
 
 
@@ -285,8 +284,10 @@ class _DequantGemm:
     """With what stream-K writes to."""
     shape = self.grid.num_sms, self.compute_warpgroups
     left = jax.ShapeDtypeStruct((*shape, ROWS, self.tiles.block_m), jnp.float32)
-    flags = jax.new_ref(jnp.zeros((*shape, handover.FLAGS), jnp.int32))
-    return dataclasses.replace(operands, flags=flags, left=jax.empty_ref(left))
+    flags = operands.flags
+    if flags is None:
+      (flags,) = stream_k.zero_flags(self.grid.num_sms).results()
+    return dataclasses.replace(operands, flags=jax.new_ref(flags), left=jax.empty_ref(left))
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper import epilogue
+from jaxqq._kernels.hopper import epilogue, stream_k
 from jaxqq._kernels.hopper.pipeline import GroupTile, Tile, batch_of, group_of, rounded_up
 from jaxqq._kernels.hopper.ptx import cluster, handover, stores
 from jaxqq._kernels.hopper.ptx.loads import look_up
 from jaxqq._kernels.hopper.tiles import ROWS
 
-HANDED_OVER = 64  # rows of x whose sums of other CTAs are added at a time
+HANDED_OVER = 64  # rows of x whose sums of another CTA are loaded at a time
 
 
 def stored_size(size: int, piece: int, block: int, multiple: int) -> int:
@@ -130,32 +130,39 @@ class TileEnd:
       )
 
   def add_up_and_store(self, sums: Any, w_scales: Any, tile: Any) -> None:
-    """Leaves the sums to the next CTA; or adds those that others left, and stores a tile."""
-    left, flags = self.gmem.left, self.gmem.flags
-    parts = [
-      (column, sums[:, column : column + HANDED_OVER])
-      for column in range(0, self.kernel.tiles.block_m, HANDED_OVER)
-    ]
+    """Leaves the sums to the next CTA; or adds those that others left, and stores a tile.
+
+    In the order of CTAs: the first one left its sums long ago, the last ones leave them just now.
+    """
+    left, block_m = self.gmem.left, self.kernel.tiles.block_m
+    columns = range(0, block_m, HANDED_OVER)
+
+    def flags_of(worker: Any) -> Any:
+      return stream_k.flags_of(self.gmem.flags, worker, self.warpgroup)
+
+    def parts_of(sums: Any) -> list[Any]:
+      return [sums[:, i : min(i + HANDED_OVER, block_m)] for i in columns]
 
     @pl.when(jnp.logical_not(tile.is_end))
     def _leave() -> None:
-      for column, part in parts:
+      for column, part in zip(columns, parts_of(sums), strict=True):
         handover.store_sums(part, left.at[self.worker, self.warpgroup], column)
-      handover.signal(flags.at[self.worker, self.warpgroup])
+      handover.signal(flags_of(self.worker))
 
     @pl.when(tile.is_end)
     def _store() -> None:
-      @pl.loop(0, tile.others)
-      def _wait(i: Any) -> None:
-        handover.wait(flags.at[self.worker - 1 - i, self.warpgroup])
+      def add(i: Any, totals: list[Any]) -> list[Any]:
+        other = self.worker - tile.others + i
+        handover.wait(flags_of(other))
+        ref = left.at[other, self.warpgroup]
+        return [
+          total + handover.load_sums(ref, column, total.shape[1])
+          for column, total in zip(columns, totals, strict=True)
+        ]
 
-      for column, part in parts:
-
-        def add(i: Any, total: Any, column: int = column) -> Any:
-          ref = left.at[self.worker - 1 - i, self.warpgroup]
-          return total + handover.load_sums(ref, column, total.shape[1])
-
-        self.store(lax.fori_loop(0, tile.others, add, part), w_scales, tile, column)
+      totals = lax.fori_loop(0, tile.others, add, parts_of(sums))
+      for column, total in zip(columns, totals, strict=True):
+        self.store(total, w_scales, tile, column)
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
     """Hands over the others' rows; adds up, always in the same order, and stores the own ones."""

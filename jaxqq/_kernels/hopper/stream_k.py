@@ -22,12 +22,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper.pipeline import WORKER, Steps, Tile, Walk, tile_of
+from jaxqq._kernels.hopper.ptx import handover
+from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH
 from jaxqq._kernels.hopper.ptx.registers import recomputed
+from jaxqq._kernels.hopper.quantize.groups import Beside, store_gmem
 from jaxqq._kernels.hopper.tiles import DEALT_STEPS, Grid, cdiv
+
+_FLAGS = 4 * handover.FLAGS  # of a CTA: four compute warpgroups' at most
+_ZEROS = 128  # that a warpgroup writes, one a thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,23 @@ def walk(grid: Grid, k_steps: int, block_steps: int) -> tuple[Walk, Any]:
 
   whole = grid.whole_waves
   return Walk(share.num_pieces + whole, tile), share.end - share.begin + whole * k_steps
+
+
+def zero_flags(num_sms: int) -> Beside:
+  """int32: the flags of as many CTAs, none of which has left sums yet."""
+  steps = cdiv(num_sms * _FLAGS, _ZEROS)
+  out_type = jax.ShapeDtypeStruct((steps * _ZEROS,), jnp.int32)
+  return Beside(_write_zeros, "zero_flags", steps, (), (out_type,))
+
+
+def flags_of(flags: Any, worker: Any, warpgroup: Any) -> Any:
+  """Those of a CTA's warpgroup."""
+  return flags.at[pl.ds(worker * _FLAGS + warpgroup * handover.FLAGS, handover.FLAGS)]
+
+
+def _write_zeros(step: Any, flags: Any) -> None:
+  zeros = plgpu.layout_cast(jnp.zeros((_ZEROS,), jnp.int32), ONE_EACH)
+  store_gmem(flags.at[pl.ds(step * _ZEROS, _ZEROS)], zeros)
 
 
 class _Share:
