@@ -85,13 +85,17 @@ def made_up(timed):
 
 def test_the_costs_that_times_were_made_of_are_found():
   before = costs.DEQUANT_E2M1[0].launch_us, costs.DEQUANT_E2M1[0].x_us
-  want = costs.Timed(128, 192, 0.5, 1.0, 2.0, (0.6, 8.0), 2, *before, exchange_us=4.0)
-  other = costs.Timed(64, 128, 0.3, 1.0, 4.0, (0.4, 7.0), 4, *before)
+  want = costs.Timed(128, 192, 0.5, 1.0, 2.0, (0.6, 8.0, 0.5), 2, *before, exchange_us=4.0)
+  other = costs.Timed(64, 128, 0.3, 1.0, 4.0, (0.4, 7.0, 0.0), 4, *before)
   times = made_up(want) | made_up(other)
   assert tune.fitted(times, "nvfp4") == [other, want]
   assert tune.fitted(times, "mxfp8") == []
   # Of few times a step may seem to take less with stream-K, where it can but take as long.
-  (found,) = tune.fitted(made_up(dataclasses.replace(want, stream_k=(0.4, 8.0))), "nvfp4")
+  faster = made_up(dataclasses.replace(want, stream_k=(0.4, 8.0, 0.5)))
+  (found,) = tune.fitted(faster, "nvfp4")
+  assert found.stream_k == (0.4, 8.0, 0.5)
+  few = [tile for tile in faster if tile.stream_k][4:]
+  (found,) = tune.fitted({t: us for t, us in faster.items() if t not in few}, "nvfp4")
   assert found.stream_k[0] == want.part_us and found.stream_k[1] < 8.0
   # Clusters of one size do not tell what is exchanged from the rest.
   twos = {tile: us for tile, us in made_up(want).items() if tile.cluster <= 2}
@@ -103,7 +107,9 @@ def test_the_costs_that_times_were_made_of_are_found():
 
 def test_costs_are_those_that_are_fitted():
   """Of the tiles whose times are all kept."""
-  fitted = tune.fitted(tune.read(TUNED / "h200_tiles.json"), "nvfp4")
+  times = tune.read(TUNED / "h200_tiles.json")
+  assert tune.fitted(times, "mxfp8") == list(costs.DEQUANT_E4M3)
+  fitted = tune.fitted(times, "nvfp4")
   sizes = {(16, 128), (16, 192), (32, 128), (32, 192), (32, 256)}
   lines = [line for line in costs.DEQUANT_E2M1 if (line.block_m, line.block_n) in sizes]
   assert [line for line in fitted if (line.block_m, line.block_n) in sizes] == lines

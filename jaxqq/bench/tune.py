@@ -67,8 +67,9 @@ class Tile:
   @property
   def name(self) -> str:
     """Of an implementation; `compile_ahead` knows jaxqq's own by how their names begin."""
+    parts = f" parts {self.parts}" if self.parts > 1 else ""
     shared = f" cluster {self.cluster}" if self.cluster > 1 else ""
-    return f"jaxqq {self.block_m}x{self.block_n}{shared}{' stream-K' * self.stream_k}"
+    return f"jaxqq {self.block_m}x{self.block_n}{parts}{shared}{' stream-K' * self.stream_k}"
 
   @property
   def product(self) -> tuple[Mode, int, int, int]:
@@ -171,31 +172,34 @@ def write(path: pathlib.Path, times: dict[Tile, float]) -> None:
 
 # Costs
 
-# `costs.counts` of a product in parts, what share of a tile's sums a CTA reads, the product's time
-# but for what comes before, and all of it
+# `costs.counts` of a product in parts, what share of a tile's sums a CTA reads (with stream-K, how
+# many others share it), the product's time but for what comes before, and all of it
 _Terms = list[tuple[int, int, float, float, float]]
 _FEWEST = 4  # times, to fit to
+_MANY = 8  # of stream-K, to tell a part of its own from the rest
 _EXCHANGING = 64  # rows of x of a tile: what sums of fewer take is lost in the rest
 
 
 def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
   """Costs of each tile with enough times, to least squares of the relative error.
 
-  Times with as many parts of a step as the costs so far say. Those of tiles alone and in clusters
+  Of as many parts of a step as the costs so far say. Times of tiles alone and in clusters
   are fitted together, since parts take as long in both. What CTAs exchange is told apart from the
   rest where there are clusters of several sizes, of tiles of 64 rows of x or more.
   """
   own = [(tile, us) for tile, us in times.items() if tile.mode == mode]
   sizes = sorted({(tile.block_m, tile.block_n) for tile, _ in own})
   found = []
-  for size in sizes:
-    line = _line(mode, *size)
+  for line in (line for size in sizes for line in _lines(mode, *size)):
+    size = line.block_m, line.block_n
     terms: dict[str, _Terms] = collections.defaultdict(list)
     for tile, us in own:
       if (tile.block_m, tile.block_n) == size and tile.parts == line.parts:
         way = "stream_k" if tile.stream_k else "cluster" if tile.cluster > 1 else "alone"
         share = 1 - 1 / tile.cluster if size[0] >= _EXCHANGING else 0.0
-        terms[way].append((*_terms(tile, num_sms), share, us - _before(tile), us))
+        grid = _grid(tile, num_sms)
+        share = grid.others if tile.stream_k else share
+        terms[way].append((*_terms(tile, grid), share, us - _before(tile), us))
     if len(terms["alone"]) + len(terms["cluster"]) < _FEWEST or not terms["alone"]:
       continue
     several = len({share for _, _, share, _, _ in terms["cluster"]}) > 1
@@ -205,52 +209,60 @@ def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[cos
       for parts, _, share, us, all_us in terms["cluster"]
     ]
     part_us, tile_us, cluster_us, exchange_us = _least_squares(rows)
-    stream_k: Sequence[float] | None = None
-    if len(terms["stream_k"]) >= _FEWEST:
-      deals = [(parts, 1, us, all_us) for parts, _, _, us, all_us in terms["stream_k"]]
-      stream_k = _least_squares(deals)
-      if stream_k[0] < part_us:  # few times: no part is faster with it
-        rest = [us - parts * part_us for parts, _, us, _ in deals]
-        stream_k = part_us, float(np.median(rest))
+    stream_k = _stream_k(terms["stream_k"], part_us)
     timed = costs.Timed(
       *size,
       round(part_us, 3),
       round(tile_us, 1),
       round(cluster_us, 1) if terms["cluster"] else None,
-      None if stream_k is None else (round(stream_k[0], 3), round(stream_k[1], 1)),
+      stream_k and (round(stream_k[0], 3), round(stream_k[1], 1), round(stream_k[2], 1)),
       line.parts,
       line.launch_us,
       line.x_us,
       round(exchange_us, 1),
+      line.w_us,
     )
     found.append(timed)
   return found
 
 
-def _line(mode: Mode, block_m: int, block_n: int) -> costs.Timed:
-  """The costs so far of a tile."""
-  lines = _part(mode).costs
-  unknown = costs.Timed(block_m, block_n, 0.0, 0.0)
-  return next((t for t in lines if (t.block_m, t.block_n) == (block_m, block_n)), unknown)
+def _stream_k(terms: _Terms, part_us: float) -> tuple[float, float, float] | None:
+  """Few times do not tell that a part is faster than alone."""
+  if len(terms) < _FEWEST:
+    return None
+  found, rest_us, other_us = _least_squares(terms)
+  if found < part_us and len(terms) < _MANY:
+    rest = [(1, others, us - parts * part_us, all_us) for parts, _, others, us, all_us in terms]
+    found, (rest_us, other_us) = part_us, _least_squares(rest)
+  return found, rest_us, other_us
+
+
+def _lines(mode: Mode, block_m: int, block_n: int) -> list[costs.Timed]:
+  """The costs so far of a tile: one line, or one for each number of parts."""
+  own = [t for t in _part(mode).costs if (t.block_m, t.block_n) == (block_m, block_n)]
+  return own or [costs.Timed(block_m, block_n, 0.0, 0.0)]
 
 
 def _part(mode: Mode) -> Part:
   return PARTS["rebased_e4m3" if FORMATS[mode].bits == 8 else "packed_e2m1"]
 
 
-def _terms(tile: Tile, num_sms: int) -> tuple[int, int]:
-  """Parts of steps that follow each other, and how often a tile begins and ends."""
+def _grid(tile: Tile, num_sms: int) -> Grid:
   sizes = 1, tile.m, tile.n, tile.block_m, tile.block_n
-  grid = Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
+  return Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
+
+
+def _terms(tile: Tile, grid: Grid) -> tuple[int, int]:
+  """Parts of steps that follow each other, and how often a tile begins and ends."""
   steps, tiles = costs.counts(grid, cdiv(tile.k, tile.parts * _part(tile.mode).k))
   return steps * tile.parts, tiles
 
 
 def _before(tile: Tile) -> float:
   """How long the launch takes and what comes before it, by the costs so far."""
-  line = _line(tile.mode, tile.block_m, tile.block_n)
+  line, *_ = _lines(tile.mode, tile.block_m, tile.block_n)
   parts = cdiv(tile.k, tile.parts * _part(tile.mode).k) * tile.parts
-  return line.launch_us + tile.m * parts * line.x_us
+  return line.launch_us + parts * (tile.m * line.x_us + tile.n * line.w_us)
 
 
 def _least_squares(rows: Sequence[tuple[float, ...]]) -> list[float]:

@@ -69,8 +69,10 @@ PRODUCTS = {
   "clusters, fp8": P("mxfp8", 256, 4096, 7168, "dequant_gemm", cluster=2),
   "clusters, fp8, few rows": P("mxfp8", 96, 4096, 4096, "dequant_gemm", cluster=3),
   "clusters, 192 rows of both": P("nvfp4", 192, 12288, 4096, "dequant_gemm", 2, block_n=192),
-  "clusters, 96 rows of x by 256": P("nvfp4", 96, 7168, 16384, "dequant_gemm", 4, block_n=256),
-  "stream-K": P("nvfp4", 256, 5120, 25600, "dequant_gemm", stream_k=True),
+  "clusters, 96 rows of x by 256": P("nvfp4", 96, 16384, 16384, "dequant_gemm", 2, block_n=256),
+  "stream-K": P("nvfp4", 256, 51200, 5120, "dequant_gemm", stream_k=True),
+  "stream-K, 128 rows of both": P("nvfp4", 128, 4096, 14336, "dequant_gemm", stream_k=True),
+  "stream-K, 192 rows of x": P("nvfp4", 192, 5120, 25600, "dequant_gemm", stream_k=True),
   "stream-K, 192 rows of w": P(
     "nvfp4", 128, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
   ),
@@ -85,7 +87,7 @@ PRODUCTS = {
     "nvfp4", 192, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
   ),
   "stream-K, 96 rows of x by 256": P(
-    "nvfp4", 96, 51200, 5120, "dequant_gemm", stream_k=True, block_n=256
+    "nvfp4", 96, 36864, 16384, "dequant_gemm", stream_k=True, block_n=256
   ),
   "stream-K, fp8, many rows": P("mxfp8", 256, 5120, 25600, "dequant_gemm", stream_k=True),
   "stream-K, fp8": P("mxfp8", 128, 5376, 21504, "dequant_gemm", stream_k=True),

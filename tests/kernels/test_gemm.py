@@ -43,7 +43,7 @@ from tests.support.kernels import (
   rescale_bytes,
   without_nan_codes,
 )
-from tests.support.programs import lowered_for_cuda
+from tests.support.programs import count_kernels, lowered_for_cuda
 
 pytestmark = needs_kernels
 
@@ -317,6 +317,26 @@ def test_dequant_gemm(name, no_races):
 @pytest.mark.parametrize("name", STREAM_K)
 def test_stream_k(name):
   check_packed(interpreted_in_order, name)
+
+
+def of_one_x(x, weights):
+  return [jaxqq.qqmm(x, *w, mode="nvfp4") for w in weights]
+
+
+def packed_specs(n, k):
+  spec = jax.ShapeDtypeStruct
+  return spec((n, k // 8), jnp.uint32), spec((n, k // 16), jnp.uint8)
+
+
+def test_the_launch_that_quantizes_x_clears_flags():
+  """Else one of its own does. Where products of one x are alike, XLA copies the flags."""
+  x, w = jax.ShapeDtypeStruct((192, 8192), jnp.bfloat16), packed_specs(5120, 8192)
+  assert jaxqq.explain(jaxqq.qqmm, x, *w, mode="nvfp4", device="cuda").plan.kernel.tiles.stream_k
+  text = lowered_for_cuda(of_one_x, x, [w])
+  assert count_kernels(text) == 2 and text.count("stablehlo.broadcast_in_dim %c") == 0
+  alone = functools.partial(jaxqq.quantized_matmul, mode="nvfp4")
+  plan = jaxqq.explain(alone.func, x, *w, mode="nvfp4", device="cuda").plan.kernel
+  assert count_kernels(lowered_for_cuda(alone, x, *w)) == 1 + plan.tiles.stream_k
 
 
 STREAMED_TILES = [1, 3, 10, 22]
@@ -630,6 +650,23 @@ class TestOnGpu:
   @pytest.mark.parametrize("name", PACKED | STREAM_K | CLUSTERS)
   def test_dequant_gemm(self, name):
     check_packed(compiled, name)
+
+  def test_products_of_one_x_have_flags_of_their_own(self):
+    """XLA runs one quantizer for both, whose flags both kernels write."""
+    x = jax.random.normal(jax.random.key(0), (192, 8192), jnp.bfloat16)
+    weights = [
+      (
+        jax.random.bits(jax.random.key(i), words.shape, jnp.uint32),
+        jax.random.randint(jax.random.key(2 + i), scales.shape, 40, 72, jnp.uint8),
+      )
+      for i in range(2)
+      for words, scales in [packed_specs(5120, 8192)]
+    ]
+    together, apart = jax.jit(of_one_x), jax.jit(functools.partial(jaxqq.qqmm, mode="nvfp4"))
+    want = [np.asarray(apart(x, *w)) for w in weights]
+    for _ in range(20):
+      for got, own in zip(together(x, weights), want, strict=True):
+        assert (np.asarray(got) == own).all()
 
   @pytest.mark.parametrize("check", EVERY.values(), ids=EVERY)
   def test_every_code_and_scale(self, check):

@@ -286,7 +286,7 @@ MANY = {
   "nvfp4 on the fly": rows_in_groups("nvfp4", 96, m=76, groups=2, packed=False),
   "mxfp8 on the fly": rows_in_groups("mxfp8", 160, m=76, groups=2, packed=False),
   # Tiles of more than 128 rows, and the last one of fewer, which takes less time.
-  "mxfp8, large tiles": rows_in_groups("mxfp8", 160, m=300, groups=1),
+  "mxfp8, large tiles": rows_in_groups("mxfp8", 160, m=400, groups=1),
   "nvfp4, large tiles": rows_in_groups("nvfp4", 64, m=380, groups=1),
 }
 

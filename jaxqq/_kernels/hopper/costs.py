@@ -3,16 +3,15 @@
 A line is a tile; `wide_plan.py` tries each in clusters of several sizes, and takes what takes least
 time. Times are in microseconds, x's quantizer included, fitted to what was measured: of `gemm` at
 n = k = 8192 (bench/results/h200.json), of packed w at layers of models with 16 to 1024 rows
-(../tuned/h200_tiles.json); those of 64 by 192, and of 16, 24 and 64 by 256, to more times than are
-kept there, of several waves as well. Those of e4m3 codes, and of e2m1 codes with 96 rows of x or
-more, are from before some of the instructions went: products take up to 15% less than they say.
-What clusters take with 96 rows of e2m1 codes or more, and stream-K of 128 by 192, is newer: of
-products of 96 to 1024 rows, of which those of the survey (bench/results) are not kept there.
+(../tuned/h200_tiles.json). Those of e2m1 codes with 64 rows or more, stream-K apart, and of 16 and
+24 by 256, were fitted to more times than are kept there: of several waves, and of the survey
+(bench/results).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from jaxqq._kernels.hopper.tiles import Grid, cdiv
 
@@ -29,29 +28,38 @@ class Timed:
   part_us: float
   tile_us: float
   cluster_us: float | None = None  # instead, where a cluster exchanges sums; None: it cannot
-  stream_k: tuple[float, float] | None = None  # a part and the rest, with stream-K; None: without
+  # With stream-K a part, the rest, and each further CTA that has steps of a tile; None: without
+  stream_k: tuple[float, float, float] | None = None
   parts: int = 1  # of a step
   launch_us: float = 0.0  # once, before the first wave; 0: in what begins and ends a tile
   x_us: float = 0.0  # of a part of a row of x, which is quantized before; 0: likewise
   exchange_us: float = 0.0  # of all sums of a tile, of which a cluster's CTA reads its share
+  w_us: float = 0.0  # of a part of a row of w: to find how its codes are rebased, and to load it
 
-  def time(self, grid: Grid, k_steps: int, parts: int = 1, quantized_rows: int = 0) -> float:
-    """Of a grid whose tiles have so many steps, of so many parts each, after x is quantized."""
+  def time(
+    self, grid: Grid, k_steps: int, parts: int = 1, x_rows: int = 0, w_rows: int = 0
+  ) -> float:
+    """Of a grid whose tiles have so many steps, of so many parts each.
+
+    x_rows, w_rows: that another kernel quantizes or reads before.
+    """
     part_us, rest_us = self.part_us, self.tile_us
     if grid.cluster > 1:
       assert self.cluster_us is not None
       rest_us = self.cluster_us + self.exchange_us * (1 - 1 / grid.cluster)
     elif grid.stream_k:
       assert self.stream_k is not None
-      part_us, rest_us = self.stream_k
+      part_us, rest_us, other_us = self.stream_k
+      rest_us += other_us * grid.others
     steps, tiles = counts(grid, k_steps)
-    before = self.launch_us + quantized_rows * k_steps * parts * self.x_us
+    before = self.launch_us + k_steps * parts * (x_rows * self.x_us + w_rows * self.w_us)
     return before + steps * parts * part_us + tiles * rest_us
 
 
-def _launched_in(us: float, x_us: float, *tiles: Timed) -> tuple[Timed, ...]:
+def _launched_in(us: float, x_us: float, w_us: float, *tiles: Timed) -> tuple[Timed, ...]:
   """Tiles whose waves overlap, so that what comes before them takes a time of its own."""
-  return tuple(dataclasses.replace(timed, launch_us=us, x_us=x_us) for timed in tiles)
+  before = functools.partial(dataclasses.replace, launch_us=us, x_us=x_us, w_us=w_us)
+  return tuple(before(timed) for timed in tiles)
 
 
 def counts(grid: Grid, k_steps: int) -> tuple[int, int]:
@@ -68,7 +76,7 @@ def counts(grid: Grid, k_steps: int) -> tuple[int, int]:
 
 
 CLUSTERS = (1, 2, 3, 4, 6, 8)  # CTAs that share a tile
-STREAM_K_GAIN = 1.05  # before it is taken: its times are the least certain
+STREAM_K_GAIN = 1.04  # before it is taken: its times are the least certain
 
 GEMM = (
   Timed(256, 128, 0.78, 3.0),
@@ -105,35 +113,42 @@ SKINNY_E2M1 = (
 # w of 128 bytes, of two parts 64. With 32, w of 57344 x 8192 took 16 to 38% longer in tiles of up
 # to 64 rows of x, 6 to 13% with 96 and 128, and as long from 192 on. With `mma.sync` (`ptx/mma.py`)
 # instead of `wgmma`, 33792 x 4096 took as long with 16 rows (30.0 us instead of 30.5 in tiles of
-# 128, 29.4 instead of 28.4 of 256), 11% longer with 24, 15 or 16% with 32, 38 or 49% with 64.
+# 128, 29.4 instead of 28.4 of 256), 11% longer with 24, 15 or 16% with 32, 38 or 49% with 64. In
+# fp8, 128 by 128 has steps of two parts for stream-K, which take 3 to 13% less. Elsewhere they gain
+# nothing, and in clusters, with room for two stages, took 8 to 30% longer.
 DEQUANT_E2M1 = _launched_in(
   4.5,
   4.5e-5,
-  Timed(16, 128, 0.182, 0.4, 1.1, (0.219, 3.1), 4),
-  Timed(16, 192, 0.223, 1.5, 1.9, (0.263, 3.9), 4),
-  Timed(16, 256, 0.305, 1.6, 1.7, (0.351, 4.4), 4),
+  0.0,
+  Timed(16, 128, 0.182, 0.4, 1.1, (0.232, 2.0, 0.4), 4),
+  Timed(16, 192, 0.223, 1.5, 1.9, (0.264, 3.9, 0.0), 4),
+  Timed(16, 256, 0.305, 1.6, 1.7, (0.351, 4.4, 0.0), 4),
   Timed(24, 256, 0.315, 1.6, None, None, 4),
-  Timed(32, 128, 0.193, 1.1, 1.6, (0.211, 4.0), 4),
-  Timed(32, 192, 0.240, 2.2, 2.5, (0.271, 4.8), 4),
-  Timed(32, 256, 0.322, 2.8, 2.6, (0.355, 5.5), 4),
-  Timed(64, 128, 0.250, 1.0, 2.1, (0.267, 4.7), 4),
-  Timed(64, 192, 0.308, 1.7, 3.2, (0.338, 6.2), 4),
-  Timed(64, 256, 0.435, 0.9, 3.3, (0.469, 6.9), 4),
-  Timed(96, 128, 0.309, 1.1, 1.7, (0.312, 6.4), 2, exchange_us=0.9),
-  Timed(96, 192, 0.427, 1.7, 0.4, (0.443, 6.4), 2, exchange_us=3.3),
-  Timed(96, 256, 0.556, 1.2, 0.0, (0.583, 6.6), 2, exchange_us=5.9),
-  Timed(128, 128, 0.358, 1.2, 1.2, (0.358, 7.5), 2, exchange_us=2.5),
-  Timed(128, 192, 0.508, 0.8, 0.0, (0.508, 7.6), 2, exchange_us=6.2),
-  Timed(192, 128, 0.488, 0.8, 0.0, (0.528, 11.0), exchange_us=5.6),
-  Timed(192, 192, 0.673, 1.8, 0.0, (0.686, 13.0), exchange_us=9.9),
-  Timed(256, 128, 0.628, 0.8, 0.0, (0.632, 12.6), exchange_us=6.5),
+  Timed(32, 128, 0.193, 1.1, 1.6, (0.215, 3.7, 0.1), 4),
+  Timed(32, 192, 0.240, 2.2, 2.5, (0.277, 4.3, 0.1), 4),
+  Timed(32, 256, 0.322, 2.8, 2.6, (0.360, 5.1, 0.1), 4),
+  Timed(64, 128, 0.250, 1.0, 2.1, (0.250, 3.5, 0.4), 4),
+  Timed(64, 192, 0.308, 1.7, 3.2, (0.338, 6.2, 0.0), 4),
+  Timed(64, 256, 0.435, 0.9, 3.3, (0.469, 6.9, 0.0), 4),
+  Timed(96, 128, 0.309, 1.1, 1.7, (0.317, 4.0, 0.5), 2, exchange_us=0.9),
+  Timed(96, 192, 0.427, 1.7, 0.4, (0.425, 5.0, 0.5), 2, exchange_us=3.3),
+  Timed(96, 256, 0.556, 1.2, 0.0, (0.569, 5.3, 0.6), 2, exchange_us=5.9),
+  Timed(128, 128, 0.358, 1.2, 1.2, (0.361, 4.4, 0.8), 2, exchange_us=2.5),
+  Timed(128, 192, 0.508, 0.8, 0.0, (0.491, 5.6, 0.7), 2, exchange_us=6.2),
+  Timed(192, 128, 0.488, 0.8, 0.0, (0.504, 4.5, 0.9), exchange_us=5.6),
+  Timed(192, 192, 0.673, 1.8, 0.0, (0.728, 5.6, 1.6), exchange_us=9.9),
+  Timed(256, 128, 0.628, 0.8, 0.0, (0.632, 6.3, 1.7), exchange_us=6.5),
 )
-DEQUANT_E4M3 = (
-  Timed(64, 128, 0.534, 4.3, 5.3, (0.534, 10.0), 2),
-  Timed(64, 192, 0.679, 5.8, 6.3, (0.707, 14.0)),
-  Timed(96, 128, 0.610, 4.6, 5.0, (0.615, 12.1), 2),
-  Timed(96, 192, 0.785, 4.9, 7.0, (0.785, 12.2)),
-  Timed(128, 128, 0.655, 5.8, 6.6, (0.670, 13.8)),
-  Timed(192, 128, 0.710, 5.6, 8.7, (0.764, 18.5)),
-  Timed(256, 128, 0.910, 6.2, 8.0, (1.042, 16.4)),
+DEQUANT_E4M3 = _launched_in(
+  4.5,
+  1.15e-4,
+  8e-6,
+  Timed(64, 128, 0.405, 0.7, 1.4, (0.468, 2.7, 1.1), 2),
+  Timed(64, 192, 0.585, 1.3, 2.2, (0.746, 4.4, 0.1)),
+  Timed(96, 128, 0.425, 1.3, 1.3, (0.483, 3.4, 0.9), 2, exchange_us=1.4),
+  Timed(96, 192, 0.642, 1.9, 3.3, (0.698, 5.6, 0.3)),
+  Timed(128, 128, 0.550, 1.1, 0.9, (0.568, 4.7, 0.9), exchange_us=2.7),
+  Timed(128, 128, 0.541, 1.8, None, (0.524, 3.6, 1.2), 2),
+  Timed(192, 128, 0.637, 1.7, 1.3, (0.699, 5.2, 0.8), exchange_us=3.0),
+  Timed(256, 128, 0.757, 2.2, 3.4, (0.932, 5.6, 1.5)),
 )

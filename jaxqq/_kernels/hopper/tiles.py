@@ -71,6 +71,11 @@ class Grid:
     """Of stream-K: tiles whose steps are dealt out, none where all waves are full."""
     return self.num_tiles - self.whole_waves * self.num_sms
 
+  @property
+  def others(self) -> float:
+    """Of stream-K: on average, how many more CTAs than one share a dealt tile."""
+    return max(self.num_sms / self.dealt_tiles - 1, 0.0) if self.dealt_tiles else 0.0
+
   def most_steps(self, k_steps: int) -> int:
     """Of stream-K: that a CTA has, of tiles of so many steps, but for odd last ones."""
     deals = cdiv(self.dealt_tiles * (k_steps // DEALT_STEPS), self.num_sms)

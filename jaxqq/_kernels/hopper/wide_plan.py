@@ -176,7 +176,8 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
   """A plan for each of the tiles that can be."""
   kernel, mainloop = _wide_kernel(problem, device, fp8)
   part, out_bytes = PARTS[mainloop], problem.out_dtype.itemsize
-  quantized_rows = problem.batch * problem.rows if problem.quantize_input else 0
+  x_rows = problem.batch * problem.rows if problem.quantize_input else 0
+  w_rows = 0 if problem.in_groups else problem.batch * problem.n
   plans: dict[WideTiles, WidePlan] = {}
   ways: list[tuple[int, bool]] = [(cluster, False) for cluster in CLUSTERS]
   if kernel == "dequant_gemm" and not problem.in_groups:
@@ -202,7 +203,7 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
       continue
     with_room = with_stages(tiles, mainloop, problem.k, out_bytes)
     if with_room is not None:
-      time = timed.time(grid, k_steps, parts, quantized_rows)
+      time = timed.time(grid, k_steps, parts, x_rows, w_rows)
       plans[with_room] = WidePlan(kernel, mainloop, fp8, with_room, time, problem, device)
   return list(plans.values())
 
@@ -210,9 +211,8 @@ def wide_plans(problem: Problem, device: Device, *, fp8: bool) -> list[WidePlan]
 def _can_deal_out(timed: Timed, grid: Grid, k_steps: int, parts: int) -> bool:
   """Whether stream-K has a measured time, and may gain.
 
-  Every CTA gets enough steps. Tiles are not short, and waves are few: those overlap, so that
-  without stream-K they take less time than the costs say. And few CTAs share a tile, since the last
-  one adds up the sums of all.
+  Every CTA gets enough steps. Tiles are not short. And few CTAs share a tile, since the last one
+  adds up the sums of all.
   """
   return (
     timed.stream_k is not None
@@ -220,7 +220,6 @@ def _can_deal_out(timed: Timed, grid: Grid, k_steps: int, parts: int) -> bool:
     and grid.dealt_tiles * (k_steps // DEALT_STEPS) >= grid.num_sms
     and MAX_STREAM_K_SHARES * grid.dealt_tiles >= grid.num_sms
     and k_steps * parts >= MIN_STREAM_K_TILE_PARTS
-    and grid.whole_waves <= 1
   )
 
 
@@ -252,7 +251,7 @@ def _has_registers(tiles: WideTiles, problem: Problem) -> bool:
 
 
 _MAX_STAGES = 9
-_MIN_PARTS = 3  # of steps in shared memory: two are too few for any tile
+_MIN_STAGES = 3  # of fp8, or of steps of one part; else 2
 MIN_STREAM_K_PARTS = 8  # of steps, of a CTA
 MIN_STREAM_K_TILE_PARTS = 40
 MAX_STREAM_K_SHARES = 6  # CTAs a tile
@@ -285,7 +284,7 @@ def with_stages(tiles: WideTiles, mainloop: str, k: int, out_bytes: int) -> Wide
     loads = stages * tiles.parts * (128 * block_m + part.bytes * block_n)
     return loads + scales + from_cluster + store_stages * piece
 
-  fewest = max(2, cdiv(_MIN_PARTS, tiles.parts))
+  fewest = _MIN_STAGES if mainloop == "rebased_e4m3" or tiles.parts == 1 else 2
   for stages, store_stages in itertools.product(range(_MAX_STAGES, fewest - 1, -1), (2, 1)):
     if size(stages, store_stages) <= SHARED_MEMORY:
       return dataclasses.replace(tiles, num_stages=stages, store_stages=store_stages)
