@@ -120,13 +120,17 @@ FEW_ROWS = [
 ]
 # Packed w expanded a panel at a time, tiles that CTAs share, tiles of three or four warpgroups;
 # transposes are the gradients'.
-PANELS = [Program("mxfp8", 3100, n, k, packed=True) for n, k in ((128, 128), (256, 320))]
+PANELS = [
+  Program("mxfp8", 3100, n, k, packed=True, highest=highest)
+  for n, k in ((128, 128), (256, 320), (128, 64), (256, 96), (128, 224))
+  for highest in (False, True)
+]
 SHARED = [
   Program(mode, m, n, 4096, packed=True, highest=highest)
   for mode in ("nvfp4", "mxfp8")
   for highest in (False, True)
   for m, n in ((96, 128), (96, 1024), (200, 1024), (256, 4096), (65, 2056), (128, 3080))
-] + [Program("nvfp4", 192, 3072, 3072, packed=True)]
+] + [Program("nvfp4", 192, 3072, 3072, packed=True), Program("mxfp8", 96, 2048, 6144, packed=True)]
 LARGE_TILES = (
   [
     Program(mode, m, n, k, dtype, packed=True, highest=highest)

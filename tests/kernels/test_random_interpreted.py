@@ -9,8 +9,10 @@ import itertools
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import jaxqq
 from tests.support import cases, products
 from tests.support.cases import Case, Program
 from tests.support.interpreter import interpreted
@@ -61,6 +63,16 @@ def test_many_rows(mode, sizes, highest, packed):
   program = Program(mode, *sizes, packed=packed, highest=highest, w_dtype="float32")
   fp8 = mode == "mxfp8" and not highest
   check(program, "hopper_fp8" if fp8 else "hopper_exact")
+
+
+@pytest.mark.parametrize("k", [64, 96, 224, 256])
+def test_a_panel_at_a_time(k):
+  """Rows of scales have zeros behind them where there are two, or an odd number."""
+  w = jax.eval_shape(lambda: jaxqq.quantize(jnp.zeros((128, k)), mode="mxfp8"))
+  x = jax.ShapeDtypeStruct((3072, k), jnp.bfloat16)
+  told = jaxqq.explain(x, *w, mode="mxfp8", device="cuda")
+  assert told.plan.kernel.kernel == "staged_gemm"
+  check(Program("mxfp8", 3072, 128, k, packed=True), "hopper_fp8")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["on the fly", "packed"])

@@ -48,6 +48,7 @@ CASES = {
   # dtype of x, out, m, n, k, rows of a panel, tiles
   "e4m3": (E4M3, BF16, 201, 384, 256, 256, T(128, 3, True)),
   "e4m3, one panel": (E4M3, F16, 65, 128, 384, 128, T(128, 2, True)),
+  "e4m3, an odd scale": (E4M3, BF16, 70, 256, 224, 128, T(128, 2, True)),
   "e4m3 exact": (BF16, F32, 67, 256, 128, 128, T(128, 2, store_stages=1)),
   "e4m3 exact, overlapping": (BF16, F16, 70, 640, 64, 256, T(256, 2)),
 }
@@ -77,6 +78,8 @@ def check(run, name):
     scales = rescale_bytes(scales, largest)
     x_hat, w_hat = x_hat * row_scales[0][..., None], rebased(codes, scales)
     w_hat = w_hat * row_scales[1][..., None]
+    if scales.shape[2] % 2:  # as the launch that finds them has it
+      scales = np.pad(scales, ((0, 0), (0, 0), (0, 1)), constant_values=0xFF)
   else:
     x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
   grid = Grid(1, m, n, tiles.block_m, tiles.block_n, SMS)
