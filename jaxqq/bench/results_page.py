@@ -114,10 +114,9 @@ their time. In the last tables are the ratios of every shape.
 nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with many rows it can
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
-44 of the 930 cells have other tiles since, 42 of them nvfp4: 23 of 96 to 1024 rows, some of which
-take up to 17% less time (128 x 2880 x 4096 13.1 µs, 128 x 3072 x 3072 12.0), and 19 of 4096 and
-8192. Cells of 1 to 8 rows, mxfp8 of 16, 32 and from 2048 on, and nvfp4 from 4096 on are older than
-the others.""",
+15 of the 930 cells have other tiles since, all of 128 rows, 11 of them mxfp8. Some take up to 19%
+less time (mxfp8 51200 x 5120 91.1 µs, 57344 x 8192 149.8; nvfp4 2880 x 4096 13.1). Cells of 1 to 8
+rows, of 16 and 32, and most from 2048 on are older than the others.""",
     "python -m jaxqq.bench --suite models --processes 15",
   ),
   Section(
