@@ -154,6 +154,13 @@ LARGE_TILES = (
       *((48, 20000, 512), (96, 20000, 1024), (200, 1024, 3072), (96, 2048, 7168)),
     )
   ]
+  + [  # with stream-K, one of them after whole waves
+    Program(mode, m, n, k, packed=True)
+    for mode, m, n, k in (
+      *(("mxfp8", 128, 5120, 8192), ("mxfp8", 192, 5120, 8192), ("nvfp4", 192, 5120, 8192)),
+      *(("nvfp4", 128, 4096, 12288), ("nvfp4", 256, 34816, 2560), ("nvfp4", 96, 36864, 2560)),
+    )
+  ]
   + [  # with stream-K, since float32 results have no clusters
     Program("nvfp4", 100, 1280, 2816, "float32", packed=True),
     Program("mxfp8", 64, 1280, 2688, "float32", packed=True),
@@ -232,6 +239,16 @@ def test_every_kernel_is_among_them():
     ("hopper_skinny", {1, 2, 4}),
   ):
     assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name
+  streams = {
+    (k.mainloop, k.tiles.block_m, k.tiles.block_n, k.tiles.parts, k.grid.whole_waves)
+    for k in wide
+    if k.kernel == "dequant_gemm" and k.tiles.stream_k
+  }
+  assert streams >= {
+    *(("rebased_e4m3", 128, 128, 2, 0), ("rebased_e4m3", 192, 128, 1, 0)),
+    *(("packed_e2m1", 192, 128, 1, 0), ("packed_e2m1", 128, 128, 2, 0)),
+    *(("packed_e2m1", 256, 128, 1, 1), ("packed_e2m1", 96, 256, 2, 0)),
+  }
   assert {kernel.tiles.compute_warpgroups for kernel in skinny} == {2, 4}
   assert {kernel.quantizes_x for kernel in skinny} == {True, False}
   own = [explained(program).plan.kernel for program in WHOLE_SCALES]

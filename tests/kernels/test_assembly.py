@@ -87,7 +87,7 @@ PRODUCTS = {
     "nvfp4", 192, 51200, 5120, "dequant_gemm", stream_k=True, block_n=192
   ),
   "stream-K, 96 rows of x by 256": P(
-    "nvfp4", 96, 36864, 16384, "dequant_gemm", stream_k=True, block_n=256
+    "nvfp4", 96, 36864, 2560, "dequant_gemm", stream_k=True, block_n=256
   ),
   "stream-K, fp8, many rows": P("mxfp8", 256, 5120, 25600, "dequant_gemm", stream_k=True),
   "stream-K, fp8": P("mxfp8", 128, 5376, 21504, "dequant_gemm", stream_k=True),

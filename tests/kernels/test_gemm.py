@@ -210,6 +210,10 @@ STREAM_K = {
     *("e2m1", BF16, (1, 1), 70, 300, 1856),
     *(T(64, 2, block_n=256, stream_k=True, parts=4), {"num_sms": 3}),
   ),
+  "stream-K, fp8, parts, waves": (
+    *("e4m3", BF16, (1, 1), 150, 600, 1216),
+    *(T(128, 3, True, stream_k=True, parts=2), {"num_sms": 3}),
+  ),
   "stream-K, two steps each": (
     *("mxfp4", BF16, (5, 1), 33, 100, 384),
     *(T(64, 9, stream_k=True), {"num_sms": 13}),
@@ -662,6 +666,8 @@ class TestOnGpu:
       for i in range(2)
       for words, scales in [packed_specs(5120, 8192)]
     ]
+    plan = jaxqq.explain(jaxqq.qqmm, x, *weights[0], mode="nvfp4").plan.kernel
+    assert plan.tiles.stream_k
     together, apart = jax.jit(of_one_x), jax.jit(functools.partial(jaxqq.qqmm, mode="nvfp4"))
     want = [np.asarray(apart(x, *w)) for w in weights]
     for _ in range(20):

@@ -73,8 +73,8 @@ class Grid:
 
   @property
   def others(self) -> float:
-    """Of stream-K: on average, how many more CTAs than one share a dealt tile."""
-    return max(self.num_sms / self.dealt_tiles - 1, 0.0) if self.dealt_tiles else 0.0
+    """Of stream-K: on average, CTAs that have steps of a dealt tile beside the one that ends it."""
+    return self.num_sms / self.dealt_tiles if self.dealt_tiles else 0.0
 
   def most_steps(self, k_steps: int) -> int:
     """Of stream-K: that a CTA has, of tiles of so many steps, but for odd last ones."""
