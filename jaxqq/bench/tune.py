@@ -183,23 +183,21 @@ _EXCHANGING = 64  # rows of x of a tile: what sums of fewer take is lost in the 
 def fitted(times: dict[Tile, float], mode: Mode, num_sms: int = 132) -> list[costs.Timed]:
   """Costs of each tile with enough times, to least squares of the relative error.
 
-  Of as many parts of a step as the costs so far say. Times of tiles alone and in clusters
-  are fitted together, since parts take as long in both. What CTAs exchange is told apart from the
-  rest where there are clusters of several sizes, of tiles of 64 rows of x or more.
+  Times count that have as many parts of a step as the costs so far say. Those of tiles alone and in
+  clusters are fitted together, since parts take as long in both. What CTAs exchange is told apart
+  from the rest where there are clusters of several sizes, of tiles of 64 rows of x or more.
   """
   own = [(tile, us) for tile, us in times.items() if tile.mode == mode]
   sizes = sorted({(tile.block_m, tile.block_n) for tile, _ in own})
+  lines = [line for size in sizes for line in _lines(mode, *size)]
   found = []
-  for line in (line for size in sizes for line in _lines(mode, *size)):
+  for line in lines:
     size = line.block_m, line.block_n
     terms: dict[str, _Terms] = collections.defaultdict(list)
     for tile, us in own:
       if (tile.block_m, tile.block_n) == size and tile.parts == line.parts:
         way = "stream_k" if tile.stream_k else "cluster" if tile.cluster > 1 else "alone"
-        share = 1 - 1 / tile.cluster if size[0] >= _EXCHANGING else 0.0
-        grid = _grid(tile, num_sms)
-        share = grid.others if tile.stream_k else share
-        terms[way].append((*_terms(tile, grid), share, us - _before(tile), us))
+        terms[way].append((*_terms(tile, num_sms), us - _before(tile), us))
     if len(terms["alone"]) + len(terms["cluster"]) < _FEWEST or not terms["alone"]:
       continue
     several = len({share for _, _, share, _, _ in terms["cluster"]}) > 1
@@ -247,15 +245,13 @@ def _part(mode: Mode) -> Part:
   return PARTS["rebased_e4m3" if FORMATS[mode].bits == 8 else "packed_e2m1"]
 
 
-def _grid(tile: Tile, num_sms: int) -> Grid:
+def _terms(tile: Tile, num_sms: int) -> tuple[int, int, float]:
+  """Parts of steps that follow each other, how often a tile begins and ends, and what is shared."""
   sizes = 1, tile.m, tile.n, tile.block_m, tile.block_n
-  return Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
-
-
-def _terms(tile: Tile, grid: Grid) -> tuple[int, int]:
-  """Parts of steps that follow each other, and how often a tile begins and ends."""
+  grid = Grid(*sizes, num_sms, cluster=tile.cluster, stream_k=tile.stream_k)
   steps, tiles = costs.counts(grid, cdiv(tile.k, tile.parts * _part(tile.mode).k))
-  return steps * tile.parts, tiles
+  shared = 1 - 1 / tile.cluster if tile.block_m >= _EXCHANGING else 0.0
+  return steps * tile.parts, tiles, grid.others if tile.stream_k else shared
 
 
 def _before(tile: Tile) -> float:
