@@ -115,7 +115,7 @@ nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with 
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
 19 of the 930 cells have other tiles since, 16 of them of 128 rows, of which 12 are mxfp8. Some take
-up to 19% less time (mxfp8 51200 x 5120 91.1 µs, 57344 x 8192 149.8; nvfp4 2880 x 4096 13.1). Cells
+up to 20% less time (mxfp8 51200 x 5120 91.1 µs, 57344 x 8192 149.8; nvfp4 2880 x 4096 13.1). Cells
 of 1 to 8 rows, of 16 and 32, and most from 2048 on are older than the others.""",
     "python -m jaxqq.bench --suite models --processes 15",
   ),

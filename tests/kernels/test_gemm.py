@@ -338,9 +338,10 @@ def test_the_launch_that_quantizes_x_clears_flags():
   assert jaxqq.explain(jaxqq.qqmm, x, *w, mode="nvfp4", device="cuda").plan.kernel.tiles.stream_k
   text = lowered_for_cuda(of_one_x, x, [w])
   assert count_kernels(text) == 2 and text.count("stablehlo.broadcast_in_dim %c") == 0
-  alone = functools.partial(jaxqq.quantized_matmul, mode="nvfp4")
-  plan = jaxqq.explain(alone.func, x, *w, mode="nvfp4", device="cuda").plan.kernel
-  assert count_kernels(lowered_for_cuda(alone, x, *w)) == 1 + plan.tiles.stream_k
+  alone = jaxqq.quantized_matmul
+  plan = jaxqq.explain(alone, x, *w, mode="nvfp4", device="cuda").plan.kernel
+  text = lowered_for_cuda(functools.partial(alone, mode="nvfp4"), x, *w)
+  assert count_kernels(text) == 1 + plan.tiles.stream_k
 
 
 STREAMED_TILES = [1, 3, 10, 22]
