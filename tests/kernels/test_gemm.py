@@ -96,7 +96,7 @@ GEMMS = {
     {},
   ),
   "fp8 past the end of k": (E4M3, BF16, (2, 1), 61, 133, 416, T(128, 3, True), LOW, {}),
-  "fp8 alpha": (E4M3, F32, (2, 2), 33, 33, 256, T(128, 2, True, block_n=64), None, {}),
+  "fp8 global scales": (E4M3, F32, (2, 2), 33, 33, 256, T(128, 2, True, block_n=64), None, {}),
   "walk m": (F16, F32, (2, 1), 260, 180, 128, T(128, 3, block_n=64), None, {"group_width": 2}),
   "walk n": (
     E4M3,
@@ -119,12 +119,11 @@ def check_gemm(run, name):
   size, *exponents = sizes or (0,)
   x, w = (np.ldexp(a, size).astype(dtype) for a in (x, w))
   batch = max(batches)
-  factors = rng.uniform(0.1, 2, (1, 2)).astype(F32)
+  factors, unit = rng.uniform(0.1, 2, (2, 1)).astype(F32), 0.3
   x_hat, w_hat = x.astype(np.float64), w.astype(np.float64)
   row_scales = None, None
   if sizes is None:
-    x_hat = x_hat * factors[:, :1, None]
-    w_hat = w_hat * factors[:, 1:, None]
+    x_hat, w_hat = x_hat * factors[0] * unit, w_hat * factors[1]
   else:
     row_scales = tuple(
       powers(rng.choice(np.array(e), a.shape[:2]) + 127)
@@ -134,9 +133,9 @@ def check_gemm(run, name):
 
   def f(*operands):
     grid = grid_of(tiles, batch, m, n, **how)
-    return gemm.gemm(gemm.Operands(*operands), out_dtype, tiles, grid)
+    return gemm.gemm(gemm.Operands(*operands), out_dtype, tiles, grid, unit=unit)
 
-  out = run(f, x, w, factors, *row_scales)
+  out = run(f, x, w, *factors, *row_scales)
   assert out.shape == (batch, m, n)
   fp8_sums = run is compiled and dtype is E4M3
   assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
@@ -270,7 +269,8 @@ def dequant_gemm_of(mainloop, out_dtype, tiles, **how):
     operands = dequant_gemm.Operands(*operands)
     (bx, m, _), (bw, n, _) = operands.x.shape, operands.w.shape
     grid = grid_of(tiles, max(bx, bw), m, n, **how)
-    return dequant_gemm.dequant_gemm(operands, mainloop, out_dtype, tiles, grid)
+    unit = 2.0**mainloop.unit_exponent
+    return dequant_gemm.dequant_gemm(operands, mainloop, out_dtype, tiles, grid, unit)
 
   return f
 
@@ -282,10 +282,9 @@ def check_packed(run, name):
   rng = np.random.default_rng([m, n, k])
   x = rng.standard_normal((bx, m, k))
   x[:, 0] = np.abs(x[:, 0])
-  factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
+  factors = rng.uniform(0.1, 0.3, (2, 1)).astype(F32)
   row_scales = None, None
   mode, x = MODES[which], x.astype(mainloop.dtype)
-  passed = factors * np.array([2.0**mainloop.unit_exponent, 1], F32)
   if which != "e4m3":
     if mode == "nvfp4":
       codes, scales = e2m1_operand(rng, bw, n, k)
@@ -301,16 +300,32 @@ def check_packed(run, name):
     w_hat = rebased(codes, scales) * row_scales[1][..., None]
   x_hat = x.astype(np.float64)
   if row_scales[0] is None:
-    x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
+    x_hat, w_hat = x_hat * factors[0], w_hat * factors[1]
     x = interleaved(x) if mainloop.interleaved else x
   else:
     x_hat = x_hat * row_scales[0][..., None]
 
   f = dequant_gemm_of(mainloop, out_dtype, tiles, **how)
-  out = run(f, x, oracle.pack(codes, mode), scales, passed, *row_scales)
+  out = run(f, x, oracle.pack(codes, mode), scales, *factors, *row_scales)
   assert out.shape == (batch, m, n)
   fp8_sums = run is compiled and which == "e4m3"
   assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
+def test_a_global_scale_that_is_no_amax_gives_nan(bad):
+  rng = np.random.default_rng(0)
+  codes, scales = e2m1_operand(rng, 1, 64, 128)
+  x = rng.standard_normal((1, 16, 128)).astype(F16)
+  amaxes = np.array([2.0], F32), np.array([bad], F32)
+  packed = dequant_gemm_of(MAINLOOPS["e2m1"], F32, T(64, 2, store_stages=1))
+  assert np.isnan(interpreted(packed, x, oracle.pack(codes, "nvfp4"), scales, *amaxes)).all()
+
+  def ready(*operands):
+    tiles = T(128, 2)
+    return gemm.gemm(gemm.Operands(*operands), F32, tiles, grid_of(tiles, 1, 16, 64))
+
+  assert np.isnan(interpreted(ready, x, np.ones((1, 64, 128), F16), *amaxes)).all()
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -415,7 +430,6 @@ def test_no_row_of_a_cluster_is_stored_over_another(cluster, m, out_dtype, monke
     jax.ShapeDtypeStruct((1, m, 128 * cluster), BF16),
     jax.ShapeDtypeStruct((1, 136, 32 * cluster), jnp.uint32),
     jax.ShapeDtypeStruct((1, 136, 4 * cluster), jnp.uint8),
-    jax.ShapeDtypeStruct((1, 2), F32),
   )
 
   def f(operands):
@@ -455,8 +469,8 @@ def times_identity(run, which, codes, scales, of_w):
   if of_w is not None:
     row_scales = np.ones((1, k), F32), of_w[None]
   f = dequant_gemm_of(mainloop, F32, T(64, 3, store_stages=1))
-  alpha = np.array([[2.0**mainloop.unit_exponent, 1]], F32)
-  return run(f, x, oracle.pack(codes, mode)[None], scales[None], alpha, *row_scales)[0].T
+  one = np.ones(1, F32)
+  return run(f, x, oracle.pack(codes, mode)[None], scales[None], one, one, *row_scales)[0].T
 
 
 def assert_same_rows(out, want):
@@ -608,7 +622,8 @@ def check_registers(run, which, n, k):
     want = want * rows[:, None]
   f = dequant_gemm_of(mainloop, F32, T(256, 3, store_stages=1))
   x = np.eye(k).astype(mainloop.dtype)[None]
-  out = run(f, x, words[None], scales[None], np.ones((1, 2), F32), *passed)[0].T
+  one = np.ones(1, F32)
+  out = run(f, x, words[None], scales[None], one, one, *passed)[0].T
   assert_same_rows(out, want)
 
 

@@ -163,7 +163,7 @@ def check_skinny(run, name):
     x_codes, x_scales = x_codes[0, :m], x_scales[0, :m]
     x_hat = oracle.values(x_codes, x_scales, mode)[None]
     operand, x_factors, blockdiag = columns_of(x_codes, x_scales.view(E4M3).astype(F32))
-    operand, x_factors = operand[None], x_factors.reshape(1, k // block.k, block.k // 256, -1)
+    operand, x_factors = operand[None], x_factors.reshape(1, 1, -1)
     unit = UNIT
   else:
     block, x, unit = KBlock(512, 8, 32), (x * 64).astype(E4M3), 1.0
@@ -173,7 +173,6 @@ def check_skinny(run, name):
     x_factors = np.ldexp(F32(1), rng.integers(-spread, spread, (bx, m, k // 32)))
     x_hat = x.astype(np.float64) * np.repeat(x_factors, 32, axis=-1)
     x_factors = np.moveaxis(nothing_beyond(x_factors, m, np.nan), 1, 2)
-    x_factors = x_factors.reshape(bx, k // block.k, 16, -1)
     operand = nothing_beyond(x.view(np.uint32), m, 0x7F7F7F7F)
   w_hat = oracle.values(codes, scales, mode) * factors[1]
   plan = skinny_plan(

@@ -144,29 +144,6 @@ def test_a_global_scale_that_is_no_amax_gives_nan():
     assert np.isnan(run(x, oracle.pack(codes, "nvfp4"), scales, *factors)).all(), bad
 
 
-@pytest.mark.parametrize(
-  ("mode", "m", "k", "kernels"),
-  [
-    ("nvfp4", 1, 8192, 1),
-    ("nvfp4", 2, 8192, 2),
-    ("nvfp4", 1, 1280, 2),
-    ("mxfp8", 8, 8192, 1),
-    ("mxfp8", 9, 8192, 2),
-  ],
-)
-def test_how_many_kernels_a_product_is(mode, m, k, kernels):
-  """With global scales, for which there is none of their own."""
-  spec, fmt = jax.ShapeDtypeStruct, FORMATS[mode]
-  w = spec((512, k * fmt.bits // 32), jnp.uint32), spec((512, k // fmt.group_size), jnp.uint8)
-  scale = spec((), jnp.float32)
-  scales = {"global_scale_x": scale, "global_scale_w": scale} if mode == "nvfp4" else {}
-  product = jax.jit(functools.partial(jaxqq.qqmm, mode=mode))
-  traced = product.trace(spec((m, k), jnp.bfloat16), *w, **scales)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("stablehlo.custom_call @mosaic") == kernels
-  assert "stablehlo.divide" not in text and "stablehlo.select" not in text
-
-
 @pytest.mark.parametrize("name", UNPACKED_CASES)
 def test_w_quantized_in_the_kernel(name, no_races):
   check_unpacked(interpreted, name)

@@ -67,7 +67,7 @@ def check(run, name):
   dtype, out_dtype, m, n, k, rows, tiles = CASES[name]
   rng = np.random.default_rng([m, n, k])
   x = rng.standard_normal((1, m, k)).astype(dtype)
-  factors = rng.uniform(0.1, 0.3, (1, 2)).astype(F32)
+  factors = rng.uniform(0.1, 0.3, (2, 1)).astype(F32)
   row_scales = None, None
   codes, scales = mx_operand(rng, 1, n, k, 107, 127)
   w_hat = dequantized("mxfp8", codes, scales)
@@ -81,14 +81,14 @@ def check(run, name):
     if scales.shape[2] % 2:  # as the launch that finds them has it
       scales = np.pad(scales, ((0, 0), (0, 0), (0, 1)), constant_values=0xFF)
   else:
-    x_hat, w_hat = x_hat * factors[:, :1, None], w_hat * factors[:, 1:, None]
+    x_hat, w_hat = x_hat * factors[0], w_hat * factors[1]
   grid = Grid(1, m, n, tiles.block_m, tiles.block_n, SMS)
 
   def f(*args):
     fmt = FORMATS["mxfp8"]
     return staged_gemm.staged_gemm(Operands(*args), fmt, out_dtype, tiles, grid, rows)
 
-  out = run(f, x, oracle.pack(codes, "mxfp8"), scales, factors, *row_scales)
+  out = run(f, x, oracle.pack(codes, "mxfp8"), scales, *factors, *row_scales)
   assert out.shape == (1, m, n)
   fp8_sums = run is compiled and dtype is E4M3
   assert_product(out, x_hat, w_hat, out_dtype, of_mag=FP8_SUMS if fp8_sums else 1.0)

@@ -120,7 +120,8 @@ class Operands:
   x: Any
   w: Any  # uint32 (b or 1, n, k * bits / 32)
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
-  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)
+  global_scale_x: Any = None  # float32 (1,) or (groups,)
+  global_scale_w: Any = None
   x_scales: Any = None  # float32 (b or 1, m), of rebased codes
   w_scales: Any = None  # float32 (b or 1, n)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
@@ -151,10 +152,15 @@ class Place:
 
 
 def dequant_gemm(
-  operands: Operands, mainloop: PackedOperand, out_dtype: Any, tiles: WideTiles, grid: Grid
+  operands: Operands,
+  mainloop: PackedOperand,
+  out_dtype: Any,
+  tiles: WideTiles,
+  grid: Grid,
+  unit: float = 1.0,
 ) -> jax.Array:
-  """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows."""
-  kernel = _DequantGemm(operands, mainloop, out_dtype, tiles, grid)
+  """(b, m, n): the sums times `unit` and global scales, or times the scales of x's and w's rows."""
+  kernel = _DequantGemm(operands, mainloop, out_dtype, tiles, grid, unit)
   if tiles.stream_k:
     operands = kernel.with_handover(operands)
   out = pipeline.launch(
@@ -181,8 +187,9 @@ class _DequantGemm:
     out_dtype: Any,
     tiles: WideTiles,
     grid: Grid,
+    unit: float,
   ):
-    x, w = operands.x, operands.w
+    x, w, self.unit = operands.x, operands.w, unit
     self.has_groups = operands.groups is not None
     self.batch = 1 if self.has_groups else max(x.shape[0], w.shape[0])
     self.m, self.n = x.shape[1], w.shape[1]

@@ -7,6 +7,7 @@ through shared memory by the TMA, or thread by thread where the rows of another 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper import epilogue, stream_k
-from jaxqq._kernels.hopper.pipeline import GroupTile, Tile, batch_of, group_of, rounded_up
+from jaxqq._kernels.hopper.pipeline import GroupTile, Tile, batch_of, rounded_up
 from jaxqq._kernels.hopper.ptx import cluster, handover, stores
 from jaxqq._kernels.hopper.ptx.loads import look_up
 from jaxqq._kernels.hopper.tiles import ROWS
@@ -67,31 +68,38 @@ class TileEnd:
   def store(self, sums: Any, w_scales: Any, tile: Tile, first_row: int) -> None:
     """Scales and writes the sums of a tile's rows from `first_row` on, a piece after the other."""
     store_m, column = self.kernel.store_m, self.first_row(tile)
+    scaled = self.scaler(w_scales, tile)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for i in range(sums.shape[1] // store_m):
       piece = sums[:, i * store_m : (i + 1) * store_m]
       stage = i % self.kernel.tiles.store_stages
       if isinstance(tile, GroupTile):
-        self.store_some(piece, w_scales, tile, first_row + i * store_m, column, stage)
+        self.store_some(piece, scaled, tile, first_row + i * store_m, column, stage)
         continue
       row = tile.row(self.kernel.tiles.block_m) + first_row + i * store_m
-      self.store_piece(self.scaled(piece, w_scales, tile, row), tile.batch, row, column, stage)
+      self.store_piece(scaled(piece, row), tile.batch, row, column, stage)
 
-  def scaled(self, piece: Any, w_scales: Any, tile: Tile, row: Any) -> Any:
-    """Rows of x from `row` on."""
+  def scaler(self, w_scales: Any, tile: Tile) -> Callable[[Any, Any], Any]:
+    """A function of a piece of a tile's sums, and of its first row of x: what is stored."""
     gmem = self.gmem
-    if not self.kernel.has_row_scales:
-      return epilogue.times_alpha(piece, gmem.alpha, group_of(gmem.alpha, tile))
-    of_x, size = gmem.x_scales, piece.shape[1]
-    if isinstance(tile, GroupTile):  # from any row on, of which vectors cannot be loaded
-      layout = plgpu.Layout.WGMMA.reduce(0)
-      rows = plgpu.layout_cast(lax.iota(jnp.int32, size), layout) + row
-      x_scales = look_up(of_x.at[0], jnp.minimum(rows, of_x.shape[1] - 1), layout)
-    else:
-      here = pl.ds(jnp.minimum(row, of_x.shape[1] - size), size)
-      own = of_x.at[batch_of(of_x, tile.batch), here]
-      x_scales = epilogue.load_row_scales(own, of_rows=False)
-    return epilogue.times_row_scales(piece, w_scales, x_scales)
+
+    def by_rows(piece: Any, row: Any) -> Any:
+      of_x, size = gmem.x_scales, piece.shape[1]
+      if isinstance(tile, GroupTile):  # from any row on, of which vectors cannot be loaded
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        rows = plgpu.layout_cast(lax.iota(jnp.int32, size), layout) + row
+        x_scales = look_up(of_x.at[0], jnp.minimum(rows, of_x.shape[1] - 1), layout)
+      else:
+        here = pl.ds(jnp.minimum(row, of_x.shape[1] - size), size)
+        own = of_x.at[batch_of(of_x, tile.batch), here]
+        x_scales = epilogue.load_row_scales(own, of_rows=False)
+      return epilogue.times_row_scales(piece, w_scales, x_scales)
+
+    if self.kernel.has_row_scales:
+      return by_rows
+    scales = gmem.global_scale_x, gmem.global_scale_w
+    alpha = epilogue.Alpha.of_tile(self.kernel.unit, *scales, tile)
+    return lambda piece, row: alpha.times(piece)
 
   def store_piece(self, piece: Any, b: Any, row: Any, column: Any, stage: int) -> None:
     """By the TMA, through shared memory."""
@@ -108,7 +116,7 @@ class TileEnd:
     plgpu.copy_smem_to_gmem(staged, self.out.at[b, *where])
 
   def store_some(
-    self, piece: Any, w_scales: Any, tile: GroupTile, first: int, column: Any, stage: int
+    self, piece: Any, scaled: Any, tile: GroupTile, first: int, column: Any, stage: int
   ) -> None:
     """Those rows of a piece that the group has: all of them by the TMA, some thread by thread."""
     kernel, size = self.kernel, piece.shape[1]
@@ -116,7 +124,7 @@ class TileEnd:
 
     @pl.when(rows > 0)
     def _scale_and_store() -> None:
-      out = self.scaled(piece, w_scales, tile, row)
+      out = scaled(piece, row)
 
       def whole() -> None:
         self.store_piece(out, 0, row, column, stage)

@@ -8,41 +8,55 @@ the other operand's scale. So no product leaves float32's range unless the last 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper.pipeline import Walk
+from jaxqq._kernels.hopper.pipeline import Tile, Walk, group_of
 from jaxqq._kernels.hopper.ptx import stores
+from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.tiles import ROWS
 
 _ZERO_ROWS = 32  # that a warpgroup stores at a time, where results are zeros
 _LEAST, _LARGEST = 127 - 64, 127 + 64  # exponent fields of a first factor
 
 
-# Alpha: the global scales
+# Global scales
 
 
-def alpha_operand(first: Any = 1.0, second: Any = 1.0) -> jax.Array:
-  """float32 (1, 2), whose product is that of both, as the wide kernels take alpha; or (groups, 2).
+@dataclasses.dataclass(frozen=True)
+class Alpha:
+  """What a tile's sums are multiplied by, one after the other.
 
-  Equal constants would cost a kernel that fills an array; different ones are a literal. No array of
-  numpy's: `custom_partitioning` refuses functions that hold one.
+  Kernels take global scales as they are given: any arithmetic before would cost a kernel of XLA's.
+
+  Attributes:
+    unit: what the mainloop leaves out, and 1 / 2688 for each global scale.
+    factors: of the global scales, if there are any.
   """
-  both = (jnp.float32(0.5) * first, jnp.float32(2) * second)
-  return jnp.stack([jnp.asarray(a, jnp.float32) for a in both], axis=-1).reshape(-1, 2)
 
+  unit: float
+  factors: tuple[Any, ...]
 
-def times_alpha(sums: Any, alpha: Any, group: Any = 0) -> Any:
-  """Sums times both numbers of an `alpha_operand`, a reference; those of a group, of several."""
-  return sums * alpha[group, 0] * alpha[group, 1]
+  @classmethod
+  def of_tile(cls, unit: float, of_x: Any, of_w: Any, tile: Tile) -> Alpha:
+    """of_x, of_w: references to one amax, or to one for each group; None where there is none."""
+    refs = [ref for ref in (of_x, of_w) if ref is not None]
+    amaxes = tuple(amax_or_nan(ref[group_of(ref, tile)]) for ref in refs)
+    return cls(unit, factors_of_product(*amaxes) if len(amaxes) == 2 else amaxes)
+
+  def times(self, sums: Any) -> Any:
+    out = sums if self.unit == 1 else sums * np.float32(self.unit)
+    for factor in self.factors:
+      out = out * factor
+    return out
 
 
 def factors_of_product(a: Any, b: Any) -> tuple[Any, Any]:

@@ -6,12 +6,13 @@ the rows of the x tile, and its sums in registers.
 - Sums inside the tensor cores are truncated (to 14 bits in fp8, and by float32's last bit in 16
   bit formats). With `promote` they cover one step, and are then added to float32 sums: 64 rows
   at a time, because registers are short. Else they stay in one accumulator over all of k.
-- The epilogue multiplies by alpha, or by the scales of both operands' rows.
+- The epilogue multiplies by the global scales, or by the scales of both operands' rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,6 @@ from jaxqq._kernels.hopper.pipeline import (
   GroupTiles,
   Tile,
   batch_of,
-  group_of,
   pad_rows,
   rounded_up,
 )
@@ -48,7 +48,8 @@ COMPUTE_WARPGROUPS = 2
 class Operands:
   x: Any  # (b or 1, m, k) of float16, bfloat16 or float8_e4m3fn; k a multiple of step_k
   w: Any  # (b or 1, n, k) of the same dtype; of 16 bits, in groups, (matrices, k, n) if said so
-  alpha: Any  # float32 (1, 2), see `epilogue.alpha_operand`; or (groups, 2)
+  global_scale_x: Any = None  # float32 (1,) or (groups,)
+  global_scale_w: Any = None
   x_scales: Any = None  # float32 (b or 1, m), of fp8
   w_scales: Any = None  # float32 (b or 1, n); with a panel, of all columns
   panel: Any = None  # int32 (first, ...): the column of `out` where those of w go, whole tiles on
@@ -71,13 +72,19 @@ def step_k(dtype: Any) -> int:
 
 
 def gemm(
-  operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid, *, w_transposed: bool = False
+  operands: Operands,
+  out_dtype: Any,
+  tiles: WideTiles,
+  grid: Grid,
+  *,
+  unit: float = 1.0,
+  w_transposed: bool = False,
 ) -> Any:
-  """(b, m, n): the sums times alpha, or times the scales of x's and of w's rows.
+  """(b, m, n): the sums times `unit` and global scales, or times the scales of x's and w's rows.
 
   With a panel the results are written to `operands.out`, and nothing is returned.
   """
-  kernel = _Gemm(operands, out_dtype, tiles, grid, w_transposed)
+  kernel = _Gemm(operands, out_dtype, tiles, grid, unit, w_transposed)
   operands = kernel.padded(operands)
   is_panel = operands.panel is not None
   of_out = out_type(kernel.batch, kernel.m, kernel.n, out_dtype, tiles)
@@ -108,10 +115,16 @@ class _Gemm:
   """Sizes and buffers of one launch."""
 
   def __init__(
-    self, operands: Operands, out_dtype: Any, tiles: WideTiles, grid: Grid, w_transposed: bool
+    self,
+    operands: Operands,
+    out_dtype: Any,
+    tiles: WideTiles,
+    grid: Grid,
+    unit: float,
+    w_transposed: bool,
   ):
     x, w = operands.x, operands.w
-    self.w_transposed = w_transposed
+    self.unit, self.w_transposed = unit, w_transposed
     self.has_groups = operands.groups is not None
     self.batch = 1 if self.has_groups else max(x.shape[0], w.shape[0])
     self.m, self.n = x.shape[1], w.shape[2 if w_transposed else 1]
@@ -295,15 +308,15 @@ class _Cta:
     """Scales and writes a tile, 64 by 64 after the other."""
     tiles, warpgroup = self.tiles, self.warpgroup
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    stage = 0
+    stage, scaled = 0, self.scaler(tile)
     for i, part in enumerate(parts):
       if isinstance(tile, GroupTile):
-        self.store_some(part, tile, warpgroup * self.kernel.own_m + i * STORE)
+        self.store_some(part, scaled, tile, warpgroup * self.kernel.own_m + i * STORE)
         continue
       rows = pl.ds(tile.m * tiles.block_m + warpgroup * self.kernel.own_m + i * STORE, STORE)
       for j in range(0, tiles.block_n, STORE):
         columns = pl.ds(self.first_column + tile.n * tiles.block_n + j, STORE)
-        piece = self.scaled(part[:, j : j + STORE], tile, rows, columns)
+        piece = scaled(part[:, j : j + STORE], rows, columns)
         self.store_piece(piece, stage, tile.batch, rows, columns)
         stage = (stage + 1) % tiles.store_stages
 
@@ -315,7 +328,7 @@ class _Cta:
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staged, self.out.at[b, rows, columns])
 
-  def store_some(self, part: Any, tile: GroupTile, first: Any) -> None:
+  def store_some(self, part: Any, scaled: Any, tile: GroupTile, first: Any) -> None:
     """Those of 64 rows that the group has: all of them by the TMA, some thread by thread."""
     kernel, rows = self.kernel, tile.rows - first
     row = tile.first + first
@@ -325,7 +338,7 @@ class _Cta:
       for index, j in enumerate(range(0, self.tiles.block_n, STORE)):
         column = tile.n * self.tiles.block_n + j
         here = pl.ds(row, STORE), pl.ds(column, STORE)
-        piece = self.scaled(part[:, j : j + STORE], tile, *here)
+        piece = scaled(part[:, j : j + STORE], *here)
 
         def whole(piece: Any = piece, index: int = index, here: Any = here) -> None:
           self.store_piece(piece, index % self.tiles.store_stages, 0, *here)
@@ -336,10 +349,17 @@ class _Cta:
 
         epilogue.store_whole_or_some(rows >= STORE, whole if kernel.is_staged else None, some)
 
-  def scaled(self, piece: Any, tile: Tile, rows: Any, columns: Any) -> Any:
-    of_x, of_w, b = self.gmem.x_scales, self.gmem.w_scales, tile.batch
-    if of_x is None:
-      return epilogue.times_alpha(piece, self.gmem.alpha, group_of(self.gmem.alpha, tile))
-    of_rows = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
-    of_columns = epilogue.load_row_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
-    return epilogue.times_row_scales(piece, of_rows, of_columns)
+  def scaler(self, tile: Tile) -> Callable[[Any, Any, Any], Any]:
+    """A function of a piece of a tile's sums, and of its rows and columns: what is stored."""
+    gmem, of_x, of_w, b = self.gmem, self.gmem.x_scales, self.gmem.w_scales, tile.batch
+
+    def by_rows(piece: Any, rows: Any, columns: Any) -> Any:
+      of_rows = epilogue.load_row_scales(of_x.at[batch_of(of_x, b), rows], of_rows=True)
+      of_columns = epilogue.load_row_scales(of_w.at[batch_of(of_w, b), columns], of_rows=False)
+      return epilogue.times_row_scales(piece, of_rows, of_columns)
+
+    if of_x is not None:
+      return by_rows
+    scales = gmem.global_scale_x, gmem.global_scale_w
+    alpha = epilogue.Alpha.of_tile(self.kernel.unit, *scales, tile)
+    return lambda piece, rows, columns: alpha.times(piece)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxqq import _ragged_reference
+from jaxqq._formats import Format
 from jaxqq._kernels.hopper import (
   dequant_gemm,
   gemm,
@@ -22,7 +23,6 @@ from jaxqq._kernels.hopper import (
   staged_gemm,
   stream_k,
 )
-from jaxqq._kernels.hopper.epilogue import alpha_operand
 from jaxqq._kernels.hopper.mainloops.table import (
   PART_K,
   operand_dtype,
@@ -43,7 +43,6 @@ from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._kernels.hopper.tiles import TMA_BYTES, Grid
 from jaxqq._kernels.hopper.wide_plan import WidePlan, row_unit
 from jaxqq._kernels.problem import fold, pad_k
-from jaxqq._quantize import alpha_factors
 from jaxqq._ragged_reference import RaggedOperands
 from jaxqq._reference import Operands, round_trip
 
@@ -99,14 +98,9 @@ def _exact(
     x = operand("x", operands.global_scale_x)
   else:
     x = operands.untransposed(["x"]).x
-  unit_exponent = 0 if mainloop is None else mainloop.unit_exponent
-  if problem.has_global_scales:
-    of_x, of_w = _scalar(operands.global_scale_x), _scalar(operands.global_scale_w)
-    alpha = alpha_operand(*alpha_factors(of_x, of_w, fmt, unit_exponent))
-  else:
-    alpha = alpha_operand(2.0**unit_exponent)
   w = operands.w if problem.is_packed else operand("w", operands.global_scale_w)
-  return dequant_gemm.Operands(x, w, operands.scales, alpha)
+  of_x, of_w = _in_line(operands.global_scale_x), _in_line(operands.global_scale_w)
+  return dequant_gemm.Operands(x, w, operands.scales, of_x, of_w)
 
 
 def _with_whole_rows(plan: WidePlan, operands: Operands) -> Operands:
@@ -131,7 +125,7 @@ def _rebased(
 
   beside: as of `_exact`.
   """
-  fmt, alpha = plan.problem.fmt, alpha_operand()
+  fmt = plan.problem.fmt
   if plan.problem.is_packed:
     scales = operands.scales.reshape(-1, operands.scales.shape[-1])
     matrix = operands.x.reshape(-1, operands.k)
@@ -139,7 +133,7 @@ def _rebased(
     x, x_scales = x.reshape(operands.x.shape), x_scales.reshape(operands.x.shape[:-1])
     rescale = rescale.reshape(operands.scales.shape)
     w_scales = w_scales.reshape(operands.scales.shape[:-1])
-    return dequant_gemm.Operands(x, operands.w, rescale, alpha, x_scales, w_scales)
+    return dequant_gemm.Operands(x, operands.w, rescale, x_scales=x_scales, w_scales=w_scales)
 
   def operand(name: str) -> tuple[jax.Array, jax.Array]:
     a = getattr(operands, name)
@@ -153,18 +147,15 @@ def _rebased(
 
   x, x_scales = operand("x")
   w, w_scales = operand("w")
-  return dequant_gemm.Operands(x, w, None, alpha, x_scales, w_scales)
+  return dequant_gemm.Operands(x, w, None, x_scales=x_scales, w_scales=w_scales)
 
 
 def product_of_exact(
   plan: WidePlan, x: tuple[jax.Array, jax.Array | None], w: tuple[jax.Array, jax.Array | None]
 ) -> jax.Array:
   """out (m, n) of exact operands (m, k) and (n, k), K in whole steps, and their global scales."""
-  alpha = alpha_operand()
-  if x[1] is not None and w[1] is not None:
-    alpha = alpha_operand(*alpha_factors(x[1], w[1], plan.problem.fmt))
-  ready = dequant_gemm.Operands(x[0][None], w[0][None], None, alpha)
-  return _run_gemm(plan, ready)[0]
+  of_x, of_w = _in_line(x[1]), _in_line(w[1])
+  return _run_gemm(plan, dequant_gemm.Operands(x[0][None], w[0][None], None, of_x, of_w))[0]
 
 
 MAINLOOPS = packed_operands()
@@ -173,22 +164,32 @@ SKINNY_MAINLOOPS = skinny_mainloops()
 
 def _run_gemm(plan: WidePlan, ready: dequant_gemm.Operands, grid: Grid | None = None) -> jax.Array:
   operands = gemm.Operands(
-    ready.x, ready.w, ready.alpha, ready.x_scales, ready.w_scales, groups=ready.groups
+    ready.x,
+    ready.w,
+    ready.global_scale_x,
+    ready.global_scale_w,
+    ready.x_scales,
+    ready.w_scales,
+    groups=ready.groups,
   )
-  return gemm.gemm(operands, plan.problem.out_dtype, plan.tiles, grid or plan.grid)
+  how = plan.problem.out_dtype, plan.tiles, grid or plan.grid
+  return gemm.gemm(operands, *how, unit=_unit(plan.problem.fmt, ready))
 
 
 def _run_dequant_gemm(
   plan: WidePlan, ready: dequant_gemm.Operands, grid: Grid | None = None
 ) -> jax.Array:
   mainloop, out_dtype = MAINLOOPS[plan.mainloop], plan.problem.out_dtype
-  return dequant_gemm.dequant_gemm(ready, mainloop, out_dtype, plan.tiles, grid or plan.grid)
+  unit = _unit(plan.problem.fmt, ready) * 2.0**mainloop.unit_exponent
+  return dequant_gemm.dequant_gemm(ready, mainloop, out_dtype, plan.tiles, grid or plan.grid, unit)
 
 
 def _run_staged_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
   problem = plan.problem
   how = plan.tiles, plan.grid, plan.panel_rows
-  return staged_gemm.staged_gemm(ready, problem.fmt, problem.out_dtype, *how)
+  return staged_gemm.staged_gemm(
+    ready, problem.fmt, problem.out_dtype, *how, _unit(problem.fmt, ready)
+  )
 
 
 _KERNELS = {
@@ -208,27 +209,36 @@ def skinny(plan: SkinnyPlan, operands: Operands) -> jax.Array:
   if not plan.quantizes_x:
     x, x_scales = _skinny_x(plan, folded, plan.padded_m)
   ready = _ready_for_skinny(folded, x, x_scales)
-  out = skinny_gemm.skinny_gemm(ready, folded.x.shape[1], plan, _unit(plan), plan.problem.out_dtype)
+  out = _run_skinny_gemm(plan, ready, folded.x.shape[1])
   return out.reshape(*operands.batch_shape, operands.m, operands.n)
 
 
 def _ready_for_skinny(
   folded: Operands, x: jax.Array, x_scales: jax.Array | None, groups: GroupTiles | None = None
 ) -> skinny_gemm.Operands:
-  # Passed raw: any arithmetic here would cost a kernel of XLA's.
-  of_x, of_w = (
-    None if scale is None else scale.reshape(-1)
-    for scale in (folded.global_scale_x, folded.global_scale_w)
-  )
+  of_x, of_w = _in_line(folded.global_scale_x), _in_line(folded.global_scale_w)
   return skinny_gemm.Operands(x, folded.w, folded.scales, of_x, of_w, x_scales, groups)
 
 
-def _unit(plan: SkinnyPlan) -> float:
-  """What sums are to be multiplied by, global scales apart."""
-  problem = plan.problem
-  count = (1 + problem.quantize_input) if problem.has_global_scales else 0
-  unit = math.prod([1 / problem.fmt.largest_value] * count)
-  return unit * SKINNY_MAINLOOPS[plan.mainloop].unit(problem)
+def _run_skinny_gemm(
+  plan: SkinnyPlan, ready: skinny_gemm.Operands, m: int, grid: Grid | None = None
+) -> jax.Array:
+  unit = _unit(plan.problem.fmt, ready) * SKINNY_MAINLOOPS[plan.mainloop].unit(plan.problem)
+  return skinny_gemm.skinny_gemm(ready, m, plan, unit, plan.problem.out_dtype, grid)
+
+
+# Global scales, which kernels take as they are: any arithmetic here would cost a kernel of XLA's
+
+
+def _unit(fmt: Format, ready: dequant_gemm.Operands | skinny_gemm.Operands) -> float:
+  """What sums are to be multiplied by beside the global scales that there are."""
+  scales = ready.global_scale_x, ready.global_scale_w
+  return math.prod(1 / fmt.largest_value for scale in scales if scale is not None)
+
+
+def _in_line(global_scale: jax.Array | None) -> jax.Array | None:
+  """(1,) or (groups,)."""
+  return None if global_scale is None else global_scale.reshape(-1)
 
 
 def _pad_skinny(plan: SkinnyPlan, folded: Operands) -> Operands:
@@ -254,12 +264,12 @@ def _skinny_x(
 
   tables: of groups, which that kernel has beside it.
   """
-  fmt, block = plan.problem.fmt, plan.block
+  fmt = plan.problem.fmt
   batch, _, k = folded.x.shape
   global_scale = _scalar(folded.global_scale_x)
   if plan.blockdiag is not None:
     x, x_scales = blockdiag_operand(folded.x[0], fmt, global_scale, plan.blockdiag)
-    return x[None], x_scales.reshape(1, k // block.k, block.k // 256, -1)  # at most 256 in a row
+    return x[None], x_scales.reshape(1, 1, -1)
   if not plan.problem.quantize_input:
     return folded.x if plan.x_in_rows else pad_rows(folded.x, padded_m), None
   # The rows of one matrix need no zeros behind them, those of several do.
@@ -268,9 +278,9 @@ def _skinny_x(
   if plan.mainloop == "group_sums":
     x, x_scales = code_words(x, fmt, rows, shifted=tables is not None, beside=beside)
     if tables is not None:
-      return x[None], x_scales.reshape(SHIFTS, k // block.k, -1, x_scales.shape[-1])
+      return x[None], x_scales
     x_scales = jnp.swapaxes(x_scales.reshape(-1, batch, padded_m), 0, 1)
-    return x.reshape(batch, padded_m, -1), x_scales.reshape(batch, k // block.k, -1, padded_m)
+    return x.reshape(batch, padded_m, -1), x_scales
   out = exact_operand(
     x,
     fmt,
@@ -354,7 +364,7 @@ def _ragged_skinny(
   else:
     x, x_scales = _quantized_by_rows(plan, operands.x, of_rows), None
   ready = _ready_for_skinny(operands, x, x_scales, grouped.tiles_of(tables))
-  return skinny_gemm.skinny_gemm(ready, m, own, _unit(own), own.problem.out_dtype, plan.grid)
+  return _run_skinny_gemm(own, ready, m, plan.grid)
 
 
 def _ragged_wide(
@@ -401,6 +411,6 @@ def ragged_gradient(plan: GradientPlan, operands: RaggedOperands) -> jax.Array:
     sums = row_sums.row_sums(ready, problem.out_dtype, plan.device.num_sms)
     return sums.reshape(*shape, problem.groups, problem.n, problem.k)
   tiles = grouped.tiles_of(grouped.group_tiles(operands, problem.groups, plan.tiles.block_m))
-  of_gemm = gemm.Operands(own.x[None], own.w, alpha_operand(), groups=tiles)
+  of_gemm = gemm.Operands(own.x[None], own.w, groups=tiles)
   out = gemm.gemm(of_gemm, problem.out_dtype, plan.tiles, plan.grid, w_transposed=True)
   return out.reshape(*shape, problem.m, problem.k)

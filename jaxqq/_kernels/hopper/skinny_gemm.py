@@ -32,7 +32,6 @@ from typing import Any, Protocol
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -43,7 +42,6 @@ from jaxqq._kernels.hopper.pipeline import (
   GroupTiles,
   Tile,
   batch_of,
-  group_of,
   pad_rows,
   rounded_up,
 )
@@ -57,7 +55,6 @@ from jaxqq._kernels.hopper.ptx.layouts import (
 )
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
 from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
-from jaxqq._kernels.hopper.quantize.codes import amax_or_nan
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
@@ -105,7 +102,8 @@ class Operands:
   scales: Any  # uint8 (b or 1, n, k / group_size); or None
   global_scale_x: Any  # float32 (1,), the amax of x; or None
   global_scale_w: Any
-  # Of e4m3 numbers: float32 (b or 1, k / block.k, .., ..); beside `groups`, shifted (`code_words`).
+  # Of e4m3 numbers, float32: (b or 1, k / group_size, padded_m), or beside `groups` as `code_words`
+  # shifts them; of block-diagonal x (1, 1, all), block after block.
   x_scales: Any = None
   # Of x (1, m, k) in groups, and w (matrices, n, k), with global scales of shape (1,) or (groups,).
   groups: GroupTiles | None = None
@@ -177,21 +175,23 @@ class _SkinnyGemm:
     self.batch, self.n = 1 if self.has_groups else max(x.shape[0], w.shape[0]), w.shape[1]
     self.is_packed = operands.scales is not None
     self.w_dtype, self.w_columns = w.dtype, block.words if self.is_packed else block.k
-    self.all_steps = all_steps = cdiv(w.shape[2], self.w_columns)
-    self.k_steps = all_steps // plan.tiles.cluster
+    self.all_steps = cdiv(w.shape[2], self.w_columns)
+    self.k_steps = self.all_steps // plan.tiles.cluster
     self.quantizer: InKernelQuantizer | None = None
-    self.x_scales_shape: tuple[int, int] | None = None
+    self.x_scales_shape: tuple[int, int] | None = None  # of a block, in shared memory
+    self.x_scales_loaded: tuple[int, int] = 0, 0
     if plan.quantizes_x:
       self.quantizer = InKernelQuantizer(m, fmt, plan.blockdiag, plan.padded_m)
       self.x_dtype, self.x_columns = jnp.dtype(jnp.uint32), block.k // 4
       self.x_scales_shape = self.quantizer.scales_shape
     else:
-      self.x_dtype, self.x_columns = x.dtype, x.shape[2] // all_steps
-      if plan.blockdiag is None:
-        self.x_columns = block.k // (4 if x.dtype == jnp.uint32 else 1)
+      self.x_dtype = x.dtype
+      self.x_columns = block.k // (4 if x.dtype == jnp.uint32 else 1)
       if operands.x_scales is not None:
-        rows, size = operands.x_scales.shape[2:]
-        size = plan.padded_m if self.has_groups else size
+        self.x_scales_loaded = block.scales, plan.padded_m
+        if plan.blockdiag is not None:
+          self.x_scales_loaded = 1, block.scales * plan.blockdiag.rows
+        rows, size = self.x_scales_loaded
         # The TMA writes to multiples of 128 bytes.
         self.x_scales_shape = rows, max(size, 32 // rows)
     self.x_transforms = self.w_transforms = row_transforms()
@@ -382,14 +382,17 @@ class _Cta:
     x_rows = pl.ds(first_of_x, self.plan.padded_m)
     if kernel.quantizer is None:
       copy(gmem.x, x_rows, kernel.x_columns, smem.x)
-    if gmem.x_scales is not None and isinstance(tile, GroupTile):
-      copy_index, first = first_of_scales(tile.first)
-      source = gmem.x_scales.at[copy_index, ki, :, pl.ds(first, self.plan.padded_m)]
-      plgpu.copy_gmem_to_smem(source, smem.x_scales.at[stage], full)
-    elif gmem.x_scales is not None:
-      source = gmem.x_scales.at[batch_of(gmem.x_scales, tile.batch), ki]
-      size = pl.ds(0, gmem.x_scales.shape[3])
-      plgpu.copy_gmem_to_smem(source, smem.x_scales.at[stage, :, size], full)
+    if gmem.x_scales is not None:
+      count, size = kernel.x_scales_loaded
+      source, here = batch_of(gmem.x_scales, tile.batch), pl.ds(ki * count, count)
+      columns = pl.ds(0, size)
+      if isinstance(tile, GroupTile):
+        source, first = first_of_scales(tile.first)
+        columns = pl.ds(first, size)
+      elif self.plan.blockdiag is not None:
+        here, columns = pl.ds(0, 1), pl.ds(ki * size, size)
+      to = smem.x_scales.at[stage, :, pl.ds(0, size)]
+      plgpu.copy_gmem_to_smem(gmem.x_scales.at[source, here, columns], to, full)
 
   # A stage's operands
 
@@ -566,12 +569,8 @@ class _Cta:
       layout = ONE_OF_FOUR
     if kernel.mainloop.by_warps:
       sums, layout = mma.relabel(sums), mma.SUMS
-    out = sums * np.float32(kernel.unit)
-    scales = [s for s in (gmem.global_scale_x, gmem.global_scale_w) if s is not None]
-    amaxes = [amax_or_nan(scale[group_of(scale, tile)]) for scale in scales]
-    for factor in epilogue.factors_of_product(*amaxes) if len(amaxes) == 2 else amaxes:
-      out = out * factor
-    out = out.astype(kernel.out_dtype)
+    scales = gmem.global_scale_x, gmem.global_scale_w
+    out = epilogue.Alpha.of_tile(kernel.unit, *scales, tile).times(sums).astype(kernel.out_dtype)
     if isinstance(tile, GroupTile):
       rows = self.out.at[0]
       where = tile.first, tile.rows, first_column

@@ -100,13 +100,13 @@ class SkinnyPlan:
   def padded_k(self, name: str) -> int:
     """K of x, w or scales as the kernel takes them: past their end, loads are zeros.
 
-    x is quantized in whole blocks. Rows of the others are to be as far apart as loads need.
+    Rows are to be as far apart as loads need, those of the scales of block-diagonal x, too.
     """
     k, block = self.problem.k, self.block
     if name == "x":
       unit = block.k
-      if self.x_in_rows and self.mainloop in ("expanded", "in_order", "sixteens"):
-        unit = 64 if self.mainloop == "expanded" else 8  # 64 that are interleaved
+      if self.x_in_rows:  # 64 that are interleaved, or have 16 bytes of block-diagonal x's scales
+        unit = 64 if self.mainloop in ("expanded", "blockdiag") else 8
     elif name == "w":
       unit = 8 * (TMA_BYTES if self.in_rows else SWIZZLED_BYTES) // block.bits
     else:

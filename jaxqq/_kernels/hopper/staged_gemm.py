@@ -52,6 +52,7 @@ def staged_gemm(
   tiles: WideTiles,
   grid: Grid,
   rows: int,
+  unit: float = 1.0,
 ) -> jax.Array:
   """(1, m, n), as `gemm` has it of expanded w, `rows` at a time.
 
@@ -68,12 +69,14 @@ def staged_gemm(
     bounds = jnp.stack([jnp.int32(first), jnp.int32(first + rows)])
     # Else XLA might expand all panels before it multiplies one.
     bounds, out = lax.optimization_barrier((bounds, out))
-    out = _with_panel(out, Window(bounds, rows), operands, fmt=fmt, tiles=tiles, grid=grid)
+    out = _with_panel(
+      out, Window(bounds, rows), operands, fmt=fmt, tiles=tiles, grid=grid, unit=unit
+    )
   return out[:, :m, :n]
 
 
 # Under a jit of its own it is traced and lowered once, not once for each panel.
-@functools.partial(jax.jit, static_argnames=("fmt", "tiles", "grid"))
+@functools.partial(jax.jit, static_argnames=("fmt", "tiles", "grid", "unit"))
 def _with_panel(
   out: jax.Array,
   window: Window,
@@ -82,6 +85,7 @@ def _with_panel(
   fmt: Format,
   tiles: WideTiles,
   grid: Grid,
+  unit: float,
 ) -> jax.Array:
   """`out` with the columns of one panel."""
   x, words, scales = operands.x, operands.w[0], operands.scales[0]
@@ -89,9 +93,10 @@ def _with_panel(
     w = rebased_panel(words, scales, window)
   else:
     w = dequantize(words, scales, fmt, None, x.dtype, window=window)
-  ref, row_scales = jax.new_ref(out), (operands.x_scales, operands.w_scales)
-  panel = gemm.Operands(x, w[None], operands.alpha, *row_scales, panel=window.first, out=ref)
-  gemm.gemm(panel, out.dtype, tiles, dataclasses.replace(grid, n=window.rows))
+  ref, names = jax.new_ref(out), ("global_scale_x", "global_scale_w", "x_scales", "w_scales")
+  scales_of = {name: getattr(operands, name) for name in names}
+  panel = gemm.Operands(x, w[None], **scales_of, panel=window.first, out=ref)
+  gemm.gemm(panel, out.dtype, tiles, dataclasses.replace(grid, n=window.rows), unit=unit)
   return jax.freeze(ref)
 
 

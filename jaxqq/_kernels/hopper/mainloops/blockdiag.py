@@ -62,8 +62,7 @@ class BlockDiagonalX:
       products = wgmma.finish(wgmma.begin(a, b, cta.kernel.x_transforms, E4M3, parts=parts))
       its = words_of_scales[2 * step : 2 * step + 2]
       for part, product in enumerate(products):
-        # Two steps are a row of their scales.
-        first = (step % 2 * parts + part) * cta.plan.padded_m
-        product = product * cta.x_scales(stage, step // 2, first)
+        first = (step * parts + part) * cta.plan.padded_m
+        product = product * cta.x_scales(stage, 0, first)
         sums += product * blockdiag_scales(its, part, blockdiag.rows, k_blocks)
     return [sums]

@@ -38,7 +38,7 @@ def blockdiag_operand(
   """x as columns of e4m3 codes, and the scales of their groups.
 
   Args:
-    a: float32, float16 or bfloat16, (m, k) with m up to blockdiag.rows, k a multiple of 256 from
+    a: float32, float16 or bfloat16, (m, k) with m up to blockdiag.rows, k a multiple of 32 from
       `mainloops.table.BLOCKDIAG_MIN_K` on.
     fmt: nvfp4.
     global_scale: None, or a float32 scalar.

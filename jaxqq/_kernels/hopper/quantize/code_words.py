@@ -41,7 +41,7 @@ def code_words(
   """Packed codes of `a`, and what they are to be multiplied by.
 
   Args:
-    a: float32, float16 or bfloat16, (m, k), k a multiple of 512.
+    a: float32, float16 or bfloat16, (m, k), k whole groups, 512 or more.
     fmt: a format of e4m3 elements and power of two scales.
     rows: how many rows the results have, m or more: further ones are not written.
     shifted: whether factors are to be loaded from any row on.
@@ -58,11 +58,9 @@ def code_words(
   groups = k // fmt.group_size
   view = View(fmt.group_size // fmt.codes_per_word, fmt.codes_per_word)
   run = make_kernel(
-    functools.partial(
-      _kernel, fmt=fmt, view=view, steps=groups // view.tile, shifts=SHIFTS if shifted else 0
-    ),
+    functools.partial(_kernel, fmt=fmt, view=view, groups=groups, shifts=SHIFTS if shifted else 0),
     "code_words",
-    grid=(m * (groups // view.tile),),
+    grid=(m * pl.cdiv(groups, view.tile),),
     out_type=(
       jax.ShapeDtypeStruct((rows, groups, *view.minor[:-1]), jnp.uint32),
       jax.ShapeDtypeStruct(
@@ -82,12 +80,13 @@ def _kernel(
   *,
   fmt: Format,
   view: View,
-  steps: int,
+  groups: int,
   shifts: int,
 ) -> None:
-  step = lax.axis_index("step")
+  steps, step = pl.cdiv(groups, view.tile), lax.axis_index("step")
   row = lax.div(step, jnp.int32(steps))
-  here = pl.ds(lax.rem(step, jnp.int32(steps)) * view.tile, view.tile)
+  start = jnp.minimum(lax.rem(step, jnp.int32(steps)) * view.tile, groups - view.tile)
+  here = pl.ds(start, view.tile)
   a = load_gmem(a_ref.at[row, here], view.layout).astype(jnp.float32)
   scales = scales_of(amax_bits_of(a), fmt, None, a_ref.dtype)
   codes = codes_of(a, scales, fmt) << (positions(a.shape, view.layout) * fmt.bits)

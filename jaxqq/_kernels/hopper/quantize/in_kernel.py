@@ -70,10 +70,11 @@ class InKernelQuantizer:
 
   @property
   def scales_shape(self) -> tuple[int, int]:
-    """Of a block's scales in shared memory, as many in a row as the kernel loads at once."""
+    """Of a block's scales in shared memory."""
+    groups = SKINNY_BLOCK_K // self.fmt.group_size
     if self.blockdiag is None:
-      return SKINNY_BLOCK_K // self.fmt.group_size, self.padded_m
-    return SKINNY_BLOCK_K // 256, 16 * self.blockdiag.rows
+      return groups, self.padded_m
+    return 1, groups * self.blockdiag.rows
 
   def operand(self, x: jax.Array) -> jax.Array:
     """x (b, m, k) as `write` takes it."""
