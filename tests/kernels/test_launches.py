@@ -27,12 +27,18 @@ PACKED = [  # mode, m, k, kernels
   ("nvfp4", 128, 8192, 2),
   ("nvfp4", 512, 2880, 2),
   ("nvfp4", 8192, 8192, 2),
+  ("nvfp4", 33, 8192, 2),
+  ("nvfp4", 100, 8192, 2),
+  ("nvfp4", 1001, 2880, 2),
   ("mxfp8", 8, 8192, 1),
   ("mxfp8", 9, 8192, 2),
   ("mxfp8", 4, 2880, 2),
   ("mxfp8", 32, 5376, 2),
   ("mxfp8", 64, 8192, 2),
   ("mxfp8", 512, 2880, 2),
+  ("mxfp8", 33, 8192, 2),
+  ("mxfp8", 100, 2880, 2),
+  ("mxfp8", 1001, 8192, 2),
 ]
 
 
@@ -71,20 +77,21 @@ def test_packed_w(mode, m, k, kernels):
   assert work_of_xla(text) == []
 
 
+@pytest.mark.parametrize(("m", "n"), [(1024, 512), (1001, 2880), (100, 576)])
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
-def test_w_on_the_fly(mode):
+def test_w_on_the_fly(mode, m, n):
   spec, names = jax.ShapeDtypeStruct, list(scales_of(mode))
 
   def product(x, w, *given):
     return jaxqq.qqmm(x, w, mode=mode, **dict(zip(names, given, strict=True)))
 
-  operands = spec((1024, 2048), jnp.bfloat16), spec((512, 2048), jnp.float32)
+  operands = spec((m, 2048), jnp.bfloat16), spec((n, 2048), jnp.float32)
   text = lowered_for_cuda(product, *operands, *scales_of(mode).values())
   assert count_kernels(text) == 3
   assert work_of_xla(text) == []
 
 
-@pytest.mark.parametrize("m", [1, 32, 128, 2048])
+@pytest.mark.parametrize("m", [1, 32, 128, 70, 2001])
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp4", "mxfp8"])
 def test_weights_alone(mode, m):
   spec, fmt, k = jax.ShapeDtypeStruct, FORMATS[mode], 4096

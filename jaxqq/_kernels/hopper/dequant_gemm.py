@@ -58,7 +58,7 @@ from jaxqq._kernels.hopper.ptx import (
   stores,
   wgmma,
 )
-from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, row_transforms, tile_transforms
+from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, TILE_ROWS, row_transforms, tile_transforms
 from jaxqq._kernels.hopper.ptx.registers import recomputed
 from jaxqq._kernels.hopper.tiles import (
   DEQUANT_STORE,
@@ -232,7 +232,8 @@ class _DequantGemm:
     if self.planes is not None and self.planes.of_row % self.step_groups:
       self.scales_of_last = self.planes.of_row - (self.k_steps - 1) * self.step_groups
     past_end = x.shape[2] % mainloop.part_k != 0  # the last part goes there, and loads zeros
-    if self.has_groups or past_end:  # in groups a tile begins at any row, too
+    # Tiles of 8 rows may be loaded where all rows are such; in groups a tile begins at any row.
+    if self.has_groups or past_end or self.m % TILE_ROWS:
       self.x_transforms = row_transforms()
 
   def out_type(self) -> jax.ShapeDtypeStruct:
@@ -241,7 +242,7 @@ class _DequantGemm:
       return jax.ShapeDtypeStruct(
         (1, *stores.stored_shape(self.m, self.n, 0, ROWS)), self.out_dtype
       )
-    m_multiple = self.store_m if self.writes_transpose else 8
+    m_multiple = self.store_m if self.writes_transpose else 1
     rows = stored_size(self.m, self.store_m, self.tiles.block_m, m_multiple)
     rows = self.m if self.has_groups else rows
     columns = stored_size(self.n, ROWS, self.tiles.block_n, ROWS)
@@ -254,7 +255,7 @@ class _DequantGemm:
     loads = self.scale_loads + self.pieces + tiles.parts * (1 + self.has_short_tails)
     out = (ROWS, self.store_m) if self.writes_transpose else (self.store_m, ROWS)
     out_transforms = tile_transforms(out[1], self.out_dtype)
-    if self.has_groups:
+    if self.has_groups or (self.m % TILE_ROWS and not self.writes_transpose):
       out_transforms = row_transforms()
     is_staged = self.can_stage_transpose or self.writes_transpose
     x_shape = stages, tiles.parts, tiles.block_m, mainloop.part_k
@@ -273,11 +274,9 @@ class _DequantGemm:
     )
 
   def padded(self, operands: Operands) -> Operands:
-    """With whole rows of eight, and scales for as many rows as are loaded at once."""
+    """With w in whole rows of eight, and scales for as many rows as are loaded at once."""
     of_x, of_w, planes = operands.x_scales, operands.w_scales, self.planes
-    x, w = operands.x, pad_rows(operands.w, rounded_up(self.n, 8))
-    if not self.has_groups:
-      x = pad_rows(x, rounded_up(self.m, 8))
+    w = pad_rows(operands.w, rounded_up(self.n, TILE_ROWS))
     scales = pad_rows(operands.scales, rounded_up(self.n, max(8, self.scale_loads)))
     if planes is not None:
       scales = scale_planes.as_planes(scales, planes)
@@ -285,7 +284,7 @@ class _DequantGemm:
       if not self.has_groups:
         of_x = pad_rows(of_x, rounded_up(self.m, self.store_m))
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
-    return dataclasses.replace(operands, x=x, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
+    return dataclasses.replace(operands, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
 
   def with_handover(self, operands: Operands) -> Operands:
     """With what stream-K writes to."""

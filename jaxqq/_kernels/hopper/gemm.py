@@ -32,6 +32,7 @@ from jaxqq._kernels.hopper.pipeline import (
 )
 from jaxqq._kernels.hopper.ptx import stores, wgmma
 from jaxqq._kernels.hopper.ptx.layouts import (
+  TILE_ROWS,
   in_rows,
   in_tiles,
   row_transforms,
@@ -39,7 +40,7 @@ from jaxqq._kernels.hopper.ptx.layouts import (
   tiles_in_rows,
 )
 from jaxqq._kernels.hopper.tiles import GEMM_STORE as STORE
-from jaxqq._kernels.hopper.tiles import ROWS, Grid, WideTiles, cdiv
+from jaxqq._kernels.hopper.tiles import ROWS, TMA_BYTES, Grid, WideTiles, cdiv
 
 COMPUTE_WARPGROUPS = 2
 
@@ -89,7 +90,9 @@ def gemm(
   is_panel = operands.panel is not None
   of_out = out_type(kernel.batch, kernel.m, kernel.n, out_dtype, tiles)
   if kernel.has_groups:  # every row that is stored is one of them
-    of_out = jax.ShapeDtypeStruct((1, kernel.m, of_out.shape[2]), out_dtype)
+    columns = of_out.shape[2] if kernel.is_staged else kernel.n
+    shape = 1, *stores.stored_shape(kernel.m, columns, 0, tiles.block_n)
+    of_out = jax.ShapeDtypeStruct(shape, out_dtype)
   out = pipeline.launch(
     kernel,
     operands,
@@ -103,12 +106,21 @@ def gemm(
 
 
 def out_type(batch: int, m: int, n: int, dtype: Any, tiles: WideTiles) -> jax.ShapeDtypeStruct:
-  """What the kernel writes to: (b, m, n) and what the last tiles have beyond.
+  """What the kernel writes to: (b, m, n), and what the last tiles have beyond where they must.
 
-  No stored tile may be past the end of an axis of one tile: the TMA drops such an axis.
+  No stored tile may be past the end of an axis of one tile: the TMA drops such an axis. Else it
+  writes nothing there, of tiles in rows, which have up to 128 bytes and not float32's 256.
   """
-  shape = (batch, max(rounded_up(m, 8), STORE), rounded_up(n, tiles.block_n))
-  return jax.ShapeDtypeStruct(shape, dtype)
+  rows, columns = max(m, STORE), n
+  if _is_wide(dtype):
+    rows = rounded_up(rows, TILE_ROWS)
+  if _is_wide(dtype) or n <= STORE or n % (TMA_BYTES // jnp.dtype(dtype).itemsize):
+    columns = rounded_up(n, tiles.block_n)
+  return jax.ShapeDtypeStruct((batch, rows, columns), dtype)
+
+
+def _is_wide(dtype: Any) -> bool:
+  return bool(jnp.dtype(dtype).itemsize > 2)
 
 
 class _Gemm:
@@ -137,13 +149,16 @@ class _Gemm:
     self.w_transforms = self.transforms  # those of a transposed one are the same: 64 columns
     self.out_transforms = tile_transforms(STORE, out_dtype)
     past_end = x.shape[2] % self.step_k != 0  # the last step goes there, and loads zeros
-    if self.has_groups or past_end:  # in groups a tile begins at any row, too
-      self.transforms = row_transforms()
-      self.w_transforms = self.w_transforms if w_transposed else self.transforms
-    if self.has_groups:
+    self.in_steps = tiles.promote or (self.has_groups and not w_transposed)
+    # Tiles of 8 rows may be loaded where all rows are such; in groups a tile begins at any row.
+    in_rows = self.has_groups or self.m % TILE_ROWS != 0
+    self.x_as_both = in_rows and not self.in_steps  # loaded in rows, and multiplied in tiles
+    if self.in_steps and (in_rows or past_end):
+      self.transforms = self.w_transforms = row_transforms()
+    is_wide = _is_wide(out_dtype)
+    self.is_staged = not self.has_groups or not is_wide  # else threads store it themselves
+    if not is_wide and (in_rows or self.n % STORE):
       self.out_transforms = row_transforms()
-    # A row of a piece is 256 bytes in float32: in groups, threads store those themselves.
-    self.is_staged = not self.has_groups or self.out_dtype.itemsize == 2
 
   def scratch(self) -> Scratch:
     tiles, stages = self.tiles, self.tiles.num_stages
@@ -151,7 +166,7 @@ class _Gemm:
     of_w = (self.step_k, tiles.block_n) if self.w_transposed else (tiles.block_n, self.step_k)
     return Scratch(
       tiles_in_rows(x_shape, self.dtype)
-      if self.w_transposed
+      if self.x_as_both
       else plgpu.SMEM(x_shape, self.dtype, transforms=self.transforms),
       plgpu.SMEM((stages, *of_w), self.dtype, transforms=self.w_transforms),
       plgpu.SMEM(
@@ -166,19 +181,17 @@ class _Gemm:
     )
 
   def padded(self, operands: Operands) -> Operands:
-    """With whole rows of eight, and scales for whole tiles."""
-    x, w = operands.x, operands.w
+    """With w in whole rows of eight, and scales for whole tiles."""
+    w = operands.w
     if not self.w_transposed:
-      w = pad_rows(w, rounded_up(self.n, 8))
-    if not self.has_groups:
-      x = pad_rows(x, rounded_up(self.m, 8))
+      w = pad_rows(w, rounded_up(self.n, TILE_ROWS))
     x_scales, w_scales = operands.x_scales, operands.w_scales
     if x_scales is not None:
       # A group's last piece begins at any row.
       rows = self.m + STORE if self.has_groups else rounded_up(self.m, self.tiles.block_m)
       x_scales = pad_rows(x_scales, rows)
-      w_scales = pad_rows(w_scales, rounded_up(w_scales.shape[1], self.tiles.block_n))
-    return dataclasses.replace(operands, x=x, w=w, x_scales=x_scales, w_scales=w_scales)
+      w_scales = pad_rows(w_scales, rounded_up(self.n, self.tiles.block_n))
+    return dataclasses.replace(operands, w=w, x_scales=x_scales, w_scales=w_scales)
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
@@ -215,8 +228,7 @@ class _Cta:
       def _tile(t: Any) -> None:
         first = t * kernel.k_steps
         with jax.named_scope("mainloop"):
-          in_steps = self.tiles.promote or (kernel.has_groups and not kernel.w_transposed)
-          sums = self.sums_in_steps(first) if in_steps else self.sums(first)
+          sums = self.sums_in_steps(first) if kernel.in_steps else self.sums(first)
         with jax.named_scope("epilogue"):
           self.store(sums, self.walk.tile(t))
 
@@ -237,7 +249,7 @@ class _Cta:
     rows = pl.ds(tile.row(self.tiles.block_m), self.tiles.block_m)
     columns = pl.ds(tile.n * self.tiles.block_n, self.tiles.block_n)
     x = gmem.x.at[batch_of(gmem.x, tile.batch), rows, ks]
-    to_x = in_rows(self.smem.x) if self.kernel.w_transposed else self.smem.x
+    to_x = in_rows(self.smem.x) if self.kernel.x_as_both else self.smem.x
     plgpu.copy_gmem_to_smem(x, to_x.at[stage], full)
     of_w = (ks, columns) if self.kernel.w_transposed else (columns, ks)
     w = gmem.w.at[batch_of(gmem.w, tile.batch), *of_w]
@@ -249,7 +261,7 @@ class _Cta:
     """In one accumulator over all of k, two steps under way."""
     smem, own_m, stages = self.smem, self.kernel.own_m, self.tiles.num_stages
     w_transposed = self.kernel.w_transposed
-    x = in_tiles(smem.x) if w_transposed else smem.x
+    x = in_tiles(smem.x) if self.kernel.x_as_both else smem.x
 
     def scope(acc: Any) -> Any:
       def do_step(ki: Any, before_and_stage: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -118,6 +118,10 @@ def _with_whole_rows(plan: WidePlan, operands: Operands) -> Operands:
   return dataclasses.replace(operands, x=jnp.pad(operands.x, widths))
 
 
+# Scales of rows behind those of one matrix, which tiles load, and which reach no result.
+_SCALES_BEHIND = 256
+
+
 def _rebased(
   plan: WidePlan, operands: Operands, beside: Sequence[Beside] = ()
 ) -> dequant_gemm.Operands:
@@ -126,26 +130,37 @@ def _rebased(
   beside: as of `_exact`.
   """
   fmt = plan.problem.fmt
+
+  def matrix(a: jax.Array) -> jax.Array:
+    return a.reshape(-1, a.shape[-1])
+
+  def behind(a: jax.Array) -> int:
+    return _SCALES_BEHIND if a.shape[0] == 1 else 0
+
+  def of_rows(a: jax.Array, scales: jax.Array) -> jax.Array:
+    return scales.reshape(a.shape[0], -1)
+
   if plan.problem.is_packed:
-    scales = operands.scales.reshape(-1, operands.scales.shape[-1])
-    matrix = operands.x.reshape(-1, operands.k)
-    x, x_scales, rescale, w_scales = rebased_operands_of_packed(matrix, scales, fmt, beside)
-    x, x_scales = x.reshape(operands.x.shape), x_scales.reshape(operands.x.shape[:-1])
-    rescale = rescale.reshape(operands.scales.shape)
-    w_scales = w_scales.reshape(operands.scales.shape[:-1])
-    return dequant_gemm.Operands(x, operands.w, rescale, x_scales=x_scales, w_scales=w_scales)
+    x, scales = operands.x, operands.scales
+    found = rebased_operands_of_packed(matrix(x), matrix(scales), fmt, beside, behind(x))
+    codes, x_scales, rescale, w_scales = found
+    return dequant_gemm.Operands(
+      codes.reshape(x.shape),
+      operands.w,
+      rescale.reshape(scales.shape),
+      x_scales=of_rows(x, x_scales),
+      w_scales=of_rows(scales, w_scales),
+    )
 
-  def operand(name: str) -> tuple[jax.Array, jax.Array]:
+  def operand(name: str, beside: Sequence[Beside] = ()) -> tuple[jax.Array, jax.Array]:
     a = getattr(operands, name)
-    is_transposed = name in operands.transposed
-    quantizer: Any = columns.rebased_operand_of_transpose
-    if not is_transposed:
-      quantizer = functools.partial(rebased_operand, beside=beside if name == "x" else ())
-    out = quantizer(a.reshape(-1, a.shape[-1]), fmt)
-    codes = out.codes.reshape(a.shape[0], -1, operands.k)
-    return codes, out.row_scales.reshape(a.shape[0], -1)
+    if name in operands.transposed:
+      out = columns.rebased_operand_of_transpose(matrix(a), fmt)
+    else:
+      out = rebased_operand(matrix(a), fmt, beside=beside, behind=behind(a))
+    return out.codes.reshape(a.shape[0], -1, operands.k), of_rows(a, out.row_scales)
 
-  x, x_scales = operand("x")
+  x, x_scales = operand("x", beside)
   w, w_scales = operand("w")
   return dequant_gemm.Operands(x, w, None, x_scales=x_scales, w_scales=w_scales)
 

@@ -40,7 +40,7 @@ CONFIG = TuningConfig(tiles_per_step=2)
 
 
 def rebased_operands_of_packed(
-  x: jax.Array, scales: jax.Array, fmt: Format, beside: Sequence[Beside] = ()
+  x: jax.Array, scales: jax.Array, fmt: Format, beside: Sequence[Beside] = (), behind: int = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """`rebased_operand` of x, and how far w's codes are to be rebased, in one launch.
 
@@ -49,10 +49,11 @@ def rebased_operands_of_packed(
     scales: uint8 (n, groups).
     fmt: a format of e4m3 elements and power of two scales.
     beside: what else the launch has.
+    behind: as of `rebased_operand`.
 
   Returns:
     codes: float8_e4m3fn (m, k).
-    row_scales: float32 (m,), of x.
+    row_scales: float32 (m + behind,), of x.
     rescale: uint8 (n, groups), as `rescale_rows` writes them.
     row_scales: float32 (n,), of w.
   """
@@ -72,7 +73,7 @@ def rebased_operands_of_packed(
     jax.ShapeDtypeStruct((rows,), jnp.float32),
   )
   of_w = Beside(rescale_some, "group_rescale", pl.cdiv(rows, block), (vectors,), types)
-  of_x = rebased_operand(x, fmt, beside=(of_w, *beside))
+  of_x = rebased_operand(x, fmt, beside=(of_w, *beside), behind=behind)
   rescale, w_scales = of_w.results()
   return of_x.codes, of_x.row_scales, rescale[:n].reshape(scales.shape), w_scales[:n]
 

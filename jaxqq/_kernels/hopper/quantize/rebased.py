@@ -54,7 +54,7 @@ class RebasedOperand:
   """An operand for fp8 tensor cores: x_hat = codes * row_scales, but for what rebasing loses."""
 
   codes: Any  # float8_e4m3fn (rows, k)
-  row_scales: Any  # float32 (rows,), powers of two
+  row_scales: Any  # float32 (rows,), powers of two, and what is behind them
 
 
 def rebased_operand(
@@ -62,6 +62,7 @@ def rebased_operand(
   fmt: Format,
   config: TuningConfig = DEFAULT_CONFIG,
   beside: Sequence[Beside] = (),
+  behind: int = 0,
 ) -> RebasedOperand:
   """Quantizes rows of `a` to e4m3 codes under one power of two a row: rebased.
 
@@ -75,6 +76,7 @@ def rebased_operand(
     a: float32, float16 or bfloat16, (rows, k).
     fmt: a format of e4m3 elements and power of two scales.
     beside: what else the launch has.
+    behind: how many row scales there are beyond those of `a`. They are not written.
   """
   check_rebasable(fmt)
   grouped, view = _row_groups(a, fmt)
@@ -89,7 +91,7 @@ def rebased_operand(
     grid=(rows,),
     out_type=(
       jax.ShapeDtypeStruct(grouped.shape, E4M3),
-      jax.ShapeDtypeStruct((rows,), jnp.float32),
+      jax.ShapeDtypeStruct((rows + behind,), jnp.float32),
     ),
     beside=beside,
   )
