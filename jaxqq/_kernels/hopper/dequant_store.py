@@ -140,7 +140,8 @@ class TileEnd:
   def add_up_and_store(self, sums: Any, w_scales: Any, tile: Any) -> None:
     """Leaves the sums to the next CTA; or adds those that others left, and stores a tile.
 
-    In the order of CTAs: the first one left its sums long ago, the last ones leave them just now.
+    In the order of CTAs: the first one left its sums long ago, the last one leaves them just now.
+    Those of the last one are added some columns at a time, which are stored meanwhile.
     """
     left, block_m = self.gmem.left, self.kernel.tiles.block_m
     columns = range(0, block_m, HANDED_OVER)
@@ -159,17 +160,24 @@ class TileEnd:
 
     @pl.when(tile.is_end)
     def _store() -> None:
-      def add(i: Any, totals: list[Any]) -> list[Any]:
-        other = self.worker - tile.others + i
-        handover.wait(flags_of(other))
-        ref = left.at[other, self.warpgroup]
-        return [
-          total + handover.load_sums(ref, column, total.shape[1])
-          for column, total in zip(columns, totals, strict=True)
-        ]
+      first, last = self.worker - tile.others, self.worker - 1
 
-      totals = lax.fori_loop(0, tile.others, add, parts_of(sums))
+      def plus(total: Any, other: Any, column: int) -> Any:
+        return total + handover.load_sums(left.at[other, self.warpgroup], column, total.shape[1])
+
+      def add(i: Any, totals: list[Any]) -> list[Any]:
+        handover.wait(flags_of(first + i))
+        return [plus(total, first + i, at) for at, total in zip(columns, totals, strict=True)]
+
+      before = jnp.maximum(tile.others - 1, 0)
+      totals = lax.fori_loop(0, before, add, parts_of(sums))
+      pl.when(tile.others > 0)(lambda: handover.wait(flags_of(last)))
       for column, total in zip(columns, totals, strict=True):
+
+        def add_last(_: Any, total: Any, column: int = column) -> Any:
+          return plus(total, last, column)
+
+        total = lax.fori_loop(before, tile.others, add_last, total)
         self.store(total, w_scales, tile, column)
 
   def exchange_and_store(self, sums: Any, w_scales: Any, tile: Tile) -> None:
