@@ -19,6 +19,7 @@ FREE = {"bitcast_convert", "custom_call", "reshape", "return", "broadcast_in_dim
 PACKED = [  # mode, m, k, kernels
   ("nvfp4", 1, 8192, 1),
   ("nvfp4", 2, 8192, 2),
+  ("nvfp4", 4, 4096, 1),
   ("nvfp4", 1, 1280, 2),
   ("nvfp4", 1, 2880, 2),
   ("nvfp4", 3, 2880, 2),

@@ -36,9 +36,12 @@ MAX_SKINNY_ROWS = 64
 MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
-# With more rows, w waits for x to be quantized in the kernel.
+# With more rows, w waits for x to be quantized in the kernel. That of nvfp4 takes long, since every
+# CTA does it: of several rows it pays where another launch is much of the time.
 MAX_ROWS_QUANTIZED = 8
 MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
+MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED = 4  # of k up to the next, where a CTA has one tile
+MAX_SMALL_K = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +166,8 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   if mainloop == "blockdiag":
     blockdiag = BlockDiagonal(power_of_two_from(rows))
     padded_m = blockdiag.columns
-  most = {"blockdiag": MAX_BLOCKDIAG_ROWS_QUANTIZED, "group_sums": MAX_ROWS_QUANTIZED}
-  few = rows <= most.get(mainloop, 0) and not _in_rows(problem, block)
-  quantizes_x = few and block.k == SKINNY_BLOCK_K
+  few = rows <= _max_rows_quantized(problem, device, mainloop)
+  quantizes_x = few and block.k == SKINNY_BLOCK_K and not _in_rows(problem, block)
   tiles = _skinny_tiles(problem, device, mainloop, block, padded_m)
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
   if mainloop == "expanded" or (mainloop == "in_order" and rows > MAX_SKINNY_ROWS // 2):
@@ -177,6 +179,14 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
         f"it would take about {own:.0f} us on an H200, and larger tiles {other:.0f}"
       )
   return plan
+
+
+def _max_rows_quantized(problem: Problem, device: Device, mainloop: str) -> int:
+  """Of x, by the kernel itself."""
+  if mainloop == "blockdiag":
+    is_small = problem.k <= MAX_SMALL_K and problem.n <= ROWS * device.num_sms
+    return MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED if is_small else MAX_BLOCKDIAG_ROWS_QUANTIZED
+  return MAX_ROWS_QUANTIZED if mainloop == "group_sums" else 0
 
 
 def _in_rows(problem: Problem, block: KBlock) -> bool:
