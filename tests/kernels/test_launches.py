@@ -102,6 +102,16 @@ def test_weights_alone(mode, m):
   assert work_of_xla(text) == []
 
 
+@pytest.mark.parametrize("m", [1, 8, 40, 200])
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_packed_w_is_copied_for_no_number_of_its_rows(mode, m):
+  """As of 50257, GPT-2's vocabulary: scales are."""
+  spec, fmt, n, k = jax.ShapeDtypeStruct, FORMATS[mode], 1009, 4096
+  w = spec((n, k * fmt.bits // 32), jnp.uint32), spec((n, k // fmt.group_size), jnp.uint8)
+  text = lowered_for_cuda(functools.partial(jaxqq.qqmm, mode=mode), spec((m, k), jnp.bfloat16), *w)
+  assert not [line for line in work_of_xla(text) if "xui32>" in line]
+
+
 def test_work_of_xla_is_seen():
   def product(x, w, scales, scale):
     return jaxqq.qqmm(x, w, scales, global_scale_x=scale * 2, global_scale_w=scale)

@@ -58,12 +58,15 @@ from jaxqq._kernels.hopper.ptx import (
   stores,
   wgmma,
 )
-from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, TILE_ROWS, row_transforms, tile_transforms
+from jaxqq._kernels.hopper.ptx.interpreter import interpreting
+from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, row_transforms, tile_transforms
 from jaxqq._kernels.hopper.ptx.registers import recomputed
 from jaxqq._kernels.hopper.tiles import (
   DEQUANT_STORE,
   ROWS,
   SCALES,
+  TILE_ROWS,
+  TMA_BYTES,
   Grid,
   WideTiles,
   cdiv,
@@ -222,7 +225,7 @@ class _DequantGemm:
     assert tiles.parts == 1 or x.shape[2] > mainloop.part_k, "k has several parts, as a step has"
     assert self.pieces == 1 or w.shape[2] > self.piece_words, "and several pieces"
     self.w_transforms = tile_transforms(self.piece_words, jnp.uint32)
-    if self.has_groups or w.shape[2] % self.piece_words:
+    if self.has_groups or w.shape[2] % self.piece_words or self.n % TILE_ROWS:
       self.w_transforms = row_transforms(4 * self.piece_words)
     # Of scales whose rows are no multiple of 16 bytes apart.
     self.planes = planes_of(operands.scales.shape[2], SCALES, tiles.block_n)
@@ -245,9 +248,15 @@ class _DequantGemm:
     m_multiple = self.store_m if self.writes_transpose else 1
     rows = stored_size(self.m, self.store_m, self.tiles.block_m, m_multiple)
     rows = self.m if self.has_groups else rows
-    columns = stored_size(self.n, ROWS, self.tiles.block_n, ROWS)
+    columns = stored_size(self.n, ROWS, self.tiles.block_n, self.n_multiple)
     shape = (columns, rows) if self.writes_transpose else (rows, columns)
     return jax.ShapeDtypeStruct((self.batch, *shape), self.out_dtype)
+
+  @property
+  def n_multiple(self) -> int:
+    """Of the result's columns: rows of it are multiples of 16 bytes, as the TMA stores them."""
+    in_pieces = self.writes_transpose or (self.has_groups and interpreting())
+    return ROWS if in_pieces else TMA_BYTES // self.out_dtype.itemsize
 
   def scratch(self) -> Scratch:
     tiles, mainloop, stages = self.tiles, self.mainloop, self.tiles.num_stages
@@ -255,7 +264,8 @@ class _DequantGemm:
     loads = self.scale_loads + self.pieces + tiles.parts * (1 + self.has_short_tails)
     out = (ROWS, self.store_m) if self.writes_transpose else (self.store_m, ROWS)
     out_transforms = tile_transforms(out[1], self.out_dtype)
-    if self.has_groups or (self.m % TILE_ROWS and not self.writes_transpose):
+    in_tiles = self.m % TILE_ROWS == 0 and self.n % ROWS == 0
+    if self.has_groups or not (in_tiles or self.writes_transpose):
       out_transforms = row_transforms()
     is_staged = self.can_stage_transpose or self.writes_transpose
     x_shape = stages, tiles.parts, tiles.block_m, mainloop.part_k
@@ -274,17 +284,17 @@ class _DequantGemm:
     )
 
   def padded(self, operands: Operands) -> Operands:
-    """With w in whole rows of eight, and scales for as many rows as are loaded at once."""
+    """With scales for as many rows as are loaded at once."""
     of_x, of_w, planes = operands.x_scales, operands.w_scales, self.planes
-    w = pad_rows(operands.w, rounded_up(self.n, TILE_ROWS))
-    scales = pad_rows(operands.scales, rounded_up(self.n, max(8, self.scale_loads)))
+    # Mosaic GPU may load scales in tiles, too.
+    scales = pad_rows(operands.scales, rounded_up(self.n, max(TILE_ROWS, self.scale_loads)))
     if planes is not None:
       scales = scale_planes.as_planes(scales, planes)
     if of_x is not None:
       if not self.has_groups:
         of_x = pad_rows(of_x, rounded_up(self.m, self.store_m))
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
-    return dataclasses.replace(operands, w=w, scales=scales, x_scales=of_x, w_scales=of_w)
+    return dataclasses.replace(operands, scales=scales, x_scales=of_x, w_scales=of_w)
 
   def with_handover(self, operands: Operands) -> Operands:
     """With what stream-K writes to."""

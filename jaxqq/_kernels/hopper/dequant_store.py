@@ -28,10 +28,11 @@ def stored_size(size: int, piece: int, block: int, multiple: int) -> int:
   """Of an axis of the output that a CTA, or its cluster, stores `block` of, a piece at a time.
 
   The TMA does not write what is past the end. But Mosaic GPU takes an axis of one piece out of
-  the TMA's descriptor, and what is past its end would be written over that piece. So an axis has
-  room for two, unless no piece can be past its end.
+  the TMA's descriptor, and what is past its end would be written over that piece. So an axis of no
+  more than one has room for two, unless no piece can be past its end.
   """
-  return max(rounded_up(size, multiple), piece if block == piece else 2 * piece)
+  size = rounded_up(size, multiple)
+  return size if size > piece else piece if block == piece else 2 * piece
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,6 @@ from jaxqq._kernels.hopper.pipeline import (
 )
 from jaxqq._kernels.hopper.ptx import stores, wgmma
 from jaxqq._kernels.hopper.ptx.layouts import (
-  TILE_ROWS,
   in_rows,
   in_tiles,
   row_transforms,
@@ -40,7 +39,7 @@ from jaxqq._kernels.hopper.ptx.layouts import (
   tiles_in_rows,
 )
 from jaxqq._kernels.hopper.tiles import GEMM_STORE as STORE
-from jaxqq._kernels.hopper.tiles import ROWS, TMA_BYTES, Grid, WideTiles, cdiv
+from jaxqq._kernels.hopper.tiles import ROWS, TILE_ROWS, TMA_BYTES, Grid, WideTiles, cdiv
 
 COMPUTE_WARPGROUPS = 2
 

@@ -40,7 +40,7 @@ from jaxqq._kernels.hopper.quantize.groups import Beside, TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from jaxqq._kernels.hopper.ragged_plan import GradientPlan, RaggedPlan
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
-from jaxqq._kernels.hopper.tiles import TMA_BYTES, Grid
+from jaxqq._kernels.hopper.tiles import TILE_ROWS, TMA_BYTES, Grid
 from jaxqq._kernels.hopper.wide_plan import WidePlan, row_unit
 from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._ragged_reference import RaggedOperands
@@ -142,7 +142,8 @@ def _rebased(
 
   if plan.problem.is_packed:
     x, scales = operands.x, operands.scales
-    found = rebased_operands_of_packed(matrix(x), matrix(scales), fmt, beside, behind(x))
+    both = behind(x), behind(scales)
+    found = rebased_operands_of_packed(matrix(x), matrix(scales), fmt, beside, both)
     codes, x_scales, rescale, w_scales = found
     return dequant_gemm.Operands(
       codes.reshape(x.shape),
@@ -351,11 +352,11 @@ def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) ->
   own, k = plan.of_group, plan.problem.k
   if operands.scales is None:
     return operands
-  n, of_row = plan.problem.n, operands.scales.shape[-1]
-  prepares_w = n % 8 != 0
-  prepares_scales = n % max(8, TMA_BYTES // math.gcd(of_row, TMA_BYTES)) != 0  # `ScalePlanes`
+  n, of_row, prepares_w = plan.problem.n, operands.scales.shape[-1], False
+  planes = TMA_BYTES // math.gcd(of_row, TMA_BYTES)  # of `ScalePlanes`, where it is not one
+  prepares_scales = n % max(TILE_ROWS, planes) != 0
   if isinstance(own, WidePlan):
-    prepares_w |= not own.fp8 and k % row_unit(own.problem.fmt) != 0
+    prepares_w = not own.fp8 and k % row_unit(own.problem.fmt) != 0
     prepares_scales |= prepares_w or own.fp8
 
   def one(a: Any) -> Any:

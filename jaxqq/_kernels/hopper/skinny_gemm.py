@@ -57,7 +57,7 @@ from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
 from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
-from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
+from jaxqq._kernels.hopper.tiles import ROWS, TILE_ROWS, Grid, cdiv
 from jaxqq._kernels.problem import Problem
 
 
@@ -203,14 +203,15 @@ class _SkinnyGemm:
     self.block_n = plan.tiles.block_n
 
   def padded(self, operands: Operands) -> Operands:
-    """With w in whole rows of eight, and x as its quantizer takes it."""
+    """With w in whole tiles, where it is loaded in such, and x as its quantizer takes it."""
     x = operands.x if self.quantizer is None else self.quantizer.operand(operands.x)
-    planes, scales = self.plan.scale_planes, operands.scales
-    rows = rounded_up(self.n, 8 if planes is None else max(8, planes.count))
-    if scales is not None:
-      scales = pad_rows(scales, rows)
+    planes, w, scales = self.plan.scale_planes, operands.w, operands.scales
+    if scales is not None:  # which Mosaic GPU may load in tiles, too
+      scales = pad_rows(scales, rounded_up(self.n, max(TILE_ROWS, planes.count if planes else 1)))
       scales = scales if planes is None else scale_planes.as_planes(scales, planes)
-    return dataclasses.replace(operands, x=x, w=pad_rows(operands.w, rows), scales=scales)
+    if not self.plan.in_rows:
+      w = pad_rows(w, rounded_up(self.n, TILE_ROWS))
+    return dataclasses.replace(operands, x=x, w=w, scales=scales)
 
   def out_type(self) -> jax.ShapeDtypeStruct:
     shape = stores.stored_shape(self.m, self.n, self.plan.padded_m, self.block_n)

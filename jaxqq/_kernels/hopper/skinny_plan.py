@@ -15,6 +15,7 @@ from jaxqq._kernels.hopper.tiles import (
   ROWS,
   SHARED_MEMORY,
   SWIZZLED_BYTES,
+  TILE_ROWS,
   TMA_BYTES,
   TMA_ROWS,
   BlockDiagonal,
@@ -90,7 +91,8 @@ class SkinnyPlan:
     layout = ""
     if self.in_rows:
       unit = math.lcm(*_tile_units(self.problem, self.block))
-      why = "groups begin at any row" if self.problem.in_groups else f"K is no multiple of {unit}"
+      why = f"K is no multiple of {unit}" if self.problem.k % unit else "N is none of 8"
+      why = "groups begin at any row" if self.problem.in_groups else why
       layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
       planes = self.scale_planes
       if planes is not None:
@@ -118,13 +120,13 @@ class SkinnyPlan:
 
   @property
   def in_rows(self) -> bool:
-    """Whether shared memory has w and x in rows of 128 bytes, whose loads may go past the end."""
+    """Whether shared memory has w in rows of 128 bytes, whose loads may go past the end."""
     return _in_rows(self.problem, self.block)
 
   @property
   def x_in_rows(self) -> bool:
-    """The same of x alone: as it is, it may have fewer rows than a tile of shared memory."""
-    return self.in_rows or (
+    """The same of x: as it is, it may have fewer rows than a tile of shared memory."""
+    return _x_in_rows(self.problem, self.block) or (
       not self.problem.quantize_input and self.problem.rows % self.padded_m != 0
     )
 
@@ -167,7 +169,7 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
     blockdiag = BlockDiagonal(power_of_two_from(rows))
     padded_m = blockdiag.columns
   few = rows <= _max_rows_quantized(problem, device, mainloop)
-  quantizes_x = few and block.k == SKINNY_BLOCK_K and not _in_rows(problem, block)
+  quantizes_x = few and block.k == SKINNY_BLOCK_K and not _x_in_rows(problem, block)
   tiles = _skinny_tiles(problem, device, mainloop, block, padded_m)
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
   if mainloop == "expanded" or (mainloop == "in_order" and rows > MAX_SKINNY_ROWS // 2):
@@ -191,6 +193,12 @@ def _max_rows_quantized(problem: Problem, device: Device, mainloop: str) -> int:
 
 def _in_rows(problem: Problem, block: KBlock) -> bool:
   """As of `SkinnyPlan`: in groups, or where tiles would take padded w or padded scales."""
+  is_odd = problem.is_packed and problem.n % TILE_ROWS != 0
+  return is_odd or _x_in_rows(problem, block)
+
+
+def _x_in_rows(problem: Problem, block: KBlock) -> bool:
+  """The same of x, whatever N is."""
   if not problem.is_packed:
     return False
   return problem.in_groups or any(problem.k % size for size in _tile_units(problem, block))

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
+TILE_ROWS = 8  # of a swizzled tile in shared memory
 TMA_BYTES = 16  # the stride of rows in memory is a multiple of this
 TMA_ROWS = 256  # that it loads at most at once
 SWIZZLED_BYTES = 128  # as TMA_BYTES, for Mosaic GPU of what is swizzled on its way

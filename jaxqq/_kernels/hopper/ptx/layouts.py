@@ -8,10 +8,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
+from jaxqq._kernels.hopper.tiles import TILE_ROWS
 
 ROWS = 64  # of a left operand of the tensor cores, which one warpgroup has
 WARP, WARPS = 32, 4  # lanes in a warp, warps in a warpgroup
-TILE_ROWS, ROW_BYTES = 8, 128  # of a swizzled tile in shared memory
+ROW_BYTES = 128  # of a swizzled tile in shared memory
 
 
 def layout_of(columns: int, length: int, lanes: tuple[Any, ...]) -> Any:

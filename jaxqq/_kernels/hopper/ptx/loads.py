@@ -13,8 +13,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, ROWS, TILE_ROWS, WARP, WARPS, whole_rows
+from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, ROWS, WARP, WARPS, whole_rows
 from jaxqq._kernels.hopper.ptx.registers import array, constant, lane_of_row, smem_address
+from jaxqq._kernels.hopper.tiles import TILE_ROWS
 
 _VECTOR = 4  # words, which a swizzle leaves together
 

@@ -21,10 +21,11 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxqq._kernels.hopper.ptx import registers
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads, interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ROWS, TILE_ROWS, WARP, even_rows_first
+from jaxqq._kernels.hopper.ptx.layouts import ROWS, WARP, even_rows_first
 from jaxqq._kernels.hopper.ptx.loads import load_words
 from jaxqq._kernels.hopper.ptx.registers import constant, smem_address
 from jaxqq._kernels.hopper.ptx.wgmma import tile_bytes
+from jaxqq._kernels.hopper.tiles import TILE_ROWS
 
 SUMS = even_rows_first(8, 2)
 _INSTRUCTIONS = 4  # of 16 of k, in a step of 64

@@ -25,8 +25,9 @@ from jaxlib.mlir import ir
 
 from jaxqq._kernels.hopper.ptx import registers
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads, interpreting
-from jaxqq._kernels.hopper.ptx.layouts import ROWS, TILE_ROWS
+from jaxqq._kernels.hopper.ptx.layouts import ROWS
 from jaxqq._kernels.hopper.ptx.named_barriers import BOTH, COUNT, own_and_other
+from jaxqq._kernels.hopper.tiles import TILE_ROWS
 
 STEP_BYTES = 128  # of k: a row of swizzled shared memory
 _INSTRUCTION_BYTES = 32  # of k

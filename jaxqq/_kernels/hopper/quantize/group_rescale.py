@@ -40,7 +40,11 @@ CONFIG = TuningConfig(tiles_per_step=2)
 
 
 def rebased_operands_of_packed(
-  x: jax.Array, scales: jax.Array, fmt: Format, beside: Sequence[Beside] = (), behind: int = 0
+  x: jax.Array,
+  scales: jax.Array,
+  fmt: Format,
+  beside: Sequence[Beside] = (),
+  behind: tuple[int, int] = (0, 0),
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """`rebased_operand` of x, and how far w's codes are to be rebased, in one launch.
 
@@ -49,13 +53,13 @@ def rebased_operands_of_packed(
     scales: uint8 (n, groups).
     fmt: a format of e4m3 elements and power of two scales.
     beside: what else the launch has.
-    behind: as of `rebased_operand`.
+    behind: how many scales there are beyond those of x's rows, and of w's. They are not written.
 
   Returns:
     codes: float8_e4m3fn (m, k).
-    row_scales: float32 (m + behind,), of x.
+    row_scales: float32 (m + behind[0],), of x.
     rescale: uint8 (n, groups), as `rescale_rows` writes them.
-    row_scales: float32 (n,), of w.
+    row_scales: float32 (n + behind[1],), of w.
   """
   n = scales.shape[0]
   vectors, view = scale_vectors(scales)
@@ -70,12 +74,12 @@ def rebased_operands_of_packed(
 
   types = (
     jax.ShapeDtypeStruct(vectors.shape, jnp.uint8),
-    jax.ShapeDtypeStruct((rows,), jnp.float32),
+    jax.ShapeDtypeStruct((rows + behind[1],), jnp.float32),
   )
   of_w = Beside(rescale_some, "group_rescale", pl.cdiv(rows, block), (vectors,), types)
-  of_x = rebased_operand(x, fmt, beside=(of_w, *beside), behind=behind)
+  of_x = rebased_operand(x, fmt, beside=(of_w, *beside), behind=behind[0])
   rescale, w_scales = of_w.results()
-  return of_x.codes, of_x.row_scales, rescale[:n].reshape(scales.shape), w_scales[:n]
+  return of_x.codes, of_x.row_scales, rescale[:n].reshape(scales.shape), w_scales[: n + behind[1]]
 
 
 def scale_vectors(scales: jax.Array) -> tuple[jax.Array, View]:
