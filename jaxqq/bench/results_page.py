@@ -114,9 +114,13 @@ their time. In the last tables are the ratios of every shape.
 nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with many rows it can
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
-19 of the 930 cells have other tiles since, 16 of them of 128 rows, of which 12 are mxfp8. Some take
-up to 20% less time (mxfp8 51200 x 5120 91.1 µs, 57344 x 8192 149.8; nvfp4 2880 x 4096 13.1). Cells
-of 1 to 8 rows, of 16 and 32, and most from 2048 on are older than the others.""",
+7 of the 930 cells have other tiles since, all of 128 rows. Cells of 1 to 8 rows, of 16 and 32, and
+most from 2048 on are older than the others, but those where x was padded along K, and nvfp4's of 4
+rows where the kernel quantizes x now.
+
+All sizes here are multiples of 64. Other numbers of rows, and of rows of w in eights, cost as much:
+4096 x 4096 takes 13.3 µs with 70 rows of x in nvfp4 and 12.8 in mxfp8, with 1001 rows 47.6 and
+36.1. With 50257 rows of w, x 4096, one row of x takes 51.5 and 61.1 µs.""",
     "python -m jaxqq.bench --suite models --processes 15",
   ),
   Section(
@@ -206,8 +210,10 @@ weights. `same tokens` counts the prompts for which both models choose the same 
 Random weights leave many logits nearly equal, so a trained model agrees more often.
 
 Besides its products, every layer runs 14 to 16 small XLA kernels (attention, norms, rotary
-positions), in each of the models. On an H100 these take 22 to 27 µs a layer: in nvfp4 at batch
-1, a fourth of the time.""",
+positions), in each of the models. In nvfp4 at batch 1 they take 23 µs a layer, products 50, and
+what is between kernels, 1.2 µs each, 23 more. A prompt of 128 tokens takes as long as its kernels
+are launched: in all three models they themselves take less. With global scales, nvfp4's products of
+many rows had one kernel more in this run than today.""",
     "python examples/decode.py",
   ),
   Section(
