@@ -275,12 +275,11 @@ def alpha_factors(
   global_scale_x: jax.Array | None,
   global_scale_w: jax.Array | None,
   fmt: Format,
-  power: int = 0,
   arithmetic: Arithmetic = ANYWHERE,
 ) -> tuple[jax.Array, jax.Array]:
   """Two numbers that a product's sums are multiplied by, one after the other.
 
-    first * second = (global_scale_x / 2688) * (global_scale_w / 2688) * 2**power
+    first * second = (global_scale_x / 2688) * (global_scale_w / 2688)
 
   Each quotient is rounded to float32's 24 bits. The exponent of the whole is shared out evenly
   between the two, so sums * first is between sums and the result: it is in range where these
@@ -290,7 +289,6 @@ def alpha_factors(
     global_scale_x, global_scale_w: float32, scalars or one value a matrix, (...), which
       broadcast; None stands for a quotient of 1.
     fmt: the format.
-    power: what else the sums are to be multiplied by, in units of which they were formed.
     arithmetic: of the platform that this is for.
 
   Returns:
@@ -298,7 +296,7 @@ def alpha_factors(
     is a factor of 0 (or NaN). Below 2**-252 first * second is 2**-252 to 2**-250, which makes
     zeros of sums all the same.
   """
-  quotients, exponent = [], jnp.int32(power)
+  quotients, exponent = [], jnp.int32(0)
   ndim = max(jnp.ndim(a) for a in (global_scale_x, global_scale_w, 0) if a is not None)
   for global_scale in (global_scale_x, global_scale_w):
     quotient = jnp.float32(1)

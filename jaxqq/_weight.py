@@ -226,8 +226,8 @@ class QuantizedWeight:
 
     `stack[i]` is a copy of the matrix where i is known on the device alone, as in `lax.scan` over
     layers: a kernel has to have its operand whole. The product with `stack.layer(i)` makes none
-    where N is a multiple of 8 and K of 64. Else it pads the one matrix. From 26 rows of x on, mxfp8
-    rebases the scales of the one matrix, 1/32 of its bytes.
+    where N is a multiple of 8 and K of 64. Else it pads the one matrix, or for N alone its scales.
+    From 26 rows of x on, mxfp8 rebases the scales of the one matrix, 1/32 of its bytes.
 
     Args:
       index: an integer, also an array of one, below L; below 0 it counts from the end. Of an array

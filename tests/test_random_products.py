@@ -117,7 +117,7 @@ FEW_ROWS = [
   for dtype in ("bfloat16", "float16")
   for m, n in ((1, 64), (5, 200), (17, 64), (64, 70))
   for k in (512, 1024, 8192)
-]
+] + [Program("nvfp4", m, 200, 4096, packed=True) for m in (2, 3, 4)]
 # Packed w expanded a panel at a time, tiles that CTAs share, tiles of three or four warpgroups;
 # transposes are the gradients'.
 PANELS = [

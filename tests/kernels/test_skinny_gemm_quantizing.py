@@ -40,6 +40,8 @@ UNQUANTIZED_CASES = {
   # mode, x and out, (b of x, b of w), m, n, k, global scales, config
   "nvfp4, 1 row": ("nvfp4", BF16, (1, 1), 1, 133, 1024, False, T(4)),
   "nvfp4, 1 row, in float32": ("nvfp4", F32, (1, 2), 1, 70, 1024, True, T(4, 2, promote=True)),
+  "nvfp4, 3 rows": ("nvfp4", BF16, (1, 1), 3, 64, 512, True, T(4)),
+  "nvfp4, 4 rows": ("nvfp4", BF16, (1, 1), 4, 65, 1024, False, T(4)),
   "nvfp4, 2 rows": ("nvfp4", F16, (1, 1), 2, 65, 2560, True, T(4)),
   "mxfp8, 1 row": ("mxfp8", BF16, (1, 1), 1, 133, 2560, False, T(4)),
   "mxfp8, 3 rows, x shared": ("mxfp8", BF16, (1, 3), 3, 66, 1024, False, T(2, 2)),
@@ -157,6 +159,27 @@ def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
   assert "unquantized numbers quantized" in jaxqq.explain(*args, mode=mode, device="cuda")
   traced = jax.jit(functools.partial(jaxqq.qqmm, mode=mode)).trace(*args)
   assert "jaxqq_skinny_gemm" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+  ("m", "n", "k", "batch", "quantizes_x"),
+  [
+    (4, 64 * 132, 4096, 1, True),
+    (5, 64 * 132, 4096, 1, False),
+    (4, 64 * 132 + 1, 4096, 1, False),
+    (4, 64 * 66, 4096, 2, True),
+    (4, 64 * 66 + 1, 4096, 2, False),
+    (4, 64, 4608, 1, False),
+    (1, 64 * 133, 4608, 1, True),
+  ],
+)
+def test_rows_of_nvfp4_are_quantized_in_the_kernel_of_small_weights(m, n, k, batch, quantizes_x):
+  """Where no CTA has a second tile."""
+  spec, of_batch = jax.ShapeDtypeStruct, (batch,) if batch > 1 else ()
+  x, words = spec((m, k), jnp.bfloat16), spec((*of_batch, n, k // 8), jnp.uint32)
+  scales = spec((*of_batch, n, k // 16), jnp.uint8)
+  plan = jaxqq.explain(jaxqq.qqmm, x, words, scales, mode="nvfp4", device="cuda").plan.kernel
+  assert plan.quantizes_x == quantizes_x
 
 
 @pytest.mark.parametrize("name", UNQUANTIZED_CASES)

@@ -23,8 +23,8 @@ One CTA an SM, with a producer and two to four compute warpgroups (`pipeline.py`
 - With stream-K, CTAs have as many steps each, of one tile after the other (`stream_k.py`).
 - In groups, where a tile has more than 128 rows of x, a group's last tile loads and multiplies 128,
   if it has no more (`TAIL_ROWS`).
-- The epilogue multiplies by alpha, or by the scales of both operands' rows, in float32, and writes
-  tiles transposed.
+- The epilogue multiplies by the global scales, or by the scales of both operands' rows, in float32,
+  and writes tiles transposed.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ from jaxqq._kernels.hopper.tiles import (
   WideTiles,
   cdiv,
   planes_of,
+  rows_of_scales,
   scale_slots,
 )
 
@@ -125,8 +126,8 @@ class Operands:
   scales: Any  # uint8 (b or 1, n, k / group_size); of rebased codes `group_rescale`
   global_scale_x: Any = None  # float32 (1,) or (groups,)
   global_scale_w: Any = None
-  x_scales: Any = None  # float32 (b or 1, m), of rebased codes
-  w_scales: Any = None  # float32 (b or 1, n)
+  x_scales: Any = None  # float32 (b or 1, m or more), of rebased codes
+  w_scales: Any = None  # float32 (b or 1, n or more)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
   # Of stream-K, references that are written to
   flags: Any = None  # int32 (flags,), of `stream_k.zero_flags`; None: by a launch of its own
@@ -286,8 +287,7 @@ class _DequantGemm:
   def padded(self, operands: Operands) -> Operands:
     """With scales for as many rows as are loaded at once."""
     of_x, of_w, planes = operands.x_scales, operands.w_scales, self.planes
-    # Mosaic GPU may load scales in tiles, too.
-    scales = pad_rows(operands.scales, rounded_up(self.n, max(TILE_ROWS, self.scale_loads)))
+    scales = pad_rows(operands.scales, rows_of_scales(self.n, planes))
     if planes is not None:
       scales = scale_planes.as_planes(scales, planes)
     if of_x is not None:

@@ -32,7 +32,9 @@ def stored_size(size: int, piece: int, block: int, multiple: int) -> int:
   more than one has room for two, unless no piece can be past its end.
   """
   size = rounded_up(size, multiple)
-  return size if size > piece else piece if block == piece else 2 * piece
+  if size > piece:
+    return size
+  return piece if block == piece else 2 * piece
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,8 +50,8 @@ class Operands:
   w: Any  # (b or 1, n, k) of the same dtype; of 16 bits, in groups, (matrices, k, n) if said so
   global_scale_x: Any = None  # float32 (1,) or (groups,)
   global_scale_w: Any = None
-  x_scales: Any = None  # float32 (b or 1, m), of fp8
-  w_scales: Any = None  # float32 (b or 1, n); with a panel, of all columns
+  x_scales: Any = None  # float32 (b or 1, m or more), of fp8
+  w_scales: Any = None  # float32 (b or 1, n or more); with a panel, of all columns
   panel: Any = None  # int32 (first, ...): the column of `out` where those of w go, whole tiles on
   out: Any = None  # a reference to all columns, `out_type`
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
@@ -107,8 +107,8 @@ def gemm(
 def out_type(batch: int, m: int, n: int, dtype: Any, tiles: WideTiles) -> jax.ShapeDtypeStruct:
   """What the kernel writes to: (b, m, n), and what the last tiles have beyond where they must.
 
-  No stored tile may be past the end of an axis of one tile: the TMA drops such an axis. Else it
-  writes nothing there, of tiles in rows, which have up to 128 bytes and not float32's 256.
+  The TMA writes nothing past the end of rows and columns. But a row of a piece of float32 is 256
+  bytes, and so in tiles of 8 rows, which are whole. And an axis of one tile is dropped.
   """
   rows, columns = max(m, STORE), n
   if _is_wide(dtype):

@@ -40,7 +40,7 @@ from jaxqq._kernels.hopper.quantize.groups import Beside, TuningConfig
 from jaxqq._kernels.hopper.quantize.rebased import rebased_operand
 from jaxqq._kernels.hopper.ragged_plan import GradientPlan, RaggedPlan
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
-from jaxqq._kernels.hopper.tiles import TILE_ROWS, TMA_BYTES, Grid
+from jaxqq._kernels.hopper.tiles import Grid, planes_of, rows_of_scales
 from jaxqq._kernels.hopper.wide_plan import WidePlan, row_unit
 from jaxqq._kernels.problem import fold, pad_k
 from jaxqq._ragged_reference import RaggedOperands
@@ -118,7 +118,7 @@ def _with_whole_rows(plan: WidePlan, operands: Operands) -> Operands:
   return dataclasses.replace(operands, x=jnp.pad(operands.x, widths))
 
 
-# Scales of rows behind those of one matrix, which tiles load, and which reach no result.
+# Scales of rows behind those of one matrix, as many as a tile has, which reach no result.
 _SCALES_BEHIND = 256
 
 
@@ -353,8 +353,7 @@ def _without_other_matrices(plan: RaggedPlan, operands: Operands, index: Any) ->
   if operands.scales is None:
     return operands
   n, of_row, prepares_w = plan.problem.n, operands.scales.shape[-1], False
-  planes = TMA_BYTES // math.gcd(of_row, TMA_BYTES)  # of `ScalePlanes`, where it is not one
-  prepares_scales = n % max(TILE_ROWS, planes) != 0
+  prepares_scales = rows_of_scales(n, planes_of(of_row, 0, n)) != n
   if isinstance(own, WidePlan):
     prepares_w = not own.fp8 and k % row_unit(own.problem.fmt) != 0
     prepares_scales |= prepares_w or own.fp8

@@ -290,6 +290,6 @@ def rounded_up(size: int, multiple: int) -> int:
 
 
 def pad_rows(a: jax.Array, rows: int) -> jax.Array:
-  """Zeros along axis 1 up to so many: the TMA moves 8 rows at a time, and loads know no end."""
+  """Zeros along axis 1 up to so many: for loads in tiles of 8 rows, and those that know no end."""
   missing = max(0, rows - a.shape[1])
   return jnp.pad(a, ((0, 0), (0, missing), (0, 0))[: a.ndim]) if missing else a

@@ -57,7 +57,7 @@ from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
 from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
-from jaxqq._kernels.hopper.tiles import ROWS, TILE_ROWS, Grid, cdiv
+from jaxqq._kernels.hopper.tiles import ROWS, TILE_ROWS, Grid, cdiv, rows_of_scales
 from jaxqq._kernels.problem import Problem
 
 
@@ -206,8 +206,8 @@ class _SkinnyGemm:
     """With w in whole tiles, where it is loaded in such, and x as its quantizer takes it."""
     x = operands.x if self.quantizer is None else self.quantizer.operand(operands.x)
     planes, w, scales = self.plan.scale_planes, operands.w, operands.scales
-    if scales is not None:  # which Mosaic GPU may load in tiles, too
-      scales = pad_rows(scales, rounded_up(self.n, max(TILE_ROWS, planes.count if planes else 1)))
+    if scales is not None:
+      scales = pad_rows(scales, rows_of_scales(self.n, planes))
       scales = scales if planes is None else scale_planes.as_planes(scales, planes)
     if not self.plan.in_rows:
       w = pad_rows(w, rounded_up(self.n, TILE_ROWS))

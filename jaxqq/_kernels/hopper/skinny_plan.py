@@ -26,6 +26,7 @@ from jaxqq._kernels.hopper.tiles import (
   cdiv,
   planes_of,
   power_of_two_from,
+  rows_of_scales,
   scale_bytes,
 )
 from jaxqq._kernels.hopper.wide_plan import wide_plan
@@ -41,7 +42,7 @@ MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # CTA does it: of several rows it pays where another launch is much of the time.
 MAX_ROWS_QUANTIZED = 8
 MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
-MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED = 4  # of k up to the next, where a CTA has one tile
+MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED = 4  # if K is up to MAX_SMALL_K, and no CTA has a second tile
 MAX_SMALL_K = 4096
 
 
@@ -88,10 +89,16 @@ class SkinnyPlan:
     x = ", x quantized in the kernel" if self.quantizes_x else ""
     what = [name for name in ("x", "w", "scales") if self.padded_k(name) > self.problem.k]
     padded = f", {' and '.join(what)} padded along K by XLA" if what else ""
+    if (
+      self.problem.is_packed and rows_of_scales(self.problem.n, self.scale_planes) > self.problem.n
+    ):
+      padded += ", scales padded along N by XLA"
     layout = ""
     if self.in_rows:
       unit = math.lcm(*_tile_units(self.problem, self.block))
-      why = f"K is no multiple of {unit}" if self.problem.k % unit else "N is none of 8"
+      why = f"K is no multiple of {unit}"
+      if not self.problem.k % unit:
+        why = f"N is no multiple of {TILE_ROWS}"
       why = "groups begin at any row" if self.problem.in_groups else why
       layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
       planes = self.scale_planes
@@ -186,7 +193,8 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
 def _max_rows_quantized(problem: Problem, device: Device, mainloop: str) -> int:
   """Of x, by the kernel itself."""
   if mainloop == "blockdiag":
-    is_small = problem.k <= MAX_SMALL_K and problem.n <= ROWS * device.num_sms
+    num_tiles = problem.batch * cdiv(problem.n, ROWS)
+    is_small = problem.k <= MAX_SMALL_K and num_tiles <= device.num_sms
     return MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED if is_small else MAX_BLOCKDIAG_ROWS_QUANTIZED
   return MAX_ROWS_QUANTIZED if mainloop == "group_sums" else 0
 

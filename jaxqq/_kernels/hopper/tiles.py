@@ -202,6 +202,15 @@ def scale_bytes(planes: ScalePlanes | None, loaded: int, rows: int) -> int:
   return rows * loaded if planes is None else math.prod(planes.shape)
 
 
+def rows_of_scales(n: int, planes: ScalePlanes | None) -> int:
+  """How many rows of scales kernels take for n rows of w.
+
+  Planes have as many rows each. And Mosaic GPU may load rows in tiles.
+  """
+  multiple = max(TILE_ROWS, 1 if planes is None else planes.count)
+  return cdiv(n, multiple) * multiple
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal:
   """x with a column for each group of a block of 32 elements (`mainloops/blockdiag.py`)."""

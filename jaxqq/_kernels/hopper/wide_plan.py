@@ -33,6 +33,7 @@ from jaxqq._kernels.hopper.tiles import (
   cdiv,
   planes_of,
   power_of_two_up_to,
+  rows_of_scales,
   scale_bytes,
   scale_slots,
 )
@@ -50,7 +51,7 @@ class WidePlan:
     mainloop: what becomes of w, ready in memory or expanded in registers: a name of
       `mainloops.table.PARTS`.
     fp8: operands are e4m3 codes, rebased, and the epilogue multiplies by the scales of both
-      operands' rows; else they are exact 16 bit floats, and it multiplies by alpha.
+      operands' rows; else they are exact 16 bit floats, and it multiplies by global scales.
     tiles: what was chosen.
     estimate_us: how long it takes on an H200, by the costs in `costs.py`.
     problem, device: what for.
@@ -94,11 +95,18 @@ class WidePlan:
     copied = {
       "x": self.mainloop == "packed_e2m1" and k % PART_K,
       "w": k % row_unit(fmt),
-      "scales": k % row_unit(fmt)
-      or (self.fp8 and scales_of_row(k, PARTS[self.mainloop], fp8=True) != k // fmt.group_size),
+      "scales": k % row_unit(fmt) or (self.fp8 and self._scales_of_row != k // fmt.group_size),
     }
     names = [name for name, is_copied in copied.items() if is_copied]
-    return f", {' and '.join(names)} padded along K by XLA" if names else ""
+    along_k = f", {' and '.join(names)} padded along K by XLA" if names else ""
+    planes = planes_of(self._scales_of_row, SCALES, self.tiles.block_n)
+    more = rows_of_scales(self.problem.n, planes) > self.problem.n
+    return along_k + (", scales padded along N by XLA" if more else "")
+
+  @property
+  def _scales_of_row(self) -> int:
+    """Of `dequant_gemm`."""
+    return scales_of_row(self.problem.k, PARTS[self.mainloop], fp8=self.fp8)
 
   def run(self, operands: Operands) -> jax.Array:
     from jaxqq._kernels.hopper import launch
