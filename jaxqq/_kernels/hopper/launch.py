@@ -201,11 +201,9 @@ def _run_dequant_gemm(
 
 
 def _run_staged_gemm(plan: WidePlan, ready: dequant_gemm.Operands) -> jax.Array:
-  problem = plan.problem
-  how = plan.tiles, plan.grid, plan.panel_rows
-  return staged_gemm.staged_gemm(
-    ready, problem.fmt, problem.out_dtype, *how, _unit(problem.fmt, ready)
-  )
+  fmt, out_dtype = plan.problem.fmt, plan.problem.out_dtype
+  how = plan.tiles, plan.grid, plan.panel_rows, _unit(fmt, ready)
+  return staged_gemm.staged_gemm(ready, fmt, out_dtype, *how)
 
 
 _KERNELS = {

@@ -89,16 +89,14 @@ class SkinnyPlan:
     x = ", x quantized in the kernel" if self.quantizes_x else ""
     what = [name for name in ("x", "w", "scales") if self.padded_k(name) > self.problem.k]
     padded = f", {' and '.join(what)} padded along K by XLA" if what else ""
-    if (
-      self.problem.is_packed and rows_of_scales(self.problem.n, self.scale_planes) > self.problem.n
-    ):
+    n = self.problem.n
+    if self.problem.is_packed and rows_of_scales(n, self.scale_planes) > n:
       padded += ", scales padded along N by XLA"
     layout = ""
     if self.in_rows:
       unit = math.lcm(*_tile_units(self.problem, self.block))
-      why = f"K is no multiple of {unit}"
-      if not self.problem.k % unit:
-        why = f"N is no multiple of {TILE_ROWS}"
+      size, unit = ("K", unit) if self.problem.k % unit else ("N", TILE_ROWS)
+      why = f"{size} is no multiple of {unit}"
       why = "groups begin at any row" if self.problem.in_groups else why
       layout = f", loaded in rows of {SWIZZLED_BYTES} bytes since {why}"
       planes = self.scale_planes
