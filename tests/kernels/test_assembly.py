@@ -33,30 +33,41 @@ class Product:
   groups: int = 0  # of rows, with a matrix each
   function: str = "qqmm"
   precision: str | None = None
+  has_global_scales: bool = False
 
   @property
   def how(self) -> dict[str, Any]:
     return {"mode": self.mode, "precision": self.precision}
 
-  def call(self) -> tuple[Any, tuple[Any, ...]]:
-    """A function of arrays, and their shapes and dtypes."""
-    how = self.how
+  @property
+  def operands(self) -> tuple[Any, ...]:
+    """The shapes and dtypes of x and w."""
     x = jax.ShapeDtypeStruct((self.m, self.k), jnp.bfloat16)
     shape = (self.groups, self.n, self.k) if self.groups else (self.n, self.k)
     ws = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
     if self.packed:
       ws = jax.eval_shape(lambda w: jaxqq.quantize(w, mode=self.mode), *ws)
+    return x, *ws
+
+  def call(self) -> tuple[Any, tuple[Any, ...]]:
+    """A function of arrays, and their shapes and dtypes."""
+    how, operands, scale = self.how, self.operands, jax.ShapeDtypeStruct((), jnp.float32)
+    function = getattr(jaxqq, self.function)
     if self.groups:
       sizes = jax.ShapeDtypeStruct((self.groups,), np.int32)
-      return (lambda x, w, s, sizes: jaxqq.ragged_qqmm(x, w, sizes, s, **how)), (x, *ws, sizes)
-    function = getattr(jaxqq, self.function)
-    return (lambda x, *ws: function(x, *ws, **how)), (x, *ws)
+      return (lambda x, w, s, sizes: jaxqq.ragged_qqmm(x, w, sizes, s, **how)), (*operands, sizes)
+    if not self.has_global_scales:
+      return (lambda *operands: function(*operands, **how)), operands
+
+    def scaled(of_x: Any, of_w: Any, *operands: Any) -> Any:
+      return function(*operands, global_scale_x=of_x, global_scale_w=of_w, **how)
+
+    return scaled, (scale, scale, *operands)
 
   def plan(self) -> Any:
     """Of a product without groups, on a Hopper GPU."""
-    _, (x, *ws) = self.call()
     function = getattr(jaxqq, self.function)
-    return jaxqq.explain(function, x, *ws, device="cuda", **self.how).plan.kernel
+    return jaxqq.explain(function, *self.operands, device="cuda", **self.how).plan.kernel
 
 
 P = Product
@@ -91,6 +102,12 @@ PRODUCTS = {
   ),
   "stream-K, fp8, many rows": P("mxfp8", 256, 5120, 25600, "dequant_gemm", stream_k=True),
   "stream-K, fp8": P("mxfp8", 128, 5376, 21504, "dequant_gemm", stream_k=True),
+  "stream-K, 192 rows of both, global scales": P(
+    *("nvfp4", 192, 51200, 5120, "dequant_gemm"), stream_k=True, block_n=192, has_global_scales=True
+  ),
+  "rows that are no tiles": P("nvfp4", 1001, 8192, 8192, "dequant_gemm"),
+  "rows that are no tiles, fp8": P("mxfp8", 1001, 8192, 8192, "dequant_gemm"),
+  "rows that are no tiles, on the fly": P("nvfp4", 1001, 4096, 4096, "gemm", packed=False),
   "a tile a CTA": P("nvfp4", 1024, 8192, 8192, "dequant_gemm"),
   "a tile a CTA, fp8": P("mxfp8", 1024, 8192, 8192, "dequant_gemm"),
   "exact sums": P("nvfp4", 256, 4096, 7168, "dequant_gemm", cluster=2, precision="highest"),
