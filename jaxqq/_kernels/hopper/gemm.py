@@ -150,13 +150,14 @@ class _Gemm:
     past_end = x.shape[2] % self.step_k != 0  # the last step goes there, and loads zeros
     self.in_steps = tiles.promote or (self.has_groups and not w_transposed)
     # Tiles of 8 rows may be loaded where all rows are such; in groups a tile begins at any row.
-    in_rows = self.has_groups or self.m % TILE_ROWS != 0
-    self.x_as_both = in_rows and not self.in_steps  # loaded in rows, and multiplied in tiles
-    if self.in_steps and (in_rows or past_end):
+    loads_rows = self.has_groups or self.m % TILE_ROWS != 0
+    self.x_as_both = loads_rows and not self.in_steps  # loaded in rows, and multiplied in tiles
+    if self.in_steps and (loads_rows or past_end):
       self.transforms = self.w_transforms = row_transforms()
+    # A row of a piece is 256 bytes in float32: in groups, threads store those themselves.
     is_wide = _is_wide(out_dtype)
-    self.is_staged = not self.has_groups or not is_wide  # else threads store it themselves
-    if not is_wide and (in_rows or self.n % STORE):
+    self.is_staged = not (self.has_groups and is_wide)
+    if not is_wide and (loads_rows or self.n % STORE):
       self.out_transforms = row_transforms()
 
   def scratch(self) -> Scratch:
