@@ -88,6 +88,15 @@ def test_packed_w(mode, m, k, kernels):
   assert work_of_xla(text) == []
 
 
+@pytest.mark.parametrize("m", [7, 17, 31, 40, 63, 127, 4099])
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_packed_w_and_any_number_of_rows(mode, m):
+  spec, fmt, n, k = jax.ShapeDtypeStruct, FORMATS[mode], 136, 1088
+  w = spec((n, k * fmt.bits // 32), jnp.uint32), spec((n, k // fmt.group_size), jnp.uint8)
+  text = lowered_for_cuda(functools.partial(jaxqq.qqmm, mode=mode), spec((m, k), jnp.bfloat16), *w)
+  assert work_of_xla(text) == []
+
+
 @pytest.mark.parametrize(("m", "n"), [(1024, 512), (1001, 2880), (100, 576)])
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 def test_w_on_the_fly(mode, m, n):
