@@ -118,9 +118,9 @@ hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 row
 most from 2048 on are older than the others, but those where x was padded along K, and nvfp4's of 4
 rows where the kernel quantizes x now.
 
-All sizes here are multiples of 64. Other numbers of rows, and of rows of w in eights, cost as much:
-4096 x 4096 takes 13.3 µs with 70 rows of x in nvfp4 and 12.8 in mxfp8, with 1001 rows 47.6 and
-36.1. With 50257 rows of w, x 4096, one row of x takes 51.5 and 61.1 µs.""",
+All N and K here are multiples of 64. Rows of x that are no multiple of 8 cost no more: at 4096 x
+4096, 1001 rows take 47.6 µs in nvfp4 and 36.1 in mxfp8, 1024 rows 47.8 and 36.0. With 50257 rows of
+w, x 4096, one row of x takes 51.5 and 61.1 µs.""",
     "python -m jaxqq.bench --suite models --processes 15",
   ),
   Section(
