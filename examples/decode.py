@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -51,7 +52,8 @@ def compile_all(params: Any, cfg: Config, options: argparse.Namespace) -> list[t
     jobs = []
     for batch in options.batches:
       prompts = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
-      prefill = decoder.prefill.lower(params, prompts, seq + steps, cfg)
+      cache = jax.eval_shape(functools.partial(decoder.empty_cache, cfg, batch, seq + steps))
+      prefill = decoder.prefill.lower(params, cache, prompts, cfg)
       prefill_job = pool.submit(prefill.compile)
       cache, logits = prefill.out_info
       token = jax.eval_shape(decoder.greedy, logits)
@@ -61,7 +63,12 @@ def compile_all(params: Any, cfg: Config, options: argparse.Namespace) -> list[t
 
 
 def time_batch(
-  params: Any, prompts: jax.Array, programs: tuple[Any, Any], options: argparse.Namespace, bar: Any
+  params: Any,
+  prompts: jax.Array,
+  programs: tuple[Any, Any],
+  cfg: Config,
+  options: argparse.Namespace,
+  bar: Any,
 ) -> tuple[Result, np.ndarray]:
   """Generates some times: medians, and the logits (batch, vocab) after the prompts.
 
@@ -69,11 +76,13 @@ def time_batch(
   """
   batch, steps = prompts.shape[0], options.tokens
   run_prefill, run_decode = programs
+  cache = decoder.empty_cache(cfg, batch, prompts.shape[1] + steps)
   bar.set_postfix_str(f"generating at batch {batch}")
   prefill_s, decode_s = [], []
   for _ in range(1 + options.repeats):
+    cache = jax.block_until_ready({**cache, "length": jnp.int32(0)})
     begin = time.perf_counter()
-    cache, logits = jax.block_until_ready(run_prefill(params, prompts))
+    cache, logits = jax.block_until_ready(run_prefill(params, cache, prompts))
     prefill_s.append(time.perf_counter() - begin)
     token = jax.block_until_ready(decoder.greedy(logits))
     begin = time.perf_counter()
@@ -106,7 +115,7 @@ def run(cfg: Config, options: argparse.Namespace) -> tuple[Result, np.ndarray]:
     compile_s = time.perf_counter() - begin
     bar.update()
     timed = [
-      time_batch(params, prompts[:batch], of_batch, options, bar)
+      time_batch(params, prompts[:batch], of_batch, cfg, options, bar)
       for batch, of_batch in zip(batches, programs, strict=True)
     ]
   elements = cfg.layers * sum(n * k for n, k, _ in cfg.linears().values())

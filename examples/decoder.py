@@ -200,16 +200,18 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
   """Grouped-query attention (arXiv:2305.13245): neighbouring heads of q share one of k and v.
 
-  q is (batch, seq, heads, size) at `positions`; k and v are (batch, kv_heads, length, size), and
-  what is behind a query's own position is not seen.
+  q is (batch, seq, heads, size) at `positions`; k and v are (batch, length, kv_heads, size), and
+  what is behind a query's own position is not seen. On a GPU cuDNN has one kernel for all of it.
   """
-  batch, seq, heads, size = q.shape
-  q = q.reshape(batch, seq, k.shape[1], heads // k.shape[1], size)
-  scores = jnp.einsum("bsngd,bntd->bngst", q, k, preferred_element_type=jnp.float32)
-  seen = jnp.arange(k.shape[2])[None, :] <= positions[:, None]
-  weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores * size**-0.5, -jnp.inf))
-  out = jnp.einsum("bngst,bntd->bsngd", weights.astype(v.dtype), v)
-  return out.reshape(batch, seq, heads * size)
+  batch, seq = q.shape[:2]
+  if seq == 1:
+    seen: Any = {"key_value_seq_lengths": jnp.broadcast_to(positions + 1, (batch,))}
+  else:
+    mask = jnp.arange(k.shape[1])[None, :] <= positions[:, None]
+    seen = {"mask": mask[None, None]}
+  has_cudnn = jax.default_backend() == "gpu" and q.dtype != jnp.float32
+  how: Any = "cudnn" if has_cudnn else "xla"
+  return jax.nn.dot_product_attention(q, k, v, **seen, implementation=how).reshape(batch, seq, -1)
 
 
 def attention(
@@ -219,9 +221,8 @@ def attention(
   qkv = qkv.reshape(*qkv.shape[:2], -1, cfg.head_size)
   q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
   q, k = (rotate(a, positions, cfg.rope_theta) for a in (q, k))
-  new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-  write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=positions[0], axis=2)
-  cache = tuple(map(write, cache, new))
+  write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=positions[0], axis=1)
+  cache = tuple(map(write, cache, (k, v)))
   return cache, attend(q, *cache, positions)
 
 
@@ -244,8 +245,8 @@ def block(
 
 
 def empty_cache(cfg: Config, batch: int, length: int) -> Cache:
-  """Keys and values of each layer, (batch, kv_heads, length, head_size), and how many are there."""
-  sizes: tuple[int, ...] = (batch, cfg.kv_heads, length, cfg.head_size)
+  """Keys and values of each layer, (batch, length, kv_heads, head_size), and how many are there."""
+  sizes: tuple[int, ...] = (batch, length, cfg.kv_heads, cfg.head_size)
   if cfg.scan:
     stack = tuple(jnp.zeros((cfg.layers, *sizes), cfg.dtype) for _ in "kv")
     return {"layers": stack, "length": jnp.int32(0)}
@@ -285,12 +286,15 @@ def greedy(logits: jax.Array) -> jax.Array:
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("length", "cfg"))
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
 def prefill(
-  params: Params, prompts: jax.Array, length: int, cfg: Config
+  params: Params, cache: Cache, prompts: jax.Array, cfg: Config
 ) -> tuple[Cache, jax.Array]:
-  """Reads prompts (batch, seq): a cache with room for `length`, and the logits (batch, vocab)."""
-  cache, x = forward(params, empty_cache(cfg, prompts.shape[0], length), prompts, cfg)
+  """Reads prompts (batch, seq) into a cache of length 0, in place: the logits (batch, vocab).
+
+  The arrays of a cache are made once and used again for every prompt, as a server does.
+  """
+  cache, x = forward(params, cache, prompts, cfg)
   return cache, logits_of(params, x[:, -1:], cfg)[:, 0]
 
 

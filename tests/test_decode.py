@@ -36,6 +36,13 @@ def load(name):
 decoder, example, decoder_nnx = map(load, ("decoder", "decode", "decoder_nnx"))
 
 
+@pytest.fixture(autouse=True)
+def standard_promotion():
+  """`jax.nn.dot_product_attention` counts on it."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
 # ---- the decoder in float64, without a cache
 
 
@@ -115,6 +122,11 @@ def random_tokens(cfg, length):
   return np.random.default_rng(5).integers(cfg.vocab, size=(BATCH, length)).astype(np.int32)
 
 
+def prefill(params, tokens, length, cfg):
+  """Into a cache of its own."""
+  return decoder.prefill(params, decoder.empty_cache(cfg, len(tokens), length), tokens, cfg)
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
 def append(params, cache, tokens, cfg):
   cache, x = decoder.forward(params, cache, tokens, cfg)
@@ -144,7 +156,7 @@ def test_generates_the_tokens_with_the_largest_logits(mode):
   """Every token that `prefill` and `decode` choose, by the float64 logits of the whole text."""
   cfg = config(mode)
   params, text = make_params(cfg), random_tokens(cfg, PROMPT)
-  cache, logits = decoder.prefill(params, text, PROMPT + STEPS, cfg)
+  cache, logits = prefill(params, text, PROMPT + STEPS, cfg)
   token = decoder.greedy(logits)
   after, tokens = decoder.decode(params, cache, token, STEPS, cfg)
   assert after["length"] == PROMPT + STEPS and tokens.shape == (BATCH, STEPS)
@@ -180,7 +192,7 @@ def test_the_model_of_flax_is_the_same(mode, quantize_input):
     models = decoder.make_params(cfg, 3), decoder_nnx.make_model(cfg, 3)
   results = []
   for model in models:
-    cache, logits = decoder.prefill(model, random_tokens(cfg, 4), 4 + 3, cfg)
+    cache, logits = prefill(model, random_tokens(cfg, 4), 4 + 3, cfg)
     _, tokens = decoder.decode(model, cache, decoder.greedy(logits), 3, cfg)
     results.append((logits, tokens))
   for by_hand, of_flax in zip(*results, strict=True):
@@ -197,7 +209,7 @@ def test_layers_in_stacks_are_the_same(mode, quantize_input):
   results = []
   for cfg in (own, dataclasses.replace(own, scan=True)):
     params = decoder.make_params(cfg, 3)
-    cache, logits = decoder.prefill(params, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
+    cache, logits = prefill(params, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
     _, tokens = decoder.decode(params, cache, decoder.greedy(logits), STEPS, cfg)
     results.append((logits, tokens, decoder.linear_bytes(params)))
   (logits, tokens, size), (of_stack, tokens_of_stack, size_of_stack) = results
@@ -229,12 +241,19 @@ def test_no_layer_of_a_stack_is_copied(mode):
       assert one not in text
 
 
-def test_the_cache_is_updated_in_place():
+def test_a_cache_is_used_again_in_place():
+  """What other prompts have left there is not seen."""
   cfg = config("bf16")
-  params = make_params(cfg)
-  cache, logits = decoder.prefill(params, random_tokens(cfg, PROMPT), PROMPT + STEPS, cfg)
-  decoder.decode(params, cache, decoder.greedy(logits), STEPS, cfg)
-  assert all(a.is_deleted() for a in jax.tree.leaves(cache))
+  params, text = make_params(cfg), random_tokens(cfg, PROMPT)
+  empty = decoder.empty_cache(cfg, BATCH, PROMPT + STEPS)
+  cache, logits = decoder.prefill(params, empty, text, cfg)
+  used, tokens = decoder.decode(params, cache, decoder.greedy(logits), STEPS, cfg)
+  assert all(a.is_deleted() for a in jax.tree.leaves((empty, cache)))
+  used, _ = decoder.prefill(params, {**used, "length": jnp.int32(0)}, text[::-1] ^ 1, cfg)
+  cache, again = decoder.prefill(params, {**used, "length": jnp.int32(0)}, text, cfg)
+  np.testing.assert_array_equal(again, logits)
+  _, tokens_again = decoder.decode(params, cache, decoder.greedy(again), STEPS, cfg)
+  np.testing.assert_array_equal(tokens_again, tokens)
 
 
 # ---- weights
