@@ -198,6 +198,25 @@ WHOLE_SCALES = [
     *(("mxfp4", 20, 34816, 1568, True), ("nvfp4", 2, 43520, 1200, True)),
   )
 ]
+# Few rows: CTAs of a cluster with parts of k, not of one size; those that share but a last tile.
+PARTS_OF_K = [
+  Program(mode, m, n, k, packed=True, quantize_input=quantized)
+  for mode, m, n, k, quantized in (
+    *(("nvfp4", 4, 2048, 7168, True), ("nvfp4", 12, 2000, 5376, True)),
+    *(("nvfp4", 7, 1024, 7168, False), ("nvfp4", 1, 576, 9216, True)),
+    *(("mxfp8", 8, 2048, 7680, True), ("mxfp8", 16, 1000, 6912, True)),
+    *(("mxfp8", 3, 576, 9216, False), ("mxfp4", 30, 2050, 3584, True)),
+  )
+]
+LAST_SHARED = [
+  Program(mode, m, n, k, dtype, packed=True, quantize_input=quantized)
+  for mode, m, n, k, dtype, quantized in (
+    *(("nvfp4", 1, 10240, 2560, "bfloat16", True), ("nvfp4", 3, 12280, 2048, "float16", True)),
+    *(("nvfp4", 8, 9000, 2560, "bfloat16", True), ("nvfp4", 16, 20480, 4608, "bfloat16", False)),
+    *(("mxfp8", 1, 12288, 4608, "bfloat16", True), ("mxfp8", 8, 18000, 2048, "float16", True)),
+    *(("mxfp8", 20, 10250, 4096, "bfloat16", True), ("mxfp4", 6, 9000, 4096, "bfloat16", False)),
+  )
+]
 KINDS = (
   ("normal", "groups within reach"),
   ("outliers", "heavy tails"),
@@ -205,7 +224,16 @@ KINDS = (
   ("groups far apart", "groups far apart"),
 )
 EVERY = (
-  MANY_ROWS + FEW_ROWS + PANELS + SHARED + LARGE_TILES + LAST_BLOCKS + SCALES_APART + WHOLE_SCALES
+  MANY_ROWS
+  + FEW_ROWS
+  + PANELS
+  + SHARED
+  + LARGE_TILES
+  + LAST_BLOCKS
+  + SCALES_APART
+  + WHOLE_SCALES
+  + PARTS_OF_K
+  + LAST_SHARED
 )
 
 
@@ -236,7 +264,7 @@ def test_every_kernel_is_among_them():
   for name, clusters in (
     ("hopper_fp8", {1, 2, 3, 4, 6, 8}),
     ("hopper_exact", {1, 2, 3, 4, 6, 8}),
-    ("hopper_skinny", {1, 2, 4}),
+    ("hopper_skinny", {1, 2, 3, 4, 6, 8}),
   ):
     assert {plan.kernel.tiles.cluster for plan in plans if plan.name == name} == clusters, name
   streams = {
@@ -251,6 +279,13 @@ def test_every_kernel_is_among_them():
   }
   assert {kernel.tiles.compute_warpgroups for kernel in skinny} == {2, 4}
   assert {kernel.quantizes_x for kernel in skinny} == {True, False}
+  own = [kernel for kernel in skinny if kernel.tiles.cluster > 2]
+  uneven = [k for k in own if cdiv(k.problem.k, k.block.k) % k.tiles.cluster]
+  assert {kernel.mainloop for kernel in uneven} >= {"blockdiag", "group_sums", "sixteens"}
+  shared = [kernel for kernel in skinny if kernel.tiles.shares_last]
+  assert {kernel.mainloop for kernel in shared} >= {"blockdiag", "group_sums", "sixteens"}
+  assert {kernel.quantizes_x for kernel in shared} == {True, False}
+  assert max(kernel.grid.whole_rounds for kernel in shared) > 1
   own = [explained(program).plan.kernel for program in WHOLE_SCALES]
   assert all(kernel.tiles.whole_scales for kernel in own)
   steps = [cdiv(kernel.problem.k, kernel.block.k) for kernel in own]

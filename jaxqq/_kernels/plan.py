@@ -37,7 +37,7 @@ class Device:
     """
     if size > self.max_cluster:
       return 0
-    share = {1: 1.0, 2: 1.0, 3: 0.76, 4: 0.88, 6: 0.75, 8: 0.85}[size]
+    share = {1: 1.0, 2: 1.0, 3: 0.76, 4: 0.85, 6: 0.75, 8: 0.73}[size]
     return int(self.num_sms * share) // size
 
 

@@ -20,7 +20,8 @@ pytestmark = needs_kernels
 FREE = {"bitcast_convert", "custom_call", "reshape", "return", "broadcast_in_dim", "transpose"}
 PACKED = [  # mode, m, k, kernels
   ("nvfp4", 1, 8192, 1),
-  ("nvfp4", 2, 8192, 2),
+  ("nvfp4", 2, 8192, 1),
+  ("nvfp4", 5, 8192, 2),
   ("nvfp4", 4, 4096, 1),
   ("nvfp4", 1, 1280, 2),
   ("nvfp4", 1, 2880, 2),

@@ -114,6 +114,38 @@ CLUSTER_CASES = {
   "blockdiag in four, many tiles": ("blockdiag", BF16, (1, 3), 3, 3000, 2048, T(4, 2, cluster=4)),
   "mxfp8 in two, many tiles": ("mxfp8", BF16, (2, 2), 3, 5000, 4096, T(4, 4, cluster=2)),
   "mxfp8 in four": ("mxfp8", F32, (1, 1), 60, 67, 8192, T(2, 2, cluster=4)),
+  "nvfp4 in three, uneven": ("nvfp4", BF16, (2, 1), 17, 130, 3584, T(4, 4, cluster=3)),
+  "blockdiag in eight, uneven": ("blockdiag", BF16, (1, 1), 2, 200, 10240, T(4, 2, cluster=8)),
+  "mxfp8 in six, uneven": ("mxfp8", F32, (1, 2), 16, 133, 6656, T(4, 2, cluster=6)),
+  # A cluster's CTAs have some tiles each, and share a last one of them.
+  "nvfp4, last shared": ("nvfp4", F32, (1, 1), 9, 300, 2304, T(4, cluster=2, shares_last=True)),
+  "blockdiag, last shared": (
+    "blockdiag",
+    BF16,
+    (1, 1),
+    1,
+    180,
+    5120,
+    T(8, cluster=2, shares_last=True),
+  ),
+  "sixteens, last shared": (
+    "nvfp4 bf16",
+    BF16,
+    (1, 1),
+    5,
+    570,
+    2816,
+    T(4, 2, cluster=2, shares_last=True),
+  ),
+  "mxfp8, last shared": (
+    "mxfp8",
+    BF16,
+    (5, 1),
+    20,
+    130,
+    4608,
+    T(4, 2, cluster=2, shares_last=True),
+  ),
 }
 
 
@@ -404,7 +436,7 @@ def test_few_rows_as_they_are_are_lowered(mode, m, k):
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
 @pytest.mark.parametrize(
   ("n", "k", "cluster"),
-  [(91, 4096, 4), (1024, 8192, 4), (2048, 8192, 2), (4096, 4096, 2), (8192, 8192, 1)],
+  [(91, 4096, 4), (1024, 8192, 4), (2048, 8192, 3), (4096, 4096, 2), (8192, 8192, 1)],
 )
 def test_few_rows_of_w_are_shared_by_clusters(mode, n, k, cluster):
   """As many CTAs as SMs can hold at once, each warpgroup with a block."""

@@ -169,12 +169,15 @@ def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
     (4, 64 * 132 + 1, 4096, 1, False),
     (4, 64 * 66, 4096, 2, True),
     (4, 64 * 66 + 1, 4096, 2, False),
-    (4, 64, 4608, 1, False),
+    (4, 64, 4608, 1, True),
+    (4, 64 * 66, 8192, 1, True),
+    (4, 64 * 66, 9216, 1, False),
+    (4, 64 * 67, 4608, 1, False),
     (1, 64 * 133, 4608, 1, True),
   ],
 )
 def test_rows_of_nvfp4_are_quantized_in_the_kernel_of_small_weights(m, n, k, batch, quantizes_x):
-  """Where no CTA has a second tile."""
+  """Where no CTA has a second tile, and of k up to 4096."""
   spec, of_batch = jax.ShapeDtypeStruct, (batch,) if batch > 1 else ()
   x, words = spec((m, k), jnp.bfloat16), spec((*of_batch, n, k // 8), jnp.uint32)
   scales = spec((*of_batch, n, k // 16), jnp.uint8)

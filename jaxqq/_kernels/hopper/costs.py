@@ -45,7 +45,7 @@ class Timed:
     x_rows, w_rows: that another kernel quantizes or reads before.
     """
     part_us, rest_us = self.part_us, self.tile_us
-    if grid.cluster > 1:
+    if grid.shares_every:
       assert self.cluster_us is not None
       rest_us = self.cluster_us + self.exchange_us * (1 - 1 / grid.cluster)
     elif grid.stream_k:
@@ -66,9 +66,10 @@ def _launched_in(us: float, x_us: float, w_us: float, *tiles: Timed) -> tuple[Ti
 def counts(grid: Grid, k_steps: int) -> tuple[int, int]:
   """How many steps follow each other, and how often a tile begins and ends.
 
-  A launch takes as many waves of CTAs as there are tiles for each SM.
+  A launch takes as many waves of CTAs as there are tiles for each SM. A last wave that clusters
+  share counts as a whole one: loads take most of its time, and those it has all the same.
   """
-  if grid.cluster > 1:
+  if grid.shares_every:
     return cdiv(k_steps, grid.cluster), 1
   if grid.stream_k:
     return grid.most_steps(k_steps), 1
@@ -97,7 +98,7 @@ class Streamed:
   def time(self, grid: Grid, parts: int) -> float:
     """Of a grid whose tiles have so many parts."""
     own, _ = counts(grid, parts)
-    return own * self.part_us + (self.cluster_us if grid.cluster > 1 else self.rest_us)
+    return own * self.part_us + (self.cluster_us if grid.shares_every else self.rest_us)
 
 
 SKINNY_E2M1 = (

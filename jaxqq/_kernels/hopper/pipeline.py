@@ -115,8 +115,25 @@ def walk(grid: Grid, groups: GroupTiles | None = None) -> Walk:
   workers, worker = grid.num_workers, lax.axis_index(WORKER)
   if groups is not None:
     return _walk_of_tiles(grid, groups)
+  if grid.shares_last:
+    return _walk_with_shared(grid)
   own_tiles = lax.div(grid.num_tiles - worker + workers - 1, jnp.int32(workers))
   return Walk(own_tiles, lambda t: tile_of(grid, t, worker + t * workers))
+
+
+def _walk_with_shared(grid: Grid) -> Walk:
+  """Tiles that a CTA has alone, and then one of its cluster's, where there is one."""
+  clusters, rounds = grid.num_workers, grid.whole_rounds
+  own, index = lax.axis_index(WORKER), cluster_index(grid)
+  first_shared = rounds * clusters * grid.cluster
+  assert grid.num_tiles - first_shared <= clusters, "each has one at most"
+
+  def tile(t: Any) -> Tile:
+    alone = (t * clusters + own) * grid.cluster + index
+    return tile_of(grid, t, jnp.where(t < rounds, alone, first_shared + own))
+
+  has_shared = own < grid.num_tiles - first_shared
+  return Walk(rounds + has_shared.astype(jnp.int32), tile)
 
 
 def walk_of_zeros(grid: Grid, groups: GroupTiles) -> Walk:

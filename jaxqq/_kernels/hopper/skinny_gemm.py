@@ -20,7 +20,8 @@ round its compute warpgroups:
   warpgroup 0, of its second one warpgroup 1, and so on. So all have the same work. Sums are added
   in pairs that are the same whoever adds them, and so are the bits.
 - Where w has so few rows that half of the SMs or more would idle, a cluster of CTAs has 64 rows
-  together, each a part of k, and adds up its sums (`ptx/cluster.py`).
+  together, each a part of k, and adds up its sums (`ptx/cluster.py`). Where half of the SMs or more
+  would idle in the last wave of CTAs, clusters share its tiles.
 """
 
 from __future__ import annotations
@@ -176,7 +177,6 @@ class _SkinnyGemm:
     self.is_packed = operands.scales is not None
     self.w_dtype, self.w_columns = w.dtype, block.words if self.is_packed else block.k
     self.all_steps = cdiv(w.shape[2], self.w_columns)
-    self.k_steps = self.all_steps // plan.tiles.cluster
     self.quantizer: InKernelQuantizer | None = None
     self.x_scales_shape: tuple[int, int] | None = None  # of a block, in shared memory
     self.x_scales_loaded: tuple[int, int] = 0, 0
@@ -224,7 +224,7 @@ class _SkinnyGemm:
     x_shape = _stored_shape(padded_m, self.x_columns, self.x_dtype, in_rows=plan.x_in_rows)
     w_shape = _stored_shape(self.block_n, self.w_columns, self.w_dtype, in_rows=plan.in_rows)
     planes, scales_shape = plan.scale_planes, (self.block_n, plan.block.scales)
-    slots = tiles.scale_slots(self.k_steps) if tiles.whole_scales else 0
+    slots = tiles.scale_slots(self.all_steps) if tiles.whole_scales else 0
     loads = _num_loads(w_shape)
     if self.is_packed and not slots:
       loads += 1 if planes is None else planes.count
@@ -291,7 +291,7 @@ class _Cta:
     @pl.when(warpgroup == workers)
     @jax.named_scope("producer")
     def _producer() -> None:
-      steps = pipeline.whole_steps(self.walk, kernel.k_steps)
+      steps = self.steps_of, self.count_steps
       pipeline.release_registers(workers)
       pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
 
@@ -330,24 +330,44 @@ class _Cta:
             column_of = functools.partial(self.first_column, half=half)
             epilogue.store_zeros(zeros, self.out, self.plan.padded_m, column_of)
 
-    if self.tiles.cluster > 1:  # and so a cluster has one tile
+    if self.tiles.cluster > 1:
       cluster.cluster_sync()
+      rounds = kernel.grid.whole_rounds
 
-      @pl.when((warpgroup == 0) & (self.cluster_index == 0))
-      def _total() -> None:
-        self.store([cluster.cluster_sum(self.smem.cta_sums, self.tiles.cluster)], 0)
+      def total() -> None:
+        sums = cluster.cluster_sum(self.smem.cta_sums, self.tiles.cluster)
+        cluster.cluster_sync()  # before stores to memory, for which it would wait
+        self.store([sums], rounds)
 
-      cluster.cluster_sync()
+      is_first = (warpgroup == 0) & (self.cluster_index == 0) & (self.walk.num_tiles > rounds)
+      lax.cond(is_first, total, cluster.cluster_sync)
 
   # Loads
 
-  def block(self, ki: Any) -> Any:
-    """Which of all blocks of k is this CTA's ki-th."""
-    return ki + self.cluster_index * self.kernel.k_steps
+  def own_blocks(self, t: Any) -> tuple[Any, Any]:
+    """Of k of its t-th tile: the first that is this CTA's, and how many are."""
+    every, size, rounds = self.kernel.all_steps, self.tiles.cluster, self.kernel.grid.whole_rounds
+    if size == 1:
+      return 0, every
+    first, end = (lax.div((self.cluster_index + i) * every, jnp.int32(size)) for i in range(2))
+    if not rounds:
+      return first, end - first
+    is_shared = t >= rounds
+    return jnp.where(is_shared, first, 0), jnp.where(is_shared, end - first, every)
+
+  def steps_of(self, tile: Tile) -> pipeline.Steps:
+    # Only a CTA's last tile is shared.
+    return pipeline.Steps(0, self.own_blocks(tile.index)[1], tile.index * self.kernel.all_steps)
+
+  def count_steps(self) -> Any:
+    """Of all tiles."""
+    last = jnp.maximum(self.walk.num_tiles - 1, 0)
+    of_last = jnp.where(self.walk.num_tiles > 0, self.own_blocks(last)[1], 0)
+    return last * self.kernel.all_steps + of_last
 
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     kernel, gmem, smem, full = self.kernel, self.gmem, self.smem, self.smem.full.at[stage]
-    ki = self.block(ki)
+    ki = ki + self.own_blocks(tile.index)[0]
     rows = pl.ds(tile.n * kernel.block_n, kernel.block_n)
 
     def copy(a: Any, rows: Any, columns: int, to: Any) -> None:
@@ -468,8 +488,9 @@ class _Cta:
     Blocks go round without regard to tiles: a stage, of which there are a multiple of the
     warpgroups, always belongs to the same one, which sees all its barrier's phases.
     """
-    smem, k_steps, workers = self.smem, self.kernel.k_steps, self.tiles.compute_warpgroups
-    stages, first = self.tiles.num_stages, t * k_steps
+    smem, workers = self.smem, self.tiles.compute_warpgroups
+    stages, first = self.tiles.num_stages, t * self.kernel.all_steps
+    first_block, k_steps = self.own_blocks(t)
     own_first = lax.rem(
       self.warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
     )
@@ -478,10 +499,10 @@ class _Cta:
     def add_block(i: Any, state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
       stage, sums = state
       ki = own_first + i * workers
+      block = first_block + ki
       if self.kernel.quantizer is not None:
-        self.quantize_x(self.kernel.quantizer, stage, ki, t)
+        self.quantize_x(self.kernel.quantizer, stage, block, t)
       plgpu.barrier_wait(smem.full.at[stage])
-      block = self.block(ki)
       is_last = block == self.kernel.all_steps - 1
       scales = self.words_of_scales(t, ki, stage, is_last)
       sums = self.kernel.mainloop.add(self, sums, stage, scales, rows, is_last)
@@ -498,11 +519,11 @@ class _Cta:
     )
     return lax.fori_loop(0, count, add_block, state)[1]
 
-  def quantize_x(self, quantizer: InKernelQuantizer, stage: Any, ki: Any, t: Any) -> None:
+  def quantize_x(self, quantizer: InKernelQuantizer, stage: Any, block: Any, t: Any) -> None:
     b = self.walk.tile(t).batch if self.gmem.x.shape[0] > 1 else 0
     quantizer.write(
       self.gmem.x.at[b],
-      self.block(ki),
+      block,
       self.smem.x.at[stage],
       self.smem.x_scales.at[stage],
       None if self.gmem.global_scale_x is None else self.gmem.global_scale_x[0],
@@ -550,11 +571,17 @@ class _Cta:
 
     sums = [with_others(half, own) for half, own in enumerate(sums)]
     plgpu.barrier_arrive(self.smem.sums_empty)
-    if self.tiles.cluster > 1:
+    if self.tiles.cluster == 1:
+      self.store(sums, t)
+      return
+    rounds = self.kernel.grid.whole_rounds
+    if rounds:
+      pl.when(t < rounds)(lambda: self.store(sums, t))
+
+    @pl.when(t >= rounds)
+    def _leave() -> None:
       (own,) = sums  # a cluster's tile has 64 rows of w
       self.smem.cta_sums[...] = own
-    else:
-      self.store(sums, t)
 
   def store(self, sums: list[Any], t: Any) -> None:
     tile = self.walk.tile(t)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import jax
@@ -42,7 +43,7 @@ MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # CTA does it: of several rows it pays where another launch is much of the time.
 MAX_ROWS_QUANTIZED = 8
 MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
-MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED = 4  # if K is up to MAX_SMALL_K, and no CTA has a second tile
+MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED = 4  # if a CTA has one tile, and of k up to MAX_SMALL_K
 MAX_SMALL_K = 4096
 
 
@@ -81,6 +82,7 @@ class SkinnyPlan:
       num_sms=self.device.num_sms,
       cluster=self.tiles.cluster,
       group_width=1,
+      shares_last=self.tiles.shares_last,
     )
 
   @property
@@ -173,13 +175,16 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   if mainloop == "blockdiag":
     blockdiag = BlockDiagonal(power_of_two_from(rows))
     padded_m = blockdiag.columns
-  few = rows <= _max_rows_quantized(problem, device, mainloop)
-  quantizes_x = few and block.k == SKINNY_BLOCK_K and not _x_in_rows(problem, block)
   tiles = _skinny_tiles(problem, device, mainloop, block, padded_m)
+  few = rows <= _max_rows_quantized(problem, device, mainloop, tiles)
+  quantizes_x = few and block.k == SKINNY_BLOCK_K and not _x_in_rows(problem, block)
   plan = SkinnyPlan(mainloop, block, padded_m, blockdiag, quantizes_x, tiles, problem, device)
   if mainloop == "expanded" or (mainloop == "in_order" and rows > MAX_SKINNY_ROWS // 2):
     timed = next(timed for timed in SKINNY_E2M1 if rows <= timed.rows)
-    own = timed.time(plan.grid, cdiv(problem.k, PART_K))
+    parts = cdiv(problem.k, PART_K)
+    if plan.grid.shares_every:  # whole blocks
+      parts = tiles.cluster * cdiv(problem.k, tiles.cluster * block.k) * (block.k // PART_K)
+    own = timed.time(plan.grid, parts)
     other = wide_plan(problem, device, fp8=False).estimate_us
     if other < own:
       raise Unsupported(
@@ -188,11 +193,11 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   return plan
 
 
-def _max_rows_quantized(problem: Problem, device: Device, mainloop: str) -> int:
+def _max_rows_quantized(problem: Problem, device: Device, mainloop: str, tiles: SkinnyTiles) -> int:
   """Of x, by the kernel itself."""
   if mainloop == "blockdiag":
-    num_tiles = problem.batch * cdiv(problem.n, ROWS)
-    is_small = problem.k <= MAX_SMALL_K and num_tiles <= device.num_sms
+    has_one = problem.batch * cdiv(problem.n, ROWS) <= device.num_sms
+    is_small = has_one and cdiv(problem.k, tiles.cluster) <= MAX_SMALL_K
     return MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED if is_small else MAX_BLOCKDIAG_ROWS_QUANTIZED
   return MAX_ROWS_QUANTIZED if mainloop == "group_sums" else 0
 
@@ -261,17 +266,21 @@ def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
 def _skinny_tiles(
   problem: Problem, device: Device, mainloop: str, block: KBlock, padded_m: int
 ) -> SkinnyTiles:
-  """As many CTAs a tile as find an SM, then warpgroups, then stages, as there is room.
+  """As many warpgroups as there is room for, then stages; clusters where CTAs would be few.
 
   Scales whose rows begin anywhere are loaded for a tile at once where that leaves it its stages.
   In groups, "sixteens" has tiles of twice as many rows of w, since every tile loads x again.
   """
   k_steps = cdiv(problem.k, block.k)
+  num_tiles = problem.batch * cdiv(problem.n, ROWS)
   x_bytes = _x_bytes(mainloop, block, padded_m, skinny_rows(problem))
 
-  def tiles_of(block_n: int, workers: int, cluster: int) -> SkinnyTiles | None:
+  def tiles_of(
+    workers: int, cluster: int = 1, *, block_n: int = ROWS, shares_last: bool = False
+  ) -> SkinnyTiles | None:
     """None where they do not fit."""
-    tiles = SkinnyTiles(0, workers, problem.wants_exact_sums, cluster, block_n)
+    exact = problem.wants_exact_sums
+    tiles = SkinnyTiles(0, workers, exact, cluster, block_n, shares_last=shares_last)
     scales = scale_bytes(_scale_planes(problem, block, tiles), block.scales, block_n)
     stage = block_n * 4 * block.words + x_bytes
     sums = (workers - (cluster == 1)) * block_n * padded_m * 4
@@ -279,12 +288,6 @@ def _skinny_tiles(
     waits = block_n > ROWS and stages == workers == 4  # four warpgroups, a stage each
     if stages == 0 or waits:
       return None
-    if cluster > 1:
-      num_tiles = problem.batch * cdiv(problem.n, block_n)
-      shared = num_tiles <= device.num_clusters(cluster) and k_steps % cluster == 0
-      # Every warpgroup of every CTA gets a block of k.
-      if problem.in_groups or not shared or k_steps < cluster * workers:
-        return None
     tiles = dataclasses.replace(tiles, num_stages=stages)
     whole = dataclasses.replace(tiles, whole_scales=True)
     planes = _scale_planes(problem, block, whole)
@@ -293,8 +296,34 @@ def _skinny_tiles(
     scales = whole.scale_slots(k_steps) * math.prod(planes.shape)
     return whole if sums + stages * stage + scales <= SHARED_MEMORY else tiles
 
-  choices = [(ROWS, workers, cluster) for cluster in (4, 2, 1) for workers in (4, 2)]
-  if problem.in_groups and mainloop == "sixteens" and problem.n > ROWS:
+  def first(tiles: Iterable[SkinnyTiles | None]) -> SkinnyTiles | None:
+    return next((each for each in tiles if each is not None), None)
+
+  alone = first(tiles_of(workers) for workers in (4, 2))
+  assert alone is not None, "two stages fit"
+  if problem.in_groups:
     # Where four warpgroups would wait for the only stage that each has, two are faster.
-    choices = [(2 * ROWS, 4, 1), (2 * ROWS, 2, 1), *choices]
-  return next(tiles for choice in choices if (tiles := tiles_of(*choice)) is not None)
+    is_large = mainloop == "sixteens" and problem.n > ROWS
+    return (first(tiles_of(w, block_n=2 * ROWS) for w in (4, 2)) if is_large else None) or alone
+
+  # Every warpgroup of every CTA gets a block of k, the one with the most of them as few as can be.
+  shared = [
+    tiles
+    for cluster in (8, 6, 4, 3, 2)
+    for workers in (4, 2)
+    if num_tiles <= device.num_clusters(cluster) and k_steps >= cluster * workers
+    if (tiles := tiles_of(workers, cluster)) is not None
+  ]
+  if shared:
+    return min(shared, key=lambda tiles: cdiv(k_steps, tiles.cluster * tiles.compute_warpgroups))
+  last = None
+  if _leaves_few(num_tiles, device) and k_steps > 1 and not alone.whole_scales:
+    last = tiles_of(alone.compute_warpgroups, 2, shares_last=True)
+  # CTAs are to be as fast with whole tiles as they would be alone.
+  return last if last is not None and last.num_stages == alone.num_stages else alone
+
+
+def _leaves_few(num_tiles: int, device: Device) -> bool:
+  """Whether the last wave of CTAs has no more tiles than there are clusters of two."""
+  waves, rest = divmod(num_tiles, device.num_sms)
+  return waves > 0 and device.num_sms % 2 == 0 and 0 < rest <= device.num_clusters(2)

@@ -44,6 +44,7 @@ class Grid:
   group_width: int = 8  # tiles that a band has side by side
   minor: int = 0  # the axis along which bands are cut; 0: m, 1: n
   stream_k: bool = False  # every SM has a CTA, however few tiles there are
+  shares_last: bool = False  # CTAs have whole tiles first, and their cluster shares a last one
 
   @property
   def tiles(self) -> tuple[int, int]:
@@ -56,10 +57,22 @@ class Grid:
 
   @property
   def num_workers(self) -> int:
-    """CTAs that walk over the tiles; a cluster counts as one, and has one tile."""
+    """CTAs that walk over the tiles; a cluster counts as one, and shares no more than one tile."""
     if self.stream_k:
       return self.num_sms
+    if self.shares_last:
+      return self.num_sms // self.cluster
     return self.num_tiles if self.cluster > 1 else min(self.num_sms, self.num_tiles)
+
+  @property
+  def shares_every(self) -> bool:
+    """Whether CTAs of a cluster share every tile."""
+    return self.cluster > 1 and not self.shares_last
+
+  @property
+  def whole_rounds(self) -> int:
+    """Of clusters: tiles that each of their CTAs has alone, before they share one."""
+    return self.num_tiles // (self.num_workers * self.cluster) if self.shares_last else 0
 
   @property
   def whole_waves(self) -> int:
@@ -128,6 +141,7 @@ class SkinnyTiles:
   cluster: int = 1  # CTAs that share a tile, each with a part of k
   block_n: int = ROWS  # or, of the mainloop "sixteens", twice that
   whole_scales: bool = False  # those of a tile at once, not with each block of k
+  shares_last: bool = False  # as of `Grid`
 
   def scale_slots(self, k_steps: int) -> int:
     """How many tiles' whole scales there is room for, of tiles with so many steps.
