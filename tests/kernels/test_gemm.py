@@ -26,6 +26,7 @@ from tests.support.kernels import (
   F32,
   FP8_SUMS,
   SMS,
+  Lowered,
   assert_product,
   check_every_second_row_nan,
   compiled,
@@ -35,6 +36,7 @@ from tests.support.kernels import (
   interpreted,
   interpreted_in_order,
   largest_scales,
+  lowered_alone,
   mx_operand,
   needs_kernels,
   on_gpu,
@@ -218,7 +220,7 @@ STREAM_K = {
   ),
   "stream-K, fp8, parts, waves": (
     *("e4m3", BF16, (1, 1), 150, 600, 1216),
-    *(T(128, 3, True, stream_k=True, parts=2), {"num_sms": 3}),
+    *(T(128, 2, True, stream_k=True, parts=2), {"num_sms": 3}),
   ),
   "stream-K, two steps each": (
     *("mxfp4", BF16, (5, 1), 33, 100, 384),
@@ -584,6 +586,12 @@ def test_lowers_for_cuda(shape, mode):
     assert f"jaxqq_{'gemm' if staged else kernel}" in text
 
 
+@pytest.mark.parametrize("name", STREAM_K | CLUSTERS)
+def test_cases_of_a_gpu_are_lowered(name):
+  with pytest.raises(Lowered):
+    check_packed(lowered_alone, name)
+
+
 # Compiled, on a GPU.
 
 
@@ -625,7 +633,7 @@ def check_registers(run, which, n, k):
     passed = np.ones((1, k), F32), rows[None]
   elif mode != "nvfp4":
     scales[16, 3] = 0xFF
-  want = interpreted_operand(words, scales, mainloop)
+  want = interpreted_operand(words, scales, mainloop) * 2.0**mainloop.unit_exponent
   if which == "e4m3":
     want = want * rows[:, None]
   f = dequant_gemm_of(mainloop, F32, T(256, 3, store_stages=1))

@@ -18,6 +18,7 @@ from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._reference import Operands
 from tests.support import oracle
 from tests.support.interpreter import interpreted_kernels
+from tests.support.programs import lowered_for_cuda
 
 needs_kernels = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 (Mosaic GPU's warpgroups)"
@@ -48,6 +49,16 @@ def interpreted_in_order(f, *args):
 
 def compiled(f, *args):
   return jax.tree.map(np.asarray, jax.jit(f)(*jax.tree.map(jnp.asarray, args)))
+
+
+class Lowered(Exception):
+  """Instead of results, which a machine without a GPU does not have."""
+
+
+def lowered_alone(f, *args):
+  """As far as a machine without a GPU gets: no more shared memory than there is, for one thing."""
+  assert "jaxqq_" in lowered_for_cuda(f, *jax.tree.map(jnp.asarray, args))
+  raise Lowered
 
 
 # Operands
