@@ -211,9 +211,9 @@ PARTS_OF_K = [
 LAST_SHARED = [
   Program(mode, m, n, k, dtype, packed=True, quantize_input=quantized)
   for mode, m, n, k, dtype, quantized in (
-    *(("nvfp4", 1, 10240, 2560, "bfloat16", True), ("nvfp4", 3, 12280, 2048, "float16", True)),
-    *(("nvfp4", 8, 9000, 2560, "bfloat16", True), ("nvfp4", 16, 20480, 4608, "bfloat16", False)),
-    *(("mxfp8", 1, 12288, 4608, "bfloat16", True), ("mxfp8", 8, 18000, 2048, "float16", True)),
+    *(("nvfp4", 1, 10240, 4608, "bfloat16", True), ("nvfp4", 3, 12280, 4096, "float16", True)),
+    *(("nvfp4", 8, 9000, 4608, "bfloat16", True), ("nvfp4", 16, 20480, 4608, "bfloat16", False)),
+    *(("mxfp8", 1, 12288, 4608, "bfloat16", True), ("mxfp8", 8, 18000, 4096, "float16", True)),
     *(("mxfp8", 20, 10250, 4096, "bfloat16", True), ("mxfp4", 6, 9000, 4096, "bfloat16", False)),
   )
 ]

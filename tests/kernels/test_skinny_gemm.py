@@ -29,12 +29,14 @@ from tests.support.kernels import (
   F32,
   FP8_SUMS,
   SMS,
+  Lowered,
   assert_product,
   check_every_second_row_nan,
   compiled,
   e2m1_operand,
   interleaved,
   interpreted,
+  lowered_alone,
   mx_operand,
   needs_kernels,
   nothing_beyond,
@@ -221,6 +223,12 @@ def check_skinny(run, name):
   fp8_sums = run is compiled and mode == "mxfp8" and x_as_is is None
   of_mag = FP8_SUMS if fp8_sums else 1.0
   assert_product(out, x_hat * factors[0], w_hat, out_dtype, of_mag=of_mag)
+
+
+@pytest.mark.parametrize("name", CLUSTER_CASES)
+def test_cases_of_a_gpu_are_lowered(name):
+  with pytest.raises(Lowered):
+    check_skinny(lowered_alone, name)
 
 
 @pytest.mark.parametrize("name", CASES)

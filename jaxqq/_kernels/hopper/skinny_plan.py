@@ -37,6 +37,7 @@ from jaxqq._reference import Operands
 
 MAX_SKINNY_ROWS = 64
 MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
+MAX_ROWS_OF_ANY_CLUSTER = 32  # with more, the sums that its first CTA adds take what others save
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # With more rows, w waits for x to be quantized in the kernel. That of nvfp4 takes long, since every
@@ -309,7 +310,7 @@ def _skinny_tiles(
   # Every warpgroup of every CTA gets a block of k, the one with the most of them as few as can be.
   shared = [
     tiles
-    for cluster in (8, 6, 4, 3, 2)
+    for cluster in ((8, 6, 4, 3, 2) if problem.rows <= MAX_ROWS_OF_ANY_CLUSTER else (4, 2))
     for workers in (4, 2)
     if num_tiles <= device.num_clusters(cluster) and k_steps >= cluster * workers
     if (tiles := tiles_of(workers, cluster)) is not None
@@ -317,7 +318,8 @@ def _skinny_tiles(
   if shared:
     return min(shared, key=lambda tiles: cdiv(k_steps, tiles.cluster * tiles.compute_warpgroups))
   last = None
-  if _leaves_few(num_tiles, device) and k_steps > 1 and not alone.whole_scales:
+  every_has_a_block = k_steps >= 2 * alone.compute_warpgroups
+  if _leaves_few(num_tiles, device) and every_has_a_block and not alone.whole_scales:
     last = tiles_of(alone.compute_warpgroups, 2, shares_last=True)
   # CTAs are to be as fast with whole tiles as they would be alone.
   return last if last is not None and last.num_stages == alone.num_stages else alone
