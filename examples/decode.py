@@ -80,7 +80,7 @@ def time_batch(
   bar.set_postfix_str(f"generating at batch {batch}")
   prefill_s, decode_s = [], []
   for _ in range(1 + options.repeats):
-    cache = jax.block_until_ready({**cache, "length": jnp.int32(0)})
+    cache = jax.block_until_ready(cache | {"length": jnp.int32(0)})
     begin = time.perf_counter()
     cache, logits = jax.block_until_ready(run_prefill(params, cache, prompts))
     prefill_s.append(time.perf_counter() - begin)

@@ -201,16 +201,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
   """Grouped-query attention (arXiv:2305.13245): neighbouring heads of q share one of k and v.
 
   q is (batch, seq, heads, size) at `positions`; k and v are (batch, length, kv_heads, size), and
-  what is behind a query's own position is not seen. On a GPU cuDNN has one kernel for all of it.
+  what is behind a query's own position is not seen. In 16 bits cuDNN has one kernel for all of it.
   """
   batch, seq = q.shape[:2]
-  if seq == 1:
+  if seq == 1:  # lengths cost less than a mask
     seen: Any = {"key_value_seq_lengths": jnp.broadcast_to(positions + 1, (batch,))}
   else:
     mask = jnp.arange(k.shape[1])[None, :] <= positions[:, None]
     seen = {"mask": mask[None, None]}
-  has_cudnn = jax.default_backend() == "gpu" and q.dtype != jnp.float32
-  how: Any = "cudnn" if has_cudnn else "xla"
+  is_cuda = "cuda" in jax.devices()[0].client.platform_version.lower()
+  how: Any = "cudnn" if is_cuda and q.dtype != jnp.float32 else "xla"
   return jax.nn.dot_product_attention(q, k, v, **seen, implementation=how).reshape(batch, seq, -1)
 
 
@@ -290,9 +290,10 @@ def greedy(logits: jax.Array) -> jax.Array:
 def prefill(
   params: Params, cache: Cache, prompts: jax.Array, cfg: Config
 ) -> tuple[Cache, jax.Array]:
-  """Reads prompts (batch, seq) into a cache of length 0, in place: the logits (batch, vocab).
+  """Reads prompts (batch, seq) into an empty cache, in place: that, and the logits (batch, vocab).
 
-  The arrays of a cache are made once and used again for every prompt, as a server does.
+  A cache is empty where its length is 0, whatever its arrays hold, so that every prompt may go to
+  the same one. For arrays at other addresses XLA would record its CUDA graphs anew.
   """
   cache, x = forward(params, cache, prompts, cfg)
   return cache, logits_of(params, x[:, -1:], cfg)[:, 0]

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxqq.nn import QQLinear
 from tests.support import oracle
+from tests.support.kernels import on_gpu
 from tests.support.processes import run_example_without
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -249,11 +250,27 @@ def test_a_cache_is_used_again_in_place():
   cache, logits = decoder.prefill(params, empty, text, cfg)
   used, tokens = decoder.decode(params, cache, decoder.greedy(logits), STEPS, cfg)
   assert all(a.is_deleted() for a in jax.tree.leaves((empty, cache)))
-  used, _ = decoder.prefill(params, {**used, "length": jnp.int32(0)}, text[::-1] ^ 1, cfg)
-  cache, again = decoder.prefill(params, {**used, "length": jnp.int32(0)}, text, cfg)
+  used, _ = decoder.prefill(params, used | {"length": jnp.int32(0)}, text[::-1] ^ 1, cfg)
+  cache, again = decoder.prefill(params, used | {"length": jnp.int32(0)}, text, cfg)
   np.testing.assert_array_equal(again, logits)
   _, tokens_again = decoder.decode(params, cache, decoder.greedy(again), STEPS, cfg)
   np.testing.assert_array_equal(tokens_again, tokens)
+
+
+class TestOnGpu:
+  pytestmark = on_gpu
+
+  @pytest.mark.parametrize("heads", [(4, 2), (32, 8)])
+  def test_attention_by_cudnn(self, heads):
+    """A prompt's, and the next token's; what is behind in the cache is not seen."""
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((BATCH, 12, n, 64)) for n in (heads[0], *2 * heads[1:]))
+    q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))
+    exact = attend(*(np.asarray(a, np.float64) for a in (q, k, v)))
+    for start, stop in ((0, 7), (7, 8), (8, 12)):
+      positions = jnp.arange(start, stop, dtype=jnp.int32)
+      out = jax.jit(decoder.attend)(q[:, start:stop], k, v, positions)
+      assert oracle.relative_error(out, exact[:, start:stop]) < 0.01
 
 
 # ---- weights
