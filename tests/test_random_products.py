@@ -109,7 +109,7 @@ MANY_ROWS = [
   for m, n in TILES.values()
   for k in STEPS.values()
 ]
-# Chunks of 256 and 512, which go round two or four warpgroups, and clusters of up to four CTAs.
+# Chunks of 256 and 512, which go round two or four warpgroups, and clusters.
 FEW_ROWS = [
   Program(mode, m, n, k, dtype, packed=packed, highest=dtype == "float16")
   for mode in ("nvfp4", "mxfp8")

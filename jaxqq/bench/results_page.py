@@ -114,9 +114,10 @@ their time. In the last tables are the ratios of every shape.
 nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with many rows it can
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
-Every cell was measured with the kernel and tiles that it has today. Of up to 32 rows, those where
-CTAs share tiles are newer than the others (N up to 4096, and most where few tiles are left for the
-last wave); from 2048 on most are the oldest.
+The kernels and tiles are those of today, but for 8 cells from 2048 rows on with K of 2880 or 5376,
+which have other stages now, or scales that are no longer padded. Of few rows those where CTAs share
+tiles are newer than the others (N up to 4096, and most where few tiles are left for the last wave);
+from 2048 on most are the oldest.
 
 All N and K here are multiples of 64. Rows of x that are no multiple of 8 cost no more: at 4096 x
 4096, 1001 rows take 47.6 µs in nvfp4 and 36.1 in mxfp8, 1024 rows 47.8 and 36.0. With 50257 rows of
@@ -209,12 +210,12 @@ by` is ‖difference‖/‖logits‖ after the prompt, against the bfloat16 mode
 weights. `same tokens` counts the prompts for which both models choose the same next token.
 Random weights leave many logits nearly equal, so a trained model agrees more often.
 
-Besides its products, every layer runs 14 to 16 small XLA kernels (attention, norms, rotary
-positions), in each of the models. In nvfp4 at batch 1 they take 23 µs a layer, products 50, and
-what is between kernels, 1.2 µs each, 23 more. A prompt of 128 tokens takes as long as its kernels
-are launched: in all three models they themselves take less. With global scales, nvfp4's products of
-many rows had one kernel more in this run than today. And attention was five kernels here, seven for
-a prompt: today it is one of cuDNN's, and every prompt goes to the same cache.""",
+Besides its products, every layer ran 14 to 16 small XLA kernels (attention, norms, rotary
+positions), in each of the models. In nvfp4 at batch 1 they took 23 µs a layer, products 50, and
+what is between kernels, 1.2 µs each, 23 more. A prompt of 128 tokens took as long as its kernels
+were launched: in all three models they themselves took less. With global scales, nvfp4's products
+of many rows had one kernel more in this run than today. And attention was five kernels, seven for a
+prompt: today it is one of cuDNN's, and every prompt goes to the same cache.""",
     "python examples/decode.py",
   ),
   Section(

@@ -38,6 +38,7 @@ from jaxqq._reference import Operands
 MAX_SKINNY_ROWS = 64
 MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
 MAX_ROWS_OF_ANY_CLUSTER = 32  # with more, the sums that its first CTA adds take what others save
+MIN_SHARED_BLOCKS = 8  # of k, of tiles of a last wave
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # With more rows, w waits for x to be quantized in the kernel. That of nvfp4 takes long, since every
@@ -183,7 +184,7 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   if mainloop == "expanded" or (mainloop == "in_order" and rows > MAX_SKINNY_ROWS // 2):
     timed = next(timed for timed in SKINNY_E2M1 if rows <= timed.rows)
     parts = cdiv(problem.k, PART_K)
-    if plan.grid.shares_every:  # whole blocks
+    if plan.grid.shares_every:  # each CTA has whole blocks
       parts = tiles.cluster * cdiv(problem.k, tiles.cluster * block.k) * (block.k // PART_K)
     own = timed.time(plan.grid, parts)
     other = wide_plan(problem, device, fp8=False).estimate_us
@@ -267,8 +268,9 @@ def _x_bytes(mainloop: str, block: KBlock, padded_m: int, rows: int) -> int:
 def _skinny_tiles(
   problem: Problem, device: Device, mainloop: str, block: KBlock, padded_m: int
 ) -> SkinnyTiles:
-  """As many warpgroups as there is room for, then stages; clusters where CTAs would be few.
+  """As many warpgroups as there is room for, then stages.
 
+  Where CTAs would be few, a cluster shares each tile; where the last wave's would be, those alone.
   Scales whose rows begin anywhere are loaded for a tile at once where that leaves it its stages.
   In groups, "sixteens" has tiles of twice as many rows of w, since every tile loads x again.
   """
@@ -303,11 +305,14 @@ def _skinny_tiles(
   alone = first(tiles_of(workers) for workers in (4, 2))
   assert alone is not None, "two stages fit"
   if problem.in_groups:
-    # Where four warpgroups would wait for the only stage that each has, two are faster.
-    is_large = mainloop == "sixteens" and problem.n > ROWS
-    return (first(tiles_of(w, block_n=2 * ROWS) for w in (4, 2)) if is_large else None) or alone
+    large = None
+    if mainloop == "sixteens" and problem.n > ROWS:
+      # Where four warpgroups would wait for the only stage that each has, two are faster.
+      large = first(tiles_of(workers, block_n=2 * ROWS) for workers in (4, 2))
+    return large or alone
 
-  # Every warpgroup of every CTA gets a block of k, the one with the most of them as few as can be.
+  # Every warpgroup of every CTA gets a block of k, the one with the most as few as can be; then as
+  # many CTAs as can be.
   shared = [
     tiles
     for cluster in ((8, 6, 4, 3, 2) if problem.rows <= MAX_ROWS_OF_ANY_CLUSTER else (4, 2))
@@ -317,15 +322,21 @@ def _skinny_tiles(
   ]
   if shared:
     return min(shared, key=lambda tiles: cdiv(k_steps, tiles.cluster * tiles.compute_warpgroups))
-  last = None
-  every_has_a_block = k_steps >= 2 * alone.compute_warpgroups
-  if _leaves_few(num_tiles, device) and every_has_a_block and not alone.whole_scales:
+  if problem.is_packed and _leaves_few(num_tiles, k_steps, device) and not alone.whole_scales:
     last = tiles_of(alone.compute_warpgroups, 2, shares_last=True)
-  # CTAs are to be as fast with whole tiles as they would be alone.
-  return last if last is not None and last.num_stages == alone.num_stages else alone
+    # CTAs are to be as fast with whole tiles as they would be alone.
+    if last is not None and last.num_stages == alone.num_stages:
+      return last
+  return alone
 
 
-def _leaves_few(num_tiles: int, device: Device) -> bool:
-  """Whether the last wave of CTAs has no more tiles than there are clusters of two."""
+def _leaves_few(num_tiles: int, k_steps: int, device: Device) -> bool:
+  """Whether the last wave of CTAs has no more tiles than there are clusters of two.
+
+  Only of tiles of some length: those of four blocks of k took longer.
+  """
   waves, rest = divmod(num_tiles, device.num_sms)
-  return waves > 0 and device.num_sms % 2 == 0 and 0 < rest <= device.num_clusters(2)
+  is_even = device.num_sms % 2 == 0
+  return (
+    k_steps >= MIN_SHARED_BLOCKS and is_even and waves > 0 and 0 < rest <= device.num_clusters(2)
+  )
