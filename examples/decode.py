@@ -42,6 +42,7 @@ except ImportError:
 Result = dict[str, Any]
 
 CHOICES = (*MODES, "mxfp4")
+WARM_UPS = 3
 INSTALL = "pip install 'jaxqq[examples]' (from a checkout: pip install '.[examples]')."
 
 
@@ -72,15 +73,22 @@ def time_batch(
 ) -> tuple[Result, np.ndarray]:
   """Generates some times: medians, and the logits (batch, vocab) after the prompts.
 
-  The first time, which loads the kernels, is not counted.
+  The first time is not counted, nor are prompts before it: XLA loads kernels, and then records
+  CUDA graphs, which takes longer than to read a prompt.
   """
   batch, steps = prompts.shape[0], options.tokens
   run_prefill, run_decode = programs
   cache = decoder.empty_cache(cfg, batch, prompts.shape[1] + steps)
   bar.set_postfix_str(f"generating at batch {batch}")
   prefill_s, decode_s = [], []
+
+  def emptied(cache: Any) -> Any:
+    return jax.block_until_ready(cache | {"length": jnp.int32(0)})
+
+  for _ in range(WARM_UPS):
+    cache, logits = jax.block_until_ready(run_prefill(params, emptied(cache), prompts))
   for _ in range(1 + options.repeats):
-    cache = jax.block_until_ready(cache | {"length": jnp.int32(0)})
+    cache = emptied(cache)
     begin = time.perf_counter()
     cache, logits = jax.block_until_ready(run_prefill(params, cache, prompts))
     prefill_s.append(time.perf_counter() - begin)
