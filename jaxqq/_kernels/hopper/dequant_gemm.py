@@ -317,7 +317,9 @@ class _Cta:
     self.gmem, self.out, self.smem = gmem, out, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(kernel.grid)
-    self.first_step, self.k_steps = self.own_steps()
+    self.first_step, self.k_steps = 0, kernel.k_steps
+    if self.tiles.cluster > 1:
+      self.first_step, self.k_steps = pipeline.share_of_steps(kernel.grid, kernel.k_steps)
     worker = None
     if self.tiles.stream_k:
       worker = lax.axis_index(pipeline.WORKER)
@@ -325,14 +327,6 @@ class _Cta:
     else:
       self.walk = pipeline.walk(kernel.grid, gmem.groups)
     self.end = TileEnd(kernel, gmem, out, smem, self.warpgroup, self.cluster_index, worker)
-
-  def own_steps(self) -> tuple[Any, Any]:
-    """Of all steps along k, the first that is this CTA's, and how many are."""
-    all_steps, size = self.kernel.k_steps, self.tiles.cluster
-    if size == 1:
-      return 0, all_steps
-    first, end = (lax.div((self.cluster_index + i) * all_steps, jnp.int32(size)) for i in range(2))
-    return first, end - first
 
   def steps_of(self, tile: Tile) -> Steps:
     """Those of a tile that this CTA has."""

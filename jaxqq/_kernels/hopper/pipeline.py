@@ -249,6 +249,13 @@ def cluster_index(grid: Grid) -> Any:
   return lax.axis_index(cluster.AXIS) if grid.cluster > 1 else 0
 
 
+def share_of_steps(grid: Grid, k_steps: int) -> tuple[Any, Any]:
+  """Of all steps along k of a tile that a cluster shares: this CTA's first, and how many it has."""
+  index, size = cluster_index(grid), jnp.int32(grid.cluster)
+  first, end = (lax.div((index + i) * k_steps, size) for i in range(2))
+  return first, end - first
+
+
 # Launching
 
 

@@ -41,6 +41,7 @@ from jaxqq._kernels.hopper.mainloops.table import skinny_mainloops
 from jaxqq._kernels.hopper.pipeline import (
   GroupTile,
   GroupTiles,
+  Steps,
   Tile,
   batch_of,
   pad_rows,
@@ -291,8 +292,8 @@ class _Cta:
     @pl.when(warpgroup == workers)
     @jax.named_scope("producer")
     def _producer() -> None:
-      steps = self.steps_of, self.count_steps
       pipeline.release_registers(workers)
+      steps = self.steps_of, self.count_steps
       pipeline.produce(self.load, self.smem.empty, self.walk, *steps)
 
     @pl.when(warpgroup < workers)
@@ -344,30 +345,29 @@ class _Cta:
 
   # Loads
 
-  def own_blocks(self, t: Any) -> tuple[Any, Any]:
-    """Of k of its t-th tile: the first that is this CTA's, and how many are."""
-    every, size, rounds = self.kernel.all_steps, self.tiles.cluster, self.kernel.grid.whole_rounds
-    if size == 1:
-      return 0, every
-    first, end = (lax.div((self.cluster_index + i) * every, jnp.int32(size)) for i in range(2))
-    if not rounds:
-      return first, end - first
-    is_shared = t >= rounds
-    return jnp.where(is_shared, first, 0), jnp.where(is_shared, end - first, every)
+  def steps(self, t: Any) -> Steps:
+    """The blocks of k that this CTA has of its t-th tile: all, but of its last one, if shared."""
+    every, grid = self.kernel.all_steps, self.kernel.grid
+    before = t * every
+    if grid.cluster == 1:
+      return Steps(0, every, before)
+    first, count = pipeline.share_of_steps(grid, every)
+    if grid.shares_last:
+      is_shared = t >= grid.whole_rounds
+      first, count = jnp.where(is_shared, first, 0), jnp.where(is_shared, count, every)
+    return Steps(first, count, before)
 
-  def steps_of(self, tile: Tile) -> pipeline.Steps:
-    # Only a CTA's last tile is shared.
-    return pipeline.Steps(0, self.own_blocks(tile.index)[1], tile.index * self.kernel.all_steps)
+  def steps_of(self, tile: Tile) -> Steps:
+    return self.steps(tile.index)
 
   def count_steps(self) -> Any:
     """Of all tiles."""
-    last = jnp.maximum(self.walk.num_tiles - 1, 0)
-    of_last = jnp.where(self.walk.num_tiles > 0, self.own_blocks(last)[1], 0)
-    return last * self.kernel.all_steps + of_last
+    last = self.steps(jnp.maximum(self.walk.num_tiles - 1, 0))
+    return last.before + jnp.where(self.walk.num_tiles > 0, last.count, 0)
 
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     kernel, gmem, smem, full = self.kernel, self.gmem, self.smem, self.smem.full.at[stage]
-    ki = ki + self.own_blocks(tile.index)[0]
+    ki = ki + self.steps(tile.index).first
     rows = pl.ds(tile.n * kernel.block_n, kernel.block_n)
 
     def copy(a: Any, rows: Any, columns: int, to: Any) -> None:
@@ -489,17 +489,16 @@ class _Cta:
     warpgroups, always belongs to the same one, which sees all its barrier's phases.
     """
     smem, workers = self.smem, self.tiles.compute_warpgroups
-    stages, first = self.tiles.num_stages, t * self.kernel.all_steps
-    first_block, k_steps = self.own_blocks(t)
+    stages, steps = self.tiles.num_stages, self.steps(t)
     own_first = lax.rem(
-      self.warpgroup + workers - lax.rem(first, jnp.int32(workers)), jnp.int32(workers)
+      self.warpgroup + workers - lax.rem(steps.before, jnp.int32(workers)), jnp.int32(workers)
     )
-    count = lax.div(k_steps - own_first + workers - 1, jnp.int32(workers))
+    count = lax.div(steps.count - own_first + workers - 1, jnp.int32(workers))
 
     def add_block(i: Any, state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
       stage, sums = state
       ki = own_first + i * workers
-      block = first_block + ki
+      block = steps.first + ki
       if self.kernel.quantizer is not None:
         self.quantize_x(self.kernel.quantizer, stage, block, t)
       plgpu.barrier_wait(smem.full.at[stage])
@@ -514,7 +513,7 @@ class _Cta:
       plgpu.barrier_wait(smem.scales_full.at[self.slot_of_scales(t)])
     zeros = jnp.zeros((ROWS, self.plan.padded_m), jnp.float32)
     state = (
-      pipeline.stage_of(first + own_first, stages),
+      pipeline.stage_of(steps.before + own_first, stages),
       [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in self.halves],
     )
     return lax.fori_loop(0, count, add_block, state)[1]
