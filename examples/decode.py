@@ -42,7 +42,7 @@ except ImportError:
 Result = dict[str, Any]
 
 CHOICES = (*MODES, "mxfp4")
-WARM_UPS = 3
+WARM_UPS = 3  # prompts, before any is timed
 INSTALL = "pip install 'jaxqq[examples]' (from a checkout: pip install '.[examples]')."
 
 

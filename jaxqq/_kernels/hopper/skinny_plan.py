@@ -38,7 +38,7 @@ from jaxqq._reference import Operands
 MAX_SKINNY_ROWS = 64
 MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
 MAX_ROWS_OF_ANY_CLUSTER = 32  # with more, the sums that its first CTA adds take what others save
-MIN_SHARED_BLOCKS = 8  # of k, of tiles of a last wave
+MIN_SHARED_BLOCKS = 8  # of k, of tiles of a last wave that clusters share: with 4 it took longer
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
 # With more rows, w waits for x to be quantized in the kernel. That of nvfp4 takes long, since every
@@ -331,12 +331,7 @@ def _skinny_tiles(
 
 
 def _leaves_few(num_tiles: int, k_steps: int, device: Device) -> bool:
-  """Whether the last wave of CTAs has no more tiles than there are clusters of two.
-
-  Only of tiles of some length: those of four blocks of k took longer.
-  """
+  """Whether the last wave has no more tiles than clusters of two have room, and long ones."""
   waves, rest = divmod(num_tiles, device.num_sms)
-  is_even = device.num_sms % 2 == 0
-  return (
-    k_steps >= MIN_SHARED_BLOCKS and is_even and waves > 0 and 0 < rest <= device.num_clusters(2)
-  )
+  fits = device.num_sms % 2 == 0 and 0 < rest <= device.num_clusters(2)
+  return k_steps >= MIN_SHARED_BLOCKS and waves > 0 and fits
