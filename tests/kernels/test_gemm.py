@@ -357,16 +357,15 @@ def packed_specs(n, k):
   return spec((n, k // 8), jnp.uint32), spec((n, k // 16), jnp.uint8)
 
 
-def test_the_launch_that_quantizes_x_clears_flags():
-  """Else one of its own does. Where products of one x are alike, XLA copies the flags."""
+def test_nothing_is_launched_to_clear_flags():
   x, w = jax.ShapeDtypeStruct((192, 8192), jnp.bfloat16), packed_specs(5120, 8192)
   assert jaxqq.explain(jaxqq.qqmm, x, *w, mode="nvfp4", device="cuda").plan.kernel.tiles.stream_k
   text = lowered_for_cuda(of_one_x, x, [w])
-  assert count_kernels(text) == 2 and text.count("stablehlo.broadcast_in_dim %c") == 0
+  assert count_kernels(text) == 2
   alone = jaxqq.quantized_matmul
   plan = jaxqq.explain(alone, x, *w, mode="nvfp4", device="cuda").plan.kernel
   text = lowered_for_cuda(functools.partial(alone, mode="nvfp4"), x, *w)
-  assert count_kernels(text) == 1 + plan.tiles.stream_k
+  assert plan.tiles.stream_k and count_kernels(text) == 1
 
 
 STREAMED_TILES = [1, 3, 10, 22]
@@ -375,13 +374,14 @@ STREAMED_TILES = [1, 3, 10, 22]
 @pytest.mark.parametrize("sms", [2, 3, 7])
 @pytest.mark.parametrize("k_steps", [2, 5, 8, 19])
 @pytest.mark.parametrize("tiles", STREAMED_TILES)
-def test_the_pieces_of_stream_k(tiles, k_steps, sms):
+@pytest.mark.parametrize("dealt_steps", [1, 2])
+def test_the_pieces_of_stream_k(dealt_steps, tiles, k_steps, sms):
   """Every step of every tile is somebody's, and those who begin a tile are before who ends it.
 
-  No piece has one step alone.
+  No piece has fewer steps than are dealt out together.
   """
-  grid = Grid(1, 64, 128 * tiles, 64, 128, sms, stream_k=True)
-  if tiles % sms == 0 or grid.dealt_tiles * (k_steps // 2) < sms:
+  grid = Grid(1, 64, 128 * tiles, 64, 128, sms, stream_k=True, dealt_steps=dealt_steps)
+  if tiles % sms == 0 or grid.dealt_tiles * (k_steps // dealt_steps) < sms:
     return  # no stream-K
   # As many pieces in all cases, at once: of each operation there is one program for so many SMs.
   block_steps, most = 4, max(STREAMED_TILES) + 3
@@ -406,7 +406,7 @@ def test_the_pieces_of_stream_k(tiles, k_steps, sms):
     assert numbers[worker] <= most
     for piece in np.asarray(fields[worker, : numbers[worker]]):
       tile, first, count, steps_before, blocks_before, others, is_end = map(int, piece)
-      assert count >= 2 and (steps_before, blocks_before) == (before, blocks)
+      assert count >= dealt_steps and (steps_before, blocks_before) == (before, blocks)
       before, blocks = (
         before + count,
         blocks - (-(first + count) // block_steps + first // block_steps),

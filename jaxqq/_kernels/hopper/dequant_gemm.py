@@ -129,9 +129,9 @@ class Operands:
   x_scales: Any = None  # float32 (b or 1, m or more), of rebased codes
   w_scales: Any = None  # float32 (b or 1, n or more)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
-  # Of stream-K, references that are written to
-  flags: Any = None  # int32 (flags,), of `stream_k.zero_flags`; None: by a launch of its own
+  # Of stream-K, `stream_k.buffers`
   left: Any = None  # float32 (CTAs, warpgroups, 64, block_m): sums that a CTA leaves to the next
+  flags: Any = None  # int32: that it has
 
 
 @pipeline.arrays
@@ -166,7 +166,8 @@ def dequant_gemm(
   """(b, m, n): the sums times `unit` and global scales, or times the scales of x's and w's rows."""
   kernel = _DequantGemm(operands, mainloop, out_dtype, tiles, grid, unit)
   if tiles.stream_k:
-    operands = kernel.with_handover(operands)
+    left, flags = stream_k.buffers(grid, kernel.compute_warpgroups, tiles.block_m)
+    operands = dataclasses.replace(operands, left=left, flags=flags)
   out = pipeline.launch(
     kernel,
     kernel.padded(operands),
@@ -295,15 +296,6 @@ class _DequantGemm:
         of_x = pad_rows(of_x, rounded_up(self.m, self.store_m))
       of_w = pad_rows(of_w, rounded_up(self.n, ROWS))
     return dataclasses.replace(operands, scales=scales, x_scales=of_x, w_scales=of_w)
-
-  def with_handover(self, operands: Operands) -> Operands:
-    """With what stream-K writes to."""
-    shape = self.grid.num_sms, self.compute_warpgroups
-    left = jax.ShapeDtypeStruct((*shape, ROWS, self.tiles.block_m), jnp.float32)
-    flags = operands.flags
-    if flags is None:
-      (flags,) = stream_k.zero_flags(self.grid.num_sms).results()
-    return dataclasses.replace(operands, flags=jax.new_ref(flags), left=jax.empty_ref(left))
 
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()

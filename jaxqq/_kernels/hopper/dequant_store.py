@@ -150,7 +150,7 @@ class TileEnd:
     columns = range(0, block_m, HANDED_OVER)
 
     def flags_of(worker: Any) -> Any:
-      return stream_k.flags_of(self.gmem.flags, worker, self.warpgroup)
+      return stream_k.flags_of(self.gmem.flags, worker, left.shape[1], self.warpgroup)
 
     def parts_of(sums: Any) -> list[Any]:
       return [sums[:, i : min(i + HANDED_OVER, block_m)] for i in columns]

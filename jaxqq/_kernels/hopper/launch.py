@@ -21,7 +21,6 @@ from jaxqq._kernels.hopper import (
   row_sums,
   skinny_gemm,
   staged_gemm,
-  stream_k,
 )
 from jaxqq._kernels.hopper.mainloops.table import (
   PART_K,
@@ -53,15 +52,12 @@ def wide(plan: WidePlan, operands: Operands) -> jax.Array:
   """out (..., m, n)."""
   fmt = plan.problem.fmt
   folded = fold(operands)
-  flags = [stream_k.zero_flags(plan.device.num_sms)] if plan.tiles.stream_k else []
   if plan.fp8:  # loads go past the end of k
-    ready = _rebased(plan, _with_even_scales(folded), flags)
+    ready = _rebased(plan, _with_even_scales(folded))
   elif plan.kernel == "dequant_gemm":
-    ready = _exact(plan, _with_whole_rows(plan, folded), beside=flags)
+    ready = _exact(plan, _with_whole_rows(plan, folded))
   else:
     ready = _exact(plan, pad_k(folded, gemm.step_k(operand_dtype(plan.problem)), fmt))
-  if flags:
-    ready = dataclasses.replace(ready, flags=flags[0].results()[0])
   out = _KERNELS[plan.kernel](plan, ready)
   return out.reshape(*operands.batch_shape, operands.m, operands.n)
 

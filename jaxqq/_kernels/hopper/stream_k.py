@@ -2,8 +2,8 @@
 
 Where tiles do not fill the last wave of CTAs, SMs are idle for as long as a tile takes. So the
 tiles of the last wave, and of the one before it, are laid end to end, and their steps are dealt
-out evenly, in twos: the loop in `dequant_gemm` needs two steps or more of a tile, and an odd last
-one goes with the two before it. Of three CTAs and four tiles of six steps, each has eight:
+out evenly. In `dequant_gemm` it is in twos: its loop needs two steps or more of a tile, and an odd
+last one goes with the two before it. Of three CTAs and four tiles of six steps, each has eight:
 
     tiles    |      0      |      1      |      2      |      3      |
     CTAs     |        0         |        1         |        2        |
@@ -23,20 +23,14 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxqq._kernels.hopper.pipeline import WORKER, Steps, Tile, Walk, tile_of
-from jaxqq._kernels.hopper.ptx import handover
-from jaxqq._kernels.hopper.ptx.layouts import ONE_EACH
+from jaxqq._kernels.hopper.ptx.handover import FLAGS
 from jaxqq._kernels.hopper.ptx.registers import recomputed
-from jaxqq._kernels.hopper.quantize.groups import Beside, store_gmem
-from jaxqq._kernels.hopper.tiles import DEALT_STEPS, Grid, cdiv
-
-_FLAGS = 4 * handover.FLAGS  # of a CTA: four compute warpgroups' at most
-_ZEROS = 128  # that a warpgroup writes, one a thread
+from jaxqq._kernels.hopper.tiles import ROWS, Grid, cdiv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Piece(Tile):
   others: Any  # CTAs just before this one that leave theirs
 
 
-def walk(grid: Grid, k_steps: int, block_steps: int) -> tuple[Walk, Any]:
+def walk(grid: Grid, k_steps: int, block_steps: int = 1) -> tuple[Walk, Any]:
   """The pieces and tiles of this CTA, and how many steps they have.
 
   Args:
@@ -56,7 +50,7 @@ def walk(grid: Grid, k_steps: int, block_steps: int) -> tuple[Walk, Any]:
     k_steps: of a tile.
     block_steps: steps that share a block of scales.
   """
-  assert grid.dealt_tiles * (k_steps // DEALT_STEPS) >= grid.num_sms, "every CTA has steps"
+  assert grid.dealt_tiles * (k_steps // grid.dealt_steps) >= grid.num_sms, "every CTA has steps"
   worker = lax.axis_index(WORKER)
   share = _Share(grid, k_steps, block_steps, worker)
 
@@ -67,21 +61,16 @@ def walk(grid: Grid, k_steps: int, block_steps: int) -> tuple[Walk, Any]:
   return Walk(share.num_pieces + whole, tile), share.end - share.begin + whole * k_steps
 
 
-def zero_flags(num_sms: int) -> Beside:
-  """int32: the flags of as many CTAs, none of which has left sums yet."""
-  steps = cdiv(num_sms * _FLAGS, _ZEROS)
-  out_type = jax.ShapeDtypeStruct((steps * _ZEROS,), jnp.int32)
-  return Beside(_write_zeros, "zero_flags", steps, (), (out_type,))
+def buffers(grid: Grid, warpgroups: int, block_m: int) -> tuple[Any, Any]:
+  """References to what CTAs leave each other: sums (CTAs, warpgroups, 64, block_m), and flags."""
+  sums = jax.ShapeDtypeStruct((grid.num_sms, warpgroups, ROWS, block_m), jnp.float32)
+  flags = jax.ShapeDtypeStruct((grid.num_sms * warpgroups * FLAGS,), jnp.int32)
+  return jax.empty_ref(sums), jax.empty_ref(flags)
 
 
-def flags_of(flags: Any, worker: Any, warpgroup: Any) -> Any:
+def flags_of(flags: Any, worker: Any, warpgroups: int, warpgroup: Any) -> Any:
   """Those of a CTA's warpgroup."""
-  return flags.at[pl.ds(worker * _FLAGS + warpgroup * handover.FLAGS, handover.FLAGS)]
-
-
-def _write_zeros(step: Any, flags: Any) -> None:
-  zeros = plgpu.layout_cast(jnp.zeros((_ZEROS,), jnp.int32), ONE_EACH)
-  store_gmem(flags.at[pl.ds(step * _ZEROS, _ZEROS)], zeros)
+  return flags.at[pl.ds((worker * warpgroups + warpgroup) * FLAGS, FLAGS)]
 
 
 class _Share:
@@ -89,7 +78,7 @@ class _Share:
 
   def __init__(self, grid: Grid, k_steps: int, block_steps: int, worker: Any):
     self.grid, self.k_steps, self.block_steps, self.worker = grid, k_steps, block_steps, worker
-    self.tile_deals = k_steps // DEALT_STEPS  # the last one may have a step more
+    self.tile_deals = k_steps // grid.dealt_steps  # the last one may have a step more
     self.deals = grid.dealt_tiles * self.tile_deals
     workers, size = jnp.int32(grid.num_sms), jnp.int32(k_steps)
     self.begin, self.end = (
@@ -101,7 +90,7 @@ class _Share:
   def step_of(self, deal: Any) -> Any:
     """The first step of a deal, counted from the first dealt tile on."""
     tile = lax.div(deal, jnp.int32(self.tile_deals))
-    return tile * self.k_steps + (deal - tile * self.tile_deals) * DEALT_STEPS
+    return tile * self.k_steps + (deal - tile * self.tile_deals) * self.grid.dealt_steps
 
   def blocks(self, first: Any, end: Any) -> Any:
     """Blocks of scales of some steps of a tile."""

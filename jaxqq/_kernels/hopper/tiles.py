@@ -45,6 +45,7 @@ class Grid:
   minor: int = 0  # the axis along which bands are cut; 0: m, 1: n
   stream_k: bool = False  # every SM has a CTA, however few tiles there are
   shares_last: bool = False  # CTAs have whole tiles first, and their cluster shares a last one
+  dealt_steps: int = DEALT_STEPS  # along k, that stream-K deals out together
 
   @property
   def tiles(self) -> tuple[int, int]:
@@ -92,8 +93,8 @@ class Grid:
 
   def most_steps(self, k_steps: int) -> int:
     """Of stream-K: that a CTA has, of tiles of so many steps, but for odd last ones."""
-    deals = cdiv(self.dealt_tiles * (k_steps // DEALT_STEPS), self.num_sms)
-    return self.whole_waves * k_steps + deals * DEALT_STEPS
+    deals = cdiv(self.dealt_tiles * (k_steps // self.dealt_steps), self.num_sms)
+    return self.whole_waves * k_steps + deals * self.dealt_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,7 @@ class SkinnyTiles:
   block_n: int = ROWS  # or, of the mainloop "sixteens", twice that
   whole_scales: bool = False  # those of a tile at once, not with each block of k
   shares_last: bool = False  # as of `Grid`
+  stream_k: bool = False  # blocks along k are dealt out to all CTAs evenly (`stream_k.py`)
 
   def scale_slots(self, k_steps: int) -> int:
     """How many tiles' whole scales there is room for, of tiles with so many steps.

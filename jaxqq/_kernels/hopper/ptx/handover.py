@@ -1,10 +1,14 @@
 """Sums from one CTA to another through global memory, warp by warp.
 
-    CTA i       | its part of a tile | stores sums | flag = 1 |
-    CTA i + 1   |                  its part of it             | waits | + sums of CTA i | stores
+    CTA i       | its part of a tile | stores sums, sets its flag |
+    CTA i + 1   |        its part of it        | waits, clears the flag | + sums of CTA i | stores
 
 A thread's sums are read by the thread of the same place in the other CTA. So a warp has a flag of
-its own, and no barrier of a warpgroup is needed. Flags are zero before the kernel begins.
+its own, and no barrier of a warpgroup is needed.
+
+Nobody clears the flags before: a launch for that would take what is gained. A flag is set if it is
+`_SET`, 64 bits that memory has by chance once in 2**64. Whoever has waited for a flag clears it, so
+none is left set for a kernel that gets the memory later.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ from jaxqq._kernels.hopper.ptx import registers
 from jaxqq._kernels.hopper.ptx.interpreter import interpreting
 from jaxqq._kernels.hopper.ptx.layouts import ROWS, WARP, WARPS
 
-FLAGS = WARPS  # of a warpgroup
+FLAGS = 2 * WARPS  # words of a warpgroup: a flag a warp
+_SET = 0x7B1D6E0FA35C94E7
 _VECTOR = 4  # numbers that a thread moves at once
 _STRIDE = 4 * _VECTOR * WARPS * WARP  # bytes from one of a thread's vectors to the next
 
@@ -80,7 +85,7 @@ def load_sums(ref: Any, column: int, columns: int) -> jax.Array:
 
 
 def signal(flags: Any) -> None:
-  """Says that this warpgroup's sums are there; flags is its own, int32 (4,)."""
+  """Says that this warpgroup's sums are there; flags is its own, int32 (FLAGS,)."""
   if interpreting():
     return
   _of_own_flag(
@@ -88,23 +93,27 @@ def signal(flags: Any) -> None:
       "bar.warp.sync 0xffffffff;",
       "mov.u32 lane, %laneid;",
       "setp.eq.u32 again, lane, 0;",
-      "@again st.release.gpu.global.u32 [at], 1;",
+      f"mov.u64 flag, {_SET};",
+      "@again st.release.gpu.global.u64 [at], flag;",
     ],
     flags,
   )
 
 
 def wait(flags: Any) -> None:
-  """Until another CTA's warpgroup has left its sums. The interpreter runs CTAs in their order."""
+  """Until another CTA's warpgroup has left its sums, once. The interpreter runs CTAs in order."""
   if interpreting():
     return
   _of_own_flag(
     [
       "poll:",
-      "ld.acquire.gpu.global.u32 lane, [at];",
-      "setp.eq.u32 again, lane, 0;",
+      "ld.acquire.gpu.global.u64 flag, [at];",
+      f"setp.ne.u64 again, flag, {_SET};",
       "@again bra poll;",
       "bar.warp.sync 0xffffffff;",
+      "mov.u32 lane, %laneid;",
+      "setp.eq.u32 again, lane, 0;",
+      "@again st.relaxed.gpu.global.u64 [at], 0;",
     ],
     flags,
   )
@@ -114,9 +123,9 @@ def _of_own_flag(lines: list[str], flags: Any) -> None:
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),), return_type=None)
   def run(ctx: Any, flags: Any) -> None:
     del ctx
-    before = [".reg .u32 lane;", ".reg .pred again;"]
-    # A warp's place is its first thread's, over 32: at 4 bytes each, thread / 8.
-    text = _at_own_address([*before, *lines], 0, "96", 1, shift=3)
+    before = [".reg .u32 lane;", ".reg .u64 flag;", ".reg .pred again;"]
+    # A warp's place is its first thread's, over 32: at 8 bytes each, thread / 4.
+    text = _at_own_address([*before, *lines], 0, "96", 1, shift=2)
     registers.void_asm(text, [_address(flags)], "l,~{memory}")
 
   run(flags)
