@@ -217,6 +217,23 @@ LAST_SHARED = [
     *(("mxfp8", 20, 10250, 4096, "bfloat16", True), ("mxfp4", 6, 9000, 4096, "bfloat16", False)),
   )
 ]
+# Few rows: blocks of a long k dealt out to all CTAs.
+STREAMED = [
+  Program(mode, m, n, k, dtype, packed=True, quantize_input=quantized)
+  for mode, m, n, k, dtype, quantized in (
+    *(("nvfp4", 7, 5100, 16384, "bfloat16", True), ("nvfp4", 12, 4800, 15360, "float16", False)),
+    *(("mxfp8", 20, 5050, 16384, "bfloat16", True), ("mxfp4", 6, 4500, 16384, "bfloat16", True)),
+  )
+]
+# Few rows: of a CTA's only tile, quantized in the kernel.
+QUANTIZED_IN_KERNEL = [
+  Program(mode, m, n, k, dtype, packed=True)
+  for mode, m, n, k, dtype in (
+    *(("nvfp4", 8, 4096, 4096, "bfloat16"), ("nvfp4", 5, 8440, 2048, "float16")),
+    *(("nvfp4", 6, 1000, 512, "float32"), ("mxfp8", 16, 4000, 4096, "bfloat16")),
+    *(("mxfp8", 11, 7168, 1536, "float16"), ("mxfp8", 13, 600, 6144, "bfloat16")),
+  )
+]
 KINDS = (
   ("normal", "groups within reach"),
   ("outliers", "heavy tails"),
@@ -234,6 +251,8 @@ EVERY = (
   + WHOLE_SCALES
   + PARTS_OF_K
   + LAST_SHARED
+  + STREAMED
+  + QUANTIZED_IN_KERNEL
 )
 
 
@@ -286,6 +305,12 @@ def test_every_kernel_is_among_them():
   assert {kernel.mainloop for kernel in shared} >= {"blockdiag", "group_sums", "sixteens"}
   assert {kernel.quantizes_x for kernel in shared} == {True, False}
   assert max(kernel.grid.whole_rounds for kernel in shared) > 1
+  streamed = [explained(program).plan.kernel for program in STREAMED]
+  assert all(kernel.tiles.stream_k for kernel in streamed)
+  assert {kernel.mainloop for kernel in streamed} == {"sixteens", "group_sums"}
+  in_kernel = [explained(program).plan.kernel for program in QUANTIZED_IN_KERNEL]
+  assert all(kernel.quantizes_x for kernel in in_kernel)
+  assert {kernel.mainloop for kernel in in_kernel} == {"sixteens", "group_sums"}
   own = [explained(program).plan.kernel for program in WHOLE_SCALES]
   assert all(kernel.tiles.whole_scales for kernel in own)
   steps = [cdiv(kernel.problem.k, kernel.block.k) for kernel in own]

@@ -36,6 +36,7 @@ from tests.support.kernels import (
   e2m1_operand,
   interleaved,
   interpreted,
+  interpreted_in_order,
   lowered_alone,
   mx_operand,
   needs_kernels,
@@ -149,6 +150,14 @@ CLUSTER_CASES = {
     T(4, 2, cluster=2, shares_last=True),
   ),
 }
+# Blocks of k dealt out to so many CTAs: some of which have the middle of a tile; or parts of two
+# tiles, and whole ones; and warpgroups without a block of a part.
+STREAM_K_CASES = {
+  "stream-K": ("nvfp4", BF16, (1, 1), 9, 133, 1536, T(4, stream_k=True), 5),
+  "stream-K, waves": ("mxfp8", F32, (2, 1), 20, 330, 2560, T(4, 2, stream_k=True), 5),
+  "sixteens, stream-K": ("nvfp4 bf16", F16, (1, 1), 5, 130, 2048, T(8, stream_k=True), 7),
+  "blockdiag, stream-K": ("blockdiag", BF16, (1, 1), 3, 250, 2560, T(8, 2, stream_k=True), 3),
+}
 
 
 def columns_of(codes, scales):
@@ -167,7 +176,8 @@ def columns_of(codes, scales):
 
 
 def check_skinny(run, name):
-  mode, out_dtype, (bx, bw), m, n, k, tiles = (CASES | CLUSTER_CASES)[name]
+  every = CASES | CLUSTER_CASES | STREAM_K_CASES
+  mode, out_dtype, (bx, bw), m, n, k, tiles, *num_sms = every[name]
   blockdiag = x_as_is = None
   batch = max(bx, bw)
   rng = np.random.default_rng([m, n, k])
@@ -214,6 +224,9 @@ def check_skinny(run, name):
   )
   if name.startswith("sixteens"):
     plan = dataclasses.replace(plan, mainloop="sixteens")
+  if num_sms:
+    device = dataclasses.replace(plan.device, num_sms=num_sms[0])
+    plan = dataclasses.replace(plan, device=device)
 
   def f(x, *args):
     return skinny_gemm(Operands(x, *args), m, plan, unit, out_dtype)
@@ -234,6 +247,33 @@ def test_cases_of_a_gpu_are_lowered(name):
 @pytest.mark.parametrize("name", CASES)
 def test_skinny_gemm(name, no_races):
   check_skinny(interpreted, name)
+
+
+@pytest.mark.parametrize("name", STREAM_K_CASES)
+def test_stream_k(name):
+  check_skinny(interpreted_in_order, name)
+
+
+@pytest.mark.parametrize(
+  ("mode", "m", "n", "k", "stream_k"),
+  [
+    ("nvfp4", 8, 5120, 25600, True),
+    ("nvfp4", 5, 5120, 15872, True),
+    ("nvfp4", 8, 5376, 16384, False),  # 21 blocks instead of 32
+    ("nvfp4", 8, 5120, 8192, False),
+    ("nvfp4", 4, 5120, 25600, False),  # block-diagonal
+    ("nvfp4", 16, 5120, 25600, False),  # expanded
+    ("nvfp4", 8, 4096, 25600, False),  # clusters
+    ("nvfp4", 8, 8448, 25600, False),  # as many tiles as SMs
+    ("mxfp8", 32, 5120, 25600, True),
+    ("mxfp8", 17, 5120, 25600, True),
+    ("mxfp8", 16, 5120, 25600, False),
+  ],
+)
+def test_blocks_of_a_long_k_are_dealt_out(mode, m, n, k, stream_k):
+  """Where tiles leave SMs idle, and loads take less than what else there is to do."""
+  plan = plan_of(mode, m, n, k)
+  assert (plan.kernel == "skinny_gemm" and plan.tiles.stream_k) == stream_k
 
 
 # Rows of scales that begin at multiples of 1, 2, 4, 8 and 16 bytes, and of a last block of 256 or
@@ -462,7 +502,7 @@ def test_few_rows_of_w_are_shared_by_clusters(mode, n, k, cluster):
 class TestOnGpu:
   pytestmark = on_gpu
 
-  @pytest.mark.parametrize("name", CASES | CLUSTER_CASES)
+  @pytest.mark.parametrize("name", CASES | CLUSTER_CASES | STREAM_K_CASES)
   def test_skinny_gemm(self, name):
     check_skinny(compiled, name)
 

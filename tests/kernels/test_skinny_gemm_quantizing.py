@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import jaxqq
 from jaxqq._formats import FORMATS
 from jaxqq._kernels.hopper.mainloops.blockdiag import UNIT
+from jaxqq._kernels.hopper.ptx.expand_in_order import E2M1_UNIT
 from jaxqq._kernels.hopper.skinny_gemm import Operands, skinny_gemm
 from jaxqq._kernels.hopper.tiles import BlockDiagonal, KBlock
 from jaxqq._kernels.hopper.tiles import SkinnyTiles as T
@@ -47,10 +49,20 @@ UNQUANTIZED_CASES = {
   "mxfp8, 3 rows, x shared": ("mxfp8", BF16, (1, 3), 3, 66, 1024, False, T(2, 2)),
   "mxfp8, 4 rows": ("mxfp8", BF16, (2, 2), 4, 61, 1536, False, T(4)),
   "mxfp8, 7 rows": ("mxfp8", BF16, (2, 2), 7, 200, 1536, False, T(2, 2)),
+  "mxfp8, 16 rows": ("mxfp8", BF16, (1, 1), 16, 70, 1024, False, T(2, 2)),
+  "mxfp8, 11 rows": ("mxfp8", BF16, (1, 1), 11, 133, 512, False, T(4)),
+  "nvfp4, 5 rows, sixteens": ("nvfp4", BF16, (2, 2), 5, 133, 1536, True, T(4)),
+  "nvfp4, 8 rows, sixteens": ("nvfp4", F32, (1, 1), 8, 64, 1024, False, T(4, 2, promote=True)),
+  "nvfp4, 4 rows, sixteens": ("nvfp4", F16, (2, 1), 4, 65, 512, False, T(2, 2)),
+  "nvfp4, 13 rows, sixteens": ("nvfp4", BF16, (1, 2), 13, 70, 1024, True, T(4)),
 }
 UNQUANTIZED_CLUSTER_CASES = {
   "nvfp4, 1 row, in four": ("nvfp4", BF16, (1, 1), 1, 133, 8192, True, T(8, 4, cluster=4)),
   "mxfp8, 5 rows, in two": ("mxfp8", BF16, (1, 1), 5, 300, 4096, False, T(4, 4, cluster=2)),
+  "nvfp4, 8 rows, sixteens, in three": (
+    *("nvfp4", BF16, (1, 1), 8, 133, 7168, True),
+    T(8, 4, cluster=3),
+  ),
 }
 
 
@@ -70,18 +82,21 @@ def check_unquantized(run, name):
   x = x.astype(dtype)
   amax = np.max(np.abs(x.astype(F32))) if scaled else None
   x_hat = oracle.round_trip(x, mode, amax)
-  if mode == "nvfp4":
+  how: dict[str, Any] = {"quantizes_x": True}
+  if "sixteens" in name:
     codes, scales = e2m1_operand(rng, bw, n, k)
-    blockdiag, unit = BlockDiagonal(1 << (m - 1).bit_length()), UNIT
+    how["mainloop"], unit = "sixteens", 2.0**E2M1_UNIT
+  elif mode == "nvfp4":
+    codes, scales = e2m1_operand(rng, bw, n, k)
+    how["blockdiag"], unit = BlockDiagonal(1 << (m - 1).bit_length()), UNIT
   else:
     codes, scales = mx_operand(rng, bw, n, k, 127 - spread, 127 + spread)
-    blockdiag, unit = None, 1.0
+    unit = 1.0
   factors = (np.array([amax], F32), np.array([0.3], F32)) if scaled else (None, None)
   w_hat = oracle.values(codes, scales, mode) * (factors[1] if scaled else 1)
   if scaled:
     unit /= 2688
   block = KBlock(512, fmt.bits, fmt.group_size)
-  how = {"blockdiag": blockdiag, "quantizes_x": True}
   plan = skinny_plan(mode, m, n, k, block, tiles, batch=(bx, bw), **how)
 
   def f(*args):
@@ -162,26 +177,40 @@ def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
 
 
 @pytest.mark.parametrize(
-  ("m", "n", "k", "batch", "quantizes_x"),
+  ("mode", "m", "n", "k", "batch", "quantizes_x"),
   [
-    (4, 64 * 132, 4096, 1, True),
-    (5, 64 * 132, 4096, 1, False),
-    (4, 64 * 132 + 1, 4096, 1, False),
-    (4, 64 * 66, 4096, 2, True),
-    (4, 64 * 66 + 1, 4096, 2, False),
-    (4, 64, 4608, 1, True),
-    (4, 64 * 66, 8192, 1, True),
-    (4, 64 * 66, 9216, 1, False),
-    (4, 64 * 67, 4608, 1, False),
-    (1, 64 * 133, 4608, 1, True),
+    ("nvfp4", 4, 64 * 132, 4096, 1, True),
+    ("nvfp4", 4, 64 * 132 + 1, 4096, 1, False),
+    ("nvfp4", 4, 64 * 66, 4096, 2, True),
+    ("nvfp4", 4, 64 * 66 + 1, 4096, 2, False),
+    ("nvfp4", 4, 64, 4608, 1, True),
+    ("nvfp4", 4, 64 * 66, 8192, 1, True),
+    ("nvfp4", 4, 64 * 66, 9216, 1, False),
+    ("nvfp4", 4, 64 * 67, 4608, 1, False),
+    ("nvfp4", 2, 64 * 67, 4608, 1, False),
+    ("nvfp4", 1, 64 * 133, 4608, 1, True),
+    ("nvfp4", 8, 64 * 132, 2048, 1, True),
+    ("nvfp4", 8, 64 * 133, 2048, 1, False),
+    ("nvfp4", 5, 64 * 132, 4096, 1, False),
+    ("nvfp4", 8, 64 * 66, 4096, 1, True),
+    ("nvfp4", 9, 64 * 66, 4096, 1, False),
+    ("nvfp4", 3, 64, 512, 1, False),  # fewer than are quantized at a time
+    ("mxfp4", 8, 64, 512, 1, False),
+    ("mxfp8", 8, 64 * 133, 8192, 1, True),
+    ("mxfp8", 9, 64 * 133, 2048, 1, False),
+    ("mxfp8", 16, 64 * 132, 2048, 1, True),
+    ("mxfp8", 16, 64 * 66, 4096, 1, True),
+    ("mxfp8", 16, 64 * 132, 2560, 1, False),
+    ("mxfp8", 8, 64 * 132, 2560, 1, True),
+    ("mxfp8", 17, 64 * 132, 1024, 1, False),
   ],
 )
-def test_rows_of_nvfp4_are_quantized_in_the_kernel_of_small_weights(m, n, k, batch, quantizes_x):
-  """Where no CTA has a second tile, and of k up to 4096."""
-  spec, of_batch = jax.ShapeDtypeStruct, (batch,) if batch > 1 else ()
-  x, words = spec((m, k), jnp.bfloat16), spec((*of_batch, n, k // 8), jnp.uint32)
-  scales = spec((*of_batch, n, k // 16), jnp.uint8)
-  plan = jaxqq.explain(jaxqq.qqmm, x, words, scales, mode="nvfp4", device="cuda").plan.kernel
+def test_rows_are_quantized_in_the_kernel_of_small_weights(mode, m, n, k, batch, quantizes_x):
+  """Where no CTA has a second tile, and little of x."""
+  spec, of_batch, fmt = jax.ShapeDtypeStruct, (batch,) if batch > 1 else (), FORMATS[mode]
+  x, words = spec((m, k), jnp.bfloat16), spec((*of_batch, n, k * fmt.bits // 32), jnp.uint32)
+  scales = spec((*of_batch, n, k // fmt.group_size), jnp.uint8)
+  plan = jaxqq.explain(jaxqq.qqmm, x, words, scales, mode=mode, device="cuda").plan.kernel
   assert plan.quantizes_x == quantizes_x
 
 

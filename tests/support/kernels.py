@@ -155,6 +155,7 @@ def skinny_plan(mode, m, n, k, block, tiles, *, batch=(1, 1), blockdiag=None, x_
     mainloop = "blockdiag"
   if x_as_is is not None:
     mainloop = "in_order"
+  mainloop = how.get("mainloop", mainloop)
   return SkinnyPlan(
     mainloop,
     block,

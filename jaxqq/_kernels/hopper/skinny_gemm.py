@@ -21,7 +21,8 @@ round its compute warpgroups:
   in pairs that are the same whoever adds them, and so are the bits.
 - Where w has so few rows that half of the SMs or more would idle, a cluster of CTAs has 64 rows
   together, each a part of k, and adds up its sums (`ptx/cluster.py`). Where half of the SMs or more
-  would idle in the last wave of CTAs, clusters share its tiles.
+  would idle in the last wave of CTAs, clusters share its tiles. Where less would, and k is long,
+  its blocks are dealt out to all CTAs evenly (`stream_k.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper import epilogue, pipeline
+from jaxqq._kernels.hopper import epilogue, pipeline, stream_k
 from jaxqq._kernels.hopper.mainloops.table import skinny_mainloops
 from jaxqq._kernels.hopper.pipeline import (
   GroupTile,
@@ -47,7 +48,7 @@ from jaxqq._kernels.hopper.pipeline import (
   pad_rows,
   rounded_up,
 )
-from jaxqq._kernels.hopper.ptx import cluster, mma, scale_planes, stores
+from jaxqq._kernels.hopper.ptx import cluster, handover, mma, scale_planes, stores
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads
 from jaxqq._kernels.hopper.ptx.layouts import (
   ONE_OF_FOUR,
@@ -55,9 +56,10 @@ from jaxqq._kernels.hopper.ptx.layouts import (
   row_transforms,
   tile_transforms,
 )
+from jaxqq._kernels.hopper.ptx.registers import recomputed
 from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
 from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
-from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer
+from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer, quantizer_of
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
 from jaxqq._kernels.hopper.tiles import ROWS, TILE_ROWS, Grid, cdiv, rows_of_scales
 from jaxqq._kernels.problem import Problem
@@ -109,6 +111,9 @@ class Operands:
   x_scales: Any = None
   # Of x (1, m, k) in groups, and w (matrices, n, k), with global scales of shape (1,) or (groups,).
   groups: GroupTiles | None = None
+  # Of stream-K, `stream_k.buffers`
+  left: Any = None  # float32 (CTAs, 1, 64, padded_m): sums that a CTA leaves to the next
+  flags: Any = None  # int32: that it has
 
 
 @pipeline.arrays
@@ -146,6 +151,9 @@ def skinny_gemm(
   """
   grid = plan.grid if grid is None else grid
   kernel = _SkinnyGemm(operands, m, plan, grid, unit, out_dtype)
+  if plan.tiles.stream_k:
+    left, flags = stream_k.buffers(grid, 1, plan.padded_m)
+    operands = dataclasses.replace(operands, left=left, flags=flags)
   out = pipeline.launch(
     kernel,
     kernel.padded(operands),
@@ -171,7 +179,7 @@ class _SkinnyGemm:
     out_dtype: Any,
   ):
     self.grid = grid
-    x, w, block, fmt = operands.x, operands.w, plan.block, plan.problem.fmt
+    x, w, block = operands.x, operands.w, plan.block
     self.plan, self.m, self.unit, self.out_dtype = plan, m, unit, out_dtype
     self.has_groups = operands.groups is not None
     self.batch, self.n = 1 if self.has_groups else max(x.shape[0], w.shape[0]), w.shape[1]
@@ -182,8 +190,8 @@ class _SkinnyGemm:
     self.x_scales_shape: tuple[int, int] | None = None  # of a block, in shared memory
     self.x_scales_loaded: tuple[int, int] = 0, 0
     if plan.quantizes_x:
-      self.quantizer = InKernelQuantizer(m, fmt, plan.blockdiag, plan.padded_m)
-      self.x_dtype, self.x_columns = jnp.dtype(jnp.uint32), block.k // 4
+      self.quantizer = quantizer_of(plan, m)
+      self.x_dtype, self.x_columns = self.quantizer.dtype, self.quantizer.columns
       self.x_scales_shape = self.quantizer.scales_shape
     else:
       self.x_dtype = x.dtype
@@ -276,7 +284,11 @@ class _Cta:
     self.gmem, self.out, self.smem = gmem, out, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.cluster_index = pipeline.cluster_index(kernel.grid)
-    self.walk = pipeline.walk(kernel.grid, gmem.groups)
+    self.dealt_steps: Any = 0  # of stream-K
+    if self.tiles.stream_k:
+      self.walk, self.dealt_steps = stream_k.walk(kernel.grid, kernel.all_steps)
+    else:
+      self.walk = pipeline.walk(kernel.grid, gmem.groups)
 
   @property
   def halves(self) -> range:
@@ -345,29 +357,30 @@ class _Cta:
 
   # Loads
 
-  def steps(self, t: Any) -> Steps:
-    """The blocks of k that this CTA has of its t-th tile: all, but of its last one, if shared."""
+  def steps_of(self, tile: Tile) -> Steps:
+    """The blocks of k that this CTA has of a tile: all, but of a shared one."""
+    if isinstance(tile, stream_k.Piece):
+      return tile.steps
     every, grid = self.kernel.all_steps, self.kernel.grid
-    before = t * every
+    before = tile.index * every
     if grid.cluster == 1:
       return Steps(0, every, before)
     first, count = pipeline.share_of_steps(grid, every)
     if grid.shares_last:
-      is_shared = t >= grid.whole_rounds
+      is_shared = tile.index >= grid.whole_rounds
       first, count = jnp.where(is_shared, first, 0), jnp.where(is_shared, count, every)
     return Steps(first, count, before)
 
-  def steps_of(self, tile: Tile) -> Steps:
-    return self.steps(tile.index)
-
   def count_steps(self) -> Any:
     """Of all tiles."""
-    last = self.steps(jnp.maximum(self.walk.num_tiles - 1, 0))
+    if self.tiles.stream_k:
+      return self.dealt_steps
+    last = self.steps_of(self.walk.tile(jnp.maximum(self.walk.num_tiles - 1, 0)))
     return last.before + jnp.where(self.walk.num_tiles > 0, last.count, 0)
 
   def load(self, stage: Any, ki: Any, tile: Tile) -> None:
     kernel, gmem, smem, full = self.kernel, self.gmem, self.smem, self.smem.full.at[stage]
-    ki = ki + self.steps(tile.index).first
+    ki = ki + self.steps_of(tile).first
     rows = pl.ds(tile.n * kernel.block_n, kernel.block_n)
 
     def copy(a: Any, rows: Any, columns: int, to: Any) -> None:
@@ -478,18 +491,18 @@ class _Cta:
     """
     eights, tile = self.plan.padded_m // 8, self.walk.tile(t)
     if not self.kernel.mainloop.by_warps or not isinstance(tile, GroupTile) or eights == 1:
-      return self.own_sums_of(t, self.plan.padded_m)
-    branches = [functools.partial(self.own_sums_of, t, 8 * (i + 1)) for i in range(eights)]
+      return self.own_sums_of(t, tile, self.plan.padded_m)
+    branches = [functools.partial(self.own_sums_of, t, tile, 8 * (i + 1)) for i in range(eights)]
     return lax.switch(lax.div(tile.rows - 1, jnp.int32(8)), branches)
 
-  def own_sums_of(self, t: Any, rows: int) -> list[Any]:
+  def own_sums_of(self, t: Any, tile: Tile, rows: int) -> list[Any]:
     """The same, of a tile with up to so many rows of x.
 
     Blocks go round without regard to tiles: a stage, of which there are a multiple of the
     warpgroups, always belongs to the same one, which sees all its barrier's phases.
     """
     smem, workers = self.smem, self.tiles.compute_warpgroups
-    stages, steps = self.tiles.num_stages, self.steps(t)
+    stages, steps = self.tiles.num_stages, self.steps_of(tile)
     own_first = lax.rem(
       self.warpgroup + workers - lax.rem(steps.before, jnp.int32(workers)), jnp.int32(workers)
     )
@@ -500,7 +513,7 @@ class _Cta:
       ki = own_first + i * workers
       block = steps.first + ki
       if self.kernel.quantizer is not None:
-        self.quantize_x(self.kernel.quantizer, stage, block, t)
+        self.quantize_x(self.kernel.quantizer, stage, block, tile)
       plgpu.barrier_wait(smem.full.at[stage])
       is_last = block == self.kernel.all_steps - 1
       scales = self.words_of_scales(t, ki, stage, is_last)
@@ -518,13 +531,13 @@ class _Cta:
     )
     return lax.fori_loop(0, count, add_block, state)[1]
 
-  def quantize_x(self, quantizer: InKernelQuantizer, stage: Any, block: Any, t: Any) -> None:
-    b = self.walk.tile(t).batch if self.gmem.x.shape[0] > 1 else 0
+  def quantize_x(self, quantizer: InKernelQuantizer, stage: Any, block: Any, tile: Tile) -> None:
+    b = tile.batch if self.gmem.x.shape[0] > 1 else 0
     quantizer.write(
       self.gmem.x.at[b],
       block,
       self.smem.x.at[stage],
-      self.smem.x_scales.at[stage],
+      None if self.smem.x_scales is None else self.smem.x_scales.at[stage],
       None if self.gmem.global_scale_x is None else self.gmem.global_scale_x[0],
     )
 
@@ -570,6 +583,10 @@ class _Cta:
 
     sums = [with_others(half, own) for half, own in enumerate(sums)]
     plgpu.barrier_arrive(self.smem.sums_empty)
+    if self.tiles.stream_k:
+      (own,) = sums  # its tiles have 64 rows of w
+      self.add_others_or_leave(own, t)
+      return
     if self.tiles.cluster == 1:
       self.store(sums, t)
       return
@@ -581,6 +598,28 @@ class _Cta:
     def _leave() -> None:
       (own,) = sums  # a cluster's tile has 64 rows of w
       self.smem.cta_sums[...] = own
+
+  def add_others_or_leave(self, sums: Any, t: Any) -> None:
+    """Leaves sums, (64, padded_m), to the next CTA; or adds those that others left, and stores."""
+    worker, left = lax.axis_index(pipeline.WORKER), self.gmem.left
+    piece: Any = self.walk.tile(recomputed(t))
+
+    def flags_of(worker: Any) -> Any:
+      return stream_k.flags_of(self.gmem.flags, worker, 1, 0)
+
+    @pl.when(jnp.logical_not(piece.is_end))
+    def _leave() -> None:
+      handover.store_sums(sums, left.at[worker, 0], 0)
+      handover.signal(flags_of(worker))
+
+    @pl.when(piece.is_end)
+    def _store() -> None:
+      def add(i: Any, total: Any) -> Any:
+        other = worker - piece.others + i
+        handover.wait(flags_of(other))
+        return total + handover.load_sums(left.at[other, 0], 0, self.plan.padded_m)
+
+      self.store([lax.fori_loop(0, piece.others, add, sums)], t)
 
   def store(self, sums: list[Any], t: Any) -> None:
     tile = self.walk.tile(t)

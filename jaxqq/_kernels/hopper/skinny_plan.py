@@ -39,14 +39,17 @@ MAX_SKINNY_ROWS = 64
 MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
 MAX_ROWS_OF_ANY_CLUSTER = 32  # with more, the sums that its first CTA adds take what others save
 MIN_SHARED_BLOCKS = 8  # of k, of tiles of a last wave that clusters share: with 4 it took longer
+# Stream-K: to hand sums over takes 2 us. So each CTA is to have so many fewer blocks of k, of which
+# tensor cores and threads have more work than loads: else fewer CTAs load as much.
+MIN_SAVED_BLOCKS = 12
+MIN_ROWS_OF_STREAM_K = {"sixteens": 1, "group_sums": 17}
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
-# With more rows, w waits for x to be quantized in the kernel. That of nvfp4 takes long, since every
-# CTA does it: of several rows it pays where another launch is much of the time.
-MAX_ROWS_QUANTIZED = 8
-MAX_BLOCKDIAG_ROWS_QUANTIZED = 1
-MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED = 4  # if a CTA has one tile, and of k up to MAX_SMALL_K
-MAX_SMALL_K = 4096
+# Rows of x that the kernel quantizes, by mainloop; and more where a CTA has one tile, and of k no
+# more than that. Every CTA quantizes them, so with still more w waits for x.
+MAX_ROWS_QUANTIZED = {"blockdiag": 1, "group_sums": 8}
+MAX_OF_ONE_TILE = {"blockdiag": (4, 4096), "sixteens": (8, 2048), "group_sums": (16, 2048)}
+MIN_ROWS_OF_SIXTEENS = 4  # that its quantizer has at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +77,7 @@ class SkinnyPlan:
 
   @property
   def grid(self) -> Grid:
-    problem = self.problem
-    return Grid(
-      batch=problem.batch,
-      m=problem.rows,
-      n=problem.n,
-      block_m=MAX_SKINNY_ROWS,
-      block_n=self.tiles.block_n,
-      num_sms=self.device.num_sms,
-      cluster=self.tiles.cluster,
-      group_width=1,
-      shares_last=self.tiles.shares_last,
-    )
+    return _grid(self.problem, self.tiles, self.device)
 
   @property
   def details(self) -> str:
@@ -150,6 +142,22 @@ class SkinnyPlan:
     return launch.skinny(self, operands)
 
 
+def _grid(problem: Problem, tiles: SkinnyTiles, device: Device) -> Grid:
+  return Grid(
+    batch=problem.batch,
+    m=problem.rows,
+    n=problem.n,
+    block_m=MAX_SKINNY_ROWS,
+    block_n=tiles.block_n,
+    num_sms=device.num_sms,
+    cluster=tiles.cluster,
+    group_width=1,
+    stream_k=tiles.stream_k,
+    shares_last=tiles.shares_last,
+    dealt_steps=1,
+  )
+
+
 def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
   check_product(problem, device)
   rows, is_packed = skinny_rows(problem), problem.is_packed
@@ -197,11 +205,14 @@ def skinny_plan(problem: Problem, device: Device) -> SkinnyPlan:
 
 def _max_rows_quantized(problem: Problem, device: Device, mainloop: str, tiles: SkinnyTiles) -> int:
   """Of x, by the kernel itself."""
-  if mainloop == "blockdiag":
-    has_one = problem.batch * cdiv(problem.n, ROWS) <= device.num_sms
-    is_small = has_one and cdiv(problem.k, tiles.cluster) <= MAX_SMALL_K
-    return MAX_SMALL_BLOCKDIAG_ROWS_QUANTIZED if is_small else MAX_BLOCKDIAG_ROWS_QUANTIZED
-  return MAX_ROWS_QUANTIZED if mainloop == "group_sums" else 0
+  of_16 = problem.fmt.group_size == 16 and problem.rows >= MIN_ROWS_OF_SIXTEENS
+  if not problem.quantize_input or (mainloop == "sixteens" and not of_16):
+    return 0
+  rows, of_cta = MAX_OF_ONE_TILE.get(mainloop, (0, 0))
+  has_one_tile = problem.batch * cdiv(problem.n, ROWS) <= device.num_sms
+  if has_one_tile and cdiv(problem.k, tiles.cluster) <= of_cta:
+    return rows
+  return MAX_ROWS_QUANTIZED.get(mainloop, 0)
 
 
 def _in_rows(problem: Problem, block: KBlock) -> bool:
@@ -327,6 +338,13 @@ def _skinny_tiles(
     # CTAs are to be as fast with whole tiles as they would be alone.
     if last is not None and last.num_stages == alone.num_stages:
       return last
+  dealt = dataclasses.replace(alone, stream_k=True)
+  grid = _grid(problem, dealt, device)
+  is_fast = problem.rows >= MIN_ROWS_OF_STREAM_K.get(mainloop, MAX_SKINNY_ROWS)
+  saved = cdiv(num_tiles, device.num_sms) * k_steps - grid.most_steps(k_steps)
+  has_steps = grid.dealt_tiles * k_steps >= device.num_sms
+  if is_fast and saved >= MIN_SAVED_BLOCKS and has_steps and not alone.whole_scales:
+    return dealt
   return alone
 
 

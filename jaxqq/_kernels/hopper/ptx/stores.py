@@ -195,6 +195,36 @@ def scatter_words(
   store(ref, offset, *words)
 
 
+def scatter_groups(
+  values: jax.Array, offset: jax.Array, layout: Any, ref: Any, transforms: tuple[Any, ...]
+) -> None:
+  """Each thread's 16 neighbours, of 16 bits, into a row of shared memory.
+
+  Args:
+    values: (..., 16), in the layout.
+    offset: int32 (...), in bytes: into the reference as it is stored, swizzled.
+    layout: of the values.
+    ref: to shared memory.
+    transforms: of it, with a swizzle of 128 bytes.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(transforms), layout, layout.reduce((values.ndim - 1,))),
+    return_type=None,
+  )
+  def store(ctx: Any, ref: Any, values: Any, offset: Any) -> None:
+    del ctx
+    (numbers,), (own,) = values.registers.flat, offset.registers.flat
+    words = vector.bitcast(ir.VectorType.get((8,), ir.IntegerType.get_signless(32)), numbers)
+    start = arith.addi(smem_address(ref), vector.extract(own, [], [0]))
+    for half in range(2):
+      # The swizzle exchanges 16 bytes with others: the next ones differ in one bit of the address.
+      address = arith.xori(start, constant(_VECTOR_BYTES * half))
+      _store_words(address, [vector.extract(words, [], [4 * half + i]) for i in range(4)], 32)
+
+  store(ref, values, offset)
+
+
 def _store_words(address: Any, words: list[Any], bits: int) -> None:
   names = ", ".join(f"${1 + i}" for i in range(len(words)))
   text = {

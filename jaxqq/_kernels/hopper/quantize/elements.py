@@ -97,11 +97,11 @@ def round_to_e2m1(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   Adding 2**(exponent + 22) leaves float32 one bit after the leading one, or a step of 0.5
   below 1, and the hardware rounds. No fused multiply-add may take the product before it
-  is rounded: the minimum stands between.
+  is rounded: the minimum stands between. With the power of two it may, whose product is exact.
   """
   magnitudes = jnp.minimum(magnitudes, 6.0)
-  exponents = jnp.maximum(as_bits(magnitudes), _ONE_BITS) & _EXPONENT_FIELD
-  shifter = as_float(exponents + (22 << 23))
+  power = as_float(as_bits(jnp.maximum(magnitudes, 1.0)) & _EXPONENT_FIELD)
+  shifter = power * np.float32(2.0**22)
   shifted = magnitudes + shifter
   return shifted - shifter, as_bits(shifted)
 
