@@ -263,6 +263,7 @@ def test_stream_k(name):
     ("nvfp4", 8, 5120, 8192, False),
     ("nvfp4", 4, 5120, 25600, False),  # block-diagonal
     ("nvfp4", 16, 5120, 25600, False),  # expanded
+    ("nvfp4", 64, 5120, 25600, False),
     ("nvfp4", 8, 4096, 25600, False),  # clusters
     ("nvfp4", 8, 8448, 25600, False),  # as many tiles as SMs
     ("mxfp8", 32, 5120, 25600, True),

@@ -183,6 +183,8 @@ def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
     ("nvfp4", 4, 64 * 132 + 1, 4096, 1, False),
     ("nvfp4", 4, 64 * 66, 4096, 2, True),
     ("nvfp4", 4, 64 * 66 + 1, 4096, 2, False),
+    ("nvfp4", 4, 64 * 133, 2048, 1, True),
+    ("nvfp4", 4, 64 * 265, 2048, 1, False),
     ("nvfp4", 4, 64, 4608, 1, True),
     ("nvfp4", 4, 64 * 66, 8192, 1, True),
     ("nvfp4", 4, 64 * 66, 9216, 1, False),
@@ -191,6 +193,7 @@ def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
     ("nvfp4", 1, 64 * 133, 4608, 1, True),
     ("nvfp4", 8, 64 * 132, 2048, 1, True),
     ("nvfp4", 8, 64 * 133, 2048, 1, False),
+    ("nvfp4", 8, 64 * 133, 1024, 1, True),
     ("nvfp4", 5, 64 * 132, 4096, 1, False),
     ("nvfp4", 8, 64 * 66, 4096, 1, True),
     ("nvfp4", 9, 64 * 66, 4096, 1, False),
@@ -206,7 +209,7 @@ def test_w_on_the_fly_is_lowered_with_the_kernel(mode, m, w_dtype, k):
   ],
 )
 def test_rows_are_quantized_in_the_kernel_of_small_weights(mode, m, n, k, batch, quantizes_x):
-  """Where no CTA has a second tile, and little of x."""
+  """Where a CTA has little of k, of all its tiles."""
   spec, of_batch, fmt = jax.ShapeDtypeStruct, (batch,) if batch > 1 else (), FORMATS[mode]
   x, words = spec((m, k), jnp.bfloat16), spec((*of_batch, n, k * fmt.bits // 32), jnp.uint32)
   scales = spec((*of_batch, n, k // fmt.group_size), jnp.uint8)

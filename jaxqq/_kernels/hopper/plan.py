@@ -36,7 +36,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
       "up to 4 rows), where each group's sum is scaled in float32, or expanded to float16 in "
       "registers; unquantized numbers quantized in registers. x that is not to be quantized it "
       "takes as it is, beside codes expanded to its dtype. Beside packed w it quantizes x "
-      "itself (a row of nvfp4, four where w is small, eight of mxfp8), else another kernel does"
+      "itself (of nvfp4 one, or up to eight where w is small; of mxfp8 eight, or sixteen), else "
+      "another kernel does"
     ),
     platforms=("cuda",),
     plan=skinny_plan,

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 
 from jaxqq._kernels.hopper.checks import check_fp8, check_product, for_sms
-from jaxqq._kernels.hopper.costs import SKINNY_E2M1
+from jaxqq._kernels.hopper.costs import SKINNY_E2M1, counts
 from jaxqq._kernels.hopper.mainloops.table import PART_K, skinny_mainloop, skinny_rows
 from jaxqq._kernels.hopper.tiles import (
   ROWS,
@@ -45,10 +45,10 @@ MIN_SAVED_BLOCKS = 12
 MIN_ROWS_OF_STREAM_K = {"sixteens": 1, "group_sums": 17}
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
-# Rows of x that the kernel quantizes, by mainloop; and more where a CTA has one tile, and of k no
-# more than that. Every CTA quantizes them, so with still more w waits for x.
+# Rows of x that the kernel quantizes, by mainloop; and more where a CTA has of k, of all its tiles
+# together, no more than that. Every CTA quantizes them, so with still more w waits for x.
 MAX_ROWS_QUANTIZED = {"blockdiag": 1, "group_sums": 8}
-MAX_OF_ONE_TILE = {"blockdiag": (4, 4096), "sixteens": (8, 2048), "group_sums": (16, 2048)}
+MAX_OF_SMALL = {"blockdiag": (4, 4096), "sixteens": (8, 2048), "group_sums": (16, 2048)}
 MIN_ROWS_OF_SIXTEENS = 4  # that its quantizer has at a time
 
 
@@ -208,9 +208,9 @@ def _max_rows_quantized(problem: Problem, device: Device, mainloop: str, tiles: 
   of_16 = problem.fmt.group_size == 16 and problem.rows >= MIN_ROWS_OF_SIXTEENS
   if not problem.quantize_input or (mainloop == "sixteens" and not of_16):
     return 0
-  rows, of_cta = MAX_OF_ONE_TILE.get(mainloop, (0, 0))
-  has_one_tile = problem.batch * cdiv(problem.n, ROWS) <= device.num_sms
-  if has_one_tile and cdiv(problem.k, tiles.cluster) <= of_cta:
+  rows, most_of_k = MAX_OF_SMALL.get(mainloop, (0, 0))
+  of_cta, _ = counts(_grid(problem, tiles, device), problem.k)
+  if of_cta <= most_of_k:
     return rows
   return MAX_ROWS_QUANTIZED.get(mainloop, 0)
 
@@ -338,14 +338,17 @@ def _skinny_tiles(
     # CTAs are to be as fast with whole tiles as they would be alone.
     if last is not None and last.num_stages == alone.num_stages:
       return last
+  has_work = problem.rows >= MIN_ROWS_OF_STREAM_K.get(mainloop, MAX_SKINNY_ROWS + 1)
   dealt = dataclasses.replace(alone, stream_k=True)
-  grid = _grid(problem, dealt, device)
-  is_fast = problem.rows >= MIN_ROWS_OF_STREAM_K.get(mainloop, MAX_SKINNY_ROWS)
-  saved = cdiv(num_tiles, device.num_sms) * k_steps - grid.most_steps(k_steps)
-  has_steps = grid.dealt_tiles * k_steps >= device.num_sms
-  if is_fast and saved >= MIN_SAVED_BLOCKS and has_steps and not alone.whole_scales:
+  if has_work and not alone.whole_scales and _saves_blocks(_grid(problem, dealt, device), k_steps):
     return dealt
   return alone
+
+
+def _saves_blocks(grid: Grid, k_steps: int) -> bool:
+  """Whether stream-K leaves each CTA enough fewer blocks of k, and at least one."""
+  saved = cdiv(grid.num_tiles, grid.num_sms) * k_steps - grid.most_steps(k_steps)
+  return saved >= MIN_SAVED_BLOCKS and grid.dealt_tiles * k_steps >= grid.num_sms
 
 
 def _leaves_few(num_tiles: int, k_steps: int, device: Device) -> bool:
