@@ -114,10 +114,10 @@ their time. In the last tables are the ratios of every shape.
 nvfp4 is multiplied in 16 bits, at bfloat16's rate of the tensor cores, so with many rows it can
 hardly be faster. x's quantizer is a launch of its own, of 2 to 4 µs at 256 rows.
 
-The kernels and tiles are those of today, but for 8 cells from 2048 rows on with K of 2880 or 5376,
-which have other stages now, or scales that are no longer padded. Of few rows those where CTAs share
-tiles are newer than the others (N up to 4096, and most where few tiles are left for the last wave);
-from 2048 on most are the oldest.
+The kernels and tiles are those of today, but for some cells from 2048 rows on with K of 2880 or
+5376, whose scales are no longer padded. Of mxfp8 with 1 to 16 rows all are of one run, the newest,
+as are those of nvfp4 with 8 rows, and of mxfp8 with 32, whose kernels changed then; from 2048 on
+most are the oldest.
 
 All N and K here are multiples of 64. Rows of x that are no multiple of 8 cost no more: at 4096 x
 4096, 1001 rows take 47.6 µs in nvfp4 and 36.1 in mxfp8, 1024 rows 47.8 and 36.0. With 50257 rows of
@@ -148,8 +148,8 @@ A program also launches its kernels, so the second table has wall clock: 24 pack
 one compiled program under XLA's defaults, each with its own w and dependent on the result before
 it. Times are for one product. "Unrolled" passes every w as an argument. Under `lax.scan` over
 the stacked weights, XLA may copy each slice of w first, which the time includes. The ratio is to
-the same program in bfloat16. The column of bfloat16 is the median of two runs, one a mode. The run
-of mxfp8 is older.""",
+the same program in bfloat16. The column of bfloat16 is the median of both modes'. Unrolled, the
+program ends later than its kernels: Python and XLA launch them, one by one or as graphs.""",
     "python -m jaxqq.bench --suite chain --peers cublas",
   ),
   Section(
@@ -183,11 +183,11 @@ and squares, are not measured yet.""",
     """\
 What a training step of Llama 3 8B does on one GPU, in bfloat16 and with every operand quantized on
 the fly: the three products of each linear layer, and a whole block, forward and backward, as one
-program; what has no table is not measured yet. Sequences have 2048 tokens. "jaxqq" and a mode is
-`backward="quantized"`, in nvfp4 with the global scales that layers have by default; the recipe
-mxfp8 is the same program as the mode. In brackets: bf16's time divided by the program's. Programs
-are launched without CUDA graphs. An error is ‖difference‖/‖bf16's result‖, of dw that of the worst
-weight; quantization itself makes most of it.""",
+program. Sequences have 2048 tokens. "jaxqq" and a mode is `backward="quantized"`, in nvfp4 with the
+global scales that layers have by default; the recipe mxfp8 is the same program as the mode. In
+brackets: bf16's time divided by the program's. The block was measured a day before the products.
+Programs are launched without CUDA graphs. An error is ‖difference‖/‖bf16's result‖, of dw that of
+the worst weight; quantization itself makes most of it.""",
     "python -m jaxqq.bench --suite training",
   ),
   Section(
@@ -210,12 +210,11 @@ by` is ‖difference‖/‖logits‖ after the prompt, against the bfloat16 mode
 weights. `same tokens` counts the prompts for which both models choose the same next token.
 Random weights leave many logits nearly equal, so a trained model agrees more often.
 
-Besides its products, every layer ran 14 to 16 small XLA kernels (attention, norms, rotary
-positions), in each of the models. In nvfp4 at batch 1 they took 23 µs a layer, products 50, and
-what is between kernels, 1.2 µs each, 23 more. A prompt of 128 tokens took as long as its kernels
-were launched: in all three models they themselves took less. With global scales, nvfp4's products
-of many rows had one kernel more in this run than today. And attention was five kernels, seven for a
-prompt: today it is one of cuDNN's, and every prompt goes to the same cache.""",
+In an earlier run every layer had, besides its products, 14 to 16 small XLA kernels (attention,
+norms, rotary positions), in each of the models. In nvfp4 at batch 1 they took 23 µs a layer,
+products 50, and what is between kernels, 1.2 µs each, 23 more. Attention, of which five were, is
+one kernel of cuDNN's now. A prompt of 128 tokens takes as long as its kernels are launched: in all
+three models they themselves take less.""",
     "python examples/decode.py",
   ),
   Section(
