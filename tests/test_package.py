@@ -224,7 +224,8 @@ KERNELS = (
   *("mainloops.packed_e2m1", "mainloops.packed_e4m3", "mainloops.expanded"),
   *("mainloops.in_order", "mainloops.group_sums", "mainloops.blockdiag", "mainloops.quantized"),
   "mainloops.sixteens",
-  *("gemm", "dequant_store", "dequant_gemm", "staged_gemm", "skinny_gemm", "row_sums", "launch"),
+  *("gemm", "dequant_store", "dequant_gemm", "staged_gemm", "skinny_store", "skinny_gemm"),
+  *("row_sums", "launch"),
 )
 
 

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxqq._kernels.hopper import epilogue, pipeline, stream_k
+from jaxqq._kernels.hopper import pipeline, stream_k
 from jaxqq._kernels.hopper.mainloops.table import skinny_mainloops
 from jaxqq._kernels.hopper.pipeline import (
   GroupTile,
@@ -48,19 +48,13 @@ from jaxqq._kernels.hopper.pipeline import (
   pad_rows,
   rounded_up,
 )
-from jaxqq._kernels.hopper.ptx import cluster, handover, mma, scale_planes, stores
+from jaxqq._kernels.hopper.ptx import scale_planes, stores
 from jaxqq._kernels.hopper.ptx.interpreter import finish_loads
-from jaxqq._kernels.hopper.ptx.layouts import (
-  ONE_OF_FOUR,
-  ROW_BYTES,
-  row_transforms,
-  tile_transforms,
-)
-from jaxqq._kernels.hopper.ptx.registers import recomputed
-from jaxqq._kernels.hopper.ptx.scales import blockdiag_sum
+from jaxqq._kernels.hopper.ptx.layouts import ROW_BYTES, row_transforms, tile_transforms
 from jaxqq._kernels.hopper.quantize.code_words import first_of_scales
 from jaxqq._kernels.hopper.quantize.in_kernel import InKernelQuantizer, quantizer_of
 from jaxqq._kernels.hopper.skinny_plan import SkinnyPlan
+from jaxqq._kernels.hopper.skinny_store import TileEnd
 from jaxqq._kernels.hopper.tiles import ROWS, TILE_ROWS, Grid, cdiv, rows_of_scales
 from jaxqq._kernels.problem import Problem
 
@@ -259,6 +253,11 @@ class _SkinnyGemm:
       sums_empty=plgpu.Barrier(),
     )
 
+  @property
+  def halves(self) -> range:
+    """Which 64 rows of w of a tile's: one of them, or two."""
+    return range(self.block_n // ROWS)
+
   def __call__(self, gmem: Operands, out: Any, smem: Scratch) -> None:
     _Cta(self, gmem, out, smem).run()
 
@@ -281,22 +280,14 @@ class _Cta:
 
   def __init__(self, kernel: _SkinnyGemm, gmem: Operands, out: Any, smem: Scratch):
     self.kernel, self.plan, self.tiles = kernel, kernel.plan, kernel.plan.tiles
-    self.gmem, self.out, self.smem = gmem, out, smem
-    self.warpgroup = lax.axis_index("warpgroup")
-    self.cluster_index = pipeline.cluster_index(kernel.grid)
+    self.gmem, self.smem, self.warpgroup = gmem, smem, lax.axis_index("warpgroup")
+    cluster_index = pipeline.cluster_index(kernel.grid)
     self.dealt_steps: Any = 0  # of stream-K
     if self.tiles.stream_k:
       self.walk, self.dealt_steps = stream_k.walk(kernel.grid, kernel.all_steps)
     else:
       self.walk = pipeline.walk(kernel.grid, gmem.groups)
-
-  @property
-  def halves(self) -> range:
-    """Which 64 rows of w of a tile's: one of them, or two."""
-    return range(self.kernel.block_n // ROWS)
-
-  def first_column(self, tile: Tile, half: int) -> Any:
-    return tile.n * self.kernel.block_n + half * ROWS
+    self.end = TileEnd(kernel, gmem, out, smem, self.warpgroup, cluster_index, self.walk)
 
   def run(self) -> None:
     kernel, warpgroup, workers = self.kernel, self.warpgroup, self.tiles.compute_warpgroups
@@ -320,40 +311,15 @@ class _Cta:
         with jax.named_scope("mainloop"):
           sums = self.own_sums(t)
         with jax.named_scope("epilogue"):
-          pl.when(t > 0)(self.wait_for_slots)
-          adder = self.adder(t)
-          lax.cond(
-            warpgroup == adder,
-            functools.partial(self.add_up, t, adder),
-            functools.partial(self.hand_over, adder),
-            sums,
-          )
+          self.end.add_up_and_store(sums, t)
 
       # No mbarrier is mid-phase at exit.
-      pl.when(self.walk.num_tiles > 0)(self.wait_for_slots)
-
-      groups = self.gmem.groups
-      if groups is not None:
-
-        @pl.when(warpgroup == 0)
-        @jax.named_scope("zeros")
-        def _zeros() -> None:
-          zeros = pipeline.walk_of_zeros(kernel.grid, groups)
-          for half in self.halves:
-            column_of = functools.partial(self.first_column, half=half)
-            epilogue.store_zeros(zeros, self.out, self.plan.padded_m, column_of)
+      pl.when(self.walk.num_tiles > 0)(self.end.wait_for_slots)
+      if self.gmem.groups is not None:
+        pl.when(warpgroup == 0)(functools.partial(self.end.store_zeros, self.gmem.groups))
 
     if self.tiles.cluster > 1:
-      cluster.cluster_sync()
-      rounds = kernel.grid.whole_rounds
-
-      def total() -> None:
-        sums = cluster.cluster_sum(self.smem.cta_sums, self.tiles.cluster)
-        cluster.cluster_sync()  # before stores to memory, for which it would wait
-        self.store([sums], rounds)
-
-      is_first = (warpgroup == 0) & (self.cluster_index == 0) & (self.walk.num_tiles > rounds)
-      lax.cond(is_first, total, cluster.cluster_sync)
+      self.end.add_up_cluster()
 
   # Loads
 
@@ -478,7 +444,7 @@ class _Cta:
         masks=masks,
         even_first=self.kernel.mainloop.by_warps,
       )
-      for half in self.halves
+      for half in self.kernel.halves
     ]
 
   # A warpgroup's sums: for each 64 rows of w, (64, padded_m)
@@ -527,7 +493,7 @@ class _Cta:
     zeros = jnp.zeros((ROWS, self.plan.padded_m), jnp.float32)
     state = (
       pipeline.stage_of(steps.before + own_first, stages),
-      [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in self.halves],
+      [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in self.kernel.halves],
     )
     return lax.fori_loop(0, count, add_block, state)[1]
 
@@ -550,97 +516,3 @@ class _Cta:
       optimized=False,
     )
     return lax.broadcast_in_dim(scales, (ROWS, padded_m), (1,))
-
-  # The epilogue
-
-  def adder(self, t: Any) -> Any:
-    """The warpgroup that adds up the sums of this CTA's t-th tile."""
-    return lax.rem(t, jnp.int32(self.tiles.compute_warpgroups))
-
-  def wait_for_slots(self) -> None:
-    """Until the sums of the tile before are read: all do, and so see all the barrier's phases."""
-    plgpu.barrier_wait(self.smem.sums_empty)
-
-  def hand_over(self, adder: Any, sums: list[Any]) -> None:
-    slot = (self.warpgroup ^ adder) - 1
-    for half, own in enumerate(sums):
-      self.smem.sums[slot, pl.ds(half * ROWS, ROWS)] = own
-    plgpu.barrier_arrive(self.smem.sums_full.at[adder])
-
-  def add_up(self, t: Any, adder: Any, sums: list[Any]) -> None:
-    plgpu.barrier_wait(self.smem.sums_full.at[adder])
-
-    def with_others(half: int, own: Any) -> Any:
-      def of_other(distance: int) -> Any:
-        """The sums of warpgroup `adder ^ distance`."""
-        ref = self.smem.sums.at[distance - 1, pl.ds(half * ROWS, ROWS)]
-        return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
-
-      own = own + of_other(1)
-      if self.tiles.compute_warpgroups == 4:
-        own = own + (of_other(2) + of_other(3))
-      return own
-
-    sums = [with_others(half, own) for half, own in enumerate(sums)]
-    plgpu.barrier_arrive(self.smem.sums_empty)
-    if self.tiles.stream_k:
-      (own,) = sums  # its tiles have 64 rows of w
-      self.add_others_or_leave(own, t)
-      return
-    if self.tiles.cluster == 1:
-      self.store(sums, t)
-      return
-    rounds = self.kernel.grid.whole_rounds
-    if rounds:
-      pl.when(t < rounds)(lambda: self.store(sums, t))
-
-    @pl.when(t >= rounds)
-    def _leave() -> None:
-      (own,) = sums  # a cluster's tile has 64 rows of w
-      self.smem.cta_sums[...] = own
-
-  def add_others_or_leave(self, sums: Any, t: Any) -> None:
-    """Leaves sums, (64, padded_m), to the next CTA; or adds those that others left, and stores."""
-    worker, left = lax.axis_index(pipeline.WORKER), self.gmem.left
-    piece: Any = self.walk.tile(recomputed(t))
-
-    def flags_of(worker: Any) -> Any:
-      return stream_k.flags_of(self.gmem.flags, worker, 1, 0)
-
-    @pl.when(jnp.logical_not(piece.is_end))
-    def _leave() -> None:
-      handover.store_sums(sums, left.at[worker, 0], 0)
-      handover.signal(flags_of(worker))
-
-    @pl.when(piece.is_end)
-    def _store() -> None:
-      def add(i: Any, total: Any) -> Any:
-        other = worker - piece.others + i
-        handover.wait(flags_of(other))
-        return total + handover.load_sums(left.at[other, 0], 0, self.plan.padded_m)
-
-      self.store([lax.fori_loop(0, piece.others, add, sums)], t)
-
-  def store(self, sums: list[Any], t: Any) -> None:
-    tile = self.walk.tile(t)
-    for half, own in enumerate(sums):
-      self.store_half(own, tile, self.first_column(tile, half))
-
-  def store_half(self, sums: Any, tile: Tile, first_column: Any) -> None:
-    """64 columns of the output."""
-    kernel, blockdiag, gmem = self.kernel, self.plan.blockdiag, self.gmem
-    layout = plgpu.Layout.WGMMA
-    if blockdiag is not None:
-      sums = blockdiag_sum(sums, blockdiag.rows, blockdiag.k_blocks_per_acc)
-      layout = ONE_OF_FOUR
-    if kernel.mainloop.by_warps:
-      sums, layout = mma.relabel(sums), mma.SUMS
-    scales = gmem.global_scale_x, gmem.global_scale_w
-    out = epilogue.Alpha.of_tile(kernel.unit, *scales, tile).times(sums).astype(kernel.out_dtype)
-    if isinstance(tile, GroupTile):
-      rows = self.out.at[0]
-      where = tile.first, tile.rows, first_column
-      stores.store_some(out, layout, rows, *where, transposed=True)
-    else:
-      rows = self.out.at[tile.batch]
-      stores.store_columns(out, layout, rows, first_column, kernel.m, kernel.n)
