@@ -269,6 +269,7 @@ def test_stream_k(name):
     ("mxfp8", 32, 5120, 25600, True),
     ("mxfp8", 17, 5120, 25600, True),
     ("mxfp8", 16, 5120, 25600, False),
+    ("nvfp4", 8, 5120, 25600 + 32, False),  # scales in planes
   ],
 )
 def test_blocks_of_a_long_k_are_dealt_out(mode, m, n, k, stream_k):

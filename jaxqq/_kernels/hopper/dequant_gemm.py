@@ -130,7 +130,7 @@ class Operands:
   w_scales: Any = None  # float32 (b or 1, n or more)
   groups: GroupTiles | None = None  # of x (1, m, k) in groups, and w (matrices, n, k)
   # Of stream-K, `stream_k.buffers`
-  left: Any = None  # float32 (CTAs, warpgroups, 64, block_m): sums that a CTA leaves to the next
+  left: Any = None  # float32 (CTAs, warpgroups, 64, block_m): sums that a CTA leaves to a later one
   flags: Any = None  # int32: that it has
 
 

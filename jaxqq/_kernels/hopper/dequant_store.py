@@ -141,7 +141,7 @@ class TileEnd:
       )
 
   def add_up_and_store(self, sums: Any, w_scales: Any, tile: Any) -> None:
-    """Leaves the sums to the next CTA; or adds those that others left, and stores a tile.
+    """Leaves the sums to a later CTA; or adds those that others left, and stores a tile.
 
     In the order of CTAs: the first one left its sums long ago, the last one leaves them just now.
     Those of the last one are added some columns at a time, which are stored meanwhile.

@@ -21,7 +21,7 @@ round its compute warpgroups:
   in pairs that are the same whoever adds them, and so are the bits.
 - Where w has so few rows that half of the SMs or more would idle, a cluster of CTAs has 64 rows
   together, each a part of k, and adds up its sums (`ptx/cluster.py`). Where half of the SMs or more
-  would idle in the last wave of CTAs, clusters share its tiles. Where less would, and k is long,
+  would idle in the last wave of CTAs, clusters share its tiles. Where fewer would, and k is long,
   its blocks are dealt out to all CTAs evenly (`stream_k.py`).
 """
 
@@ -106,7 +106,7 @@ class Operands:
   # Of x (1, m, k) in groups, and w (matrices, n, k), with global scales of shape (1,) or (groups,).
   groups: GroupTiles | None = None
   # Of stream-K, `stream_k.buffers`
-  left: Any = None  # float32 (CTAs, 1, 64, padded_m): sums that a CTA leaves to the next
+  left: Any = None  # float32 (CTAs, 1, 64, padded_m): sums that a CTA leaves to a later one
   flags: Any = None  # int32: that it has
 
 

@@ -39,14 +39,14 @@ MAX_SKINNY_ROWS = 64
 MAX_GROUP_SUMS_ROWS = 32  # with more, rebasing codes costs less than scaling every group's sums
 MAX_ROWS_OF_ANY_CLUSTER = 32  # with more, the sums that its first CTA adds take what others save
 MIN_SHARED_BLOCKS = 8  # of k, of tiles of a last wave that clusters share: with 4 it took longer
-# Stream-K: to hand sums over takes 2 us. So each CTA is to have so many fewer blocks of k, of which
-# tensor cores and threads have more work than loads: else fewer CTAs load as much.
+# Stream-K hands sums over, which takes 2 us: it has to save each CTA so many blocks of k. And it
+# pays where a block takes longer to multiply than to load: fewer CTAs than SMs load as fast.
 MIN_SAVED_BLOCKS = 12
 MIN_ROWS_OF_STREAM_K = {"sixteens": 1, "group_sums": 17}
 SKINNY_BLOCK_K = 512  # of packed w; nvfp4 also has half of it
 MAX_ROWS_OF_LARGE_BLOCKS = 16  # of nvfp4 that is expanded
-# Rows of x that the kernel quantizes, by mainloop; and more where a CTA has of k, of all its tiles
-# together, no more than that. Every CTA quantizes them, so with still more w waits for x.
+# Rows of x that the kernel quantizes, by mainloop; and of a small w: rows, where all of a CTA's
+# tiles together have no more of k than that. Every CTA quantizes them: with more, w waits for x.
 MAX_ROWS_QUANTIZED = {"blockdiag": 1, "group_sums": 8}
 MAX_OF_SMALL = {"blockdiag": (4, 4096), "sixteens": (8, 2048), "group_sums": (16, 2048)}
 MIN_ROWS_OF_SIXTEENS = 4  # that its quantizer has at a time
@@ -281,7 +281,8 @@ def _skinny_tiles(
 ) -> SkinnyTiles:
   """As many warpgroups as there is room for, then stages.
 
-  Where CTAs would be few, a cluster shares each tile; where the last wave's would be, those alone.
+  Where CTAs would be few, a cluster shares each tile; where the last wave's would be, those alone;
+  and stream-K deals out blocks of a long k, where scales are as far apart as the TMA wants.
   Scales whose rows begin anywhere are loaded for a tile at once where that leaves it its stages.
   In groups, "sixteens" has tiles of twice as many rows of w, since every tile loads x again.
   """
@@ -340,7 +341,8 @@ def _skinny_tiles(
       return last
   has_work = problem.rows >= MIN_ROWS_OF_STREAM_K.get(mainloop, MAX_SKINNY_ROWS + 1)
   dealt = dataclasses.replace(alone, stream_k=True)
-  if has_work and not alone.whole_scales and _saves_blocks(_grid(problem, dealt, device), k_steps):
+  in_planes = _scale_planes(problem, block, alone) is not None
+  if has_work and not in_planes and _saves_blocks(_grid(problem, dealt, device), k_steps):
     return dealt
   return alone
 

@@ -101,7 +101,7 @@ class TileEnd:
       self.smem.cta_sums[...] = own
 
   def add_others_or_leave(self, sums: Any, t: Any) -> None:
-    """Leaves sums, (64, padded_m), to the next CTA; or adds those that others left, and stores."""
+    """Leaves sums, (64, padded_m), to a later CTA; or adds those that others left, and stores."""
     worker, left = lax.axis_index(pipeline.WORKER), self.gmem.left
     piece: Any = self.walk.tile(recomputed(t))
 

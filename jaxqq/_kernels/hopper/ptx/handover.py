@@ -1,7 +1,7 @@
 """Sums from one CTA to another through global memory, warp by warp.
 
     CTA i       | its part of a tile | stores sums, sets its flag |
-    CTA i + 1   |        its part of it        | waits, clears the flag | + sums of CTA i | stores
+    a later one |        its part of it        | waits, clears the flag | + sums of CTA i | stores
 
 A thread's sums are read by the thread of the same place in the other CTA. So a warp has a flag of
 its own, and no barrier of a warpgroup is needed.

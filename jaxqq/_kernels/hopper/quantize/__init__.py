@@ -12,5 +12,5 @@ amax           of a matrix that is rotated
 columns        all of these for a matrix whose contracted axis comes first
 code_words     packed codes and factors, for `skinny_gemm`'s mxfp8
 blockdiag      block-diagonal x, for `skinny_gemm`'s nvfp4
-in_kernel      both within `skinny_gemm`
+in_kernel      these two, and `exact` of nvfp4, within `skinny_gemm`
 """

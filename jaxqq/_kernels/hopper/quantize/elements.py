@@ -19,7 +19,6 @@ from jaxqq._kernels.hopper.quantize.groups import per_group
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 SIGN = np.int32(-(2**31))  # the bit of a float32's
-_ONE_BITS = 0x3F800000
 _EXPONENT_FIELD = 0x7F800000
 
 

@@ -13,7 +13,7 @@ comes from the cache. In shared memory a block's 512 elements are one of these:
 - e2m1 codes as e4m3 numbers, in the columns and in the order of block-diagonal x (nvfp4,
   `mainloops/blockdiag.py`). Four warps share a row;
 - code * scale in float16, in order (nvfp4, `mainloops/sixteens.py`). A thread has a group, and a
-  warp eight groups of each of four rows, whose threads write to different banks.
+  warp eight groups of each of four rows.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class InKernelQuantizer:
   blockdiag: BlockDiagonal | None
   padded_m: int
 
-  dtype: ClassVar[Any] = jnp.dtype(jnp.uint32)  # of x_hat in shared memory, and how many of it:
-  columns: ClassVar[int] = SKINNY_BLOCK_K // 4
+  dtype: ClassVar[Any] = jnp.dtype(jnp.uint32)  # of x_hat in shared memory
+  columns: ClassVar[int] = SKINNY_BLOCK_K // 4  # of it, a block
 
   @property
   def at_once(self) -> int:
