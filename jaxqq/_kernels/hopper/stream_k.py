@@ -9,9 +9,9 @@ last one goes with the two before it. Of three CTAs and four tiles of six steps,
     CTAs     |        0         |        1         |        2        |
 
 A CTA goes through its range backwards. First comes a part of a tile that a later CTA ends: its sums
-go to memory, and a flag says so. Last comes the end of a tile that earlier CTAs began:
-this CTA adds up, always in the same order, and stores the result. So a CTA waits only for CTAs of
-lower numbers. The device starts those no later, and they publish their sums first.
+go to memory, and a flag says so. Last comes the end of a tile that earlier CTAs began: this CTA
+adds up, always in the same order, and stores the result. So a CTA waits only for CTAs of lower
+numbers. The device starts those no later, and they publish their sums first.
 
 A CTA has the tiles of whole waves, which are numbered before these, afterwards. Source: Osama et
 al., Stream-K (arXiv 2301.03598).

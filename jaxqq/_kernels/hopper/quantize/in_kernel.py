@@ -35,12 +35,7 @@ from jaxqq._kernels.hopper.ptx.named_barriers import sync_warpgroup
 from jaxqq._kernels.hopper.ptx.rounding import thread_amax_bits
 from jaxqq._kernels.hopper.ptx.stores import clear_smem, scatter_groups, scatter_words
 from jaxqq._kernels.hopper.quantize.blockdiag import numbers_of_codes
-from jaxqq._kernels.hopper.quantize.codes import (
-  Scales,
-  codes_of,
-  scales_of,
-  values_of,
-)
+from jaxqq._kernels.hopper.quantize.codes import Scales, codes_of, scales_of, values_of
 from jaxqq._kernels.hopper.quantize.groups import View, load_gmem, per_group, positions
 from jaxqq._kernels.hopper.skinny_plan import SKINNY_BLOCK_K, SkinnyPlan
 from jaxqq._kernels.hopper.tiles import BlockDiagonal
